@@ -1,0 +1,2 @@
+//! The `architect` command.
+fn main() {}

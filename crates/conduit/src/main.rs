@@ -1,0 +1,2 @@
+//! The `conduit` command.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Messages between a guest and its host.

@@ -1,0 +1,2 @@
+//! Init and agent.
+fn main() {}

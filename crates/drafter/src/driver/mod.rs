@@ -1,0 +1,241 @@
+//! Machine drivers: what drafter needs from a virtual machine monitor, and nothing more.
+//!
+//! Drafter owns memory (a memfd) and disks (block servers on unix sockets); the driver gives
+//! boot, pause, save, load, run and stop. QEMU is the first implementation ([`qemu`]); a native
+//! monitor comes later behind the same traits.
+
+pub mod qemu;
+
+use std::{
+    net::Ipv4Addr,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+/// What the guest's processor runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accelerator {
+    /// QEMU's translator: works everywhere.
+    Tcg,
+    /// Hardware virtualisation.
+    Kvm,
+}
+
+/// What a driver found on this host; part of what `prepare` compares between two hosts.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct HostFacts {
+    /// Driver and exact version, as in `qemu 7.2.22`: microvm is not a versioned machine type, so
+    /// saved state belongs to one version.
+    pub driver: String,
+    /// What was chosen.
+    pub accelerator: Accelerator,
+    /// Measured TSC rate in kHz (rdtsc against CLOCK_MONOTONIC_RAW).
+    pub tsc_khz: u64,
+    /// CPU features that a machine sees here, sorted; empty under TCG, whose CPU is its own.
+    pub cpu_features: Vec<String>,
+}
+
+/// Everything about a machine that its driver must know; the same on every host it visits.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct MachineShape {
+    /// Name of the machine.
+    pub name: String,
+    /// Machine type, as in `microvm`.
+    pub machine_type: String,
+    /// Virtual processors.
+    pub vcpus: u32,
+    /// Memory in bytes, a multiple of 1 MiB.
+    pub memory_bytes: u64,
+    /// Kernel command line without what the driver itself adds.
+    pub command_line: String,
+    /// The guest's network, if it has one.
+    pub network: Option<NetworkShape>,
+    /// Disk names in the order the guest sees them (`/dev/vda`, …).
+    pub disks: Vec<String>,
+    /// TSC rate in kHz of the host where the machine booted; the guest's clock was set by it.
+    pub tsc_khz: u64,
+}
+
+/// The guest's side of its network: the same for life.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct NetworkShape {
+    /// The machine's address.
+    pub address: Ipv4Addr,
+    /// The guest interface's MAC.
+    pub mac: [u8; 6],
+    /// MTU inside the guest.
+    pub mtu: u16,
+}
+
+/// What one host gives to one machine. Nothing here travels to another host.
+pub struct HostResources<'a> {
+    /// The machine's memory; the driver passes it on by descriptor.
+    pub memory: &'a OwnedFd,
+    /// Open tap (IFF_TAP|IFF_NO_PI|IFF_VNET_HDR), if the machine has a network.
+    pub tap: Option<&'a OwnedFd>,
+    /// One unix socket with an NBD server per disk, in the order of `MachineShape::disks`.
+    pub disk_sockets: Vec<PathBuf>,
+    /// Kernel (ELF) and initramfs.
+    pub kernel: &'a Path,
+    /// See `kernel`.
+    pub initramfs: &'a Path,
+    /// A directory for sockets, logs and saved facts of this machine on this host.
+    pub run_dir: &'a Path,
+}
+
+/// How a machine starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// From its kernel.
+    Boot,
+    /// Paused and empty, to be filled by [`Vm::load`].
+    Incoming,
+}
+
+/// The guest's memory as the memory engine needs it. The mapping may be shared or private.
+pub struct MemoryHandle {
+    /// A userfaultfd made inside the monitor's process.
+    pub userfaultfd: OwnedFd,
+    /// The monitor's process.
+    pub pid: u32,
+    /// Where the memfd is mapped in that process (offset 0 of the memfd).
+    pub address: u64,
+    /// Length of the mapping in bytes.
+    pub length: u64,
+}
+
+/// Why a machine is no longer there.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "reason")]
+pub enum Exit {
+    /// The guest powered off or its monitor was asked to end.
+    Shutdown,
+    /// The guest rebooted or panicked (we run with `-no-reboot`).
+    Reset,
+    /// The monitor ended by itself.
+    Failed {
+        /// Exit status or signal, and the last lines of its error output.
+        detail: String,
+    },
+}
+
+/// What a driver could not do.
+#[derive(Debug, thiserror::Error)]
+pub enum DriverError {
+    /// The monitor is not installed or cannot be used here.
+    #[error("{what}: {hint}")]
+    Unusable {
+        /// What is missing.
+        what: String,
+        /// How to get it.
+        hint: String,
+    },
+    /// The monitor did not answer in time.
+    #[error("machine \"{machine}\": {operation} did not finish within {limit:?}")]
+    Timeout {
+        /// Which machine.
+        machine: String,
+        /// What was asked.
+        operation: &'static str,
+        /// How long we waited.
+        limit: Duration,
+    },
+    /// The monitor refused.
+    #[error("machine \"{machine}\": {operation}: {detail}")]
+    Refused {
+        /// Which machine.
+        machine: String,
+        /// What was asked.
+        operation: &'static str,
+        /// The monitor's own words.
+        detail: String,
+    },
+    /// The monitor is gone.
+    #[error("machine \"{machine}\": its monitor ended during {operation}: {detail}")]
+    Gone {
+        /// Which machine.
+        machine: String,
+        /// What was asked.
+        operation: &'static str,
+        /// Exit status and last lines of its error output.
+        detail: String,
+    },
+    /// The host refused us.
+    #[error("{operation}: {source}")]
+    Host {
+        /// What was attempted, with the path or descriptor.
+        operation: String,
+        /// The cause.
+        source: std::io::Error,
+    },
+}
+
+/// A kind of monitor.
+pub trait Driver: Send + Sync {
+    /// What this host offers with this driver; cached after the first real probe.
+    fn facts(&self) -> Result<HostFacts, DriverError>;
+
+    /// Starts a machine.
+    fn start(
+        &self,
+        shape: &MachineShape,
+        host: &HostResources<'_>,
+        start: Start,
+    ) -> Result<Box<dyn Vm>, DriverError>;
+
+    /// Finds a machine's monitor that lost its runner, by its run directory.
+    fn take_over(&self, run_dir: &Path) -> Result<Option<Box<dyn Vm>>, DriverError>;
+}
+
+/// One machine under a monitor. Calls are made by one thread at a time; every call has a deadline.
+pub trait Vm: Send {
+    /// The monitor's process.
+    fn pid(&self) -> u32;
+
+    /// The guest's memory, for tracking and faults.
+    fn memory(&self) -> Result<MemoryHandle, DriverError>;
+
+    /// The console's log file.
+    fn console_log(&self) -> &Path;
+
+    /// The unix socket of the guest channel.
+    fn guest_socket(&self) -> &Path;
+
+    /// The blocks of the memfd that loading the state reads (virtqueue rings): they must be
+    /// present before [`Vm::load`]. Constant once the guest's drivers are up; empty before.
+    fn state_blocks(&mut self) -> Result<Vec<silo::block::BlockRange>, DriverError>;
+
+    /// Stops the virtual processors and drains I/O. Returns when no instruction runs any more.
+    /// `on_stopped` is called as soon as the processors have stopped, which is before the disks
+    /// are flushed: from then on an early answer to a FLUSH is not seen by the guest here.
+    fn pause(&mut self, on_stopped: &mut dyn FnMut()) -> Result<(), DriverError>;
+
+    /// Device state of a paused machine.
+    fn save(&mut self) -> Result<Vec<u8>, DriverError>;
+
+    /// Gets an [`Start::Incoming`] machine ready for [`Vm::load`], so that loading is quick.
+    fn prepare_load(&mut self) -> Result<(), DriverError>;
+
+    /// Loads device state; the machine stays paused.
+    fn load(&mut self, state: &[u8]) -> Result<(), DriverError>;
+
+    /// Runs a paused or just loaded machine, also one that was saved (an aborted move).
+    fn run(&mut self) -> Result<(), DriverError>;
+
+    /// Holds the frames that the guest sends (`true`), or lets them and all later ones go.
+    fn hold_output(&mut self, hold: bool) -> Result<(), DriverError>;
+
+    /// Freezes the monitor's process without asking it: works while a page is missing.
+    fn freeze(&mut self) -> Result<(), DriverError>;
+
+    /// Undoes [`Vm::freeze`].
+    fn thaw(&mut self) -> Result<(), DriverError>;
+
+    /// Ends the monitor at once (the guest is not asked). Idempotent.
+    fn kill(&mut self) -> Result<(), DriverError>;
+
+    /// Why the machine ended, if it did. Does not wait.
+    fn exit(&mut self) -> Option<Exit>;
+}

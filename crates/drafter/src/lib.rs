@@ -1,0 +1,12 @@
+//! Drafter: machines that move.
+//!
+//! A machine is started from a [`package`] by a [`driver`], talked to through its [`guest`]
+//! channel, and moved by [`migrate`] under the authority of a [`lease`]. One [`runner`] process
+//! owns one machine on one host.
+
+pub mod driver;
+pub mod guest;
+pub mod lease;
+pub mod migrate;
+pub mod package;
+pub mod runner;

@@ -1,0 +1,2 @@
+//! The `drafter` command.
+fn main() {}

@@ -1,0 +1,3 @@
+//! How a machine moves.
+
+pub mod switchover;

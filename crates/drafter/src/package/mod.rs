@@ -1,0 +1,1 @@
+//! Packages: what a machine boots from.

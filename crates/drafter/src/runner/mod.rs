@@ -1,0 +1,1 @@
+//! The runner: one process that owns one machine on one host.

@@ -1,0 +1,1 @@
+//! Disks: copy-on-write overlays over a read-only base, tracked and movable.

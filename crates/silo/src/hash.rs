@@ -1,0 +1,1 @@
+//! BLAKE3 root hashes of devices.

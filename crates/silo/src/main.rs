@@ -1,0 +1,2 @@
+//! The `silo` command.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Machine memory: memfd, userfaultfd, tracking and fault service.

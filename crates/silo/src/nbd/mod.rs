@@ -1,0 +1,1 @@
+//! The NBD server that gives a disk to a machine.
