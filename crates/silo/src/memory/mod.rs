@@ -1,1 +1,484 @@
-//! Machine memory: memfd, userfaultfd, tracking and fault service.
+//! Machine memory as a device: a memfd that the monitor maps and this process owns.
+//!
+//! Content goes in and out through the file (`pread`, `pwrite`), never through a mapping of our
+//! own: reading a hole through a mapping allocates a zero page, and the guest would then never
+//! fault on it. Two kernel services work on the monitor's mapping, from outside, over one
+//! userfaultfd:
+//!
+//! - *tracking*: pages are write-protected; the kernel lifts the protection at the first write
+//!   without telling anybody (`WP_ASYNC`), and `PAGEMAP_SCAN` reports and re-protects such pages.
+//! - *faults*: a page that is not in the file stops whoever touches it until [`Memory::fill`]
+//!   brings it (`UFFDIO_COPY`, protected, so that a fill is not a guest write).
+//!
+//! After [`Device::arm`] a hole is in one of two states: *missing* (its content is elsewhere: the
+//! guest waits and `demand` is called) or *zero* (served at once, here). Zero memory therefore
+//! costs neither transfer nor room.
+
+pub mod sys;
+
+mod faults;
+#[cfg(test)]
+mod tests;
+
+pub use faults::{FaultStats, FaultSummary};
+
+use crate::{
+    block::{BLOCK_SIZE, BlockIndex, BlockRange, BlockSet},
+    device::{Demand, Device, DeviceError, DeviceName, Result},
+};
+use std::{
+    collections::HashMap,
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::fs::FileExt,
+    },
+    sync::{Arc, Mutex, PoisonError, RwLock},
+    time::Instant,
+};
+use sys::{CopyOutcome, Userfault, feature};
+
+/// What the kernel can do for memory on this host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tracking {
+    /// `WP_ASYNC` and `PAGEMAP_SCAN` (Linux 6.7): pre-copy works.
+    WriteProtect,
+    /// Neither: only faults, so a machine can move by post-copy alone.
+    None,
+}
+
+/// The monitor's mapping of the memfd.
+#[derive(Debug)]
+pub struct Mapping {
+    /// Made inside the monitor's process.
+    pub userfaultfd: OwnedFd,
+    /// The monitor's process.
+    pub pid: u32,
+    /// Where offset 0 of the memfd is mapped there.
+    pub address: u64,
+    /// Whether pages may be missing: the monitor waits for its content.
+    pub incoming: bool,
+}
+
+/// A machine's memory on this host.
+pub struct Memory {
+    name: DeviceName,
+    blocks: u64,
+    file: File,
+    /// Blocks to report again after an abort.
+    returned: Mutex<BlockSet>,
+    shared: Arc<Shared>,
+    attached: RwLock<Option<Attached>>,
+}
+
+/// What the fault thread shares with the rest.
+struct Shared {
+    holes: Mutex<Holes>,
+    stats: Mutex<FaultStats>,
+}
+
+struct Holes {
+    /// Content is elsewhere.
+    missing: BlockSet,
+    /// Somebody waits, since when.
+    waiting: HashMap<u64, Instant>,
+    demand: Option<Arc<Demand>>,
+}
+
+struct Attached {
+    userfault: Arc<Userfault>,
+    pagemap: File,
+    address: u64,
+    tracking: Tracking,
+    incoming: bool,
+    _faults: Option<faults::FaultThread>,
+}
+
+impl Memory {
+    /// Empty (zero) memory of `bytes`, a multiple of the block size.
+    pub fn new(name: DeviceName, bytes: u64) -> Result<Self> {
+        let blocks = bytes / BLOCK_SIZE as u64;
+        let fd = sys::memfd(name.as_str(), bytes).map_err(|source| DeviceError {
+            device: name.clone(),
+            operation: "create",
+            at: format!("{} MiB", bytes >> 20),
+            source,
+        })?;
+        Ok(Self {
+            blocks,
+            file: File::from(fd),
+            returned: Mutex::new(BlockSet::new(blocks)),
+            shared: Arc::new(Shared {
+                holes: Mutex::new(Holes {
+                    missing: BlockSet::new(blocks),
+                    waiting: HashMap::new(),
+                    demand: None,
+                }),
+                stats: Mutex::new(FaultStats::default()),
+            }),
+            attached: RwLock::new(None),
+            name,
+        })
+    }
+
+    /// The memfd, for the monitor.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Takes the monitor's mapping. An incoming one is registered and protected at once and its
+    /// faults are served from now on, so that nothing of this has to happen during the blackout.
+    pub fn attach(&self, mapping: Mapping) -> Result<Tracking> {
+        let error = |operation, source| self.error(operation, "attach".into(), source);
+        let length = self.blocks * BLOCK_SIZE as u64;
+        let tracking_features = feature::MISSING_SHMEM
+            | feature::WP_HUGETLBFS_SHMEM
+            | feature::WP_UNPOPULATED
+            | feature::WP_ASYNC;
+        // UFFDIO_API can be called once; a refused call (EINVAL) leaves the descriptor as it was.
+        let duplicate = mapping.userfaultfd.try_clone().map_err(|e| error("duplicate", e))?;
+        let (userfault, tracking) = match Userfault::new(mapping.userfaultfd, tracking_features) {
+            Ok(userfault) => (userfault, Tracking::WriteProtect),
+            Err(refused) if refused.raw_os_error() == Some(libc::EINVAL) => {
+                let plain = Userfault::new(duplicate, feature::MISSING_SHMEM)
+                    .map_err(|e| error("UFFDIO_API", e))?;
+                (plain, Tracking::None)
+            }
+            Err(other) => return Err(error("UFFDIO_API", other)),
+        };
+        let userfault = Arc::new(userfault);
+        let pagemap = File::open(format!("/proc/{}/pagemap", mapping.pid))
+            .map_err(|e| error("open pagemap", e))?;
+        let mut mode = 0;
+        if tracking == Tracking::WriteProtect {
+            mode |= sys::REGISTER_WP;
+        }
+        if mapping.incoming {
+            mode |= sys::REGISTER_MISSING;
+        }
+        if mode != 0 {
+            userfault.register(mapping.address, length, mode).map_err(|e| error("register", e))?;
+        }
+        let thread = if mapping.incoming {
+            if tracking == Tracking::WriteProtect {
+                userfault
+                    .write_protect(mapping.address, length)
+                    .map_err(|e| error("write-protect", e))?;
+            }
+            let thread = faults::FaultThread::start(
+                self.name.clone(),
+                Arc::clone(&userfault),
+                Arc::clone(&self.shared),
+                mapping.address,
+                self.blocks,
+            )
+            .map_err(|e| error("start the fault thread", e))?;
+            Some(thread)
+        } else {
+            None
+        };
+        *self.attached.write().unwrap_or_else(PoisonError::into_inner) = Some(Attached {
+            userfault,
+            pagemap,
+            address: mapping.address,
+            tracking,
+            incoming: mapping.incoming,
+            _faults: thread,
+        });
+        Ok(tracking)
+    }
+
+    /// The monitor is gone; the content stays.
+    pub fn detach(&self) {
+        self.attached.write().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    /// Fault statistics since the last [`Device::arm`].
+    pub fn fault_summary(&self) -> FaultSummary {
+        self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner).summary()
+    }
+
+    /// Bytes that the content takes on this host.
+    pub fn resident_bytes(&self) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        self.file.metadata().map_or(0, |m| m.blocks() * 512)
+    }
+
+    fn error(&self, operation: &'static str, at: String, source: io::Error) -> DeviceError {
+        DeviceError { device: self.name.clone(), operation, at, source }
+    }
+
+    fn holes(&self) -> std::sync::MutexGuard<'_, Holes> {
+        self.shared.holes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn with_attached<T>(
+        &self,
+        operation: &'static str,
+        f: impl FnOnce(&Attached) -> io::Result<T>,
+    ) -> Result<T> {
+        let guard = self.attached.read().unwrap_or_else(PoisonError::into_inner);
+        let attached = guard.as_ref().ok_or_else(|| {
+            self.error(operation, "start".into(), io::Error::other("no monitor is attached"))
+        })?;
+        f(attached).map_err(|e| self.error(operation, "mapping".into(), e))
+    }
+
+    fn punch(&self, range: BlockRange) -> io::Result<()> {
+        use nix::fcntl::{FallocateFlags, fallocate};
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(self.file.as_fd(), flags, range.start.offset() as i64, range.bytes() as i64)
+            .map_err(io::Error::from)
+    }
+
+    /// Copies whole blocks into holes of the mapping; blocks that are there already stay.
+    fn copy(attached: &Attached, start: BlockIndex, data: &[u8]) -> io::Result<()> {
+        let mut at = 0;
+        while at < data.len() {
+            let address = attached.address + start.offset() + at as u64;
+            match attached.userfault.copy(address, &data[at..])? {
+                CopyOutcome::Done => return Ok(()),
+                CopyOutcome::Present(done) => {
+                    at += done as usize;
+                    // Somebody may wait for the page that is there already.
+                    attached
+                        .userfault
+                        .wake(attached.address + start.offset() + at as u64, BLOCK_SIZE as u64)?;
+                    at += BLOCK_SIZE;
+                }
+                CopyOutcome::Again(done) => at += done as usize,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Device for Memory {
+    fn name(&self) -> &DeviceName {
+        &self.name
+    }
+
+    fn blocks(&self) -> u64 {
+        self.blocks
+    }
+
+    fn start_tracking(&self) -> Result<()> {
+        *self.returned.lock().unwrap_or_else(PoisonError::into_inner) = BlockSet::new(self.blocks);
+        self.with_attached("start tracking", |attached| {
+            if attached.tracking == Tracking::None {
+                return Err(io::Error::new(
+                    io::ErrorKind::Unsupported,
+                    "this kernel has no WP_ASYNC (Linux 6.7); move by post-copy",
+                ));
+            }
+            attached.userfault.write_protect(attached.address, self.blocks * BLOCK_SIZE as u64)
+        })
+    }
+
+    fn take_dirty(&self) -> Result<BlockSet> {
+        let mut dirty = std::mem::replace(
+            &mut *self.returned.lock().unwrap_or_else(PoisonError::into_inner),
+            BlockSet::new(self.blocks),
+        );
+        let scanned = self.with_attached("track", |attached| {
+            let base = attached.address;
+            sys::scan_written(
+                &attached.pagemap,
+                base,
+                base + self.blocks * BLOCK_SIZE as u64,
+                |start, end| {
+                    let page = BLOCK_SIZE as u64;
+                    dirty
+                        .insert_range(BlockRange::new((start - base) / page, (end - start) / page));
+                },
+            )
+        });
+        if let Err(error) = scanned {
+            self.put_back(&dirty);
+            return Err(error);
+        }
+        // A block that has not arrived cannot have been written.
+        dirty.subtract(&self.holes().missing);
+        Ok(dirty)
+    }
+
+    fn put_back(&self, blocks: &BlockSet) {
+        self.returned.lock().unwrap_or_else(PoisonError::into_inner).union_with(blocks);
+    }
+
+    fn allocated(&self) -> Result<BlockSet> {
+        use nix::unistd::{Whence, lseek64};
+        let mut set = BlockSet::new(self.blocks);
+        let end = (self.blocks * BLOCK_SIZE as u64) as i64;
+        let mut at = 0;
+        while at < end {
+            let data = match lseek64(&self.file, at, Whence::SeekData) {
+                Ok(data) => data,
+                Err(nix::errno::Errno::ENXIO) => break,
+                Err(error) => return Err(self.error("list", format!("byte {at}"), error.into())),
+            };
+            let hole = lseek64(&self.file, data, Whence::SeekHole)
+                .map_err(|e| self.error("list", format!("byte {data}"), e.into()))?;
+            let first = data as u64 / BLOCK_SIZE as u64;
+            let last = (hole as u64).div_ceil(BLOCK_SIZE as u64);
+            set.insert_range(BlockRange::new(first, last - first));
+            at = hole;
+        }
+        Ok(set)
+    }
+
+    fn read(&self, start: BlockIndex, buf: &mut [u8]) -> Result<()> {
+        let range = BlockRange::new(start.0, (buf.len() / BLOCK_SIZE) as u64);
+        {
+            let holes = self.holes();
+            if let Some(missing) = holes.missing.next_range(start, 1)
+                && missing.start.0 < range.end()
+            {
+                let late = io::Error::new(io::ErrorKind::WouldBlock, "it has not arrived here yet");
+                return Err(self.error("read", missing.start.to_string(), late));
+            }
+        }
+        self.file
+            .read_exact_at(buf, start.offset())
+            .map_err(|e| self.error("read", start.to_string(), e))
+    }
+
+    fn reset(&self) -> Result<()> {
+        {
+            let mut holes = self.holes();
+            holes.missing = BlockSet::new(self.blocks);
+            holes.waiting.clear();
+            holes.demand = None;
+        }
+        *self.returned.lock().unwrap_or_else(PoisonError::into_inner) = BlockSet::new(self.blocks);
+        self.punch(BlockRange::new(0, self.blocks))
+            .map_err(|e| self.error("reset", "all".into(), e))
+    }
+
+    fn store(&self, start: BlockIndex, data: &[u8]) -> Result<()> {
+        self.file
+            .write_all_at(data, start.offset())
+            .map_err(|e| self.error("store", start.to_string(), e))
+    }
+
+    fn store_zero(&self, range: BlockRange) -> Result<()> {
+        self.punch(range).map_err(|e| self.error("store", range.start.to_string(), e))
+    }
+
+    fn arm(&self, missing: &BlockSet, demand: Demand) -> Result<()> {
+        let ready = self.with_attached("arm", |attached| Ok(attached.incoming))?;
+        if !ready {
+            let source = io::Error::other("the monitor is not waiting for memory");
+            return Err(self.error("arm", "mapping".into(), source));
+        }
+        *self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner) = FaultStats::default();
+        {
+            let mut holes = self.holes();
+            holes.missing = missing.clone();
+            holes.waiting.clear();
+            holes.demand = Some(Arc::new(demand));
+        }
+        for range in missing.ranges() {
+            self.punch(range).map_err(|e| self.error("arm", range.start.to_string(), e))?;
+        }
+        Ok(())
+    }
+
+    fn fill(&self, start: BlockIndex, data: &[u8]) -> Result<u64> {
+        let range = BlockRange::new(start.0, (data.len() / BLOCK_SIZE) as u64);
+        let wanted = self.wanted(range);
+        let mut taken = 0;
+        for piece in &wanted {
+            let from = (piece.start.0 - start.0) as usize * BLOCK_SIZE;
+            let bytes = &data[from..from + piece.bytes() as usize];
+            self.with_attached("fill", |attached| Self::copy(attached, piece.start, bytes))?;
+            taken += self.arrived(*piece);
+        }
+        Ok(taken)
+    }
+
+    fn fill_zero(&self, range: BlockRange) -> Result<u64> {
+        // Without a waiter a zero block stays a hole: the fault thread serves it when touched.
+        let (taken, waited) = {
+            let mut holes = self.holes();
+            let mut waited = Vec::new();
+            let mut taken = 0;
+            for block in range.start.0..range.end() {
+                if holes.missing.remove(BlockIndex(block)) {
+                    taken += 1;
+                    if let Some(since) = holes.waiting.remove(&block) {
+                        waited.push((BlockIndex(block), since));
+                    }
+                }
+            }
+            (taken, waited)
+        };
+        for (block, since) in waited {
+            self.with_attached("fill", |attached| Self::copy(attached, block, &faults::ZERO))?;
+            self.shared.served(since);
+        }
+        Ok(taken)
+    }
+
+    fn missing(&self) -> BlockSet {
+        self.holes().missing.clone()
+    }
+
+    fn complete(&self) -> Result<()> {
+        let mut holes = self.holes();
+        if holes.missing.is_empty() {
+            holes.demand = None;
+            return Ok(());
+        }
+        let left = io::Error::other(format!("{} blocks are still missing", holes.missing.len()));
+        drop(holes);
+        Err(self.error("complete", "end".into(), left))
+    }
+}
+
+impl Memory {
+    /// The parts of `range` that are still missing.
+    fn wanted(&self, range: BlockRange) -> Vec<BlockRange> {
+        let holes = self.holes();
+        let mut wanted = Vec::new();
+        let mut at = range.start;
+        while let Some(piece) = holes.missing.next_range(at, range.count) {
+            if piece.start.0 >= range.end() {
+                break;
+            }
+            let end = piece.end().min(range.end());
+            wanted.push(BlockRange::new(piece.start.0, end - piece.start.0));
+            at = BlockIndex(end);
+        }
+        wanted
+    }
+
+    /// Blocks are in place: nobody waits for them any more.
+    fn arrived(&self, range: BlockRange) -> u64 {
+        let mut served = Vec::new();
+        let before;
+        let after;
+        {
+            let mut holes = self.holes();
+            before = holes.missing.len();
+            holes.missing.remove_range(range);
+            after = holes.missing.len();
+            if !holes.waiting.is_empty() {
+                for block in range.start.0..range.end() {
+                    served.extend(holes.waiting.remove(&block));
+                }
+            }
+        }
+        for since in served {
+            self.shared.served(since);
+        }
+        before - after
+    }
+}
+
+impl AsRawFd for Memory {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.file.as_raw_fd()
+    }
+}

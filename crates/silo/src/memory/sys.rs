@@ -1,0 +1,297 @@
+//! The kernel interfaces that memory moves by: userfaultfd, PAGEMAP_SCAN, memfd.
+//!
+//! Numbers and layouts are those of `include/uapi/linux/userfaultfd.h` and `include/uapi/linux/fs.h`
+//! (Linux 6.7). Every function here is checked against the running kernel by the tests of the
+//! parent module.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    ptr,
+};
+
+const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
+const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+const UFFDIO_WAKE: libc::c_ulong = 0x8010_aa02;
+const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
+const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
+const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
+const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
+
+const UFFD_API: u64 = 0xaa;
+const UFFD_EVENT_PAGEFAULT: u8 = 0x12;
+
+/// Kernel features of userfaultfd that memory can use.
+pub mod feature {
+    /// Missing faults on shared memory (Linux 4.11).
+    pub const MISSING_SHMEM: u64 = 1 << 5;
+    /// Write protection on shared memory (5.19).
+    pub const WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
+    /// Write protection of pages that are not there yet (6.4).
+    pub const WP_UNPOPULATED: u64 = 1 << 13;
+    /// Write protection that the kernel lifts by itself: tracking without events (6.7).
+    pub const WP_ASYNC: u64 = 1 << 15;
+}
+
+/// `UFFDIO_REGISTER_MODE_MISSING`.
+pub const REGISTER_MISSING: u64 = 1;
+/// `UFFDIO_REGISTER_MODE_WP`.
+pub const REGISTER_WP: u64 = 2;
+
+const COPY_MODE_WP: u64 = 2;
+const WRITEPROTECT_MODE_WP: u64 = 1;
+const PM_SCAN_WP_MATCHING: u64 = 1;
+const PM_SCAN_CHECK_WPASYNC: u64 = 2;
+const PAGE_IS_WRITTEN: u64 = 2;
+
+#[repr(C)]
+struct ApiArg {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct RegisterArg {
+    start: u64,
+    len: u64,
+    mode: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct RangeArg {
+    start: u64,
+    len: u64,
+}
+
+#[repr(C)]
+struct CopyArg {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    copy: i64,
+}
+
+#[repr(C)]
+struct WriteProtectArg {
+    start: u64,
+    len: u64,
+    mode: u64,
+}
+
+#[repr(C)]
+struct ScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct PageRegion {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+/// `struct uffd_msg` for page faults.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Message {
+    event: u8,
+    reserved: [u8; 7],
+    flags: u64,
+    address: u64,
+    rest: u64,
+}
+
+const _: () = assert!(size_of::<ApiArg>() == 0x18);
+const _: () = assert!(size_of::<RegisterArg>() == 0x20);
+const _: () = assert!(size_of::<CopyArg>() == 0x28);
+const _: () = assert!(size_of::<WriteProtectArg>() == 0x18);
+const _: () = assert!(size_of::<ScanArg>() == 0x60);
+const _: () = assert!(size_of::<Message>() == 32);
+
+fn ioctl<T>(fd: RawFd, request: libc::c_ulong, arg: &mut T) -> io::Result<i32> {
+    // SAFETY: every request in this module takes a pointer to the struct it is called with, whose
+    // size the request number itself encodes (asserted above).
+    let result = unsafe { libc::ioctl(fd, request as _, ptr::from_mut(arg)) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// Makes a userfaultfd for the calling process from an open `/dev/userfaultfd`.
+pub fn new_userfaultfd(device: &File) -> io::Result<OwnedFd> {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    // SAFETY: USERFAULTFD_IOC_NEW takes flags by value and returns a new descriptor.
+    let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW as _, flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel just gave us this descriptor; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Whether a failed copy may be tried again.
+#[derive(Debug)]
+pub enum CopyOutcome {
+    /// All bytes are in place.
+    Done,
+    /// This many bytes are in place; the page after them was there already.
+    Present(u64),
+    /// This many bytes are in place; the mapping changed meanwhile, try the rest again.
+    Again(u64),
+}
+
+/// A userfaultfd over (part of) another process' address space.
+#[derive(Debug)]
+pub struct Userfault {
+    fd: OwnedFd,
+}
+
+impl Userfault {
+    /// Negotiates the features; fails with `EINVAL` where the kernel lacks one.
+    pub fn new(fd: OwnedFd, features: u64) -> io::Result<Self> {
+        let mut arg = ApiArg { api: UFFD_API, features, ioctls: 0 };
+        ioctl(fd.as_raw_fd(), UFFDIO_API, &mut arg)?;
+        Ok(Self { fd })
+    }
+
+    /// The descriptor, for poll.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        use std::os::fd::AsFd;
+        self.fd.as_fd()
+    }
+
+    /// Registers `[start, start + len)` for the modes.
+    pub fn register(&self, start: u64, len: u64, mode: u64) -> io::Result<()> {
+        let mut arg = RegisterArg { start, len, mode, ioctls: 0 };
+        ioctl(self.fd.as_raw_fd(), UFFDIO_REGISTER, &mut arg).map(drop)
+    }
+
+    /// Protects `[start, start + len)`: the next write to each page is seen by [`scan_written`].
+    pub fn write_protect(&self, start: u64, len: u64) -> io::Result<()> {
+        // In pieces, so that the mapping's lock is free now and then.
+        const PIECE: u64 = 64 << 20;
+        let mut at = 0;
+        while at < len {
+            let piece = PIECE.min(len - at);
+            let mut arg =
+                WriteProtectArg { start: start + at, len: piece, mode: WRITEPROTECT_MODE_WP };
+            match ioctl(self.fd.as_raw_fd(), UFFDIO_WRITEPROTECT, &mut arg) {
+                Ok(_) => at += piece,
+                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts `data` at `address` as protected pages and wakes whoever waits for them.
+    pub fn copy(&self, address: u64, data: &[u8]) -> io::Result<CopyOutcome> {
+        let mut arg = CopyArg {
+            dst: address,
+            src: data.as_ptr() as u64,
+            len: data.len() as u64,
+            mode: COPY_MODE_WP,
+            copy: 0,
+        };
+        let error = match ioctl(self.fd.as_raw_fd(), UFFDIO_COPY, &mut arg) {
+            Ok(_) => return Ok(CopyOutcome::Done),
+            Err(error) => error,
+        };
+        let done = u64::try_from(arg.copy).unwrap_or(0);
+        match error.raw_os_error() {
+            Some(libc::EEXIST) => Ok(CopyOutcome::Present(0)),
+            // A short copy is reported as EAGAIN with the count; what stopped it shows next time.
+            Some(libc::EAGAIN) => Ok(CopyOutcome::Again(done)),
+            _ => Err(error),
+        }
+    }
+
+    /// Wakes every thread that waits in the range.
+    pub fn wake(&self, start: u64, len: u64) -> io::Result<()> {
+        let mut arg = RangeArg { start, len };
+        ioctl(self.fd.as_raw_fd(), UFFDIO_WAKE, &mut arg).map(drop)
+    }
+
+    /// Addresses that threads wait for, as many as fit; empty if none is pending.
+    pub fn faults(&self, addresses: &mut Vec<u64>) -> io::Result<()> {
+        let mut messages = [Message::default(); 64];
+        // SAFETY: the buffer is valid for its whole size, and any bytes make valid messages.
+        let read = unsafe {
+            libc::read(self.fd.as_raw_fd(), messages.as_mut_ptr().cast(), size_of_val(&messages))
+        };
+        if read < 0 {
+            let error = io::Error::last_os_error();
+            let none = matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR));
+            return if none { Ok(()) } else { Err(error) };
+        }
+        let count = read as usize / size_of::<Message>();
+        let faults = messages[..count].iter().filter(|m| m.event == UFFD_EVENT_PAGEFAULT);
+        addresses.extend(faults.map(|m| m.address));
+        Ok(())
+    }
+}
+
+/// Calls `found(start, end)` for every run of pages written since they were last protected, and
+/// protects them again, atomically per page. `pagemap` is `/proc/PID/pagemap`.
+pub fn scan_written(
+    pagemap: &File,
+    start: u64,
+    end: u64,
+    mut found: impl FnMut(u64, u64),
+) -> io::Result<()> {
+    let mut regions = vec![PageRegion::default(); 4096];
+    let mut at = start;
+    while at < end {
+        let mut arg = ScanArg {
+            size: size_of::<ScanArg>() as u64,
+            flags: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
+            start: at,
+            end,
+            walk_end: 0,
+            vec: regions.as_mut_ptr() as u64,
+            vec_len: regions.len() as u64,
+            max_pages: 0,
+            category_inverted: 0,
+            category_mask: PAGE_IS_WRITTEN,
+            category_anyof_mask: 0,
+            return_mask: PAGE_IS_WRITTEN,
+        };
+        let count = ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &mut arg)? as usize;
+        for region in &regions[..count.min(regions.len())] {
+            found(region.start, region.end);
+        }
+        if arg.walk_end <= at {
+            return Err(io::Error::other("PAGEMAP_SCAN made no progress"));
+        }
+        at = arg.walk_end;
+    }
+    Ok(())
+}
+
+/// A memfd of `len` bytes, sealed against change of size.
+pub fn memfd(name: &str, len: u64) -> io::Result<OwnedFd> {
+    use nix::{
+        fcntl::{FcntlArg, SealFlag, fcntl},
+        sys::memfd::{MFdFlags, memfd_create},
+        unistd::ftruncate,
+    };
+    let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+    let len = i64::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    ftruncate(&fd, len)?;
+    fcntl(&fd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW))?;
+    Ok(fd)
+}
