@@ -1,3 +1,4 @@
 //! How a machine moves.
 
+pub mod protocol;
 pub mod switchover;

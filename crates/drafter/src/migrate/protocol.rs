@@ -1,0 +1,559 @@
+//! The wire between two runners: frames over two connections, and nothing about machines.
+//!
+//! A session has a *main* connection (control both ways, and all bulk data, so that what the
+//! switchover says comes in order behind the blocks that it refers to) and a *fault* connection
+//! (demands one way, blocks the other way, so that a fault never waits behind bulk data). Each
+//! starts with a [`Preamble`]; then frames follow, each a 32-byte header and a payload:
+//!
+//! ```text
+//!   0  kind     u8     4  length  u32 (payload)     16  b      u64
+//!   1  device   u8     8  a       u64               24  check  u64  XXH3-64 of bytes 0..24 and payload
+//!   2  zero     u16
+//! ```
+//!
+//! Integers are little-endian. `check` is 0 under TLS, whose AEAD does the same work. Control
+//! payloads are JSON, so that fields can be added; block payloads are raw. All bounds are checked
+//! before anything is allocated.
+
+use silo::block::{BLOCK_SIZE, BlockIndex, BlockRange, BlockSet};
+use std::io::{self, Read, Write};
+use xxhash_rust::xxh3::Xxh3;
+
+/// Version of this wire format; both ends must speak the same.
+pub const VERSION: u16 = 1;
+/// Largest payload of a frame, in bytes.
+pub const MAX_PAYLOAD: u32 = 16 << 20;
+/// Blocks in one frame at most: 256 KiB of data.
+pub const MAX_RUN: u64 = 64;
+const MAGIC: [u8; 4] = *b"DRFT";
+const HEADER: usize = 32;
+const PREAMBLE: usize = 24;
+/// Ranges in one list frame: 12 bytes each.
+const RANGES_PER_FRAME: usize = 65_536;
+
+/// A device's number in a session: its position in the group that `Prepare` lists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct DeviceNumber(pub u8);
+
+/// A session's name, drawn at random by the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SessionId(pub [u8; 16]);
+
+/// What a connection of a session is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Control and bulk.
+    Main,
+    /// Demands and their answers.
+    Fault,
+}
+
+/// The first bytes on each connection, from the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Preamble {
+    /// What for.
+    pub role: Role,
+    /// Which session.
+    pub session: SessionId,
+}
+
+/// Why bytes were not accepted.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// The connection failed or ended.
+    #[error("the connection to the peer failed: {0}")]
+    Io(#[from] io::Error),
+    /// Not our protocol.
+    #[error("the peer does not speak drafter's migration protocol (first bytes {0:02x?})")]
+    Foreign([u8; 4]),
+    /// Another version of it.
+    #[error(
+        "the peer speaks version {theirs} of the migration protocol, this is version {VERSION}; update the older side"
+    )]
+    Version {
+        /// The peer's version.
+        theirs: u16,
+    },
+    /// Bytes changed on the way, or a peer that counts wrong.
+    #[error("a frame from the peer is damaged: its checksum does not match")]
+    Damaged,
+    /// Breaks a rule of the format.
+    #[error("the peer sent an invalid frame: {0}")]
+    Invalid(String),
+}
+
+impl Preamble {
+    /// As bytes.
+    #[must_use]
+    pub fn encode(&self) -> [u8; PREAMBLE] {
+        let mut bytes = [0; PREAMBLE];
+        bytes[0..4].copy_from_slice(&MAGIC);
+        bytes[4..6].copy_from_slice(&VERSION.to_le_bytes());
+        bytes[6] = match self.role {
+            Role::Main => 0,
+            Role::Fault => 1,
+        };
+        bytes[8..24].copy_from_slice(&self.session.0);
+        bytes
+    }
+
+    /// Reads one.
+    pub fn read(from: &mut impl Read) -> Result<Self, WireError> {
+        let mut bytes = [0; PREAMBLE];
+        from.read_exact(&mut bytes)?;
+        let magic = array(&bytes[0..4]);
+        if magic != MAGIC {
+            return Err(WireError::Foreign(magic));
+        }
+        let theirs = u16::from_le_bytes(array(&bytes[4..6]));
+        if theirs != VERSION {
+            return Err(WireError::Version { theirs });
+        }
+        let role = match bytes[6] {
+            0 => Role::Main,
+            1 => Role::Fault,
+            other => return Err(WireError::Invalid(format!("connection role {other}"))),
+        };
+        Ok(Self { role, session: SessionId(array(&bytes[8..24])) })
+    }
+}
+
+/// One frame, as received.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Frame {
+    /// S→D. What is to move (JSON of `PrepareRequest`).
+    Prepare(Vec<u8>),
+    /// D→S. Refusals, or what the destination has ready (JSON of `Verdict`).
+    Verdict(Vec<u8>),
+    /// Whole blocks.
+    Blocks {
+        /// Of which device.
+        device: DeviceNumber,
+        /// The first block.
+        start: BlockIndex,
+        /// Their content.
+        data: Vec<u8>,
+    },
+    /// Blocks that are zero.
+    Zero {
+        /// Of which device.
+        device: DeviceNumber,
+        /// Which.
+        range: BlockRange,
+    },
+    /// S→D. A round of pre-copy ends here.
+    RoundEnd(u64),
+    /// D→S. Everything before that `RoundEnd` is in place.
+    RoundApplied(u64),
+    /// S→D, in the flight. Blocks whose latest content has not been sent.
+    Missing {
+        /// Of which device.
+        device: DeviceNumber,
+        /// Which.
+        ranges: Vec<BlockRange>,
+    },
+    /// S→D, ends the flight: authority, and the machine's device state.
+    Token {
+        /// JSON of `TokenMeta`.
+        meta: Vec<u8>,
+        /// The driver's state.
+        state: Vec<u8>,
+    },
+    /// D→S. "Attempt, serial, good for this many milliseconds from sending, on my clock."
+    Offer {
+        /// Attempt of this session.
+        attempt: u64,
+        /// Counts up.
+        serial: u64,
+        /// Validity.
+        good_for_ms: u32,
+    },
+    /// D→S. The destination will not run this attempt.
+    Refused {
+        /// Which attempt.
+        attempt: u64,
+        /// For people.
+        reason: String,
+    },
+    /// D→S. The destination owns the machine (JSON of `Confirmation`).
+    Confirmed(Vec<u8>),
+    /// S→D. What the source answered to a FLUSH is durable.
+    SourceDurable {
+        /// Of which attempt.
+        attempt: u64,
+    },
+    /// S→D. Every missing block has been sent once.
+    BulkEnd,
+    /// D→S. Every block is durable at the destination: the source may die.
+    Durable {
+        /// The destination's epoch.
+        epoch: u64,
+    },
+    /// Either way: this attempt ends, with the reason for people.
+    Abort(String),
+    /// D→S on the fault connection.
+    Demand {
+        /// Of which device.
+        device: DeviceNumber,
+        /// Which blocks.
+        range: BlockRange,
+    },
+    /// Either way.
+    Ping(u64),
+    /// The answer.
+    Pong(u64),
+    /// A kind that this version does not know; skipped by readers.
+    Unknown(u8),
+}
+
+mod kind {
+    pub(super) const PREPARE: u8 = 1;
+    pub(super) const VERDICT: u8 = 2;
+    pub(super) const BLOCKS: u8 = 3;
+    pub(super) const ZERO: u8 = 4;
+    pub(super) const ROUND_END: u8 = 5;
+    pub(super) const ROUND_APPLIED: u8 = 6;
+    pub(super) const MISSING: u8 = 7;
+    pub(super) const TOKEN: u8 = 8;
+    pub(super) const OFFER: u8 = 9;
+    pub(super) const REFUSED: u8 = 10;
+    pub(super) const CONFIRMED: u8 = 11;
+    pub(super) const SOURCE_DURABLE: u8 = 12;
+    pub(super) const BULK_END: u8 = 13;
+    pub(super) const DURABLE: u8 = 14;
+    pub(super) const ABORT: u8 = 15;
+    pub(super) const DEMAND: u8 = 16;
+    pub(super) const PING: u8 = 17;
+    pub(super) const PONG: u8 = 18;
+}
+
+fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {
+    let mut out = [0; N];
+    out.copy_from_slice(bytes);
+    out
+}
+
+/// Writes frames; counts bytes.
+pub struct FrameWriter<W> {
+    to: W,
+    checked: bool,
+    sent: u64,
+}
+
+impl<W: Write> FrameWriter<W> {
+    /// `checked`: add checksums (a plaintext connection).
+    pub fn new(to: W, checked: bool) -> Self {
+        Self { to, checked, sent: 0 }
+    }
+
+    /// Bytes written so far.
+    pub fn sent(&self) -> u64 {
+        self.sent
+    }
+
+    /// Sends what is buffered.
+    pub fn flush(&mut self) -> io::Result<()> {
+        self.to.flush()
+    }
+
+    fn put(&mut self, kind: u8, device: u8, a: u64, b: u64, parts: &[&[u8]]) -> io::Result<()> {
+        let length: usize = parts.iter().map(|p| p.len()).sum();
+        let Some(length) = u32::try_from(length).ok().filter(|l| *l <= MAX_PAYLOAD) else {
+            let text = format!("a frame of {length} bytes exceeds {MAX_PAYLOAD}");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        };
+        let mut header = [0; HEADER];
+        header[0] = kind;
+        header[1] = device;
+        header[4..8].copy_from_slice(&length.to_le_bytes());
+        header[8..16].copy_from_slice(&a.to_le_bytes());
+        header[16..24].copy_from_slice(&b.to_le_bytes());
+        if self.checked {
+            let mut hash = Xxh3::new();
+            hash.update(&header[..24]);
+            parts.iter().for_each(|part| hash.update(part));
+            header[24..32].copy_from_slice(&hash.digest().to_le_bytes());
+        }
+        self.to.write_all(&header)?;
+        for part in parts {
+            self.to.write_all(part)?;
+        }
+        self.sent += (HEADER + length as usize) as u64;
+        Ok(())
+    }
+
+    /// Sends whole blocks without copying them into a [`Frame`] first.
+    pub fn blocks(
+        &mut self,
+        device: DeviceNumber,
+        start: BlockIndex,
+        data: &[u8],
+    ) -> io::Result<()> {
+        self.put(kind::BLOCKS, device.0, start.0, 0, &[data])
+    }
+
+    /// Sends a set as as many `Missing` frames as it takes.
+    pub fn missing(&mut self, device: DeviceNumber, set: &BlockSet) -> io::Result<()> {
+        let ranges: Vec<BlockRange> = set.ranges().collect();
+        for piece in ranges.chunks(RANGES_PER_FRAME) {
+            self.write(&Frame::Missing { device, ranges: piece.to_vec() })?;
+        }
+        Ok(())
+    }
+
+    /// Sends any frame.
+    pub fn write(&mut self, frame: &Frame) -> io::Result<()> {
+        match frame {
+            Frame::Prepare(json) => self.put(kind::PREPARE, 0, 0, 0, &[json]),
+            Frame::Verdict(json) => self.put(kind::VERDICT, 0, 0, 0, &[json]),
+            Frame::Blocks { device, start, data } => self.blocks(*device, *start, data),
+            Frame::Zero { device, range } => {
+                self.put(kind::ZERO, device.0, range.start.0, range.count, &[])
+            }
+            Frame::RoundEnd(round) => self.put(kind::ROUND_END, 0, *round, 0, &[]),
+            Frame::RoundApplied(round) => self.put(kind::ROUND_APPLIED, 0, *round, 0, &[]),
+            Frame::Missing { device, ranges } => {
+                let mut bytes = Vec::with_capacity(ranges.len() * 12);
+                for range in ranges {
+                    bytes.extend_from_slice(&range.start.0.to_le_bytes());
+                    let count = u32::try_from(range.count)
+                        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+                    bytes.extend_from_slice(&count.to_le_bytes());
+                }
+                self.put(kind::MISSING, device.0, 0, 0, &[&bytes])
+            }
+            Frame::Token { meta, state } => {
+                self.put(kind::TOKEN, 0, meta.len() as u64, 0, &[meta, state])
+            }
+            Frame::Offer { attempt, serial, good_for_ms } => {
+                self.put(kind::OFFER, 0, *attempt, *serial, &[&good_for_ms.to_le_bytes()])
+            }
+            Frame::Refused { attempt, reason } => {
+                self.put(kind::REFUSED, 0, *attempt, 0, &[reason.as_bytes()])
+            }
+            Frame::Confirmed(json) => self.put(kind::CONFIRMED, 0, 0, 0, &[json]),
+            Frame::SourceDurable { attempt } => self.put(kind::SOURCE_DURABLE, 0, *attempt, 0, &[]),
+            Frame::BulkEnd => self.put(kind::BULK_END, 0, 0, 0, &[]),
+            Frame::Durable { epoch } => self.put(kind::DURABLE, 0, *epoch, 0, &[]),
+            Frame::Abort(reason) => self.put(kind::ABORT, 0, 0, 0, &[reason.as_bytes()]),
+            Frame::Demand { device, range } => {
+                self.put(kind::DEMAND, device.0, range.start.0, range.count, &[])
+            }
+            Frame::Ping(nonce) => self.put(kind::PING, 0, *nonce, 0, &[]),
+            Frame::Pong(nonce) => self.put(kind::PONG, 0, *nonce, 0, &[]),
+            Frame::Unknown(kind) => self.put(*kind, 0, 0, 0, &[]),
+        }
+    }
+}
+
+/// Reads frames.
+pub struct FrameReader<R> {
+    from: R,
+    checked: bool,
+}
+
+impl<R: Read> FrameReader<R> {
+    /// `checked`: the connection is plaintext and frames carry checksums.
+    pub fn new(from: R, checked: bool) -> Self {
+        Self { from, checked }
+    }
+
+    /// The next frame; an error ends the connection.
+    pub fn read(&mut self) -> Result<Frame, WireError> {
+        let mut header = [0; HEADER];
+        self.from.read_exact(&mut header)?;
+        let length = u32::from_le_bytes(array(&header[4..8]));
+        if length > MAX_PAYLOAD {
+            return Err(WireError::Invalid(format!("a payload of {length} bytes")));
+        }
+        let mut payload = Vec::new();
+        let read = Read::take(&mut self.from, u64::from(length)).read_to_end(&mut payload)?;
+        if read != length as usize {
+            return Err(WireError::Io(io::ErrorKind::UnexpectedEof.into()));
+        }
+        if self.checked {
+            let mut hash = Xxh3::new();
+            hash.update(&header[..24]);
+            hash.update(&payload);
+            if hash.digest() != u64::from_le_bytes(array(&header[24..32])) {
+                return Err(WireError::Damaged);
+            }
+        }
+        decode(&header, payload)
+    }
+}
+
+fn text(payload: Vec<u8>) -> Result<String, WireError> {
+    String::from_utf8(payload).map_err(|_| WireError::Invalid("text that is not UTF-8".into()))
+}
+
+fn run(a: u64, b: u64) -> Result<BlockRange, WireError> {
+    if b == 0 || a.checked_add(b).is_none() {
+        return Err(WireError::Invalid(format!("{b} blocks from block {a}")));
+    }
+    Ok(BlockRange::new(a, b))
+}
+
+fn decode(header: &[u8; HEADER], mut payload: Vec<u8>) -> Result<Frame, WireError> {
+    let device = DeviceNumber(header[1]);
+    let a = u64::from_le_bytes(array(&header[8..16]));
+    let b = u64::from_le_bytes(array(&header[16..24]));
+    Ok(match header[0] {
+        kind::PREPARE => Frame::Prepare(payload),
+        kind::VERDICT => Frame::Verdict(payload),
+        kind::BLOCKS => {
+            if payload.is_empty() || payload.len() % BLOCK_SIZE != 0 {
+                let text = format!("{} bytes are not whole blocks", payload.len());
+                return Err(WireError::Invalid(text));
+            }
+            run(a, (payload.len() / BLOCK_SIZE) as u64)?;
+            Frame::Blocks { device, start: BlockIndex(a), data: payload }
+        }
+        kind::ZERO => Frame::Zero { device, range: run(a, b)? },
+        kind::ROUND_END => Frame::RoundEnd(a),
+        kind::ROUND_APPLIED => Frame::RoundApplied(a),
+        kind::MISSING => {
+            if payload.len() % 12 != 0 {
+                return Err(WireError::Invalid(format!("a list of {} bytes", payload.len())));
+            }
+            let ranges = payload
+                .chunks_exact(12)
+                .map(|r| {
+                    let start = u64::from_le_bytes(array(&r[0..8]));
+                    run(start, u64::from(u32::from_le_bytes(array(&r[8..12]))))
+                })
+                .collect::<Result<_, _>>()?;
+            Frame::Missing { device, ranges }
+        }
+        kind::TOKEN => {
+            let split = usize::try_from(a).ok().filter(|at| *at <= payload.len());
+            let Some(split) = split else {
+                return Err(WireError::Invalid("a token shorter than it says".into()));
+            };
+            let state = payload.split_off(split);
+            Frame::Token { meta: payload, state }
+        }
+        kind::OFFER => {
+            let Ok(good) = <[u8; 4]>::try_from(payload.as_slice()) else {
+                return Err(WireError::Invalid("an offer without validity".into()));
+            };
+            Frame::Offer { attempt: a, serial: b, good_for_ms: u32::from_le_bytes(good) }
+        }
+        kind::REFUSED => Frame::Refused { attempt: a, reason: text(payload)? },
+        kind::CONFIRMED => Frame::Confirmed(payload),
+        kind::SOURCE_DURABLE => Frame::SourceDurable { attempt: a },
+        kind::BULK_END => Frame::BulkEnd,
+        kind::DURABLE => Frame::Durable { epoch: a },
+        kind::ABORT => Frame::Abort(text(payload)?),
+        kind::DEMAND => Frame::Demand { device, range: run(a, b)? },
+        kind::PING => Frame::Ping(a),
+        kind::PONG => Frame::Pong(a),
+        other => Frame::Unknown(other),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn bytes_of(frame: &Frame, checked: bool) -> Vec<u8> {
+        let mut out = Vec::new();
+        FrameWriter::new(&mut out, checked).write(frame).unwrap();
+        out
+    }
+
+    fn arbitrary_frame() -> impl Strategy<Value = Frame> {
+        let device = any::<u8>().prop_map(DeviceNumber);
+        let range = (0u64..1 << 40, 1u64..1 << 20).prop_map(|(s, c)| BlockRange::new(s, c));
+        let bytes = proptest::collection::vec(any::<u8>(), 0..64);
+        prop_oneof![
+            bytes.clone().prop_map(Frame::Prepare),
+            bytes.clone().prop_map(Frame::Confirmed),
+            (device.clone(), 0u64..1 << 40, 1usize..3).prop_map(|(device, start, n)| {
+                Frame::Blocks { device, start: BlockIndex(start), data: vec![7; n * BLOCK_SIZE] }
+            }),
+            (device.clone(), range.clone())
+                .prop_map(|(device, range)| Frame::Zero { device, range }),
+            (device.clone(), range.clone())
+                .prop_map(|(device, range)| Frame::Demand { device, range }),
+            (device, proptest::collection::vec(range, 0..9))
+                .prop_map(|(device, ranges)| Frame::Missing { device, ranges }),
+            (bytes.clone(), bytes).prop_map(|(meta, state)| Frame::Token { meta, state }),
+            (any::<u64>(), any::<u64>(), any::<u32>()).prop_map(
+                |(attempt, serial, good_for_ms)| { Frame::Offer { attempt, serial, good_for_ms } }
+            ),
+            (any::<u64>(), ".{0,40}")
+                .prop_map(|(attempt, reason)| Frame::Refused { attempt, reason }),
+            any::<u64>().prop_map(Frame::RoundEnd),
+            any::<u64>().prop_map(|epoch| Frame::Durable { epoch }),
+            Just(Frame::BulkEnd),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn every_frame_comes_back_as_it_was_sent(frame in arbitrary_frame(), checked: bool) {
+            let bytes = bytes_of(&frame, checked);
+            prop_assert_eq!(FrameReader::new(&bytes[..], checked).read().unwrap(), frame);
+        }
+
+        #[test]
+        fn a_damaged_or_cut_frame_is_refused(frame in arbitrary_frame(), at: usize, bit in 0u8..8) {
+            let mut bytes = bytes_of(&frame, true);
+            let cut = at % bytes.len();
+            prop_assert!(FrameReader::new(&bytes[..cut], true).read().is_err());
+            bytes[cut] ^= 1 << bit;
+            prop_assert!(FrameReader::new(&bytes[..], true).read().is_err());
+        }
+
+        #[test]
+        fn no_bytes_make_the_reader_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = FrameReader::new(&bytes[..], false).read();
+            let _ = Preamble::read(&mut &bytes[..]);
+        }
+    }
+
+    #[test]
+    fn golden_bytes_of_version_1() {
+        let preamble = Preamble { role: Role::Fault, session: SessionId([0xab; 16]) };
+        let mut expected = b"DRFT\x01\x00\x01\x00".to_vec();
+        expected.extend([0xab; 16]);
+        assert_eq!(preamble.encode().to_vec(), expected);
+
+        let demand = Frame::Demand { device: DeviceNumber(2), range: BlockRange::new(0x1234, 3) };
+        let mut expected = vec![16, 2, 0, 0, 0, 0, 0, 0, 0x34, 0x12, 0, 0, 0, 0, 0, 0];
+        expected.extend([3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(bytes_of(&demand, false), expected);
+
+        let token = Frame::Token { meta: b"{}".to_vec(), state: vec![9, 8, 7] };
+        let mut expected = vec![8, 0, 0, 0, 5, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0];
+        expected.extend([0; 16]);
+        expected.extend(b"{}\x09\x08\x07");
+        assert_eq!(bytes_of(&token, false), expected);
+
+        let missing =
+            Frame::Missing { device: DeviceNumber(1), ranges: vec![BlockRange::new(5, 2)] };
+        let bytes = bytes_of(&missing, true);
+        assert_eq!(&bytes[..8], [7, 1, 0, 0, 12, 0, 0, 0]);
+        assert_eq!(&bytes[32..], [5, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_foreign_or_newer_peer_is_named() {
+        let http = b"GET / HTTP/1.1\r\nHost: example\r\n\r\n";
+        assert!(matches!(Preamble::read(&mut &http[..]), Err(WireError::Foreign(_))));
+        let mut newer = Preamble { role: Role::Main, session: SessionId([0; 16]) }.encode();
+        newer[4] = 9;
+        let error = Preamble::read(&mut &newer[..]).unwrap_err();
+        assert!(matches!(error, WireError::Version { theirs: 9 }), "{error}");
+    }
+
+    #[test]
+    fn a_huge_length_allocates_nothing() {
+        let mut header = [0u8; 32];
+        header[0] = 3;
+        header[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert!(matches!(FrameReader::new(&header[..], false).read(), Err(WireError::Invalid(_))));
+    }
+}
