@@ -1,4 +1,33 @@
 //! How a machine moves.
+//!
+//! ```text
+//!   source                                                destination
+//!   ------                                                -----------
+//!   Prepare ───────────────────────────────────────────▶  checks, builds everything
+//!           ◀───────────────────────────────── Verdict    paused machine, faults, disks, tap
+//!           ◀────────────────────────────────── Offer …   renewed while it holds
+//!   Blocks, Zero, RoundEnd ────────────────────────────▶  stored
+//!           ◀──────────────────────────── RoundApplied    (rounds repeat)
+//!   lease: handing-to(n)
+//!   pause ─ frames flip to the destination
+//!   ┌ hot Blocks, Missing lists, Token(n, k, state) ───▶  arm, load, run, take the lease
+//!   │ one flight                                          frames leave when the lease is won
+//!   └ SourceDurable ───────────────────────────────────▶  and the source's flushes are durable
+//!           ◀────────────────────────────── Confirmed
+//!   Blocks … BulkEnd ──────────────────────────────────▶  filled
+//!           ◀══ Demand ══  ══ Blocks ══▶                  faults, on their own connection
+//!           ◀──────────────────────────────── Durable     the source may go
+//! ```
+//!
+//! [`protocol`] is the wire, [`messages`] its JSON payloads, [`planner`] decides when to switch
+//! over, [`switchover`] decides who may run, [`source`] and [`destination`] do the work over a
+//! [`link`] and a machine behind a trait, [`timings`] is what they report.
 
+pub mod destination;
+pub mod link;
+pub mod messages;
+pub mod planner;
 pub mod protocol;
+pub mod source;
 pub mod switchover;
+pub mod timings;

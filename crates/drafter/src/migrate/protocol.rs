@@ -184,11 +184,9 @@ pub enum Frame {
     },
     /// S→D. Every missing block has been sent once.
     BulkEnd,
-    /// D→S. Every block is durable at the destination: the source may die.
-    Durable {
-        /// The destination's epoch.
-        epoch: u64,
-    },
+    /// D→S. Every block is durable at the destination: the source may die (JSON of
+    /// `DurableReport`).
+    Durable(Vec<u8>),
     /// Either way: this attempt ends, with the reason for people.
     Abort(String),
     /// D→S on the fault connection.
@@ -334,7 +332,7 @@ impl<W: Write> FrameWriter<W> {
             Frame::Confirmed(json) => self.put(kind::CONFIRMED, 0, 0, 0, &[json]),
             Frame::SourceDurable { attempt } => self.put(kind::SOURCE_DURABLE, 0, *attempt, 0, &[]),
             Frame::BulkEnd => self.put(kind::BULK_END, 0, 0, 0, &[]),
-            Frame::Durable { epoch } => self.put(kind::DURABLE, 0, *epoch, 0, &[]),
+            Frame::Durable(json) => self.put(kind::DURABLE, 0, 0, 0, &[json]),
             Frame::Abort(reason) => self.put(kind::ABORT, 0, 0, 0, &[reason.as_bytes()]),
             Frame::Demand { device, range } => {
                 self.put(kind::DEMAND, device.0, range.start.0, range.count, &[])
@@ -443,7 +441,7 @@ fn decode(header: &[u8; HEADER], mut payload: Vec<u8>) -> Result<Frame, WireErro
         kind::CONFIRMED => Frame::Confirmed(payload),
         kind::SOURCE_DURABLE => Frame::SourceDurable { attempt: a },
         kind::BULK_END => Frame::BulkEnd,
-        kind::DURABLE => Frame::Durable { epoch: a },
+        kind::DURABLE => Frame::Durable(payload),
         kind::ABORT => Frame::Abort(text(payload)?),
         kind::DEMAND => Frame::Demand { device, range: run(a, b)? },
         kind::PING => Frame::Ping(a),
@@ -486,7 +484,7 @@ mod tests {
             (any::<u64>(), ".{0,40}")
                 .prop_map(|(attempt, reason)| Frame::Refused { attempt, reason }),
             any::<u64>().prop_map(Frame::RoundEnd),
-            any::<u64>().prop_map(|epoch| Frame::Durable { epoch }),
+            proptest::collection::vec(any::<u8>(), 0..9).prop_map(Frame::Durable),
             Just(Frame::BulkEnd),
         ]
     }

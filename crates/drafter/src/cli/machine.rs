@@ -1,0 +1,275 @@
+//! Commands about one machine: status, inspect, console, exec, suspend, stop, remove, stays, certs.
+
+use super::{Format, StateArgs, output::bytes};
+use crate::{
+    driver::qemu,
+    runner::{
+        api::{Client, OutputStream, Reply, Request, Status},
+        state::{MachineDir, RunnerRecord},
+    },
+};
+use anyhow::{Context, bail};
+use clap::{Args, Subcommand};
+use std::{
+    collections::BTreeMap,
+    io::{Read, Seek, SeekFrom, Write},
+    path::PathBuf,
+    time::Duration,
+};
+
+/// A machine by name.
+#[derive(Args, Debug)]
+pub struct NameArgs {
+    /// The machine's name
+    name: String,
+}
+
+/// `drafter console`.
+#[derive(Args, Debug)]
+pub struct ConsoleArgs {
+    /// The machine's name
+    name: String,
+    /// Go on printing until Ctrl-C
+    #[arg(long, short)]
+    follow: bool,
+}
+
+/// `drafter exec`.
+#[derive(Args, Debug)]
+pub struct ExecArgs {
+    /// The machine's name
+    name: String,
+    /// Ends the command after this many seconds
+    #[arg(long, default_value_t = 3600)]
+    timeout_s: u64,
+    /// NAME=VALUE for the command's environment
+    #[arg(long, short)]
+    env: Vec<String>,
+    /// Program and arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    argv: Vec<String>,
+}
+
+/// `drafter suspend`.
+#[derive(Args, Debug)]
+pub struct SuspendArgs {
+    /// The machine's name
+    name: String,
+    /// An empty or absent directory
+    #[arg(long)]
+    to: PathBuf,
+}
+
+/// `drafter stop`.
+#[derive(Args, Debug)]
+pub struct StopArgs {
+    /// The machine's name
+    name: String,
+    /// How long the guest may take to shut down, seconds; 0 ends it at once
+    #[arg(long, default_value_t = 20)]
+    grace_s: u64,
+}
+
+/// `drafter remove`.
+#[derive(Args, Debug)]
+pub struct RemoveArgs {
+    /// The machine's name
+    name: String,
+}
+
+/// `drafter stay`.
+#[derive(Subcommand, Debug)]
+pub enum StayCommand {
+    /// Empty what is kept of an earlier stay of a machine
+    Drop(NameArgs),
+}
+
+/// `drafter cert`.
+#[derive(Subcommand, Debug)]
+pub enum CertCommand {
+    /// Make an authority and certificates for hosts, all in one go
+    Create {
+        /// Directory for ca.crt and NAME.crt, NAME.key
+        #[arg(long)]
+        dir: PathBuf,
+        /// How long the certificates are valid, days
+        #[arg(long, default_value_t = 90)]
+        days: u64,
+        /// Names of hosts
+        #[arg(required = true)]
+        hosts: Vec<String>,
+    },
+}
+
+fn dir(state: &StateArgs, name: &str) -> anyhow::Result<MachineDir> {
+    crate::runner::state::check_name(name).map_err(anyhow::Error::msg)?;
+    Ok(MachineDir::at(&state.state, name))
+}
+
+fn connect(state: &StateArgs, name: &str) -> anyhow::Result<Client> {
+    Ok(Client::connect(&dir(state, name)?.socket())?)
+}
+
+pub(super) fn status(args: &NameArgs, state: &StateArgs, format: Format) -> anyhow::Result<()> {
+    let mut client = connect(state, &args.name)?;
+    client.set_deadline(Some(Duration::from_secs(10)))?;
+    let status: Status = client.get(&Request::Status)?;
+    format.print(&status, || {
+        let mut text = format!("{} on {}: {}", status.machine, status.host, status.state);
+        if !status.detail.is_empty() {
+            text += &format!(" ({})", status.detail);
+        }
+        if let (Some(owner), Some(epoch)) = (&status.lease_owner, status.epoch) {
+            text += &format!("\nlease: {owner}, epoch {epoch}");
+        }
+        for (device, left) in &status.missing {
+            if *left > 0 {
+                text += &format!("\nmissing: {} of {device}", bytes(left * 4096));
+            }
+        }
+        if status.stay_bytes > 0 {
+            text += &format!("\nkept of an earlier stay: {}", bytes(status.stay_bytes));
+        }
+        for report in &status.moves {
+            text += &format!("\n{report}");
+        }
+        text
+    })
+}
+
+pub(super) fn inspect(args: &NameArgs, state: &StateArgs) -> anyhow::Result<()> {
+    let dir = dir(state, &args.name)?;
+    let value = match Client::connect(&dir.socket()) {
+        Ok(mut client) => {
+            client.set_deadline(Some(Duration::from_secs(10)))?;
+            client.call(&Request::Inspect, |_| {})?
+        }
+        Err(no_runner) => match dir.read_record()? {
+            Some(record) => serde_json::to_value(record)?,
+            None => return Err(no_runner.into()),
+        },
+    };
+    println!("{}", serde_json::to_string_pretty(&value)?);
+    Ok(())
+}
+
+pub(super) fn console(args: &ConsoleArgs, state: &StateArgs) -> anyhow::Result<()> {
+    let path = dir(state, &args.name)?.run().join("console.log");
+    let mut file = std::fs::File::open(&path)
+        .with_context(|| format!("no console log of \"{}\" on this host ({})", args.name, path.display()))?;
+    let mut out = std::io::stdout().lock();
+    let mut seen = 0;
+    loop {
+        let mut chunk = Vec::new();
+        file.read_to_end(&mut chunk)?;
+        seen += chunk.len() as u64;
+        out.write_all(&chunk)?;
+        out.flush()?;
+        if !args.follow {
+            return Ok(());
+        }
+        if file.metadata()?.len() < seen {
+            seen = file.seek(SeekFrom::Start(0))?;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+pub(super) fn exec(args: ExecArgs, state: &StateArgs, format: Format) -> anyhow::Result<()> {
+    let mut env = BTreeMap::new();
+    for pair in args.env {
+        let Some((name, value)) = pair.split_once('=') else {
+            bail!("\"{pair}\" is not NAME=VALUE");
+        };
+        env.insert(name.to_owned(), value.to_owned());
+    }
+    let mut client = connect(state, &args.name)?;
+    let request = Request::Exec { argv: args.argv, env, timeout_s: args.timeout_s };
+    let (mut stdout, mut stderr) = (String::new(), String::new());
+    let value = client.call(&request, |reply| {
+        if let Reply::Output { stream, text } = reply {
+            match (format, stream) {
+                (Format::Human, OutputStream::Stdout) => print!("{text}"),
+                (Format::Human, OutputStream::Stderr) => eprint!("{text}"),
+                (Format::Json, OutputStream::Stdout) => stdout.push_str(text),
+                (Format::Json, OutputStream::Stderr) => stderr.push_str(text),
+            }
+            let _ = std::io::stdout().flush();
+        }
+    })?;
+    let code = value.get("exit_code").and_then(serde_json::Value::as_i64);
+    if format == Format::Json {
+        let all = serde_json::json!({ "result": value, "stdout": stdout, "stderr": stderr });
+        println!("{}", serde_json::to_string_pretty(&all)?);
+    }
+    match code {
+        Some(0) => Ok(()),
+        Some(code) => std::process::exit(i32::try_from(code).unwrap_or(1)),
+        None => bail!("the command did not end by itself: {value}"),
+    }
+}
+
+pub(super) fn suspend(args: SuspendArgs, state: &StateArgs, format: Format) -> anyhow::Result<()> {
+    let directory = std::path::absolute(&args.to)?;
+    let value = connect(state, &args.name)?.call(&Request::Suspend { directory }, |_| {})?;
+    format.print(&value, || format!("\"{}\" is suspended in {}", args.name, args.to.display()))
+}
+
+pub(super) fn stop(args: &StopArgs, state: &StateArgs, format: Format) -> anyhow::Result<()> {
+    let dir = dir(state, &args.name)?;
+    let value = match Client::connect(&dir.socket()) {
+        Ok(mut client) => {
+            client.set_deadline(Some(Duration::from_secs(args.grace_s + 60)))?;
+            client.call(&Request::Stop { grace_s: args.grace_s }, |_| {})?
+        }
+        Err(no_runner) => {
+            // A monitor that lost its runner can be ended all the same.
+            if !qemu::stop_without_runner(&dir.run())? {
+                return Err(no_runner.into());
+            }
+            serde_json::json!("its monitor, which had no runner, was ended")
+        }
+    };
+    format.print(&value, || format!("\"{}\" stopped: {}", args.name, value.as_str().unwrap_or("")))
+}
+
+pub(super) fn remove(args: &RemoveArgs, state: &StateArgs, format: Format) -> anyhow::Result<()> {
+    let dir = dir(state, &args.name)?;
+    if !dir.root().exists() {
+        bail!("this host has nothing of a machine \"{}\"", args.name);
+    }
+    if dir.read_record()?.as_ref().is_some_and(RunnerRecord::alive) {
+        bail!("\"{}\" has a runner on this host: stop it first", args.name);
+    }
+    if qemu::monitor_without_runner(&dir.run()).is_some() {
+        bail!("the monitor of \"{}\" still runs on this host: stop it first", args.name);
+    }
+    std::fs::remove_dir_all(dir.root())
+        .with_context(|| format!("removing {}", dir.root().display()))?;
+    format.print(&serde_json::json!({ "removed": args.name }), || {
+        format!("removed what this host kept of \"{}\"", args.name)
+    })
+}
+
+pub(super) fn stay(command: &StayCommand, state: &StateArgs, format: Format) -> anyhow::Result<()> {
+    let StayCommand::Drop(args) = command;
+    let value = connect(state, &args.name)?.call(&Request::DropStay, |_| {})?;
+    let freed = value.as_u64().unwrap_or(0);
+    format.print(&value, || format!("{} are free again", bytes(freed)))
+}
+
+pub(super) fn cert(command: CertCommand, format: Format) -> anyhow::Result<()> {
+    let CertCommand::Create { dir, days, hosts } = command;
+    let authority = if dir.join("ca.key").exists() {
+        identity::Authority::open(&dir)?
+    } else {
+        identity::Authority::create(&dir)?
+    };
+    for host in &hosts {
+        let name = identity::HostName::new(host)?;
+        authority.issue(&name, Duration::from_secs(days * 86_400))?;
+    }
+    format.print(&serde_json::json!({ "dir": dir, "hosts": hosts }), || {
+        format!("certificates for {} in {}", hosts.join(", "), dir.display())
+    })
+}

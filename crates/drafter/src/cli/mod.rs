@@ -1,0 +1,90 @@
+//! The subcommands about machines. `drafter` and `architect` both mount [`Command`].
+//!
+//! A command talks to a runner over its API socket and owns nothing: ending it harms no machine.
+
+mod list;
+mod machine;
+mod moves;
+mod output;
+pub mod package;
+mod run;
+
+pub use output::{Format, fail};
+
+use clap::{Args, Subcommand};
+use std::path::PathBuf;
+
+/// Where a host keeps its machines.
+#[derive(Args, Clone, Debug)]
+pub struct StateArgs {
+    /// The host's state directory
+    #[arg(long, env = "DRAFTER_STATE", default_value = crate::runner::state::DEFAULT_STATE, global = true)]
+    pub state: PathBuf,
+    /// Print JSON
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+/// Machines, packages, certificates.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Run a package as a machine on this host
+    Run(run::RunArgs),
+    /// Wait here for a machine that moves to this host
+    Receive(run::ReceiveArgs),
+    /// Start a suspended machine again
+    Resume(run::ResumeArgs),
+    /// List the machines of this host
+    List,
+    /// Where a machine is, who may run it, what is missing
+    Status(machine::NameArgs),
+    /// Everything that is known about a machine
+    Inspect(machine::NameArgs),
+    /// Print the machine's console
+    Console(machine::ConsoleArgs),
+    /// Run a command inside a machine
+    Exec(machine::ExecArgs),
+    /// Move a machine to another host
+    Migrate(moves::MigrateArgs),
+    /// Follow or cancel a move
+    #[command(subcommand)]
+    Job(moves::JobCommand),
+    /// Save a machine to a directory and end it here
+    Suspend(machine::SuspendArgs),
+    /// End a machine
+    Stop(machine::StopArgs),
+    /// Remove what this host keeps of a machine that does not run here
+    Remove(machine::RemoveArgs),
+    /// What this host keeps of machines that moved away
+    #[command(subcommand)]
+    Stay(machine::StayCommand),
+    /// Build and check packages
+    #[command(subcommand)]
+    Package(package::PackageCommand),
+    /// Make the certificates that hosts prove themselves with
+    #[command(subcommand)]
+    Cert(machine::CertCommand),
+}
+
+/// Runs a command.
+pub fn execute(command: Command, state: &StateArgs) -> anyhow::Result<()> {
+    let format = if state.json { Format::Json } else { Format::Human };
+    match command {
+        Command::Run(args) => run::run(args, state),
+        Command::Receive(args) => run::receive(args, state),
+        Command::Resume(args) => run::resume(args, state),
+        Command::List => list::list(state, format),
+        Command::Status(args) => machine::status(&args, state, format),
+        Command::Inspect(args) => machine::inspect(&args, state),
+        Command::Console(args) => machine::console(&args, state),
+        Command::Exec(args) => machine::exec(args, state, format),
+        Command::Migrate(args) => moves::migrate(args, state, format),
+        Command::Job(command) => moves::job(command, state, format),
+        Command::Suspend(args) => machine::suspend(args, state, format),
+        Command::Stop(args) => machine::stop(&args, state, format),
+        Command::Remove(args) => machine::remove(&args, state, format),
+        Command::Stay(command) => machine::stay(&command, state, format),
+        Command::Package(command) => package::execute(command, state.json),
+        Command::Cert(command) => machine::cert(command, format),
+    }
+}

@@ -1,0 +1,257 @@
+//! `run`, `receive`, `resume`: the commands that become (or start) a runner.
+
+use super::StateArgs;
+use crate::runner::{
+    self,
+    api::{Client, Request},
+    config::{AcceleratorChoice, Boot, Launch, NetworkConfig, RunnerConfig, SecurityConfig},
+    state::{MachineDir, check_name},
+};
+use anyhow::{Context, bail};
+use clap::{Args, ValueEnum};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+/// Common to everything that starts a runner.
+#[derive(Args, Debug)]
+pub struct HostArgs {
+    /// This host's name, as in its certificate [default: the host name]
+    #[arg(long, env = "DRAFTER_HOST")]
+    host: Option<String>,
+    /// Where other hosts' runners connect, to send or take this machine
+    #[arg(long)]
+    listen: Option<SocketAddr>,
+    /// Directory with ca.crt and this host's certificate and key [default: STATE/certs]
+    #[arg(long, env = "DRAFTER_CERTS")]
+    certs: Option<PathBuf>,
+    /// Protect nothing between hosts: only on a network that is trusted as a whole
+    #[arg(long, conflicts_with = "certs")]
+    plaintext: bool,
+    /// Directory of the lease files, shared by the hosts that may run the machine
+    /// [default: STATE/leases]
+    #[arg(long, env = "DRAFTER_LEASE")]
+    lease: Option<PathBuf>,
+    /// The machine's network on this host
+    #[arg(long, value_enum, default_value = "none")]
+    network: Network,
+    /// Socket of this host's conduit agent
+    #[arg(long, env = "CONDUIT_AGENT", default_value = "/run/conduit/agent.sock")]
+    agent: PathBuf,
+    /// What the guest's processor runs on
+    #[arg(long, value_enum, default_value = "auto")]
+    accelerator: AcceleratorChoice,
+    /// Memory to keep of a machine that moved away, so that it comes back quickly, in MiB; 0 keeps none
+    #[arg(long, default_value_t = 16384)]
+    keep_stay_mib: u64,
+    /// Return when the machine runs; it goes on in the background
+    #[arg(long)]
+    detach: bool,
+}
+
+/// Kinds of network.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Network {
+    /// No network.
+    None,
+    /// A tap and a route on this host.
+    Local,
+    /// Through the conduit agent and its edge.
+    Agent,
+}
+
+/// `drafter run`.
+#[derive(Args, Debug)]
+pub struct RunArgs {
+    /// The machine's name
+    name: String,
+    /// A package: directory or .tar.zst
+    #[arg(long)]
+    package: PathBuf,
+    /// Memory in MiB [default: as the package says]
+    #[arg(long)]
+    memory_mib: Option<u64>,
+    /// Virtual processors [default: as the package says]
+    #[arg(long)]
+    vcpus: Option<u32>,
+    /// The machine's address, for life
+    #[arg(long)]
+    address: Option<Ipv4Addr>,
+    /// MTU inside the guest
+    #[arg(long, default_value_t = 1400)]
+    mtu: u16,
+    /// Port at the edge that leads to a port of the machine: PUBLIC:MACHINE[/udp]
+    #[arg(long = "publish", value_parser = parse_port)]
+    publish: Vec<conduit::PortMapping>,
+    /// Start from the disks that this host has of the machine, as after a crash of the host
+    #[arg(long)]
+    keep_disks: bool,
+    /// Take over the running monitor of a runner that is gone
+    #[arg(long, conflicts_with = "keep_disks")]
+    take_over: bool,
+    #[command(flatten)]
+    on: HostArgs,
+}
+
+/// `drafter receive`.
+#[derive(Args, Debug)]
+pub struct ReceiveArgs {
+    /// The machine's name
+    name: String,
+    /// Packages, or directories of packages, that the machine may need
+    #[arg(long, required = true)]
+    package: Vec<PathBuf>,
+    #[command(flatten)]
+    on: HostArgs,
+}
+
+/// `drafter resume`.
+#[derive(Args, Debug)]
+pub struct ResumeArgs {
+    /// The machine's name
+    name: String,
+    /// The directory that `suspend` wrote
+    #[arg(long)]
+    from: PathBuf,
+    /// Packages, or directories of packages, that the machine may need
+    #[arg(long, required = true)]
+    package: Vec<PathBuf>,
+    #[command(flatten)]
+    on: HostArgs,
+}
+
+fn parse_port(text: &str) -> Result<conduit::PortMapping, String> {
+    let (ports, protocol) = match text.split_once('/') {
+        None | Some((_, "tcp")) => (text.trim_end_matches("/tcp"), conduit::Protocol::Tcp),
+        Some((ports, "udp")) => (ports, conduit::Protocol::Udp),
+        Some((_, other)) => return Err(format!("protocol \"{other}\" is neither tcp nor udp")),
+    };
+    let parsed = ports.split_once(':').and_then(|(public, machine)| {
+        Some(conduit::PortMapping {
+            protocol,
+            public: public.parse().ok()?,
+            machine: machine.parse().ok()?,
+        })
+    });
+    parsed.ok_or_else(|| format!("\"{text}\" is not PUBLIC:MACHINE[/udp], as in 6379:6379"))
+}
+
+fn config(name: &str, on: &HostArgs, packages: Vec<PathBuf>, state: &StateArgs) -> anyhow::Result<RunnerConfig> {
+    check_name(name).map_err(anyhow::Error::msg)?;
+    let host = match &on.host {
+        Some(host) => host.clone(),
+        None => nix::unistd::gethostname()
+            .context("reading the host name")?
+            .to_string_lossy()
+            .into_owned(),
+    };
+    let security = if on.plaintext {
+        SecurityConfig::Plaintext
+    } else {
+        SecurityConfig::Mutual(on.certs.clone().unwrap_or_else(|| state.state.join("certs")))
+    };
+    Ok(RunnerConfig {
+        machine: name.to_owned(),
+        host,
+        state: state.state.clone(),
+        listen: on.listen,
+        security,
+        lease: on.lease.clone().unwrap_or_else(|| state.state.join("leases")),
+        network: match on.network {
+            Network::None => NetworkConfig::None,
+            Network::Local => NetworkConfig::Local,
+            Network::Agent => NetworkConfig::Agent(on.agent.clone()),
+        },
+        accelerator: on.accelerator,
+        keep_stay_bytes: on.keep_stay_mib << 20,
+        packages,
+    })
+}
+
+pub(super) fn run(args: RunArgs, state: &StateArgs) -> anyhow::Result<()> {
+    let config = config(&args.name, &args.on, vec![args.package.clone()], state)?;
+    let boot = Boot {
+        package: args.package,
+        memory_bytes: args.memory_mib.map(|mib| mib << 20),
+        vcpus: args.vcpus,
+        address: args.address,
+        mtu: args.mtu,
+        ports: args.publish,
+        keep_disks: args.keep_disks,
+    };
+    let launch = if args.take_over { Launch::TakeOver(boot) } else { Launch::Boot(boot) };
+    start(config, launch, args.on.detach)
+}
+
+pub(super) fn receive(args: ReceiveArgs, state: &StateArgs) -> anyhow::Result<()> {
+    if args.on.listen.is_none() {
+        bail!("a runner that waits for a machine needs --listen ADDRESS:PORT");
+    }
+    let config = config(&args.name, &args.on, args.package, state)?;
+    start(config, Launch::Receive, args.on.detach)
+}
+
+pub(super) fn resume(args: ResumeArgs, state: &StateArgs) -> anyhow::Result<()> {
+    let config = config(&args.name, &args.on, args.package, state)?;
+    start(config, Launch::Resume(args.from), args.on.detach)
+}
+
+/// Becomes the runner, or starts one in the background and waits until it answers.
+fn start(config: RunnerConfig, launch: Launch, detach: bool) -> anyhow::Result<()> {
+    if !detach {
+        return runner::serve(config, launch).map_err(Into::into);
+    }
+    let dir = MachineDir::create(&config.state, &config.machine)?;
+    let log_path = dir.root().join("runner.log");
+    let log = std::fs::File::options().create(true).append(true).open(&log_path)?;
+    let arguments = std::env::args_os().skip(1).filter(|a| a != "--detach");
+    let mut child = {
+        use std::os::unix::process::CommandExt;
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(arguments).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        // A process group of its own: Ctrl-C at the terminal is not for the machine.
+        command.process_group(0).spawn().context("starting the runner")?
+    };
+    let deadline = Instant::now() + Duration::from_secs(120);
+    loop {
+        if let Some(status) = child.try_wait()? {
+            let log = std::fs::read_to_string(&log_path).unwrap_or_default();
+            let tail: Vec<&str> = log.lines().rev().take(5).collect();
+            bail!(
+                "the runner ended ({status}):\n  {}",
+                tail.into_iter().rev().collect::<Vec<_>>().join("\n  ")
+            );
+        }
+        if let Ok(mut client) = Client::connect(&dir.socket())
+            && client.set_deadline(Some(Duration::from_secs(5))).is_ok()
+            && let Ok(status) = client.get::<runner::api::Status>(&Request::Status)
+            && status.runner_pid == child.id()
+            && status.state != "booting"
+        {
+            println!("machine \"{}\" is {} (runner {})", config.machine, status.state, child.id());
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            bail!("the runner did not answer within 120 s; its log is {}", log_path.display());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_are_read_with_and_without_protocol() {
+        let port = parse_port("6379:6380").unwrap();
+        assert_eq!((port.public, port.machine, port.protocol), (6379, 6380, conduit::Protocol::Tcp));
+        assert_eq!(parse_port("53:53/udp").unwrap().protocol, conduit::Protocol::Udp);
+        for bad in ["6379", "a:b", "1:2/sctp", "70000:1", ""] {
+            assert!(parse_port(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,38 @@
+//! What the destination engine needs from the machine that arrives.
+
+use crate::migrate::source::MachineError;
+use silo::{device::Device, memory::FaultSummary};
+use std::sync::Arc;
+
+/// A machine that arrives at this host: paused, empty, with everything built around it.
+pub trait DestinationMachine: Send {
+    /// The device group, in the order of the device numbers.
+    fn devices(&self) -> Vec<Arc<dyn Device>>;
+
+    /// Loads the device state.
+    fn load(&mut self, state: &[u8]) -> Result<(), MachineError>;
+
+    /// First instruction. What the guest sends is held.
+    fn run(&mut self) -> Result<(), MachineError>;
+
+    /// This host owns the machine at `epoch`; the network leads here under `flip`.
+    fn own(&mut self, epoch: u64, flip: u64) -> Result<(), MachineError>;
+
+    /// What the guest has sent and sends may leave.
+    fn release_output(&mut self) -> Result<(), MachineError>;
+
+    /// Memory faults so far.
+    fn faults(&self) -> FaultSummary;
+
+    /// Stops and resumes the machine without asking its monitor; usable while another call hangs.
+    fn freezer(&self) -> Arc<dyn Freezer>;
+}
+
+/// Stops a machine from outside.
+pub trait Freezer: Send + Sync {
+    /// No instruction runs after this returns, also none that a load under way would start.
+    fn freeze(&self) -> Result<(), String>;
+
+    /// Undoes it.
+    fn thaw(&self) -> Result<(), String>;
+}

@@ -1,0 +1,226 @@
+//! When to stop pre-copying: the policy of a move, without I/O.
+//!
+//! After each round the source tells the planner what it sent and what is dirty now; the planner
+//! answers with another round, the switchover, or giving up. *Hybrid* always ends in a switchover:
+//! what is still dirty then either fits into the flight or follows as post-copy. *Pre-copy*
+//! switches over only when everything left fits into the blackout budget.
+
+use super::messages::Mode;
+use std::time::Duration;
+
+/// What the user allows.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Budgets {
+    /// Longest blackout to aim for.
+    pub blackout: Duration,
+    /// Longest pre-copy phase.
+    pub time: Duration,
+    /// Bytes per second on the link, if limited.
+    pub bandwidth: Option<u64>,
+    /// Rounds of pre-copy at most.
+    pub rounds: u32,
+}
+
+impl Default for Budgets {
+    fn default() -> Self {
+        Self {
+            blackout: Duration::from_millis(10),
+            time: Duration::from_secs(120),
+            bandwidth: None,
+            rounds: 30,
+        }
+    }
+}
+
+/// One round, as it went.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Round {
+    /// Bytes of blocks in the set, zero blocks included.
+    pub set_bytes: u64,
+    /// Bytes on the wire.
+    pub sent_bytes: u64,
+    /// From the first block read to the destination's word that all are in place.
+    pub duration: Duration,
+}
+
+/// What to do next.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Decision {
+    /// Send what is dirty.
+    AnotherRound,
+    /// Pause and hand over.
+    Switchover(Reason),
+    /// Pre-copy alone will not get there.
+    GiveUp(String),
+}
+
+/// Why the switchover comes now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reason {
+    /// What is left fits into the blackout budget.
+    Fits,
+    /// Rounds stopped helping; the rest follows by post-copy.
+    NoProgress,
+    /// The time or round budget ended; the rest follows by post-copy.
+    BudgetEnded,
+    /// Post-copy was asked for.
+    Immediately,
+}
+
+/// What a switchover costs besides sending blocks: pause, save, load, run. Measured on TCG.
+pub const CONTROL_COST: Duration = Duration::from_millis(6);
+
+/// Rates below this are not believed: one small round over a busy CPU says little about the link.
+const SLOWEST_BELIEVED: f64 = 1.0e6;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Planner {
+    mode: Mode,
+    budgets: Budgets,
+    round_trip: Duration,
+    /// Bytes per second, of the fastest of the rounds that were long enough to tell.
+    rate: f64,
+    rounds: Vec<Round>,
+    elapsed: Duration,
+}
+
+impl Planner {
+    /// A plan for one move; `round_trip` as measured.
+    #[must_use]
+    pub fn new(mode: Mode, budgets: Budgets, round_trip: Duration) -> Self {
+        // Until a round has been measured: what a loopback or a 10 Gb/s link does.
+        let rate = budgets.bandwidth.map_or(500.0e6, |limit| limit as f64);
+        Self { mode, budgets, round_trip, rate, rounds: Vec::new(), elapsed: Duration::ZERO }
+    }
+
+    /// The rounds so far.
+    #[must_use]
+    pub fn rounds(&self) -> &[Round] {
+        &self.rounds
+    }
+
+    /// Bytes of dirty blocks that may travel in the flight.
+    #[must_use]
+    pub fn flight_bytes(&self) -> u64 {
+        let fixed = CONTROL_COST + self.round_trip / 2;
+        let left = self.budgets.blackout.saturating_sub(fixed).max(Duration::from_millis(1));
+        (left.as_secs_f64() * self.rate) as u64
+    }
+
+    /// The blackout to expect if the machine paused with so much dirty.
+    #[must_use]
+    pub fn predicted_blackout(&self, dirty_bytes: u64) -> Duration {
+        let carried = match self.mode {
+            Mode::PreCopy => dirty_bytes,
+            Mode::Hybrid | Mode::PostCopy => dirty_bytes.min(self.flight_bytes()),
+        };
+        CONTROL_COST + self.round_trip / 2 + Duration::from_secs_f64(carried as f64 / self.rate)
+    }
+
+    /// The decision before anything was sent.
+    #[must_use]
+    pub fn first(&self) -> Decision {
+        match self.mode {
+            Mode::PostCopy => Decision::Switchover(Reason::Immediately),
+            Mode::PreCopy | Mode::Hybrid => Decision::AnotherRound,
+        }
+    }
+
+    /// The decision after a round; `dirty_bytes` is what was written during it.
+    pub fn after_round(&mut self, round: Round, dirty_bytes: u64) -> Decision {
+        self.rounds.push(round);
+        self.elapsed += round.duration;
+        if round.sent_bytes > 1 << 20 || self.rounds.len() == 1 {
+            let transfer = round.duration.saturating_sub(self.round_trip).as_secs_f64().max(1e-6);
+            let rate = round.set_bytes as f64 / transfer;
+            self.rate = rate.clamp(SLOWEST_BELIEVED, 20.0e9);
+            if let Some(limit) = self.budgets.bandwidth {
+                self.rate = self.rate.min(limit as f64);
+            }
+        }
+        if dirty_bytes <= self.flight_bytes() {
+            return Decision::Switchover(Reason::Fits);
+        }
+        let ended = self.elapsed >= self.budgets.time
+            || self.rounds.len() >= self.budgets.rounds as usize;
+        match self.mode {
+            Mode::PreCopy if ended => Decision::GiveUp(format!(
+                "pre-copy did not converge in {} rounds and {:.1} s: {:.1} MiB are dirty after each \
+                 round, {:.1} MiB fit into the blackout budget of {} ms; use hybrid mode, a larger \
+                 blackout budget or a faster link",
+                self.rounds.len(),
+                self.elapsed.as_secs_f64(),
+                dirty_bytes as f64 / 1_048_576.0,
+                self.flight_bytes() as f64 / 1_048_576.0,
+                self.budgets.blackout.as_millis(),
+            )),
+            Mode::PreCopy => Decision::AnotherRound,
+            Mode::Hybrid | Mode::PostCopy if ended => Decision::Switchover(Reason::BudgetEnded),
+            Mode::Hybrid | Mode::PostCopy => {
+                // A round that leaves more than 3/4 of what it sent is wasted on a hot set.
+                let stuck = self.rounds.len() >= 2 && dirty_bytes * 4 > round.set_bytes * 3;
+                if stuck { Decision::Switchover(Reason::NoProgress) } else { Decision::AnotherRound }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn simulate(mode: Mode, memory: f64, dirty_rate: f64, hot: f64, link: f64) -> (Decision, usize) {
+        let mut planner = Planner::new(mode, Budgets::default(), Duration::from_micros(200));
+        let mut decision = planner.first();
+        let mut set = memory;
+        let mut rounds = 0;
+        while decision == Decision::AnotherRound {
+            rounds += 1;
+            let seconds = set / link + 0.0002;
+            let round = Round {
+                set_bytes: set as u64,
+                sent_bytes: set as u64,
+                duration: Duration::from_secs_f64(seconds),
+            };
+            set = (dirty_rate * seconds).min(hot);
+            decision = planner.after_round(round, set as u64);
+        }
+        (decision, rounds)
+    }
+
+    #[test]
+    fn a_guest_slower_than_the_link_converges_and_fits() {
+        let (decision, rounds) = simulate(Mode::PreCopy, 1e9, 100e6, 256e6, 1e9);
+        assert_eq!(decision, Decision::Switchover(Reason::Fits));
+        assert!(rounds <= 6, "{rounds} rounds");
+    }
+
+    #[test]
+    fn a_guest_faster_than_the_link_ends_pre_copy_with_a_reason_and_hybrid_with_a_switchover() {
+        let (decision, _) = simulate(Mode::PreCopy, 1e9, 400e6, 256e6, 100e6);
+        assert!(matches!(decision, Decision::GiveUp(why) if why.contains("hybrid")));
+        let (decision, rounds) = simulate(Mode::Hybrid, 1e9, 400e6, 256e6, 100e6);
+        assert!(matches!(decision, Decision::Switchover(Reason::NoProgress)));
+        assert!(rounds <= 3, "{rounds} rounds");
+    }
+
+    #[test]
+    fn post_copy_sends_nothing_first() {
+        let planner = Planner::new(Mode::PostCopy, Budgets::default(), Duration::ZERO);
+        assert_eq!(planner.first(), Decision::Switchover(Reason::Immediately));
+    }
+
+    proptest! {
+        #[test]
+        fn hybrid_always_ends_within_its_round_budget(
+            memory in 1e6f64..8e9, dirty in 0f64..2e9, hot in 1e3f64..8e9, link in 1e6f64..5e9,
+        ) {
+            let (decision, rounds) = simulate(Mode::Hybrid, memory, dirty, hot, link);
+            prop_assert!(matches!(decision, Decision::Switchover(_)));
+            prop_assert!(rounds <= Budgets::default().rounds as usize);
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! The one flight of a switchover: everything the destination needs to run, sent between the
+//! pause and the token without waiting for an answer.
+
+use super::{MachineError, Session, SendError, send::send_run};
+use crate::migrate::{
+    link::Outgoing,
+    protocol::{DeviceNumber, MAX_RUN},
+    timings::BlackoutParts,
+};
+use silo::{
+    block::{BlockRange, BlockSet},
+    device::Device,
+};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// The pause and what followed, up to the token.
+pub(super) struct Flight {
+    /// When the pause began.
+    pub paused_at: Instant,
+    /// Blocks that follow after the token.
+    pub missing: Vec<BlockSet>,
+    /// The driver's state.
+    pub state: Vec<u8>,
+    /// All that was dirty at the pause, bytes.
+    pub dirty_bytes: u64,
+    /// Of these, sent in the flight.
+    pub flight_bytes: u64,
+    /// Times so far.
+    pub parts: BlackoutParts,
+}
+
+pub(super) fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+impl Session<'_> {
+    /// Pauses the machine and sends all but the token. `left` is what the rounds left over;
+    /// `state_blocks` are those that loading the state reads.
+    pub(super) fn fly(
+        &mut self,
+        left: Vec<BlockSet>,
+        state_blocks: &[(DeviceNumber, BlockRange)],
+        epoch: u64,
+        all: bool,
+    ) -> Result<Flight, MachineError> {
+        let mut parts = BlackoutParts::default();
+        let paused_at = Instant::now();
+        let endpoint = self.verdict.endpoint.clone();
+        self.around.machine.pause(endpoint.as_ref(), epoch)?;
+        parts.pause_ms = ms(paused_at.elapsed());
+
+        let scan = Instant::now();
+        let mut dirty = left;
+        for at in 0..self.devices.len() {
+            let last = self.take_if_tracked(at)?;
+            dirty[at].union_with(&last);
+        }
+        parts.scan_ms = ms(scan.elapsed());
+        let dirty_bytes = dirty.iter().map(BlockSet::bytes).sum();
+
+        let budget = if all { u64::MAX } else { self.planner.flight_bytes() };
+        let hot = hot_sets(&dirty, state_blocks, budget);
+        let mut flight_bytes: u64 = hot.iter().map(BlockSet::bytes).sum();
+
+        // The state is saved while the hot blocks leave: both take milliseconds.
+        let save = Instant::now();
+        let devices = &self.devices;
+        let main = &mut self.main;
+        let machine = &mut *self.around.machine;
+        let (state, sent) = std::thread::scope(|scope| {
+            let saving = std::thread::Builder::new()
+                .name("save".into())
+                .spawn_scoped(scope, move || machine.save());
+            let sent = send_hot(main, devices, &hot);
+            let state = match saving {
+                Ok(thread) => thread.join().unwrap_or_else(|_| Err("saving the state failed".into())),
+                Err(error) => Err(error.into()),
+            };
+            (state, sent)
+        });
+        sent?;
+        let state = state?;
+        parts.save_ms = ms(save.elapsed());
+
+        let send = Instant::now();
+        // Saving should write nothing; what it wrote all the same must not stay behind.
+        let mut after = Vec::with_capacity(self.devices.len());
+        for at in 0..self.devices.len() {
+            after.push(self.take_if_tracked(at)?);
+        }
+        flight_bytes += after.iter().map(BlockSet::bytes).sum::<u64>();
+        send_hot(&mut self.main, &self.devices, &after)?;
+        for (at, set) in dirty.iter_mut().enumerate() {
+            set.subtract(&hot[at]);
+            set.subtract(&after[at]);
+            self.main.missing(DeviceNumber(at as u8), set)?;
+        }
+        parts.send_ms = ms(send.elapsed());
+        Ok(Flight { paused_at, missing: dirty, state, dirty_bytes, flight_bytes, parts })
+    }
+}
+
+fn send_hot(
+    to: &mut Outgoing,
+    devices: &[Arc<dyn Device>],
+    sets: &[BlockSet],
+) -> Result<(), SendError> {
+    let mut buffer = Vec::new();
+    for (at, set) in sets.iter().enumerate() {
+        for range in set.ranges() {
+            for piece in range.chunks(MAX_RUN) {
+                let number = DeviceNumber(at as u8);
+                send_run(to, number, devices[at].as_ref(), piece, &mut buffer)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Which dirty blocks travel in the flight: those that loading reads, whatever the budget, then
+/// disks (their metadata is small and touched at once), then memory in
+/// ascending order.
+fn hot_sets(
+    dirty: &[BlockSet],
+    state_blocks: &[(DeviceNumber, BlockRange)],
+    budget: u64,
+) -> Vec<BlockSet> {
+    let mut hot: Vec<BlockSet> =
+        dirty.iter().map(|set| BlockSet::new(set.device_blocks())).collect();
+    for (number, range) in state_blocks {
+        if let Some(set) = hot.get_mut(usize::from(number.0)) {
+            set.insert_range(*range);
+        }
+    }
+    let mut used = 0;
+    for (set, dirty) in hot.iter_mut().zip(dirty) {
+        set.intersect_with(dirty);
+        used += set.bytes();
+    }
+    for (set, dirty) in hot.iter_mut().zip(dirty).rev() {
+        if used + dirty.bytes() <= budget {
+            used += dirty.bytes();
+            set.union_with(dirty);
+            continue;
+        }
+        for range in dirty.ranges() {
+            for piece in range.chunks(MAX_RUN) {
+                if used + piece.bytes() > budget {
+                    return hot;
+                }
+                used += piece.bytes();
+                set.insert_range(piece);
+            }
+        }
+    }
+    hot
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_loading_reads_flies_even_without_budget_but_only_if_it_is_due() {
+        let mut memory = BlockSet::new(1000);
+        memory.insert_range(BlockRange::new(0, 500));
+        let dirty = vec![memory, BlockSet::full(10)];
+        let rings =
+            [(DeviceNumber(0), BlockRange::new(7, 2)), (DeviceNumber(0), BlockRange::new(900, 1))];
+        let hot = hot_sets(&dirty, &rings, 0);
+        assert_eq!(hot[0].ranges().collect::<Vec<_>>(), [BlockRange::new(7, 2)]);
+        assert!(hot[1].is_empty());
+        let hot = hot_sets(&dirty, &rings, 20 * 4096);
+        assert_eq!(hot[1].len(), 10, "the disk first");
+        assert!(hot[0].len() + hot[1].len() <= 20);
+        let hot = hot_sets(&dirty, &rings, u64::MAX);
+        assert_eq!(hot, dirty);
+    }
+}

@@ -1,0 +1,473 @@
+//! The source of a move: from the request to the release.
+//!
+//! One thread (the job's) drives everything here; a second reads the main connection into a
+//! channel, a third serves faults once the token is out. Who may run the machine is never decided
+//! here: every step that concerns it is an event to the authority ([`super::switchover`]) and an
+//! action back.
+//!
+//! [`Session`] is the state that the phases share: `rounds` sends while the guest runs, `handover`
+//! pauses and hands over, `pages` serves afterwards.
+
+mod flight;
+mod handover;
+mod machine;
+mod pages;
+mod rounds;
+mod send;
+
+pub use machine::{MachineError, SourceMachine};
+pub use send::SendError;
+
+use super::{
+    link::{self, Arrival, Channel, Outgoing},
+    messages::{Mode, PrepareRequest, Verdict},
+    planner::{Budgets, Planner},
+    protocol::{Frame, Role, SessionId, WireError},
+    switchover::SourceAuthority,
+    timings::MoveReport,
+};
+use crate::{
+    lease::LeaseStore,
+    runner::api::{Phase, Progress},
+};
+use identity::{Control, HostName, Security};
+use send::Pacer;
+use silo::{block::BlockSet, device::Device};
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    time::{Duration, Instant},
+};
+
+/// How long the destination may take to check and build.
+const PREPARE_LIMIT: Duration = Duration::from_secs(60);
+/// How long an answer on a living connection may take.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
+/// A move, as asked for.
+pub struct Plan {
+    /// The job's number, for progress.
+    pub job: u64,
+    /// Where the destination listens.
+    pub to: SocketAddr,
+    /// The name in its certificate.
+    pub peer: HostName,
+    /// How the connections are protected.
+    pub security: Security,
+    /// How to move.
+    pub mode: Mode,
+    /// Limits.
+    pub budgets: Budgets,
+    /// What the destination is told.
+    pub request: PrepareRequest,
+    /// Whether this host can track writes; without, every move is post-copy.
+    pub can_track: bool,
+}
+
+/// What a move shares with the runner around it.
+pub struct Surroundings<'a> {
+    /// The machine.
+    pub machine: &'a mut dyn SourceMachine,
+    /// Who may run it.
+    pub authority: SourceAuthority,
+    /// Where that is recorded.
+    pub store: Arc<dyn LeaseStore>,
+    /// Set by the user's cancel.
+    pub cancel: Arc<AtomicBool>,
+    /// Told how far we are.
+    pub progress: &'a dyn Fn(Progress),
+}
+
+/// How a move ended well.
+#[derive(Debug)]
+pub enum Moved {
+    /// Only checked: what would happen.
+    DryRun {
+        /// The destination's word.
+        verdict: Verdict,
+        /// Expected blackout.
+        blackout: Duration,
+        /// Expected total time, if the guest wrote nothing.
+        total: Duration,
+        /// Bytes that would be sent at least.
+        bytes: u64,
+    },
+    /// The machine is at the destination, and nothing here is needed any more.
+    Released(Box<MoveReport>),
+}
+
+/// How a move ended otherwise: what happened, where the machine is, what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum MoveError {
+    /// The destination refused in prepare; the machine runs on here.
+    #[error("host \"{host}\" refused the machine: {}; it is still running here", reasons.join("; "))]
+    Refused {
+        /// The destination.
+        host: String,
+        /// Its reasons.
+        reasons: Vec<String>,
+    },
+    /// Something failed before the token; the machine runs on here.
+    #[error("the move failed during {phase}: {reason}; the machine is still running here, try again")]
+    Aborted {
+        /// Which phase.
+        phase: &'static str,
+        /// What happened.
+        reason: String,
+    },
+    /// The user cancelled; the machine runs on here.
+    #[error("the move was cancelled during {phase}; the machine is still running here")]
+    Cancelled {
+        /// Which phase.
+        phase: &'static str,
+    },
+    /// The destination owns the machine, but the connection was lost before all was there.
+    #[error(
+        "the destination owns the machine (epoch {epoch}), but the connection was lost: {reason}; \
+         {left} blocks have not been sent; this host keeps the frozen content: do not remove it"
+    )]
+    HandedOver {
+        /// The destination's epoch.
+        epoch: u64,
+        /// What happened.
+        reason: String,
+        /// Blocks that were not sent.
+        left: u64,
+    },
+    /// Nobody may run the machine until the lease store answers.
+    #[error(
+        "the machine is paused here and may run nowhere until the lease store tells who owns it: \
+         {reason}; bring the lease store back, then `resume` or `stop` the machine here"
+    )]
+    Undecided {
+        /// What happened.
+        reason: String,
+    },
+    /// The machine should go on here but cannot.
+    #[error("the move failed ({reason}) and the machine could not go on here: {cause}")]
+    Stuck {
+        /// Why the move failed.
+        reason: String,
+        /// Why the machine did not go on.
+        cause: String,
+    },
+}
+
+impl MoveError {
+    /// Whether the machine runs on at the source.
+    #[must_use]
+    pub fn still_here(&self) -> bool {
+        matches!(self, Self::Refused { .. } | Self::Aborted { .. } | Self::Cancelled { .. })
+    }
+}
+
+/// Why a phase before the pause ended early.
+#[derive(Debug, thiserror::Error)]
+enum Stop {
+    #[error(transparent)]
+    Send(#[from] SendError),
+    #[error("{0}")]
+    Peer(String),
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl From<silo::device::DeviceError> for Stop {
+    fn from(error: silo::device::DeviceError) -> Self {
+        Self::Send(error.into())
+    }
+}
+
+impl From<std::io::Error> for Stop {
+    fn from(error: std::io::Error) -> Self {
+        Self::Send(error.into())
+    }
+}
+
+/// What the phases share.
+struct Session<'a> {
+    plan: &'a Plan,
+    around: Surroundings<'a>,
+    devices: Vec<Arc<dyn Device>>,
+    verdict: Verdict,
+    session: SessionId,
+    main: Outgoing,
+    control: Control,
+    arrivals: mpsc::Receiver<Arrival>,
+    fault: Option<Channel>,
+    planner: Planner,
+    pacer: Pacer,
+    round_trip: Duration,
+    /// Everything that tracking reported in this session, to be given back if it fails.
+    taken: Vec<BlockSet>,
+    /// Last round that the destination has in place.
+    applied: u64,
+    started: Instant,
+    prepared: Duration,
+    /// The mode in force: post-copy where writes cannot be tracked.
+    planner_mode: Mode,
+    /// What the authority asked for while something else was going on.
+    pending: Vec<handover::Next>,
+    last_report: String,
+    fault_control: Option<Control>,
+}
+
+/// Moves a machine, or says why not.
+pub fn run(plan: &Plan, around: Surroundings<'_>) -> Result<Moved, MoveError> {
+    let started = Instant::now();
+    let aborted = |phase, reason: String| MoveError::Aborted { phase, reason };
+    let session = link::new_session().map_err(|e| aborted("prepare", e.to_string()))?;
+    let connect = |role| {
+        Channel::connect(plan.to, &plan.peer, &plan.security, link::preamble(role, session))
+            .map_err(|e| aborted("connect", e.to_string()))
+    };
+    let report = |phase| {
+        (around.progress)(Progress {
+            job: plan.job,
+            phase,
+            round: 0,
+            sent_bytes: 0,
+            left_bytes: 0,
+        });
+    };
+    report(Phase::Prepare);
+    let main = connect(Role::Main)?;
+    let fault = connect(Role::Fault)?;
+    let arrivals =
+        link::pump(main.incoming, "source-main").map_err(|e| aborted("connect", e.to_string()))?;
+    let devices = around.machine.devices();
+    let taken = devices.iter().map(|d| BlockSet::new(d.blocks())).collect();
+    let mut mode = plan.mode;
+    if !plan.can_track {
+        mode = Mode::PostCopy;
+    }
+    let mut session = Session {
+        devices,
+        verdict: Verdict::default(),
+        session,
+        main: main.outgoing,
+        control: main.control,
+        arrivals,
+        fault: Some(fault),
+        planner: Planner::new(mode, plan.budgets, Duration::ZERO),
+        pacer: Pacer::new(plan.budgets.bandwidth),
+        round_trip: Duration::ZERO,
+        taken,
+        applied: 0,
+        started,
+        prepared: Duration::ZERO,
+        planner_mode: mode,
+        pending: Vec::new(),
+        last_report: String::new(),
+        fault_control: None,
+        plan,
+        around,
+    };
+    session.go(mode)
+}
+
+impl Session<'_> {
+    fn go(&mut self, mode: Mode) -> Result<Moved, MoveError> {
+        if let Err(stop) = self.prepare(mode) {
+            return Err(self.give_up("prepare", stop));
+        }
+        if !self.verdict.refusals.is_empty() {
+            let host = self.verdict.host.clone();
+            let reasons = std::mem::take(&mut self.verdict.refusals);
+            self.control.shutdown();
+            return Err(MoveError::Refused { host, reasons });
+        }
+        let first = match self.first_set() {
+            Ok(first) => first,
+            Err(stop) => return Err(self.give_up("prepare", stop)),
+        };
+        if self.plan.request.dry_run {
+            return Ok(self.forecast(&first));
+        }
+        let (left, reason) = match self.precopy(first) {
+            Ok(done) => done,
+            Err(stop) => return Err(self.give_up("pre-copy", stop)),
+        };
+        let moved = self.hand_over(left, reason);
+        if !matches!(&moved, Ok(Moved::Released(_)) | Err(MoveError::HandedOver { .. })) {
+            self.give_back();
+        }
+        moved
+    }
+
+    /// Sends the request, waits for the verdict, measures the round trip.
+    fn prepare(&mut self, mode: Mode) -> Result<(), Stop> {
+        let request = serde_json::to_vec(&self.plan.request).map_err(std::io::Error::from)?;
+        self.main.write(&Frame::Prepare(request))?;
+        self.main.flush()?;
+        let json = self.wait(PREPARE_LIMIT, "the verdict", |frame| match frame {
+            Frame::Verdict(json) => Some(json),
+            _ => None,
+        })?;
+        self.verdict = serde_json::from_slice(&json)
+            .map_err(|e| Stop::Peer(format!("its verdict cannot be read: {e}")))?;
+        self.prepared = self.started.elapsed();
+        if !self.verdict.refusals.is_empty() {
+            return Ok(());
+        }
+        let mut best = Duration::MAX;
+        for nonce in 0..3 {
+            let sent = Instant::now();
+            self.main.write(&Frame::Ping(nonce))?;
+            self.main.flush()?;
+            self.wait(ANSWER_LIMIT, "a pong", |frame| {
+                matches!(frame, Frame::Pong(n) if n == nonce).then_some(())
+            })?;
+            best = best.min(sent.elapsed());
+        }
+        self.round_trip = best;
+        self.planner = Planner::new(mode, self.plan.budgets, best);
+        Ok(())
+    }
+
+    /// What an untouched (or returning) destination lacks, per device. Tracking is on from here.
+    fn first_set(&mut self) -> Result<Vec<BlockSet>, Stop> {
+        let known = self.plan.request.since.is_some();
+        let mut first = Vec::with_capacity(self.devices.len());
+        for at in 0..self.devices.len() {
+            let device = Arc::clone(&self.devices[at]);
+            if !self.plan.can_track && device.name().as_str() == "memory" {
+                first.push(device.allocated()?);
+            } else if known {
+                let changed = self.take(at)?;
+                first.push(if self.verdict.holds_stay { changed } else { device.allocated()? });
+            } else {
+                device.start_tracking()?;
+                first.push(device.allocated()?);
+            }
+            // What has not arrived here cannot be read yet, and is not allocated here either.
+            let missing = device.missing();
+            first[at].union_with(&missing);
+        }
+        Ok(first)
+    }
+
+    /// Dirty blocks of a device, remembered for an abort.
+    fn take(&mut self, at: usize) -> Result<BlockSet, Stop> {
+        let dirty = self.devices[at].take_dirty()?;
+        self.taken[at].union_with(&dirty);
+        Ok(dirty)
+    }
+
+    fn forecast(&mut self, first: &[BlockSet]) -> Moved {
+        let bytes: u64 = first.iter().map(BlockSet::bytes).sum();
+        self.give_back();
+        let _ = self.main.write(&Frame::Abort("dry run".into()));
+        let _ = self.main.flush();
+        let rate = self.plan.budgets.bandwidth.map_or(500.0e6, |limit| limit as f64);
+        Moved::DryRun {
+            blackout: self.planner.predicted_blackout(self.planner.flight_bytes()),
+            total: self.prepared + Duration::from_secs_f64(bytes as f64 / rate),
+            bytes,
+            verdict: std::mem::take(&mut self.verdict),
+        }
+    }
+
+    /// Nothing that tracking reported is lost by an abort (design, I2).
+    fn give_back(&mut self) {
+        for (device, taken) in self.devices.iter().zip(&self.taken) {
+            device.put_back(taken);
+        }
+    }
+
+    /// Ends a session whose machine never paused.
+    fn give_up(&mut self, phase: &'static str, stop: Stop) -> MoveError {
+        self.give_back();
+        let reason = stop.to_string();
+        let _ = self.main.write(&Frame::Abort(reason.clone()));
+        let _ = self.main.flush();
+        self.control.shutdown();
+        match stop {
+            Stop::Cancelled | Stop::Send(SendError::Cancelled) => MoveError::Cancelled { phase },
+            _ => MoveError::Aborted { phase, reason },
+        }
+    }
+
+    fn cancelled(&self) -> bool {
+        self.around.cancel.load(Ordering::Relaxed)
+    }
+
+    fn progress(&self, phase: Phase, left_bytes: u64) {
+        (self.around.progress)(Progress {
+            job: self.plan.job,
+            phase,
+            round: self.planner.rounds().len() as u32,
+            sent_bytes: self.main.sent(),
+            left_bytes,
+        });
+    }
+
+    /// Takes a frame that any phase before the token may get.
+    fn note(&mut self, at: Instant, frame: Frame) -> Result<Option<Frame>, Stop> {
+        match frame {
+            Frame::Offer { attempt, serial, good_for_ms } => {
+                self.offer(at, attempt, serial, good_for_ms);
+            }
+            Frame::RoundApplied(round) => self.applied = self.applied.max(round),
+            Frame::Abort(reason) => {
+                return Err(Stop::Peer(format!("the destination gave up: {reason}")));
+            }
+            Frame::Unknown(_) => {}
+            other => return Ok(Some(other)),
+        }
+        Ok(None)
+    }
+
+    /// Takes whatever has arrived, without waiting.
+    fn drain(&mut self) -> Result<(), Stop> {
+        loop {
+            match self.arrivals.try_recv() {
+                Ok((at, frame)) => {
+                    self.note(at, frame?)?;
+                }
+                Err(mpsc::TryRecvError::Empty) => return Ok(()),
+                Err(mpsc::TryRecvError::Disconnected) => return Err(closed()),
+            }
+        }
+    }
+
+    /// Waits for a frame that `pick` wants.
+    fn wait<T>(
+        &mut self,
+        limit: Duration,
+        what: &str,
+        mut pick: impl FnMut(Frame) -> Option<T>,
+    ) -> Result<T, Stop> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if self.cancelled() {
+                return Err(Stop::Cancelled);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Stop::Peer(format!("{what} did not come within {limit:?}")));
+            }
+            match self.arrivals.recv_timeout(left.min(Duration::from_millis(100))) {
+                Ok((at, frame)) => {
+                    if let Some(other) = self.note(at, frame?)?
+                        && let Some(found) = pick(other)
+                    {
+                        return Ok(found);
+                    }
+                }
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => return Err(closed()),
+            }
+        }
+    }
+}
+
+fn closed() -> Stop {
+    Stop::Peer("the connection to the destination closed".into())
+}

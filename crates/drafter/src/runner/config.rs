@@ -1,0 +1,112 @@
+//! What a runner is started with.
+
+use identity::{HostName, Identity, Security};
+use serde::{Deserialize, Serialize};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+};
+
+/// One runner on one host.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RunnerConfig {
+    /// The machine that it runs or waits for.
+    pub machine: String,
+    /// This host's name, as in its certificate and in the lease.
+    pub host: String,
+    /// The host's state directory.
+    pub state: PathBuf,
+    /// Where peers connect.
+    pub listen: Option<SocketAddr>,
+    /// How connections between hosts are protected.
+    pub security: SecurityConfig,
+    /// Directory of the lease files, shared by the hosts that may run the machine.
+    pub lease: PathBuf,
+    /// The machine's network on this host.
+    pub network: NetworkConfig,
+    /// What the guest's processor runs on.
+    pub accelerator: AcceleratorChoice,
+    /// Bytes of an earlier stay's memory that this host keeps at most; 0 keeps none.
+    pub keep_stay_bytes: u64,
+    /// Packages, or directories of packages, that a machine may arrive with.
+    pub packages: Vec<PathBuf>,
+}
+
+/// See [`RunnerConfig::security`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SecurityConfig {
+    /// Mutual TLS with the certificate of this host from a directory.
+    Mutual(PathBuf),
+    /// Nothing is protected.
+    Plaintext,
+}
+
+impl SecurityConfig {
+    /// Loads the certificate, if there is one to load.
+    pub fn load(&self, host: &HostName) -> identity::Result<Security> {
+        Ok(match self {
+            Self::Mutual(dir) => Security::Mutual(Identity::load(dir, host)?),
+            Self::Plaintext => Security::Plaintext,
+        })
+    }
+}
+
+/// See [`RunnerConfig::network`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NetworkConfig {
+    /// The machine has no network.
+    None,
+    /// A tap and a route on this host, no edge.
+    Local,
+    /// Through the conduit agent at this socket.
+    Agent(PathBuf),
+}
+
+/// Which accelerator to use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum AcceleratorChoice {
+    /// KVM where a real probe succeeds, else TCG.
+    #[default]
+    Auto,
+    /// Translation.
+    Tcg,
+    /// Hardware.
+    Kvm,
+}
+
+/// How a runner begins.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Launch {
+    /// Boots a package; its disks start from the package, or from the overlays that are here if
+    /// `keep_disks`.
+    Boot(Boot),
+    /// Waits for the machine to arrive.
+    Receive,
+    /// Continues from a directory that `suspend` wrote.
+    Resume(PathBuf),
+    /// Takes a running monitor over from a runner that is gone.
+    TakeOver(Boot),
+}
+
+/// Facts of a new machine.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Boot {
+    /// The package.
+    pub package: PathBuf,
+    /// Memory in bytes; the package's default if absent.
+    pub memory_bytes: Option<u64>,
+    /// Virtual processors; the package's default if absent.
+    pub vcpus: Option<u32>,
+    /// The machine's address.
+    pub address: Option<Ipv4Addr>,
+    /// MTU in the guest.
+    pub mtu: u16,
+    /// Ports at the edge: public port, machine port, protocol.
+    pub ports: Vec<conduit::PortMapping>,
+    /// Start from the overlays that are here (after a host crash), not from the package.
+    pub keep_disks: bool,
+}
