@@ -1,0 +1,301 @@
+//! One host's identity, checked when loaded, and the TLS settings made of it.
+//!
+//! TLS 1.3 only, ring as the provider (named, never the process default), no resumption: a move
+//! opens few connections and keeps them, and a ticket would outlive its certificate.
+
+use crate::{Error, HostName, Result, files};
+use rustls::{
+    CertificateError, ClientConfig, RootCertStore, ServerConfig,
+    client::{Resumption, WebPkiServerVerifier, danger::ServerCertVerifier},
+    crypto::{CryptoProvider, ring},
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject},
+    server::{NoServerSessionStorage, WebPkiClientVerifier},
+    version::TLS13,
+};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+const HINT: &str = "issue one with the authority and copy it here";
+
+/// One host's certificate, private key and trusted authority. Cheap to clone.
+#[derive(Clone)]
+pub struct Identity {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    name: HostName,
+    authority: PathBuf,
+    client: Arc<ClientConfig>,
+    server: Arc<ServerConfig>,
+}
+
+impl std::fmt::Debug for Identity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Identity({})", self.inner.name)
+    }
+}
+
+impl Identity {
+    /// Reads `ca.crt`, `NAME.crt` and `NAME.key` from `dir` and checks them against each other,
+    /// against the name and against the clock.
+    ///
+    /// # Errors
+    /// Says which file is missing, damaged, expired, for another name or from another authority.
+    pub fn load(dir: &Path, name: &HostName) -> Result<Self> {
+        Self::load_at(dir, name, SystemTime::now())
+    }
+
+    /// As [`Identity::load`], with the time to check against. The handshakes use the real clock.
+    ///
+    /// # Errors
+    /// As [`Identity::load`].
+    pub fn load_at(dir: &Path, name: &HostName, at: SystemTime) -> Result<Self> {
+        let authority = dir.join("ca.crt");
+        let certificate = dir.join(format!("{name}.crt"));
+        let key_file = dir.join(format!("{name}.key"));
+
+        let mut roots = RootCertStore::empty();
+        for root in read_certificates(&authority, "authority certificate")? {
+            roots.add(root).map_err(|e| Error::BadFile {
+                path: authority.clone(),
+                expected: "an authority's certificate",
+                detail: e.to_string(),
+            })?;
+        }
+        let roots = Arc::new(roots);
+        let chain = read_certificates(&certificate, "certificate")?;
+        let key = read_private_key(&key_file)?;
+
+        let provider = Arc::new(provider());
+        let who = certificate.display().to_string();
+        let verifier = WebPkiServerVerifier::builder_with_provider(roots.clone(), provider.clone())
+            .build()
+            .map_err(|e| bad_certificate(&who, &e))?;
+        let now = UnixTime::since_unix_epoch(at.duration_since(UNIX_EPOCH).unwrap_or_default());
+        verifier
+            .verify_server_cert(&chain[0], &chain[1..], &server_name(name), &[], now)
+            .map_err(|e| translate(&e, &who, &authority, at))?;
+
+        let mismatch = |e: rustls::Error| match e {
+            rustls::Error::InconsistentKeys(_) => {
+                Error::KeyMismatch { certificate: certificate.clone(), key: key_file.clone() }
+            }
+            other => bad_certificate(&who, &other),
+        };
+        let mut client = ClientConfig::builder_with_provider(provider.clone())
+            .with_protocol_versions(&[&TLS13])
+            .map_err(|e| bad_certificate(&who, &e))?
+            .with_webpki_verifier(verifier)
+            .with_client_auth_cert(chain.clone(), key.clone_key())
+            .map_err(mismatch)?;
+        client.resumption = Resumption::disabled();
+
+        let peers = WebPkiClientVerifier::builder_with_provider(roots, provider.clone())
+            .build()
+            .map_err(|e| bad_certificate(&who, &e))?;
+        let mut server = ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&TLS13])
+            .map_err(|e| bad_certificate(&who, &e))?
+            .with_client_cert_verifier(peers)
+            .with_single_cert(chain, key)
+            .map_err(mismatch)?;
+        server.session_storage = Arc::new(NoServerSessionStorage {});
+        server.send_tls13_tickets = 0;
+        server.max_early_data_size = 0;
+
+        Ok(Self {
+            inner: Arc::new(Inner {
+                name: name.clone(),
+                authority,
+                client: Arc::new(client),
+                server: Arc::new(server),
+            }),
+        })
+    }
+
+    /// This host's name.
+    #[must_use]
+    pub fn name(&self) -> &HostName {
+        &self.inner.name
+    }
+
+    pub(crate) fn authority(&self) -> &Path {
+        &self.inner.authority
+    }
+
+    pub(crate) fn client(&self) -> Arc<ClientConfig> {
+        self.inner.client.clone()
+    }
+
+    pub(crate) fn server(&self) -> Arc<ServerConfig> {
+        self.inner.server.clone()
+    }
+}
+
+/// AES first where the processor has instructions for it (the 128-bit key: a quarter faster and
+/// beyond any attack), ChaCha20 first elsewhere.
+fn provider() -> CryptoProvider {
+    use ring::cipher_suite::{
+        TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256,
+    };
+    let (small, large, plain) =
+        (TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256);
+    let cipher_suites =
+        if has_aes() { vec![small, large, plain] } else { vec![plain, small, large] };
+    CryptoProvider { cipher_suites, ..ring::default_provider() }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_aes() -> bool {
+    std::arch::is_x86_feature_detected!("aes")
+}
+
+#[cfg(target_arch = "aarch64")]
+fn has_aes() -> bool {
+    std::arch::is_aarch64_feature_detected!("aes")
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+fn has_aes() -> bool {
+    false
+}
+
+pub(crate) fn server_name(name: &HostName) -> ServerName<'static> {
+    ServerName::try_from(name.as_str().to_owned())
+        .expect("the rule of HostName is stricter than that of DNS names")
+}
+
+/// The one host name in a peer's verified certificate.
+pub(crate) fn peer_name(certificate: &CertificateDer<'_>, who: &str) -> Result<HostName> {
+    let bad = |detail: String| Error::BadCertificate { who: who.to_owned(), detail };
+    let parsed = webpki::EndEntityCert::try_from(certificate).map_err(|e| bad(format!("{e:?}")))?;
+    let names: Vec<&str> = parsed.valid_dns_names().take(2).collect();
+    let [name] = names.as_slice() else {
+        return Err(bad("it must carry exactly one host name".to_owned()));
+    };
+    HostName::new(name)
+}
+
+fn read_certificates(path: &Path, what: &'static str) -> Result<Vec<CertificateDer<'static>>> {
+    let text = files::read(path, what, HINT)?;
+    let bad = |detail: String| Error::BadFile {
+        path: path.to_owned(),
+        expected: "a certificate in PEM",
+        detail,
+    };
+    let found: Vec<_> = CertificateDer::pem_slice_iter(text.as_bytes())
+        .collect::<Result<_, _>>()
+        .map_err(|e| bad(e.to_string()))?;
+    if found.is_empty() {
+        return Err(bad("no certificate in it".to_owned()));
+    }
+    Ok(found)
+}
+
+fn read_private_key(path: &Path) -> Result<PrivateKeyDer<'static>> {
+    let text = files::read_key(path, HINT)?;
+    PrivateKeyDer::from_pem_slice(text.as_bytes()).map_err(|e| Error::BadFile {
+        path: path.to_owned(),
+        expected: "a private key in PEM",
+        detail: e.to_string(),
+    })
+}
+
+fn bad_certificate(who: &str, e: &dyn std::fmt::Display) -> Error {
+    Error::BadCertificate { who: who.to_owned(), detail: e.to_string() }
+}
+
+/// What rustls says about a certificate or a handshake, in our words.
+pub(crate) fn translate(e: &rustls::Error, who: &str, authority: &Path, at: SystemTime) -> Error {
+    use rustls::Error as Tls;
+    let who = who.to_owned();
+    match e {
+        Tls::InvalidCertificate(fault) => translate_certificate(fault, who, authority, at),
+        Tls::AlertReceived(alert) => Error::Refused { who, reason: alert_reason(*alert) },
+        Tls::NoCertificatesPresented => Error::BadCertificate {
+            who,
+            detail: "it sent none; both sides must have one".to_owned(),
+        },
+        Tls::InvalidMessage(_) | Tls::InappropriateMessage { .. } => Error::PeerNotTls { who },
+        other => Error::Tls { who, detail: other.to_string() },
+    }
+}
+
+fn translate_certificate(
+    fault: &CertificateError,
+    who: String,
+    authority: &Path,
+    at: SystemTime,
+) -> Error {
+    let now = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let away = |t: &UnixTime| span(Duration::from_secs(t.as_secs().abs_diff(now.as_secs())));
+    match fault {
+        CertificateError::ExpiredContext { not_after, .. } => {
+            Error::OutOfTime { who, problem: format!("expired {} ago", away(not_after)) }
+        }
+        CertificateError::NotValidYetContext { not_before, .. } => Error::OutOfTime {
+            who,
+            problem: format!("is not valid for another {}", away(not_before)),
+        },
+        CertificateError::Expired => Error::OutOfTime { who, problem: "has expired".to_owned() },
+        CertificateError::NotValidYet => {
+            Error::OutOfTime { who, problem: "is not valid yet".to_owned() }
+        }
+        CertificateError::UnknownIssuer | CertificateError::BadSignature => {
+            Error::UnknownAuthority { who, authority: authority.to_owned() }
+        }
+        CertificateError::NotValidForNameContext { expected, presented } => Error::WrongName {
+            who,
+            expected: expected.to_str().into_owned(),
+            presented: presented.join(", "),
+        },
+        other => Error::BadCertificate { who, detail: other.to_string() },
+    }
+}
+
+fn alert_reason(alert: rustls::AlertDescription) -> String {
+    use rustls::AlertDescription as Alert;
+    match alert {
+        Alert::CertificateExpired => {
+            "by its clock our certificate has expired or is not valid yet".to_owned()
+        }
+        Alert::UnknownCA => {
+            "our certificate is not from the authority that it trusts; both hosts must have the \
+             same ca.crt"
+                .to_owned()
+        }
+        Alert::CertificateRequired => "it wants a certificate from us".to_owned(),
+        Alert::BadCertificate | Alert::DecryptError | Alert::CertificateUnknown => {
+            "it does not accept our certificate".to_owned()
+        }
+        Alert::ProtocolVersion => "it does not speak TLS 1.3".to_owned(),
+        other => format!("TLS alert {other:?}"),
+    }
+}
+
+/// A duration for people: the two largest units.
+fn span(d: Duration) -> String {
+    let s = d.as_secs();
+    match s {
+        0..60 => format!("{s} s"),
+        60..3600 => format!("{} min {} s", s / 60, s % 60),
+        3600..86400 => format!("{} h {} min", s / 3600, s % 3600 / 60),
+        _ => format!("{} d {} h", s / 86400, s % 86400 / 3600),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_show_their_two_largest_units() {
+        assert_eq!(span(Duration::from_secs(59)), "59 s");
+        assert_eq!(span(Duration::from_secs(61)), "1 min 1 s");
+        assert_eq!(span(Duration::from_secs(2 * 86400 + 3 * 3600 + 5)), "2 d 3 h");
+    }
+}
