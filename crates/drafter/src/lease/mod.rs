@@ -1,1 +1,150 @@
 //! Leases: who may run a machine.
+//!
+//! One [`Record`] per machine, in a [`LeaseStore`] that can do two things, both linearizable: read
+//! one record, and replace it if it is still the one expected. The store needs no clock and knows
+//! no rule; the rules are those of [`crate::migrate::switchover`], which is also the only caller
+//! that changes a record during a move. A runner makes the first one when it boots a machine.
+//!
+//! What must hold: an epoch never goes back and never belongs to two owners, because every change
+//! of owner is one compare-and-set from a whole record to one with the next epoch. A write whose
+//! answer got lost is settled by its nonce: whoever finds it in the store has won.
+
+mod clock;
+mod file;
+mod ids;
+
+pub use clock::{BootClock, BootTime, Clock};
+pub use file::FileStore;
+pub use identity::HostName;
+pub use ids::{AttemptId, BadMachineName, Epoch, MachineName, Nonce, OfferSerial};
+
+use std::{path::PathBuf, time::Duration};
+
+/// The machine is being handed over: written by its owner before it pauses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HandingTo {
+    /// By which attempt.
+    pub attempt: AttemptId,
+    /// To which host.
+    pub to: HostName,
+}
+
+/// Who may run a machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// Which machine.
+    pub machine: MachineName,
+    /// Rises by one with every change of owner, and when an owner takes back what it had begun to
+    /// hand over.
+    pub epoch: Epoch,
+    /// The host that may run it.
+    pub owner: HostName,
+    /// Set while the owner hands it over.
+    pub handing_to: Option<HandingTo>,
+    /// The attempt (a boot, a move) that wrote this record.
+    pub attempt: AttemptId,
+    /// Different in every record ever written.
+    pub nonce: Nonce,
+}
+
+impl Record {
+    /// The first record of a machine that boots at `owner`.
+    #[must_use]
+    pub fn first(machine: MachineName, owner: HostName, attempt: AttemptId, nonce: Nonce) -> Self {
+        Self { machine, epoch: Epoch(1), owner, handing_to: None, attempt, nonce }
+    }
+
+    /// What the owner writes before it pauses: same epoch, same owner.
+    #[must_use]
+    pub fn handing(&self, attempt: AttemptId, to: HostName, nonce: Nonce) -> Self {
+        Self { handing_to: Some(HandingTo { attempt, to }), attempt, nonce, ..self.clone() }
+    }
+
+    /// What the next owner writes: the next epoch. Also the old owner, when it takes the machine
+    /// back.
+    #[must_use]
+    pub fn taken(&self, owner: HostName, attempt: AttemptId, nonce: Nonce) -> Self {
+        let epoch = self.epoch.next();
+        Self { machine: self.machine.clone(), epoch, owner, handing_to: None, attempt, nonce }
+    }
+
+    /// This very write, found in the store.
+    #[must_use]
+    pub fn is_same_write(&self, other: &Self) -> bool {
+        self.nonce == other.nonce && self.epoch == other.epoch && self.owner == other.owner
+    }
+}
+
+/// What became of a compare-and-set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The new record is in the store, durably.
+    Won,
+    /// The store holds this record and not the expected one. If it carries the nonce of the new
+    /// one, an earlier try has won.
+    Lost(Option<Record>),
+}
+
+/// Why a store did not answer.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// No answer. A write may have happened or may still happen: only reading back tells.
+    #[error("lease of machine \"{machine}\": cannot {operation}: {detail}; it is tried again")]
+    Unavailable {
+        /// Which machine.
+        machine: MachineName,
+        /// What was attempted, on what.
+        operation: String,
+        /// The cause.
+        detail: String,
+    },
+    /// Somebody else held the store's lock all the time.
+    #[error(
+        "lease of machine \"{machine}\": {path} was locked by another process for {limit:?}; see \
+         who holds it with fuser"
+    )]
+    Locked {
+        /// Which machine.
+        machine: MachineName,
+        /// The lock file.
+        path: PathBuf,
+        /// How long we waited.
+        limit: Duration,
+    },
+    /// What is stored is no record. Never repaired by itself: it decides who may run.
+    #[error(
+        "lease of machine \"{machine}\": {path} is damaged: {detail}; no host may start or move \
+         the machine until the file is restored, or removed by someone who knows that it runs \
+         nowhere"
+    )]
+    Corrupt {
+        /// Which machine.
+        machine: MachineName,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        detail: String,
+    },
+}
+
+/// Where records are kept. Both calls are linearizable for one machine, return within a bound that
+/// the implementation states, and may be made by several threads.
+pub trait LeaseStore: Send + Sync {
+    /// The record as it is, `None` if the machine has never had one.
+    ///
+    /// # Errors
+    /// The store does not answer, or holds something that is no record.
+    fn read(&self, machine: &MachineName) -> Result<Option<Record>, StoreError>;
+
+    /// Replaces the record if it equals `expected` (`None`: if there is none). `Won` is durable.
+    ///
+    /// # Errors
+    /// As [`LeaseStore::read`]; the write may have happened all the same. Calling again with the
+    /// same records is safe, and settles it.
+    fn compare_and_set(
+        &self,
+        machine: &MachineName,
+        expected: Option<&Record>,
+        new: &Record,
+    ) -> Result<Outcome, StoreError>;
+}

@@ -1,0 +1,358 @@
+//! Leases in a directory: one JSON file per machine, for hosts that share a file system (and for a
+//! single host, and for tests).
+//!
+//! Every call holds the machine's lock file (flock), waiting for it at most [`FileStore`]'s limit.
+//! A write goes to a new file, is synced, renamed over the old one, and the directory synced, so
+//! that a crash leaves the old record or the new one. Reads take the lock too: an unlocked read
+//! could see a rename that a crash then undoes.
+
+use super::{
+    AttemptId, Epoch, HandingTo, HostName, LeaseStore, MachineName, Nonce, Outcome, Record,
+    StoreError,
+};
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+};
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// Written into each file; another number is refused by name.
+const VERSION: u32 = 1;
+
+/// A record is a few hundred bytes.
+const MAX_BYTES: u64 = 64 * 1024;
+
+/// Leases in a directory.
+#[derive(Clone, Debug)]
+pub struct FileStore {
+    dir: PathBuf,
+    lock_limit: Duration,
+}
+
+impl FileStore {
+    /// Uses `dir`, which is made (mode 0700) if it is not there; a call waits at most `lock_limit`
+    /// for another process.
+    ///
+    /// # Errors
+    /// The directory cannot be made.
+    pub fn open(dir: &Path, lock_limit: Duration) -> io::Result<Self> {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        Ok(Self { dir: dir.to_owned(), lock_limit })
+    }
+
+    fn path(&self, machine: &MachineName) -> PathBuf {
+        self.dir.join(format!("{machine}.lease.json"))
+    }
+
+    fn lock(&self, machine: &MachineName) -> Result<Flock<File>, StoreError> {
+        let path = self.dir.join(format!("{machine}.lock"));
+        let unavailable =
+            |e: &dyn std::fmt::Display| unavailable(machine, format!("lock {}", path.display()), e);
+        // Never removed: whoever unlinks a lock file lets two processes lock two files.
+        let mut file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(|e| unavailable(&e))?;
+        let end = Instant::now() + self.lock_limit;
+        let mut pause = Duration::from_micros(100);
+        loop {
+            file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(locked) => return Ok(locked),
+                Err((file, Errno::EWOULDBLOCK | Errno::EINTR)) => file,
+                Err((_, e)) => return Err(unavailable(&e)),
+            };
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let (machine, limit) = (machine.clone(), self.lock_limit);
+                return Err(StoreError::Locked { machine, path, limit });
+            }
+            thread::sleep(pause.min(left));
+            pause = (pause * 2).min(Duration::from_millis(5));
+        }
+    }
+
+    fn read_locked(&self, machine: &MachineName) -> Result<Option<Record>, StoreError> {
+        let path = self.path(machine);
+        let corrupt =
+            |detail| StoreError::Corrupt { machine: machine.clone(), path: path.clone(), detail };
+        let failed =
+            |e: io::Error| Err(unavailable(machine, format!("read {}", path.display()), &e));
+        match fs::metadata(&path) {
+            Ok(found) if found.len() > MAX_BYTES => {
+                return Err(corrupt(format!("it has {} bytes", found.len())));
+            }
+            Ok(_) => {}
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return failed(e),
+        }
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(e) => return failed(e),
+        };
+        let record = decode(&bytes).map_err(corrupt)?;
+        if &record.machine != machine {
+            return Err(corrupt(format!("it is the lease of machine \"{}\"", record.machine)));
+        }
+        Ok(Some(record))
+    }
+
+    fn write_locked(&self, path: &Path, record: &Record) -> io::Result<()> {
+        let part = path.with_extension("part");
+        let mut file =
+            OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&part)?;
+        file.write_all(&encode(record))?;
+        file.sync_all()?;
+        fs::rename(&part, path)?;
+        File::open(&self.dir)?.sync_all()
+    }
+}
+
+impl LeaseStore for FileStore {
+    fn read(&self, machine: &MachineName) -> Result<Option<Record>, StoreError> {
+        let _lock = self.lock(machine)?;
+        self.read_locked(machine)
+    }
+
+    fn compare_and_set(
+        &self,
+        machine: &MachineName,
+        expected: Option<&Record>,
+        new: &Record,
+    ) -> Result<Outcome, StoreError> {
+        debug_assert_eq!(&new.machine, machine);
+        let _lock = self.lock(machine)?;
+        let current = self.read_locked(machine)?;
+        if current.as_ref() != expected {
+            return Ok(Outcome::Lost(current));
+        }
+        let path = self.path(machine);
+        self.write_locked(&path, new)
+            .map_err(|e| unavailable(machine, format!("write {}", path.display()), &e))?;
+        Ok(Outcome::Won)
+    }
+}
+
+fn unavailable(
+    machine: &MachineName,
+    operation: String,
+    cause: &dyn std::fmt::Display,
+) -> StoreError {
+    StoreError::Unavailable { machine: machine.clone(), operation, detail: cause.to_string() }
+}
+
+/// The file's content. Numbers that JSON tools would round are text.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Stored {
+    version: u32,
+    machine: String,
+    epoch: u64,
+    owner: String,
+    handing_to: Option<StoredHanding>,
+    attempt: String,
+    nonce: String,
+}
+
+#[derive(serde::Serialize, serde::Deserialize)]
+struct StoredHanding {
+    attempt: String,
+    to: String,
+}
+
+/// Only the version, so that another version is named before its fields confuse.
+#[derive(serde::Deserialize)]
+struct StoredVersion {
+    version: u32,
+}
+
+fn encode(record: &Record) -> Vec<u8> {
+    let stored = Stored {
+        version: VERSION,
+        machine: record.machine.to_string(),
+        epoch: record.epoch.0,
+        owner: record.owner.to_string(),
+        handing_to: record.handing_to.as_ref().map(|handing| StoredHanding {
+            attempt: handing.attempt.to_string(),
+            to: handing.to.to_string(),
+        }),
+        attempt: record.attempt.to_string(),
+        nonce: format!("{:032x}", record.nonce.0),
+    };
+    let mut bytes = serde_json::to_vec_pretty(&stored)
+        .expect("a struct of numbers and strings always serializes");
+    bytes.push(b'\n');
+    bytes
+}
+
+fn decode(bytes: &[u8]) -> Result<Record, String> {
+    let version: StoredVersion = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+    if version.version != VERSION {
+        return Err(format!(
+            "it has version {}, this program knows version {VERSION}; use the version that wrote it",
+            version.version
+        ));
+    }
+    let stored: Stored = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+    let attempt = |text: &str| {
+        let number = u64::from_str_radix(text, 16);
+        number.map(AttemptId).map_err(|_| format!("\"{text}\" is no attempt number"))
+    };
+    let host = |text: &str| HostName::new(text).map_err(|e| e.to_string());
+    let handing_to = match stored.handing_to {
+        Some(h) => Some(HandingTo { attempt: attempt(&h.attempt)?, to: host(&h.to)? }),
+        None => None,
+    };
+    Ok(Record {
+        machine: MachineName::new(&stored.machine).map_err(|e| e.to_string())?,
+        epoch: Epoch(stored.epoch),
+        owner: host(&stored.owner)?,
+        handing_to,
+        attempt: attempt(&stored.attempt)?,
+        nonce: u128::from_str_radix(&stored.nonce, 16)
+            .map(Nonce)
+            .map_err(|_| format!("\"{}\" is no nonce", stored.nonce))?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine() -> MachineName {
+        MachineName::new("redis-1").unwrap()
+    }
+
+    fn host(name: &str) -> HostName {
+        HostName::new(name).unwrap()
+    }
+
+    fn store(dir: &Path) -> FileStore {
+        FileStore::open(dir, Duration::from_secs(5)).unwrap()
+    }
+
+    fn first() -> Record {
+        Record::first(machine(), host("a"), AttemptId(7), Nonce(0xabc))
+    }
+
+    #[test]
+    fn the_file_of_version_1_reads_like_this() {
+        let record = first().handing(AttemptId(0x1234), host("b.example"), Nonce(1 << 100));
+        let golden = r#"{
+  "version": 1,
+  "machine": "redis-1",
+  "epoch": 1,
+  "owner": "a",
+  "handing_to": {
+    "attempt": "0000000000001234",
+    "to": "b.example"
+  },
+  "attempt": "0000000000001234",
+  "nonce": "00000010000000000000000000000000"
+}
+"#;
+        assert_eq!(String::from_utf8(encode(&record)).unwrap(), golden);
+        assert_eq!(decode(golden.as_bytes()).unwrap(), record);
+    }
+
+    #[test]
+    fn only_the_expected_record_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = store(dir.path());
+        assert_eq!(store.read(&machine()).unwrap(), None);
+        let one = first();
+        let two = one.taken(host("b"), AttemptId(8), Nonce(2));
+        let set = |expected, new| store.compare_and_set(&machine(), expected, new).unwrap();
+        assert_eq!(set(Some(&one), &two), Outcome::Lost(None));
+        assert_eq!(set(None, &one), Outcome::Won);
+        assert_eq!(set(None, &one), Outcome::Lost(Some(one.clone())));
+        assert_eq!(set(Some(&one), &two), Outcome::Won);
+        assert_eq!(set(Some(&one), &two), Outcome::Lost(Some(two.clone())));
+        assert_eq!(store.read(&machine()).unwrap(), Some(two));
+    }
+
+    #[test]
+    fn of_many_writers_at_once_exactly_one_wins_each_epoch() {
+        let dir = tempfile::tempdir().unwrap();
+        let wins = std::sync::Mutex::new(Vec::new());
+        store(dir.path()).compare_and_set(&machine(), None, &first()).unwrap();
+        thread::scope(|scope| {
+            for writer in 0..4_u64 {
+                let (store, wins) = (store(dir.path()), &wins);
+                scope.spawn(move || {
+                    for round in 0..25 {
+                        let seen = store.read(&machine()).unwrap().unwrap();
+                        let nonce = Nonce(u128::from(writer * 1000 + round));
+                        let new = seen.taken(host(&format!("w{writer}")), AttemptId(writer), nonce);
+                        let outcome = store.compare_and_set(&machine(), Some(&seen), &new).unwrap();
+                        if outcome == Outcome::Won {
+                            wins.lock().unwrap().push(new.epoch);
+                        }
+                    }
+                });
+            }
+        });
+        let mut wins = wins.into_inner().unwrap();
+        wins.sort_unstable();
+        let expected: Vec<_> = (2..2 + wins.len() as u64).map(Epoch).collect();
+        assert_eq!(wins, expected);
+        assert_eq!(
+            store(dir.path()).read(&machine()).unwrap().unwrap().epoch,
+            wins[wins.len() - 1]
+        );
+    }
+
+    #[test]
+    fn a_damaged_file_is_an_error_that_names_it_and_is_never_overwritten() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = store(dir.path());
+        let path = store.path(&machine());
+        let whole = encode(&first());
+        let mut other_machine = first();
+        other_machine.machine = MachineName::new("other").unwrap();
+        let newer = String::from_utf8(whole.clone()).unwrap().replace(": 1,", ": 2,");
+        let damaged: [&[u8]; 5] =
+            [b"", &whole[..40], b"\xff\xfe", newer.as_bytes(), &encode(&other_machine)];
+        for bytes in damaged {
+            fs::write(&path, bytes).unwrap();
+            let e = store.read(&machine()).unwrap_err();
+            assert!(matches!(e, StoreError::Corrupt { .. }), "{e}");
+            assert!(e.to_string().contains("redis-1.lease.json"), "{e}");
+            assert!(store.compare_and_set(&machine(), None, &first()).is_err());
+            assert_eq!(fs::read(&path).unwrap(), bytes);
+        }
+    }
+
+    #[test]
+    fn a_lock_that_is_never_released_ends_the_wait_at_its_limit() {
+        let dir = tempfile::tempdir().unwrap();
+        let _held = store(dir.path()).lock(&machine()).unwrap();
+        let limit = Duration::from_millis(50);
+        let impatient = FileStore::open(dir.path(), limit).unwrap();
+        let started = Instant::now();
+        let e = impatient.read(&machine()).unwrap_err();
+        assert!(matches!(e, StoreError::Locked { .. }), "{e}");
+        assert!(started.elapsed() >= limit && started.elapsed() < Duration::from_secs(2));
+    }
+
+    #[test]
+    fn a_part_file_left_by_a_crash_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = store(dir.path());
+        store.compare_and_set(&machine(), None, &first()).unwrap();
+        let part = store.path(&machine()).with_extension("part");
+        fs::write(&part, b"half a rec").unwrap();
+        assert_eq!(store.read(&machine()).unwrap(), Some(first()));
+        let next = first().taken(host("b"), AttemptId(9), Nonce(9));
+        let outcome = store.compare_and_set(&machine(), Some(&first()), &next).unwrap();
+        assert_eq!(outcome, Outcome::Won);
+    }
+}
