@@ -1,7 +1,9 @@
-//! What a guest and its host agree on.
+//! Init and agent inside the guest, and what a guest and its host agree on.
 //!
 //! * [`config`]: the file that a package carries for its init, and the kernel command line by which
 //!   a host tells an instance its name and address. The package builder and the driver write
 //!   them, the init reads them.
+//! * [`protocol`]: the messages between agent and host, used by both.
 
 pub mod config;
+pub mod protocol;
