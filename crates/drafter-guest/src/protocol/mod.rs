@@ -1,4 +1,4 @@
-//! What the agent in the guest and its host say to each other.
+//! What the [`agent`](crate::agent) in the guest and its host say to each other.
 //!
 //! Over the virtio-serial port [`PORT_NAME`], one JSON object a line ([`line`]). Both ends drop out
 //! at any byte: the runner dies or the machine moves, and the port tells the other end late or not
@@ -21,7 +21,7 @@
 //!   can talk to an older one; a change that breaks this raises [`PROTOCOL_VERSION`].
 //! * `exec` belongs to the conversation: when that ends, its processes are killed.
 //!
-//! Used by the agent in the guest and by drafter's guest channel on the host.
+//! Used by the [`agent`](crate::agent) in the guest and by drafter's guest channel on the host.
 
 pub mod line;
 mod message;
