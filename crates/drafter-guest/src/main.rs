@@ -20,7 +20,7 @@ fn main() -> ExitCode {
     if std::process::id() == 1 {
         // The kernel passes on words of its command line, so arguments mean nothing here.
         let in_initramfs = arguments.first().is_some_and(|name| name == "/init");
-        match if in_initramfs { init::initramfs::main() } else { init::main() } {}
+        if in_initramfs { init::initramfs::main() } else { init::main() }
     }
     let mut out = std::io::stdout();
     match first {

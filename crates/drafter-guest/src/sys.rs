@@ -191,7 +191,12 @@ impl Interface {
         self.ioctl(libc::SIOCSIFADDR, &mut self.request(ifru))?;
         let mask = sockaddr(Ipv4Addr::BROADCAST);
         let ifru = libc::__c_anonymous_ifr_ifru { ifru_netmask: mask };
-        self.ioctl(libc::SIOCSIFNETMASK, &mut self.request(ifru))
+        self.ioctl(libc::SIOCSIFNETMASK, &mut self.request(ifru))?;
+        // The kernel has guessed a broadcast address from the class of the address; another
+        // machine may have it as its own.
+        let none = sockaddr(Ipv4Addr::UNSPECIFIED);
+        let ifru = libc::__c_anonymous_ifr_ifru { ifru_broadaddr: none };
+        self.ioctl(libc::SIOCSIFBRDADDR, &mut self.request(ifru))
     }
 
     /// A route to the one host `to`, directly on this interface's link.
@@ -264,7 +269,7 @@ mod tests {
         command.arg("30");
         prepare_child(&mut command, None);
         let mut child = command.spawn().unwrap();
-        let pid = nix::unistd::Pid::from_raw(child.id() as i32);
+        let pid = Pid::from_raw(child.id() as i32);
         assert_eq!(nix::unistd::getpgid(Some(pid)).unwrap(), pid);
         let watch = pidfd(child.id()).unwrap();
         nix::sys::signal::killpg(pid, nix::sys::signal::Signal::SIGTERM).unwrap();

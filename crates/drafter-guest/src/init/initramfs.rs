@@ -29,7 +29,7 @@ const NEW_ROOT: &str = "/newroot";
 
 /// Loads modules, mounts the root device and becomes the machine's own init. A failure is told on
 /// the console and powers the machine off: nobody could repair it from here.
-pub fn main() -> Infallible {
+pub fn main() -> ! {
     mounts::mount_basic();
     use_console();
     load_modules(Path::new(MODULES_ORDER), Path::new(MODULES_DIR));

@@ -37,7 +37,6 @@ use nix::{
 };
 use std::{
     collections::BTreeMap,
-    convert::Infallible,
     os::{fd::AsFd, unix::process::ExitStatusExt},
     path::Path,
     process::{Command, ExitStatus, Stdio},
@@ -52,7 +51,7 @@ pub const AGENT_ARGUMENT: &str = "agent";
 const AGENT_BACKOFF: Duration = Duration::from_secs(2);
 
 /// Process 1 of the machine's root. Returns only into a power-off, so never.
-pub fn main() -> Infallible {
+pub fn main() -> ! {
     let signals = block_signals();
     mounts::mount_all();
     let instance = instance();
@@ -66,7 +65,7 @@ pub fn main() -> Infallible {
     };
     let mut init = Init::new(config, signals);
     if failed {
-        match power::off(&mut init, "the machine cannot start without its config") {}
+        power::off(&mut init, "the machine cannot start without its config");
     }
     init.run()
 }
@@ -154,7 +153,7 @@ impl Init {
         Self { config, signals, supervisor, entry, agent: Kept::Due { at: now } }
     }
 
-    fn run(&mut self) -> Infallible {
+    fn run(&mut self) -> ! {
         self.publish();
         loop {
             if self.agent.is_due() {
@@ -166,7 +165,7 @@ impl Init {
             let due = [self.agent.due_in(), self.entry.due_in()];
             let limit = due.into_iter().flatten().min().unwrap_or(Duration::from_secs(3600));
             if self.wait(limit) {
-                match power::off(self, "the machine was told to power off") {}
+                power::off(self, "the machine was told to power off");
             }
             self.reap();
         }
@@ -257,7 +256,7 @@ impl Init {
             Next::PowerOff => {
                 self.entry = Kept::Ended;
                 self.publish();
-                match power::off(self, &format!("the entry point {status}")) {}
+                power::off(self, &format!("the entry point {status}"))
             }
         }
     }

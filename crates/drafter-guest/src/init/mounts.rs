@@ -1,11 +1,12 @@
 //! The file systems that a Linux userland expects.
 
 use crate::log::say;
-use nix::{
-    errno::Errno,
-    mount::{MsFlags, mount},
+use nix::mount::{MsFlags, mount};
+use std::{
+    io,
+    os::unix::fs::{MetadataExt, symlink},
+    path::Path,
 };
-use std::{io, os::unix::fs::symlink, path::Path};
 
 /// One file system: type, where, flags, options.
 struct Mount {
@@ -55,12 +56,19 @@ impl Mount {
         {
             return Err(error);
         }
-        match mount(Some(self.kind), self.at, Some(self.kind), self.flags, self.options) {
+        if is_mount_point(Path::new(self.at)) {
             // It came along from the initramfs.
-            Ok(()) | Err(Errno::EBUSY) => Ok(()),
-            Err(error) => Err(error.into()),
+            return Ok(());
         }
+        mount(Some(self.kind), self.at, Some(self.kind), self.flags, self.options)?;
+        Ok(())
     }
+}
+
+/// Whether a file system of its own lies at `path`.
+fn is_mount_point(path: &Path) -> bool {
+    let device = |path: &Path| std::fs::metadata(path).map(|meta| meta.dev()).ok();
+    path.parent().is_some_and(|parent| device(path) != device(parent))
 }
 
 fn mount_list(list: &[Mount]) {
@@ -92,4 +100,16 @@ pub(super) fn mount_all() {
 /// Where the file systems of [`mount_basic`] are, to move them to the new root.
 pub(super) fn basic_points() -> impl Iterator<Item = &'static str> {
     BASIC.iter().map(|mount| mount.at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mount_point_is_told_from_a_folder() {
+        assert!(is_mount_point(Path::new("/proc")));
+        assert!(!is_mount_point(Path::new("/proc/sys/kernel")));
+        assert!(!is_mount_point(Path::new("/")), "it has no parent to differ from");
+    }
 }

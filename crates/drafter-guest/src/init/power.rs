@@ -10,16 +10,13 @@ use nix::{
     },
     unistd::{Pid, sync},
 };
-use std::{
-    convert::Infallible,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 /// How long leftover processes have between SIGTERM and SIGKILL.
 const LEFTOVER_LIMIT: Duration = Duration::from_secs(1);
 
 /// Ends the entry point, then everything else, writes all data to the disks, powers off.
-pub(super) fn off(init: &mut Init, why: &str) -> Infallible {
+pub(super) fn off(init: &mut Init, why: &str) -> ! {
     say!("{why}; powering off");
     init.stop_entry();
     for (signal, limit) in [(Signal::SIGTERM, LEFTOVER_LIMIT), (Signal::SIGKILL, LEFTOVER_LIMIT)] {
@@ -53,7 +50,7 @@ fn has_children() -> bool {
 
 /// Ends the machine at once. Tries to power off; where the machine has no power button that the
 /// kernel knows, reboots, which ends a monitor that was started not to reboot.
-pub(super) fn now() -> Infallible {
+pub(super) fn now() -> ! {
     sync();
     loop {
         for mode in [RebootMode::RB_POWER_OFF, RebootMode::RB_AUTOBOOT] {
