@@ -110,7 +110,10 @@ impl Conversation {
             }
             let ready = self.link.port.wait(true, TICK)?;
             if ready.hung_up {
-                return Err(io::ErrorKind::BrokenPipe.into());
+                if self.link.port.hang_up_lasts(false)? {
+                    return Err(io::ErrorKind::BrokenPipe.into());
+                }
+                continue;
             }
             if let Some(written) = self.link.port.write(rest)?.filter(|written| *written > 0) {
                 rest = &rest[written..];

@@ -106,6 +106,9 @@ fn read_port(agent: &Arc<Agent>, link: &Arc<Link>) -> io::Result<()> {
                 continue;
             }
         }
+        if !link.port.hang_up_lasts(true)? {
+            continue;
+        }
         // No host is connected and all it had written is read.
         link.end();
         agent.cancel_commands(None);

@@ -27,6 +27,9 @@ use std::{
 /// How often the port is looked at when no host is connected and no signal came.
 const RECHECK: Duration = Duration::from_secs(1);
 
+/// A hang-up that is over within this time was none; see [`Port::hang_up_lasts`].
+const HANG_UP_GRACE: Duration = Duration::from_millis(100);
+
 /// The guest's end of the channel.
 pub struct Port {
     fd: OwnedFd,
@@ -109,6 +112,24 @@ impl Port {
             Err(Errno::EAGAIN | Errno::EINTR) => Ok(None),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Whether a hang-up that was just seen lasts. The kernel learns of a host that came later than
+    /// the host's first bytes (another queue, a work item), so for a moment a present host can
+    /// look absent. `ends_with_bytes`: bytes to read count as a host too.
+    pub(crate) fn hang_up_lasts(&self, ends_with_bytes: bool) -> io::Result<bool> {
+        if self.changes.is_none() {
+            return Ok(true);
+        }
+        let deadline = Instant::now() + HANG_UP_GRACE;
+        while Instant::now() < deadline {
+            let ready = self.wait(false, Duration::ZERO)?;
+            if !ready.hung_up || (ready.readable && ends_with_bytes) {
+                return Ok(false);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(true)
     }
 
     /// Waits until a host is connected, without end; false if none can come any more.
