@@ -1,0 +1,123 @@
+//! What the agent does to its machine. A trait, so that tests never set a host's clock.
+
+use crate::{
+    protocol::{Entry, EntryState},
+    sys,
+};
+use nix::{
+    sys::{
+        signal::{Signal, kill},
+        time::TimeSpec,
+    },
+    time::{ClockId, clock_gettime, clock_settime},
+    unistd::Pid,
+};
+use std::{io, net::Ipv4Addr, path::PathBuf, time::Duration};
+
+/// A clock that is off by less than this is left alone: the message's own way took time too.
+const CLOCK_TOLERANCE: Duration = Duration::from_millis(10);
+
+/// Where the init tells what the entry point does; see [`Entry`].
+pub(crate) const ENTRY_FILE: &str = "/run/drafter/entry.json";
+
+/// The machine as the agent sees it.
+pub trait Platform: Send + Sync {
+    /// Sets the wall clock to `unix` (time since 1970) if it is off by more than a tolerance.
+    /// Returns the step in nanoseconds.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn set_clock(&self, unix: Duration) -> io::Result<i64>;
+
+    /// Mixes fresh random bytes into the kernel's generator.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn add_entropy(&self, bytes: &[u8]) -> io::Result<()>;
+
+    /// Sets the host name.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn set_host_name(&self, name: &str) -> io::Result<()>;
+
+    /// Writes all dirty data to the disks.
+    fn sync(&self);
+
+    /// Begins an orderly power-off and returns.
+    ///
+    /// # Errors
+    /// When it could not begin.
+    fn shut_down(&self) -> io::Result<()>;
+
+    /// What the entry point does.
+    fn entry(&self) -> Entry;
+
+    /// How long the kernel has run.
+    fn uptime(&self) -> Duration;
+
+    /// Where a TCP probe tries, in order.
+    fn probe_addresses(&self) -> Vec<Ipv4Addr>;
+}
+
+/// The machine that this process runs in, with drafter's init as process 1.
+pub struct Machine {
+    entry_file: PathBuf,
+    address: Option<Ipv4Addr>,
+}
+
+impl Machine {
+    /// `address` is the machine's own, if it has one.
+    #[must_use]
+    pub fn new(address: Option<Ipv4Addr>) -> Self {
+        Self { entry_file: ENTRY_FILE.into(), address }
+    }
+}
+
+impl Platform for Machine {
+    fn set_clock(&self, unix: Duration) -> io::Result<i64> {
+        let clock = ClockId::CLOCK_REALTIME;
+        let now = Duration::from(clock_gettime(clock)?);
+        if unix.abs_diff(now) <= CLOCK_TOLERANCE {
+            return Ok(0);
+        }
+        clock_settime(clock, TimeSpec::from(unix))?;
+        let step = i64::try_from(unix.abs_diff(now).as_nanos()).unwrap_or(i64::MAX);
+        Ok(if unix >= now { step } else { -step })
+    }
+
+    fn add_entropy(&self, bytes: &[u8]) -> io::Result<()> {
+        sys::add_entropy(bytes)
+    }
+
+    fn set_host_name(&self, name: &str) -> io::Result<()> {
+        nix::unistd::sethostname(name)?;
+        Ok(())
+    }
+
+    fn sync(&self) {
+        nix::unistd::sync();
+    }
+
+    fn shut_down(&self) -> io::Result<()> {
+        kill(Pid::from_raw(1), Signal::SIGTERM)?;
+        Ok(())
+    }
+
+    fn entry(&self) -> Entry {
+        let read = std::fs::read(&self.entry_file).ok();
+        read.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or(Entry {
+            state: EntryState::None,
+            restarts: 0,
+            last_end: None,
+        })
+    }
+
+    fn uptime(&self) -> Duration {
+        clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or_default()
+    }
+
+    fn probe_addresses(&self) -> Vec<Ipv4Addr> {
+        [Some(Ipv4Addr::LOCALHOST), self.address].into_iter().flatten().collect()
+    }
+}

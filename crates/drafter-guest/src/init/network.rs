@@ -1,0 +1,191 @@
+//! The machine's name and network, from the facts of the instance.
+//!
+//! The address is a /32 and the gateway a link-local address reached by a host route: nothing in
+//! here depends on the host or its subnets, so nothing changes when the machine moves.
+
+use crate::{config::InstanceConfig, log::say, sys::Interface};
+use std::{
+    fmt::Write as _,
+    io,
+    net::Ipv4Addr,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+/// How long the interface may take to appear after its driver is loaded.
+const INTERFACE_LIMIT: Duration = Duration::from_secs(5);
+
+/// `ARPHRD_ETHER` of `<linux/if_arp.h>`, as /sys shows it.
+const ETHERNET: &str = "1";
+
+/// Sets name and network. What fails is told on the console and left out.
+pub(super) fn set_up(instance: &InstanceConfig) {
+    if let Some(host) = &instance.host {
+        said("the host name", nix::unistd::sethostname(host).map_err(io::Error::from));
+        said("/etc/hostname", std::fs::write("/etc/hostname", format!("{host}\n")));
+    }
+    said("the loopback interface", Interface::open("lo").and_then(|lo| lo.up()));
+    said("/etc/hosts", write_hosts(Path::new("/etc/hosts"), instance));
+    if !instance.name_servers.is_empty() {
+        said("/etc/resolv.conf", write_resolver(Path::new("/etc/resolv.conf"), instance));
+    }
+    if let Some(address) = instance.address {
+        said("the network", connect(instance, address));
+    }
+}
+
+fn said(what: &str, result: io::Result<()>) {
+    if let Err(error) = result {
+        say!("{what} could not be set up: {error}");
+    }
+}
+
+fn connect(instance: &InstanceConfig, address: Ipv4Addr) -> io::Result<()> {
+    let name = wait_for_interface(Path::new("/sys/class/net"), INTERFACE_LIMIT)?;
+    let interface = Interface::open(&name)?;
+    let step = |what: &str, result: io::Result<()>| {
+        result.map_err(|error| io::Error::new(error.kind(), format!("{name}: {what}: {error}")))
+    };
+    step("MTU", interface.set_mtu(instance.mtu))?;
+    step("address", interface.set_address(address))?;
+    step("up", interface.up())?;
+    step("route to the gateway", interface.add_host_route(instance.gateway))?;
+    step("default route", interface.add_default_route(instance.gateway))
+}
+
+/// The first Ethernet interface by name; waits for one to appear.
+fn wait_for_interface(class: &Path, limit: Duration) -> io::Result<String> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(name) = first_interface(class) {
+            return Ok(name);
+        }
+        if Instant::now() >= deadline {
+            return Err(io::Error::new(
+                io::ErrorKind::NotFound,
+                format!(
+                    "no Ethernet interface within {limit:?}; was the machine started with a \
+                     network, and does the initramfs load virtio_net?"
+                ),
+            ));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn first_interface(class: &Path) -> Option<String> {
+    let mut names: Vec<String> = class
+        .read_dir()
+        .ok()?
+        .flatten()
+        .filter(|entry| {
+            let kind = std::fs::read_to_string(entry.path().join("type")).unwrap_or_default();
+            // `dummy` and the like have no device behind them.
+            kind.trim_end() == ETHERNET && entry.path().join("device").exists()
+        })
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect();
+    names.sort();
+    names.into_iter().next()
+}
+
+/// Writes the resolver's file in place of whatever is there, also a link to a service that does
+/// not run in this machine.
+fn write_resolver(path: &Path, instance: &InstanceConfig) -> io::Result<()> {
+    let mut text = String::new();
+    for server in &instance.name_servers {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "nameserver {server}");
+    }
+    if path.is_symlink() {
+        std::fs::remove_file(path)?;
+    }
+    std::fs::write(path, text)
+}
+
+/// Makes sure that `localhost` and the machine's own name resolve; keeps what the package has.
+fn write_hosts(path: &Path, instance: &InstanceConfig) -> io::Result<()> {
+    let mut text = std::fs::read_to_string(path).unwrap_or_default();
+    let knows = |text: &str, name: &str| {
+        text.lines()
+            .map(|line| line.split('#').next().unwrap_or_default())
+            .any(|line| line.split_whitespace().skip(1).any(|word| word == name))
+    };
+    let before = text.len();
+    if !text.is_empty() && !text.ends_with('\n') {
+        text.push('\n');
+    }
+    if !knows(&text, "localhost") {
+        text.push_str("127.0.0.1 localhost\n");
+    }
+    if let Some(host) = instance.host.as_deref().filter(|host| !knows(&text, host)) {
+        let address = instance.address.unwrap_or(Ipv4Addr::new(127, 0, 1, 1));
+        let _ = writeln!(text, "{address} {host}");
+    }
+    if text.len() == before { Ok(()) } else { std::fs::write(path, text) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    fn folder(name: &str) -> std::path::PathBuf {
+        let path = std::env::temp_dir().join(format!("drafter-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        path
+    }
+
+    fn instance() -> InstanceConfig {
+        InstanceConfig::parse("drafter.host=a drafter.ip=10.9.0.5 drafter.dns=10.0.0.1,10.0.0.2")
+            .unwrap()
+    }
+
+    #[test]
+    fn the_first_real_ethernet_interface_is_taken() {
+        let class = folder("net");
+        for (name, kind, real) in
+            [("eth1", "1", true), ("eth0", "1", true), ("dummy0", "1", false), ("lo", "772", false)]
+        {
+            std::fs::create_dir_all(class.join(name)).unwrap();
+            std::fs::write(class.join(name).join("type"), format!("{kind}\n")).unwrap();
+            if real {
+                std::fs::create_dir_all(class.join(name).join("device")).unwrap();
+            }
+        }
+        assert_eq!(first_interface(&class).as_deref(), Some("eth0"));
+        std::fs::remove_dir_all(class.join("eth0")).unwrap();
+        std::fs::remove_dir_all(class.join("eth1")).unwrap();
+        let error = wait_for_interface(&class, Duration::from_millis(30)).unwrap_err();
+        assert!(error.to_string().contains("virtio_net"), "{error}");
+        std::fs::remove_dir_all(class).unwrap();
+    }
+
+    #[test]
+    fn a_dangling_resolver_link_is_replaced_by_a_file() {
+        let folder = folder("resolv");
+        let path = folder.join("resolv.conf");
+        symlink("/no/such/stub", &path).unwrap();
+        write_resolver(&path, &instance()).unwrap();
+        assert_eq!(
+            std::fs::read_to_string(&path).unwrap(),
+            "nameserver 10.0.0.1\nnameserver 10.0.0.2\n"
+        );
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn hosts_keeps_what_is_there_and_a_second_boot_adds_nothing() {
+        let folder = folder("hosts");
+        let path = folder.join("hosts");
+        std::fs::write(&path, "127.0.0.1\tlocalhost # me\n10.1.1.1 peer").unwrap();
+        for _ in 0..2 {
+            write_hosts(&path, &instance()).unwrap();
+            assert_eq!(
+                std::fs::read_to_string(&path).unwrap(),
+                "127.0.0.1\tlocalhost # me\n10.1.1.1 peer\n10.9.0.5 a\n"
+            );
+        }
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+}
