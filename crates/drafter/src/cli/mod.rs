@@ -1,0 +1,3 @@
+//! Subcommands, shared by `drafter` and `architect`.
+
+pub mod package;
