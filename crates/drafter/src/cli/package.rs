@@ -29,10 +29,6 @@ pub struct PackageArgs {
     #[command(subcommand)]
     command: PackageCommand,
 
-    /// Print one JSON object instead of text.
-    #[arg(long, global = true)]
-    json: bool,
-
     /// Folder for downloads and finished builds [default: ~/.cache/drafter].
     #[arg(long, global = true, value_name = "DIR", env = crate::package::CACHE_VARIABLE)]
     cache: Option<PathBuf>,
@@ -195,9 +191,9 @@ impl PackageArgs {
     ///
     /// # Errors
     /// In sentences for people.
-    pub fn run(self) -> anyhow::Result<()> {
+    pub fn run(self, json: bool) -> anyhow::Result<()> {
         let cache = self.cache.map_or_else(Cache::default_for_user, Cache::at);
-        let out = Out { json: self.json };
+        let out = Out { json };
         match self.command {
             PackageCommand::Build(args) => run_build(*args, cache, out),
             PackageCommand::Inspect { package } => {

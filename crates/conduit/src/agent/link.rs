@@ -1,0 +1,168 @@
+//! The agent's connection to the edge: dialled for ever, and everything that the edge must know is
+//! told again after each loss. One thread writes, one reads.
+
+use super::{LinkState, Shared, server::spawn};
+use crate::{
+    book::{EdgeView, Place, Record},
+    wire::{self, EdgeSays, HostSays},
+};
+use identity::{HostName, Reader, Security, Stream, Writer};
+use std::{
+    collections::BTreeMap,
+    io::{self, BufReader},
+    net::{Ipv4Addr, SocketAddr},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+const DIAL_LIMIT: Duration = Duration::from_secs(3);
+const WRITE_LIMIT: Duration = Duration::from_secs(3);
+/// A ping goes out this often; a connection that is silent for [`SILENCE_LIMIT`] is dead.
+const PING_EVERY: Duration = Duration::from_secs(1);
+const SILENCE_LIMIT: Duration = Duration::from_secs(4);
+/// Wait before dialling again: the first, and the longest.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+
+/// What was said and not answered yet, by id.
+type Asked = Arc<Mutex<BTreeMap<u64, (Ipv4Addr, u64)>>>;
+
+/// Keeps a connection to the edge from now on.
+pub(super) fn keep(edge: SocketAddr, name: HostName, security: Security, shared: Arc<Shared>) {
+    spawn("agent-edge", move || {
+        let mut backoff = BACKOFF.0;
+        loop {
+            let started = Instant::now();
+            let error = match Stream::connect(edge, &name, &security, DIAL_LIMIT) {
+                Ok(stream) => converse(stream, &shared).err().map_or_else(
+                    || "the edge ended the connection".to_owned(),
+                    |e| format!("connection lost: {e}"),
+                ),
+                Err(e) => e.to_string(),
+            };
+            if started.elapsed() > BACKOFF.1 * 2 {
+                backoff = BACKOFF.0;
+            }
+            tracing::warn!(%edge, error, again_in = ?backoff, "no edge");
+            shared.set_link(LinkState::Connecting { last_error: error });
+            thread::sleep(backoff);
+            backoff = (backoff * 2).min(BACKOFF.1);
+        }
+    });
+}
+
+fn converse(stream: Stream, shared: &Arc<Shared>) -> io::Result<()> {
+    let control = stream.control();
+    control.set_read_timeout(Some(SILENCE_LIMIT));
+    control.set_write_timeout(Some(WRITE_LIMIT));
+    let (reader, mut writer) = stream.split();
+    let mut reader = BufReader::new(reader);
+    let hello = HostSays::Hello {
+        version: wire::VERSION,
+        host: shared.name.to_string(),
+        peer: shared.this,
+    };
+    wire::send(&mut writer, &hello)?;
+    match wire::receive::<EdgeSays>(&mut reader)? {
+        Some(EdgeSays::Welcome { version: wire::VERSION, edge, peers }) => {
+            shared.set_fleet(Some(edge), &peers).map_err(io::Error::other)?;
+        }
+        Some(EdgeSays::Welcome { version, .. }) => {
+            return Err(io::Error::other(format!(
+                "the edge speaks version {version}, this agent {}; update the older one",
+                wire::VERSION
+            )));
+        }
+        Some(EdgeSays::Refused { error, .. }) => return Err(io::Error::other(error)),
+        other => return Err(io::Error::other(format!("no welcome but {other:?}"))),
+    }
+    shared.core().book.edge_reconnected();
+    shared.set_link(LinkState::Up);
+    tracing::info!("connected to the edge");
+
+    let asked = Asked::default();
+    let dead = Arc::new(AtomicBool::new(false));
+    let listener = {
+        let (shared, asked, dead) = (shared.clone(), asked.clone(), dead.clone());
+        thread::Builder::new().name("agent-edge-in".into()).spawn(move || {
+            let end = listen(&mut reader, &shared, &asked);
+            dead.store(true, Ordering::Release);
+            shared.changed.notify_all();
+            end
+        })?
+    };
+    let said = speak(&mut writer, shared, &asked, &dead);
+    control.shutdown();
+    let heard = listener.join().unwrap_or_else(|_| Err(io::Error::other("its reader failed")));
+    // What the reader met is the cause, unless we ended the connection ourselves.
+    if dead.load(Ordering::Acquire) { heard.and(said) } else { said }
+}
+
+/// Says what the edge does not know yet, as soon as there is something, until the reader is done.
+fn speak(writer: &mut Writer, shared: &Shared, asked: &Asked, dead: &AtomicBool) -> io::Result<()> {
+    let mut id = 0;
+    let mut ping_at = Instant::now() + PING_EVERY;
+    // The epoch that was last told, per address: not told again over this connection.
+    let mut told = BTreeMap::<Ipv4Addr, Record>::new();
+    loop {
+        let news: Vec<Record> = {
+            let untold =
+                |r: &&Record| r.edge == EdgeView::Pending && told.get(&r.net.address) != Some(*r);
+            let core = shared.wait(shared.core(), ping_at, |core| {
+                dead.load(Ordering::Acquire) || core.book.records().any(|r| untold(&r))
+            });
+            core.book.records().filter(untold).cloned().collect()
+        };
+        if dead.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        for record in news {
+            id += 1;
+            let address = record.net.address;
+            asked
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert(id, (address, record.epoch));
+            wire::send(writer, &message(id, &record, shared.this.overlay))?;
+            told.insert(address, record);
+        }
+        if Instant::now() >= ping_at {
+            id += 1;
+            wire::send(writer, &HostSays::Ping { id })?;
+            ping_at = Instant::now() + PING_EVERY;
+            let core = shared.core();
+            told.retain(|address, _| core.book.get(*address).is_some());
+        }
+    }
+}
+
+fn message(id: u64, record: &Record, this: Ipv4Addr) -> HostSays {
+    let (net, epoch) = (record.net.clone(), record.epoch);
+    match record.place {
+        Place::Away { to } => HostSays::Claim { id, net, owner: to, epoch },
+        Place::Here if record.retiring => HostSays::Release { id, net, epoch },
+        Place::Here | Place::Candidate => HostSays::Claim { id, net, owner: this, epoch },
+    }
+}
+
+fn listen(reader: &mut BufReader<Reader>, shared: &Shared, asked: &Asked) -> io::Result<()> {
+    while let Some(message) = wire::receive::<EdgeSays>(reader)? {
+        let (id, answer) = match message {
+            EdgeSays::Done { id } => (id, Ok(())),
+            EdgeSays::Refused { id, error } => (id, Err(error)),
+            EdgeSays::Peers { peers } => {
+                shared.set_fleet(None, &peers).map_err(io::Error::other)?;
+                continue;
+            }
+            EdgeSays::Welcome { .. } => return Err(io::Error::other("a second welcome")),
+        };
+        let question = asked.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        if let Some((address, epoch)) = question {
+            shared.edge_answered(address, epoch, answer);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,449 @@
+//! The network agent of a host: keeps the book of machines' addresses, makes the kernel follow it,
+//! and tells the edge.
+//!
+//! One per host, in the host's network namespace. Runners ask it over a unix socket
+//! ([`crate::AgentDataPath`]); it dials the edge itself, so that a host needs no public address.
+//!
+//! What must hold: the kernel holds the data path, the state folder the book. So the agent may be
+//! killed at any instruction and started again without a frame lost: a change is written down
+//! first, then made in the kernel, then answered, and at start everything written is made again
+//! (which changes nothing that is so already). A caller that got no answer asks again with the
+//! same epoch.
+
+mod link;
+mod server;
+
+pub(crate) use server::{listen as listen_unix, spawn};
+
+use crate::{
+    book::{Book, EdgeView, Forgotten, Place, RECORD_VERSION, Record},
+    datapath::{MachineNet, NetError},
+    exec::KernelError,
+    host::HostNet,
+    store::Store,
+    wire::{self, MachineStatus, Peer, Status},
+};
+use identity::{HostName, Security};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+/// How an agent is started.
+#[derive(Clone, Debug)]
+pub struct AgentConfig {
+    /// Name of this host; under TLS the name in its certificate.
+    pub host: HostName,
+    /// Where this host is: its overlay address (unique in the fleet) and its own underlay address.
+    pub this: Peer,
+    /// Where the edge listens for agents.
+    pub edge: SocketAddr,
+    /// The name that the edge must prove under TLS.
+    pub edge_name: HostName,
+    /// How the connection to the edge is protected.
+    pub security: Security,
+    /// The unix socket to serve runners on.
+    pub socket: PathBuf,
+    /// The state folder.
+    pub state: PathBuf,
+}
+
+/// How long `prepare` waits for the edge to be known, or to confirm an earlier move.
+const PREPARE_PATIENCE: Duration = Duration::from_secs(3);
+
+/// Where the connection to the edge stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum LinkState {
+    Connecting { last_error: String },
+    Up,
+}
+
+/// A host as remembered over a restart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct KnownPeer {
+    #[serde(flatten)]
+    peer: Peer,
+    edge: bool,
+}
+
+struct Core {
+    book: Book,
+    peers: BTreeMap<Ipv4Addr, Peer>,
+    edge: Option<Peer>,
+    link: LinkState,
+}
+
+/// What the threads of an agent share.
+struct Shared {
+    host: HostNet,
+    name: HostName,
+    this: Peer,
+    core: Mutex<Core>,
+    /// Signalled on every change of `core` that somebody may wait for.
+    changed: Condvar,
+    /// Held while taps are made and removed, which takes milliseconds; never taken under `core`.
+    taps: Mutex<()>,
+    machines: Store,
+    floors: Store,
+    fleet: Store,
+}
+
+/// A running agent. Its threads end with the process.
+pub struct Agent {
+    shared: Arc<Shared>,
+    socket: PathBuf,
+}
+
+/// What is remembered of an address without a machine.
+#[derive(Serialize, Deserialize)]
+struct Floor {
+    address: Ipv4Addr,
+    epoch: u64,
+}
+
+impl Agent {
+    /// Sets the host up, takes up what the last agent left, and serves. Must be called in the
+    /// host's network namespace.
+    pub fn start(config: AgentConfig) -> Result<Self, KernelError> {
+        let host = HostNet::open(Some(config.this))?;
+        let machines = Store::open(&config.state.join("machines"))?;
+        let floors = Store::open(&config.state.join("floors"))?;
+        let fleet = Store::open(&config.state.join("fleet"))?;
+        let mut core = Core {
+            book: Book::default(),
+            peers: BTreeMap::new(),
+            edge: None,
+            link: LinkState::Connecting { last_error: "not tried yet".into() },
+        };
+        for floor in floors.load::<Floor>()? {
+            core.book.restore_floor(floor.address, floor.epoch);
+        }
+        for known in fleet.load::<KnownPeer>()? {
+            core.peers.insert(known.peer.overlay, known.peer);
+            host.set_peer(&known.peer)?;
+            if known.edge {
+                host.set_edge(&known.peer)?;
+                core.edge = Some(known.peer);
+            }
+        }
+        for record in machines.load::<Record>()? {
+            if record.version > RECORD_VERSION {
+                return Err(KernelError::new(
+                    format!("read the state of machine \"{}\"", record.net.machine),
+                    format!("it is of version {}, written by a newer agent", record.version),
+                ));
+            }
+            if !record.retiring {
+                host.ensure_tap(&record.net)?;
+            }
+            host.apply(&record)?;
+            tracing::info!(machine = record.net.machine, place = ?record.place, epoch = record.epoch,
+                "machine taken up");
+            core.book.restore(record);
+        }
+        let shared = Arc::new(Shared {
+            host,
+            name: config.host.clone(),
+            this: config.this,
+            core: Mutex::new(core),
+            changed: Condvar::new(),
+            taps: Mutex::new(()),
+            machines,
+            floors,
+            fleet,
+        });
+        server::serve(&config.socket, shared.clone())?;
+        link::keep(config.edge, config.edge_name, config.security, shared.clone());
+        Ok(Self { shared, socket: config.socket })
+    }
+
+    /// Everything there is to know, for people.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        self.shared.status()
+    }
+
+    /// Removes all that this host was set up with: traffic of its machines ends. Not done at a
+    /// normal end, because the data path outlives its agent.
+    pub fn remove_everything(&self) -> Result<(), KernelError> {
+        let addresses: Vec<_> = self.shared.core().book.records().map(|r| r.net.address).collect();
+        for address in addresses {
+            self.shared.host.remove_tap(address)?;
+            self.shared.machines.remove(address)?;
+        }
+        self.shared.host.remove()
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.socket);
+    }
+}
+
+impl Shared {
+    fn core(&self) -> MutexGuard<'_, Core> {
+        // Each change leaves the core consistent at every step, so a panic elsewhere does not.
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn taps(&self) -> MutexGuard<'_, ()> {
+        self.taps.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until `ready` says so, at most until `deadline`. Returns the core in either case.
+    fn wait<'a>(
+        &'a self,
+        mut core: MutexGuard<'a, Core>,
+        deadline: Instant,
+        ready: impl Fn(&Core) -> bool,
+    ) -> MutexGuard<'a, Core> {
+        while !ready(&core) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            let waited = self.changed.wait_timeout(core, left);
+            core = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        core
+    }
+
+    fn prepare(&self, net: &MachineNet) -> Result<String, NetError> {
+        wire::check_machine(net)?;
+        let operation = "prepare its network";
+        if u32::from(net.mtu) > self.host.mtu() {
+            return Err(NetError::failed(
+                net,
+                operation,
+                format!(
+                    "its MTU of {} does not fit this host's overlay ({}); give machines the \
+                     smallest MTU of the fleet when they are created",
+                    net.mtu,
+                    self.host.mtu()
+                ),
+            ));
+        }
+        let _one_at_a_time = self.taps();
+        let moving_on = |core: &Core| {
+            core.book.get(net.address).is_some_and(|r| {
+                matches!(r.place, Place::Away { .. }) && r.edge == EdgeView::Pending
+            })
+        };
+        let deadline = Instant::now() + PREPARE_PATIENCE;
+        let core = self.core();
+        let core = self.wait(core, deadline, |c| c.edge.is_some() && !moving_on(c));
+        if core.edge.is_none() {
+            let detail = format!("this host has not reached its edge yet ({})", core.link);
+            return Err(NetError::failed(net, operation, detail));
+        }
+        // A rehearsal: is it refused? Then nothing is made.
+        core.book.clone().prepare(net)?;
+        drop(core);
+
+        let fail = |e: KernelError| NetError::failed(net, operation, e);
+        let name = self.host.ensure_tap(net).map_err(fail)?;
+        self.change(net, operation, |book| book.prepare(net).cloned())?;
+        Ok(name)
+    }
+
+    fn divert(&self, net: &MachineNet, to: Ipv4Addr, epoch: u64) -> Result<(), NetError> {
+        let operation = format!("send its frames to {to}");
+        if to == self.this.overlay {
+            return Err(NetError::failed(net, operation, "that is this host itself"));
+        }
+        if !self.core().peers.contains_key(&to) {
+            let detail = "no such host is known here; is its agent connected to the same edge?";
+            return Err(NetError::failed(net, operation, detail));
+        }
+        self.change(net, &operation, |book| book.divert(net, to, epoch).cloned())
+    }
+
+    fn resume(&self, net: &MachineNet, epoch: u64) -> Result<(), NetError> {
+        self.change(net, "take its frames", |book| book.resume(net, epoch).cloned())
+    }
+
+    /// One change: decided by the book, written down, made in the kernel, told to whoever waits
+    /// (the thread that tells the edge among them). A repeated call makes the kernel follow again.
+    fn change(
+        &self,
+        net: &MachineNet,
+        operation: &str,
+        decide: impl FnOnce(&mut Book) -> Result<Record, NetError>,
+    ) -> Result<(), NetError> {
+        let mut core = self.core();
+        let before = core.book.get(net.address).cloned();
+        let record = decide(&mut core.book)?;
+        if before.as_ref() != Some(&record)
+            && let Err(error) = self.machines.save(net.address, &record)
+        {
+            if let Some(before) = before {
+                core.book.restore(before);
+            }
+            return Err(NetError::failed(net, operation, error));
+        }
+        let done = self.host.apply(&record);
+        drop(core);
+        self.changed.notify_all();
+        tracing::info!(machine = net.machine, place = ?record.place, epoch = record.epoch, "route set");
+        done.map_err(|e| NetError::failed(net, operation, e))
+    }
+
+    fn settled(&self, net: &MachineNet, epoch: u64, limit: Duration) -> Result<(), NetError> {
+        let operation = format!("wait for the edge to confirm epoch {epoch}");
+        let answer = |core: &Core| -> Option<Result<(), NetError>> {
+            let floor = core.book.floor(net.address);
+            let Some(record) = core.book.get(net.address).filter(|r| r.epoch <= epoch) else {
+                // Confirmed and forgotten, or overtaken.
+                let last = floor == epoch || floor == epoch.saturating_add(1);
+                let gone = core.book.get(net.address).is_none() && floor > 0 && last;
+                return Some(if gone {
+                    Ok(())
+                } else {
+                    let (machine, asked) = (net.machine.clone(), epoch);
+                    Err(NetError::StaleEpoch { machine, asked, current: floor })
+                });
+            };
+            if record.epoch < epoch || record.edge == EdgeView::Unasked {
+                let detail = "nothing was said with that epoch here";
+                return Some(Err(NetError::failed(net, &operation, detail)));
+            }
+            match &record.edge {
+                EdgeView::Confirmed => Some(Ok(())),
+                EdgeView::Refused { error } => Some(Err(error.clone())),
+                EdgeView::Pending | EdgeView::Unasked => None,
+            }
+        };
+        let deadline = Instant::now() + limit;
+        let core = self.wait(self.core(), deadline, |c| answer(c).is_some());
+        answer(&core).unwrap_or_else(|| {
+            let detail = format!(
+                "no answer within {limit:?} ({}); frames are forwarded until it answers, so keep \
+                 both hosts up",
+                core.link
+            );
+            Err(NetError::failed(net, operation, detail))
+        })
+    }
+
+    fn forget(&self, net: &MachineNet, epoch: u64) -> Result<(), NetError> {
+        let operation = "forget it";
+        let fail = |e: KernelError| NetError::failed(net, operation, e);
+        let _one_at_a_time = self.taps();
+        let mut core = self.core();
+        let floor = core.book.get(net.address).map_or(0, Record::floor_after);
+        match core.book.forget(net, epoch)? {
+            Forgotten::Nothing => return Ok(()),
+            Forgotten::Remove => {
+                self.drop_files(net.address, floor.max(epoch)).map_err(fail)?;
+                self.host.unroute(net.address).map_err(fail)?;
+            }
+            Forgotten::KeepForwarding | Forgotten::RemoveAndRelease => {
+                let record = core.book.get(net.address).cloned();
+                if let Some(record) = record {
+                    self.machines.save(net.address, &record).map_err(fail)?;
+                    self.host.apply(&record).map_err(fail)?;
+                }
+            }
+        }
+        drop(core);
+        self.changed.notify_all();
+        tracing::info!(machine = net.machine, epoch, "machine forgotten");
+        self.host.remove_tap(net.address).map_err(fail)
+    }
+
+    /// The edge answered about a machine.
+    fn edge_answered(&self, address: Ipv4Addr, epoch: u64, answer: Result<(), NetError>) {
+        let mut core = self.core();
+        let Some(record) = core.book.edge_answered(address, epoch, answer) else { return };
+        let saved = if record.retiring {
+            self.drop_files(address, record.floor_after()).and_then(|()| self.host.unroute(address))
+        } else {
+            self.machines.save(address, &record)
+        };
+        drop(core);
+        self.changed.notify_all();
+        if let EdgeView::Refused { error } = &record.edge {
+            tracing::warn!(machine = record.net.machine, epoch, %error, "the edge refused");
+        }
+        if let Err(error) = saved {
+            // The edge is asked again after a restart, and answers the same.
+            tracing::warn!(machine = record.net.machine, %error, "the edge's answer was not saved");
+        }
+    }
+
+    fn drop_files(&self, address: Ipv4Addr, epoch: u64) -> Result<(), KernelError> {
+        self.floors.save(address, &Floor { address, epoch })?;
+        self.machines.remove(address)
+    }
+
+    /// Takes the edge's word on who is in the overlay.
+    fn set_fleet(&self, edge: Option<Peer>, peers: &[Peer]) -> Result<(), KernelError> {
+        let mut core = self.core();
+        let known = edge.into_iter().map(|peer| KnownPeer { peer, edge: true });
+        let all = known.chain(peers.iter().map(|peer| KnownPeer { peer: *peer, edge: false }));
+        for known in all.filter(|k| k.peer.overlay != self.this.overlay) {
+            let peer = known.peer;
+            if known.edge {
+                self.host.set_edge(&peer)?;
+                core.edge = Some(peer);
+            } else if core.edge.is_some_and(|e| e.overlay == peer.overlay) {
+                continue;
+            } else {
+                self.host.set_peer(&peer)?;
+            }
+            core.peers.insert(peer.overlay, peer);
+            self.fleet.save(peer.overlay, &known)?;
+        }
+        drop(core);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    fn set_link(&self, link: LinkState) {
+        self.core().link = link;
+        self.changed.notify_all();
+    }
+
+    fn status(&self) -> Status {
+        let core = self.core();
+        let machines = core.book.records().map(|r| MachineStatus {
+            net: r.net.clone(),
+            epoch: r.epoch,
+            place: match r.place {
+                Place::Candidate => "candidate".into(),
+                Place::Here if r.retiring => "gone".into(),
+                Place::Here => "here".into(),
+                Place::Away { to } => to.to_string(),
+            },
+            edge: match &r.edge {
+                EdgeView::Unasked => "unasked".into(),
+                EdgeView::Pending => "pending".into(),
+                EdgeView::Confirmed => "confirmed".into(),
+                EdgeView::Refused { error } => format!("refused: {error}"),
+            },
+        });
+        Status {
+            role: "agent".into(),
+            version: wire::VERSION,
+            host: self.name.to_string(),
+            peer: self.this,
+            link: core.link.to_string(),
+            peers: core.peers.values().copied().collect(),
+            machines: machines.collect(),
+        }
+    }
+}
+
+impl std::fmt::Display for LinkState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Up => f.write_str("connected to the edge"),
+            Self::Connecting { last_error } => write!(f, "no connection to the edge: {last_error}"),
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! The agent's socket for runners: one thread per connection, one line a question, one line an
+//! answer. Only this user may connect; whoever may is trusted with all machines of the host.
+
+use super::Shared;
+use crate::{
+    exec::KernelError,
+    wire::{self, Answer, Ask},
+};
+use std::{
+    io::BufReader,
+    os::unix::{
+        fs::PermissionsExt,
+        net::{UnixListener, UnixStream},
+    },
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+/// More than the machines that fit on a host.
+const CONNECTIONS: usize = 1024;
+/// How long an answer may wait to be taken.
+const WRITE_LIMIT: Duration = Duration::from_secs(5);
+/// Longest wait that a runner may ask for.
+const WAIT_LIMIT: Duration = Duration::from_secs(60);
+
+/// Makes the socket (a stale one is replaced, one in use is refused) and answers on it.
+pub(super) fn serve(path: &Path, shared: Arc<Shared>) -> Result<(), KernelError> {
+    let listener = listen(path)?;
+    spawn("agent-listen", move || {
+        let open = Arc::new(AtomicUsize::new(0));
+        for stream in listener.incoming() {
+            let Ok(stream) = stream else {
+                thread::sleep(Duration::from_millis(50));
+                continue;
+            };
+            if open.fetch_add(1, Ordering::Relaxed) >= CONNECTIONS {
+                tracing::warn!(limit = CONNECTIONS, "too many connections, one refused");
+                open.fetch_sub(1, Ordering::Relaxed);
+                continue;
+            }
+            let (shared, open) = (shared.clone(), open.clone());
+            spawn("agent-runner", move || {
+                if let Err(error) = converse(&stream, &shared) {
+                    tracing::debug!(%error, "a runner's connection ended");
+                }
+                open.fetch_sub(1, Ordering::Relaxed);
+            });
+        }
+    });
+    Ok(())
+}
+
+/// A unix socket for this user alone, in place of one that nobody listens on any more.
+pub(crate) fn listen(path: &Path) -> Result<UnixListener, KernelError> {
+    let fail = |e: std::io::Error| KernelError::new(format!("listen on {}", path.display()), e);
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).map_err(fail)?;
+    }
+    if UnixStream::connect(path).is_ok() {
+        return Err(KernelError::new(
+            format!("listen on {}", path.display()),
+            "another one is running and answers there",
+        ));
+    }
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(fail(e)),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path).map_err(fail)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(fail)?;
+    Ok(listener)
+}
+
+pub(crate) fn spawn(name: &str, run: impl FnOnce() + Send + 'static) {
+    if let Err(error) = thread::Builder::new().name(name.to_owned()).spawn(run) {
+        tracing::error!(thread = name, %error, "no thread, so this is not done");
+    }
+}
+
+fn converse(stream: &UnixStream, shared: &Shared) -> std::io::Result<()> {
+    stream.set_write_timeout(Some(WRITE_LIMIT))?;
+    let mut reader = BufReader::new(stream);
+    let mut writer = stream;
+    while let Some(ask) = wire::receive::<Ask>(&mut reader)? {
+        wire::send(&mut writer, &answer(shared, ask))?;
+    }
+    Ok(())
+}
+
+fn answer(shared: &Shared, ask: Ask) -> Answer {
+    let done = match ask {
+        Ask::Endpoint => return Answer::Endpoint(shared.this.overlay),
+        Ask::Status => return Answer::Status(shared.status()),
+        Ask::Prepare { net } => {
+            return match shared.prepare(&net) {
+                Ok(name) => Answer::Tap(name),
+                Err(error) => Answer::Failed(error),
+            };
+        }
+        Ask::Divert { net, to, epoch } => shared.divert(&net, to, epoch),
+        Ask::Resume { net, epoch } => shared.resume(&net, epoch),
+        Ask::Settled { net, epoch, limit_ms } => {
+            shared.settled(&net, epoch, Duration::from_millis(limit_ms).min(WAIT_LIMIT))
+        }
+        Ask::Forget { net, epoch } => shared.forget(&net, epoch),
+    };
+    match done {
+        Ok(()) => Answer::Done,
+        Err(error) => Answer::Failed(error),
+    }
+}

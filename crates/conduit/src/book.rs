@@ -1,0 +1,356 @@
+//! What a host knows of machines' addresses: the rules of epochs, without any I/O.
+//!
+//! ```text
+//!              prepare            resume(e)
+//!   (unknown) ─────────► Candidate ─────────► Here ◄──────────┐
+//!                          ▲    │ divert(e)     │ divert(e)    │ resume(e), newer
+//!                  prepare │    ▼               ▼              │
+//!                          └── Away{to} ◄───────┘ ─────────────┘
+//!   forget(e) from anywhere; its epoch stays as the floor for whatever comes later
+//! ```
+//!
+//! Two rules hold on every arrow: an epoch older than one seen is refused, and one epoch has one
+//! owner. The same arrow with the same epoch again changes nothing and succeeds.
+
+use crate::datapath::{MachineNet, NetError};
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, net::Ipv4Addr};
+
+/// Where a machine's frames go, as this host sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "at", rename_all = "kebab-case")]
+pub enum Place {
+    /// It may come here: frames that reach this host over the overlay wait in its tap.
+    Candidate,
+    /// It runs here.
+    Here,
+    /// It was here; frames that still come are routed on.
+    Away {
+        /// Overlay address of the host that has it.
+        to: Ipv4Addr,
+    },
+}
+
+/// What the edge knows of our last word about a machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "edge", rename_all = "kebab-case")]
+pub enum EdgeView {
+    /// There is nothing that it must know.
+    Unasked,
+    /// Not told yet, or no answer yet.
+    Pending,
+    /// It does as we said.
+    Confirmed,
+    /// It refused.
+    Refused {
+        /// Why.
+        error: NetError,
+    },
+}
+
+/// A machine in the book. This is also its state file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Version of the state file.
+    pub version: u32,
+    /// The machine.
+    pub net: MachineNet,
+    /// Where its frames go.
+    #[serde(flatten)]
+    pub place: Place,
+    /// Epoch of the last change; of a candidate, the oldest that will be accepted.
+    pub epoch: u64,
+    /// What the edge knows.
+    #[serde(flatten)]
+    pub edge: EdgeView,
+    /// Forgotten by its owner; the record stays until the edge has confirmed. If the machine ran
+    /// here, the edge is still to be told that it is gone; if it moved on, its route still
+    /// forwards frames.
+    #[serde(default)]
+    pub retiring: bool,
+}
+
+impl Record {
+    /// The oldest epoch that is accepted for this address after this record: what was given to
+    /// another host stays given.
+    #[must_use]
+    pub fn floor_after(&self) -> u64 {
+        match self.place {
+            Place::Away { .. } => self.epoch.saturating_add(1),
+            Place::Here | Place::Candidate => self.epoch,
+        }
+    }
+}
+
+/// Version of [`Record`] as written today.
+pub const RECORD_VERSION: u32 = 1;
+
+/// What [`Book::forget`] leaves to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Forgotten {
+    /// Nothing was known.
+    Nothing,
+    /// Remove the tap and the routes; tell the edge (it ran here).
+    RemoveAndRelease,
+    /// Remove the tap and the routes.
+    Remove,
+    /// Remove the tap only: the route still forwards frames.
+    KeepForwarding,
+}
+
+/// The book of one host.
+#[derive(Clone, Debug, Default)]
+pub struct Book {
+    records: BTreeMap<Ipv4Addr, Record>,
+    floors: BTreeMap<Ipv4Addr, u64>,
+}
+
+/// How many addresses without a machine keep their floor.
+const FLOORS: usize = 65_536;
+
+impl Book {
+    /// Takes what a state file says; used at start, and to undo a change that could not be saved.
+    pub fn restore(&mut self, record: Record) {
+        self.records.insert(record.net.address, record);
+    }
+
+    /// Sets the floor of an address; used at start only.
+    pub fn restore_floor(&mut self, address: Ipv4Addr, epoch: u64) {
+        self.floors.insert(address, epoch);
+    }
+
+    /// The record of a machine.
+    #[must_use]
+    pub fn get(&self, address: Ipv4Addr) -> Option<&Record> {
+        self.records.get(&address)
+    }
+
+    /// All records, by address.
+    pub fn records(&self) -> impl Iterator<Item = &Record> {
+        self.records.values()
+    }
+
+    /// The oldest epoch still accepted for an address.
+    #[must_use]
+    pub fn floor(&self, address: Ipv4Addr) -> u64 {
+        let recorded = self.records.get(&address).map_or(0, |r| r.epoch);
+        recorded.max(self.floors.get(&address).copied().unwrap_or(0))
+    }
+
+    /// The machine may come here. Refused while this host still forwards its frames and the edge
+    /// has not confirmed: the frames that it sends here belong elsewhere.
+    pub fn prepare(&mut self, net: &MachineNet) -> Result<&Record, NetError> {
+        let floor = self.floor(net.address);
+        let mut place = Place::Candidate;
+        let (mut epoch, mut edge) = (floor, EdgeView::Unasked);
+        if let Some(old) = self.records.get(&net.address) {
+            check_same_machine(old, net)?;
+            match old.place {
+                Place::Away { to } if old.edge == EdgeView::Pending => {
+                    return Err(NetError::failed(
+                        net,
+                        "prepare its network",
+                        format!(
+                            "this host still forwards its frames to {to}, because the edge has not \
+                             confirmed epoch {}; try again when the edge is back",
+                            old.epoch
+                        ),
+                    ));
+                }
+                // That epoch is somebody else's for good.
+                Place::Away { .. } => epoch = floor.saturating_add(1),
+                Place::Candidate => {}
+                Place::Here => {
+                    place = Place::Here;
+                    epoch = old.epoch;
+                    // New ports must be told.
+                    edge = if old.net == *net { old.edge.clone() } else { EdgeView::Pending };
+                }
+            }
+            if old.retiring && place == Place::Here {
+                (place, epoch, edge) = (Place::Candidate, floor, EdgeView::Unasked);
+            }
+        }
+        let record = Record {
+            version: RECORD_VERSION,
+            net: net.clone(),
+            place,
+            epoch,
+            edge,
+            retiring: false,
+        };
+        Ok(replace(&mut self.records, record))
+    }
+
+    /// Frames go to `to` from now on.
+    pub fn divert(
+        &mut self,
+        net: &MachineNet,
+        to: Ipv4Addr,
+        epoch: u64,
+    ) -> Result<&Record, NetError> {
+        self.advance(net, Place::Away { to }, epoch)
+    }
+
+    /// The machine runs here.
+    pub fn resume(&mut self, net: &MachineNet, epoch: u64) -> Result<&Record, NetError> {
+        self.advance(net, Place::Here, epoch)
+    }
+
+    fn advance(&mut self, net: &MachineNet, place: Place, epoch: u64) -> Result<&Record, NetError> {
+        let floor = self.floor(net.address);
+        let unprepared = || {
+            NetError::failed(
+                net,
+                format!("take epoch {epoch}"),
+                "this host was not prepared for it; call prepare first",
+            )
+        };
+        let old = self.records.get(&net.address).ok_or_else(unprepared)?;
+        check_same_machine(old, net)?;
+        if epoch < floor {
+            return Err(NetError::StaleEpoch {
+                machine: net.machine.clone(),
+                asked: epoch,
+                current: floor,
+            });
+        }
+        let decided = old.place != Place::Candidate && epoch == old.epoch;
+        if decided && old.place != place {
+            let owner = match old.place {
+                Place::Away { to } => to.to_string(),
+                Place::Here | Place::Candidate => "this host".to_owned(),
+            };
+            return Err(NetError::EpochTaken { machine: net.machine.clone(), epoch, owner });
+        }
+        if old.retiring && place == Place::Here {
+            return Err(unprepared());
+        }
+        if !decided {
+            let net = old.net.clone();
+            let record = Record {
+                version: RECORD_VERSION,
+                net,
+                place,
+                epoch,
+                edge: EdgeView::Pending,
+                retiring: false,
+            };
+            return Ok(replace(&mut self.records, record));
+        }
+        Ok(&self.records[&net.address])
+    }
+
+    /// The machine is not here any more.
+    pub fn forget(&mut self, net: &MachineNet, epoch: u64) -> Result<Forgotten, NetError> {
+        let floor = self.floor(net.address);
+        let Some(old) = self.records.get_mut(&net.address) else {
+            return Ok(Forgotten::Nothing);
+        };
+        check_same_machine(old, net)?;
+        if epoch < floor {
+            return Err(NetError::StaleEpoch {
+                machine: net.machine.clone(),
+                asked: epoch,
+                current: floor,
+            });
+        }
+        match old.place {
+            Place::Away { .. } if old.edge == EdgeView::Pending => {
+                old.retiring = true;
+                Ok(Forgotten::KeepForwarding)
+            }
+            Place::Away { .. } => {
+                self.drop_record(net.address, floor.saturating_add(1));
+                Ok(Forgotten::Remove)
+            }
+            Place::Candidate => {
+                self.drop_record(net.address, floor);
+                Ok(Forgotten::Remove)
+            }
+            Place::Here => {
+                // Asked again, it is not told again.
+                if !old.retiring {
+                    old.retiring = true;
+                    old.epoch = epoch;
+                    old.edge = EdgeView::Pending;
+                }
+                Ok(Forgotten::RemoveAndRelease)
+            }
+        }
+    }
+
+    /// The edge answered for `epoch`. Returns the record if it was waiting for that; one that was
+    /// [retiring](Record::retiring) is out of the book now.
+    pub fn edge_answered(
+        &mut self,
+        address: Ipv4Addr,
+        epoch: u64,
+        answer: Result<(), NetError>,
+    ) -> Option<Record> {
+        let record = self.records.get_mut(&address)?;
+        if record.epoch != epoch || record.edge != EdgeView::Pending {
+            return None;
+        }
+        record.edge = match answer {
+            Ok(()) => EdgeView::Confirmed,
+            // It moved on meanwhile: the edge sends us nothing, which is what we wanted.
+            Err(NetError::StaleEpoch { .. })
+                if record.retiring || matches!(record.place, Place::Away { .. }) =>
+            {
+                EdgeView::Confirmed
+            }
+            Err(error) => EdgeView::Refused { error },
+        };
+        let record = record.clone();
+        if record.retiring {
+            self.drop_record(address, record.floor_after());
+        }
+        Some(record)
+    }
+
+    /// The edge was lost and may have forgotten: what it confirmed must be told again.
+    pub fn edge_reconnected(&mut self) {
+        for record in self.records.values_mut() {
+            let settled = matches!(record.edge, EdgeView::Confirmed | EdgeView::Pending);
+            if settled && record.place == Place::Here && !record.retiring {
+                record.edge = EdgeView::Pending;
+            }
+        }
+    }
+
+    fn drop_record(&mut self, address: Ipv4Addr, floor: u64) {
+        self.records.remove(&address);
+        self.raise_floor(address, floor);
+    }
+
+    fn raise_floor(&mut self, address: Ipv4Addr, floor: u64) {
+        if self.floors.len() >= FLOORS && !self.floors.contains_key(&address) {
+            // Bounded, at the price of the protection for one long-gone address.
+            self.floors.pop_first();
+        }
+        let entry = self.floors.entry(address).or_default();
+        *entry = (*entry).max(floor);
+    }
+}
+
+fn replace(records: &mut BTreeMap<Ipv4Addr, Record>, record: Record) -> &Record {
+    let address = record.net.address;
+    records.insert(address, record);
+    &records[&address]
+}
+
+fn check_same_machine(old: &Record, net: &MachineNet) -> Result<(), NetError> {
+    if old.net.machine == net.machine && old.net.mac == net.mac {
+        return Ok(());
+    }
+    Err(NetError::failed(
+        net,
+        format!("use address {}", net.address),
+        format!("machine \"{}\" has it on this host; choose another address", old.net.machine),
+    ))
+}
+
+#[cfg(test)]
+#[path = "book_tests.rs"]
+mod tests;

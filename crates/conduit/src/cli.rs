@@ -1,0 +1,298 @@
+//! The `conduit` command: the two daemons, and looking at them. Also reachable as a subcommand of
+//! `architect` (see [`Command`] and [`run`]).
+
+use crate::{
+    agent::{Agent, AgentConfig},
+    client,
+    edge::{Edge, EdgeConfig},
+    wire::{Peer, Status},
+};
+use anyhow::{Context, Result, bail};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use identity::{HostName, Identity, Security};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use std::{
+    io::Write,
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+};
+
+/// Where a daemon and the commands meet unless told otherwise.
+pub const RUN_DIR: &str = "/run/conduit";
+/// The TCP port where an edge listens for agents unless told otherwise.
+pub const EDGE_PORT: u16 = 7450;
+
+/// Connections that follow: the network of machines that move.
+#[derive(Debug, Parser)]
+#[command(name = "conduit", version)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the network agent of this host (one per host).
+    Agent(AgentArgs),
+    /// Run an edge: the public address that clients use.
+    Edge(EdgeArgs),
+    /// Show the machines, their addresses and where their frames go.
+    Map(LookArgs),
+    /// Show whether the agent or edge here is well, and whom it can reach.
+    Status(LookArgs),
+    /// Print a completion script for a shell.
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// How the connection between agents and edge is protected.
+#[derive(Debug, Args)]
+pub struct SecurityArgs {
+    /// Folder with ca.crt, NAME.crt and NAME.key.
+    #[arg(long, value_name = "DIR", required_unless_present = "plaintext")]
+    pub identity: Option<PathBuf>,
+    /// No TLS: only on a network that is trusted as a whole.
+    #[arg(long, conflicts_with = "identity")]
+    pub plaintext: bool,
+}
+
+impl SecurityArgs {
+    fn load(&self, name: &HostName) -> Result<Security> {
+        match &self.identity {
+            Some(folder) => Ok(Security::Mutual(Identity::load(folder, name)?)),
+            None if self.plaintext => Ok(Security::Plaintext),
+            None => bail!("give --identity DIR, or --plaintext on a trusted network"),
+        }
+    }
+}
+
+/// Settings of `conduit agent`.
+#[derive(Debug, Args)]
+pub struct AgentArgs {
+    /// Name of this host.
+    #[arg(long)]
+    pub host: HostName,
+    /// This host's address in the overlay; unique in the fleet.
+    #[arg(long, value_name = "ADDRESS")]
+    pub overlay: Ipv4Addr,
+    /// The address of this host that other hosts reach it by.
+    #[arg(long, value_name = "ADDRESS")]
+    pub underlay: Ipv4Addr,
+    /// Where the edge listens for agents.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub edge: SocketAddr,
+    /// Name of the edge in its certificate.
+    #[arg(long, default_value = "edge")]
+    pub edge_name: HostName,
+    /// The socket that runners use.
+    #[arg(long, default_value_os_t = Path::new(RUN_DIR).join("agent.sock"))]
+    pub socket: PathBuf,
+    /// The state folder; must not outlive a reboot.
+    #[arg(long, default_value_os_t = Path::new(RUN_DIR).join("agent"))]
+    pub state: PathBuf,
+    /// At the end, remove taps, routes and rules: traffic of the machines here ends.
+    #[arg(long)]
+    pub remove_on_exit: bool,
+    /// Protection.
+    #[command(flatten)]
+    pub security: SecurityArgs,
+}
+
+/// Settings of `conduit edge`.
+#[derive(Debug, Args)]
+pub struct EdgeArgs {
+    /// The address that clients use; one of this computer's own.
+    #[arg(long, value_name = "ADDRESS")]
+    pub public: Ipv4Addr,
+    /// The edge's address in the overlay.
+    #[arg(long, value_name = "ADDRESS", default_value = "100.64.0.1")]
+    pub overlay: Ipv4Addr,
+    /// The address of this computer that hosts reach it by.
+    #[arg(long, value_name = "ADDRESS")]
+    pub underlay: Ipv4Addr,
+    /// Where to listen for agents; port 7450 of the underlay address if not given.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub listen: Option<SocketAddr>,
+    /// Machines have addresses in this network.
+    #[arg(long, value_name = "NETWORK/BITS", default_value = "10.77.0.0/16", value_parser = network)]
+    pub machines: (Ipv4Addr, u8),
+    /// Name of the edge in its certificate.
+    #[arg(long, default_value = "edge")]
+    pub name: HostName,
+    /// The socket for `conduit map` and `conduit status`.
+    #[arg(long, default_value_os_t = Path::new(RUN_DIR).join("edge.sock"))]
+    pub socket: PathBuf,
+    /// The state folder; should outlive a reboot.
+    #[arg(long, default_value = "/var/lib/conduit/edge")]
+    pub state: PathBuf,
+    /// At the end, remove translation and routes: connections through this edge end.
+    #[arg(long)]
+    pub remove_on_exit: bool,
+    /// Protection.
+    #[command(flatten)]
+    pub security: SecurityArgs,
+}
+
+/// What to look at.
+#[derive(Debug, Args)]
+pub struct LookArgs {
+    /// The socket of an agent or edge; the agent here, else the edge here, if not given.
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Parses `10.77.0.0/16`.
+fn network(text: &str) -> Result<(Ipv4Addr, u8), String> {
+    let parse = || {
+        let (address, bits) = text.split_once('/')?;
+        let bits: u8 = bits.parse().ok()?;
+        (1..=32).contains(&bits).then_some((address.parse().ok()?, bits))
+    };
+    parse().ok_or_else(|| "not a network like 10.77.0.0/16".to_owned())
+}
+
+/// Runs a parsed command to its end.
+pub fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Agent(args) => agent(args),
+        Command::Edge(args) => edge(args),
+        Command::Map(args) => look(&args, print_map),
+        Command::Status(args) => look(&args, print_status),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "conduit", &mut std::io::stdout());
+            Ok(())
+        }
+    }
+}
+
+fn agent(args: AgentArgs) -> Result<()> {
+    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])?;
+    let security = args.security.load(&args.host)?;
+    let agent = Agent::start(AgentConfig {
+        host: args.host,
+        this: Peer { overlay: args.overlay, underlay: args.underlay },
+        edge: args.edge,
+        edge_name: args.edge_name,
+        security,
+        socket: args.socket,
+        state: args.state,
+    })
+    .context("the agent did not start")?;
+    tracing::info!(overlay = %args.overlay, "agent ready");
+    signals.forever().next();
+    if args.remove_on_exit {
+        agent.remove_everything().context("the agent did not clean up")?;
+    }
+    Ok(())
+}
+
+fn edge(args: EdgeArgs) -> Result<()> {
+    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])?;
+    let security = args.security.load(&args.name)?;
+    let edge = Edge::start(EdgeConfig {
+        public: args.public,
+        this: Peer { overlay: args.overlay, underlay: args.underlay },
+        listen: args.listen.unwrap_or_else(|| (args.underlay, EDGE_PORT).into()),
+        machines: args.machines,
+        security,
+        socket: args.socket,
+        state: args.state,
+    })
+    .context("the edge did not start")?;
+    tracing::info!(listen = %edge.listens_on(), public = %args.public, "edge ready");
+    signals.forever().next();
+    if args.remove_on_exit {
+        edge.remove_everything().context("the edge did not clean up")?;
+    }
+    Ok(())
+}
+
+fn look(args: &LookArgs, print: fn(&Status, &mut dyn Write) -> std::io::Result<()>) -> Result<()> {
+    let status = match &args.socket {
+        Some(socket) => client::status(socket)?,
+        None => {
+            let folder = Path::new(RUN_DIR);
+            client::status(&folder.join("agent.sock"))
+                .or_else(|agent| client::status(&folder.join("edge.sock")).map_err(|_| agent))?
+        }
+    };
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        serde_json::to_writer_pretty(&mut out, &status)?;
+        writeln!(out)?;
+        return Ok(());
+    }
+    print(&status, &mut out)?;
+    Ok(())
+}
+
+fn print_map(status: &Status, out: &mut dyn Write) -> std::io::Result<()> {
+    writeln!(
+        out,
+        "{:<24} {:<16} {:>8}  {:<16} {:<10} PORTS",
+        "MACHINE", "ADDRESS", "EPOCH", "PLACE", "EDGE"
+    )?;
+    for m in &status.machines {
+        let ports: Vec<_> = m
+            .net
+            .ports
+            .iter()
+            .map(|p| format!("{}/{}→{}", p.public, p.protocol, p.machine))
+            .collect();
+        let edge = if m.edge.is_empty() { "-" } else { &m.edge };
+        let address = m.net.address.to_string();
+        let (name, epoch, place) = (&m.net.machine, m.epoch, &m.place);
+        writeln!(
+            out,
+            "{name:<24} {address:<16} {epoch:>8}  {place:<16} {edge:<10} {}",
+            ports.join(" ")
+        )?;
+    }
+    Ok(())
+}
+
+fn print_status(status: &Status, out: &mut dyn Write) -> std::io::Result<()> {
+    let Peer { overlay, underlay } = status.peer;
+    writeln!(out, "{} {} at {overlay} (underlay {underlay})", status.role, status.host)?;
+    writeln!(out, "  {}", status.link)?;
+    writeln!(out, "  {} machines, {} peers", status.machines.len(), status.peers.len())?;
+    for peer in &status.peers {
+        writeln!(out, "  peer {} at {}", peer.overlay, peer.underlay)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn protection_is_chosen_and_never_left_out() {
+        let base = ["conduit", "edge", "--public", "192.0.2.1", "--underlay", "192.0.2.1"];
+        let parse = |more: &[&str]| Cli::try_parse_from(base.iter().chain(more)).is_ok();
+        assert!(!parse(&[]), "neither");
+        assert!(parse(&["--plaintext"]));
+        assert!(parse(&["--identity", "x"]));
+        assert!(!parse(&["--identity", "x", "--plaintext"]), "both");
+    }
+
+    #[test]
+    fn networks_are_read_or_refused() {
+        assert_eq!(network("10.77.0.0/16").unwrap(), (Ipv4Addr::new(10, 77, 0, 0), 16));
+        for bad in ["10.77.0.0", "10.77.0.0/33", "10.77.0.0/0", "x/8", "10.77.0.0/-1"] {
+            assert!(network(bad).is_err(), "{bad}");
+        }
+    }
+}

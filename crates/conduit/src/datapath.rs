@@ -1,0 +1,247 @@
+//! The contract between drafter and the network: [`DataPath`], its vocabulary, and the data path
+//! that leads nowhere.
+
+use crate::tap;
+use serde::{Deserialize, Serialize};
+use std::{net::Ipv4Addr, os::fd::OwnedFd, time::Duration};
+
+/// A machine as the network sees it: the same on every host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineNet {
+    /// Name of the machine, for messages.
+    pub machine: String,
+    /// The machine's address, for life.
+    pub address: Ipv4Addr,
+    /// MAC of the guest's interface.
+    pub mac: [u8; 6],
+    /// MTU inside the guest.
+    pub mtu: u16,
+    /// Ports that the edge maps to the machine.
+    pub ports: Vec<PortMapping>,
+}
+
+/// A port of the edge's public address that leads to a port of the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortMapping {
+    /// `tcp` or `udp`.
+    pub protocol: Protocol,
+    /// Port on the edge.
+    pub public: u16,
+    /// Port in the machine.
+    pub machine: u16,
+}
+
+/// Transport protocol of a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+impl std::fmt::Display for Protocol {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        })
+    }
+}
+
+/// Where a host is reached by its peers' data path (its overlay address); not a secret.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostEndpoint(pub Ipv4Addr);
+
+/// Why the network did not do as asked.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum NetError {
+    /// The epoch is older than one already seen: somebody else owns the address now.
+    #[error("machine \"{machine}\": epoch {asked} is over, the data path is at {current}")]
+    StaleEpoch {
+        /// Which machine.
+        machine: String,
+        /// The caller's epoch.
+        asked: u64,
+        /// The data path's epoch.
+        current: u64,
+    },
+    /// The same epoch was already given to somebody else: epochs were handed out twice.
+    #[error(
+        "machine \"{machine}\": epoch {epoch} already belongs to {owner}; \
+         take a newer epoch from the lease and try again"
+    )]
+    EpochTaken {
+        /// Which machine.
+        machine: String,
+        /// The epoch in question.
+        epoch: u64,
+        /// Who has it.
+        owner: String,
+    },
+    /// Something failed.
+    #[error("machine \"{machine}\": {operation}: {detail}")]
+    Failed {
+        /// Which machine.
+        machine: String,
+        /// What was attempted, with interface, address or peer.
+        operation: String,
+        /// The cause, with what to do.
+        detail: String,
+    },
+}
+
+impl NetError {
+    #[allow(clippy::needless_pass_by_value, reason = "callers hand over text or an error")]
+    pub(crate) fn failed(
+        net: &MachineNet,
+        operation: impl Into<String>,
+        detail: impl ToString,
+    ) -> Self {
+        Self::Failed {
+            machine: net.machine.clone(),
+            operation: operation.into(),
+            detail: detail.to_string(),
+        }
+    }
+}
+
+/// An open tap of a machine on this host.
+#[derive(Debug)]
+pub struct Tap {
+    /// Interface name on this host.
+    pub name: String,
+    /// The descriptor that the monitor gets (a duplicate stays here, so that frames left behind
+    /// can be drained). Non-blocking; a duplicate shares that.
+    pub fd: OwnedFd,
+}
+
+/// What drafter asks of the network, in the order of a move. All calls are idempotent by epoch:
+/// the same call with the same epoch again is a success that changes nothing; an older epoch is
+/// refused. The epoch is a copy of the lease's, never a second authority: one epoch, one owner.
+///
+/// ```text
+///  destination                      source
+///  prepare
+///                                   divert      just before the processors stop
+///                                   (the machine pauses)
+///                                   pause       as soon as they have: drains what was left
+///  resume
+///  settled                          settled     before the source may go away
+///                                   forget
+/// ```
+///
+/// A move that failed after `divert`: the source takes a newer epoch and calls `abort`; the
+/// destination calls `pause` towards the source with that epoch, which sends back the frames that
+/// waited in its own tap, then `forget`.
+pub trait DataPath: Send + Sync {
+    /// This host's own endpoint, told to the source so that it can flip to it.
+    fn endpoint(&self) -> HostEndpoint;
+
+    /// Destination, before the pause (and a first boot): opens the tap with a long queue, so that
+    /// frames which arrive before the machine runs wait in it, in order.
+    fn prepare(&self, net: &MachineNet) -> Result<Tap, NetError>;
+
+    /// Source, optional, just before the processors stop: frames go to `to` from now on, here and
+    /// (as soon as it answers) at the edge. Called this early, the guest itself still empties its
+    /// tap's queue while it stops, and the monitor never takes a frame that its stopped guest
+    /// cannot see (QEMU reads one such frame and drops it). [`DataPath::pause`] with the same
+    /// arguments must follow; without this call it does this step too.
+    fn divert(&self, net: &MachineNet, to: &HostEndpoint, epoch: u64) -> Result<(), NetError> {
+        let _ = (net, to, epoch);
+        Ok(())
+    }
+
+    /// Source, when the machine has paused: frames go to `to` from now on, here and at the edge,
+    /// and what waits in the old tap's queue is sent after them. Returns the number of drained
+    /// frames. Does not wait for the edge: until it answers, its frames come here and are routed
+    /// on; see [`DataPath::settled`].
+    fn pause(
+        &self,
+        net: &MachineNet,
+        tap: &Tap,
+        to: &HostEndpoint,
+        epoch: u64,
+    ) -> Result<u64, NetError>;
+
+    /// The machine runs here: the owner at `epoch`. Frames for it come here. Does not wait for
+    /// the edge.
+    fn resume(&self, net: &MachineNet, epoch: u64) -> Result<(), NetError>;
+
+    /// Source, after a failed move: the machine runs here again at `epoch` (newer than the one
+    /// given to `pause`).
+    fn abort(&self, net: &MachineNet, epoch: u64) -> Result<(), NetError> {
+        self.resume(net, epoch)
+    }
+
+    /// Waits at most `limit` until the edge has confirmed what the last call with `epoch` said.
+    /// The source may go away only after this succeeded (or the destination's did); a first boot
+    /// learns here that a port is taken.
+    fn settled(&self, net: &MachineNet, epoch: u64, limit: Duration) -> Result<(), NetError> {
+        let _ = (net, epoch, limit);
+        Ok(())
+    }
+
+    /// The machine is not here any more (moved away long enough ago, or removed). Removes its tap
+    /// and its routes; a route that still forwards frames stays until the edge has confirmed.
+    fn forget(&self, net: &MachineNet, epoch: u64) -> Result<(), NetError>;
+}
+
+/// A network that leads nowhere: the machine gets a tap with nothing behind it, so that its
+/// interface exists and stays the same when it moves. Every other call succeeds and does nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NullDataPath;
+
+impl DataPath for NullDataPath {
+    fn endpoint(&self) -> HostEndpoint {
+        HostEndpoint(Ipv4Addr::UNSPECIFIED)
+    }
+
+    fn prepare(&self, net: &MachineNet) -> Result<Tap, NetError> {
+        tap::open_isolated().map_err(|e| NetError::failed(net, "open a tap that leads nowhere", e))
+    }
+
+    fn pause(
+        &self,
+        _net: &MachineNet,
+        _tap: &Tap,
+        _to: &HostEndpoint,
+        _epoch: u64,
+    ) -> Result<u64, NetError> {
+        Ok(0)
+    }
+
+    fn resume(&self, _net: &MachineNet, _epoch: u64) -> Result<(), NetError> {
+        Ok(())
+    }
+
+    fn forget(&self, _net: &MachineNet, _epoch: u64) -> Result<(), NetError> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_name_the_machine_and_what_to_do() {
+        let error =
+            NetError::EpochTaken { machine: "redis".into(), epoch: 5, owner: "100.64.0.3".into() };
+        assert_eq!(
+            error.to_string(),
+            "machine \"redis\": epoch 5 already belongs to 100.64.0.3; \
+             take a newer epoch from the lease and try again"
+        );
+    }
+
+    #[test]
+    fn the_wire_form_of_an_error_is_fixed() {
+        let error = NetError::StaleEpoch { machine: "m".into(), asked: 1, current: 2 };
+        let text = serde_json::to_string(&error).unwrap();
+        assert_eq!(text, r#"{"kind":"stale-epoch","machine":"m","asked":1,"current":2}"#);
+        assert_eq!(serde_json::from_str::<NetError>(&text).unwrap(), error);
+    }
+}

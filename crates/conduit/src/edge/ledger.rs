@@ -1,0 +1,312 @@
+//! What the edge knows: who has each machine's address, at which epoch. The same two rules as on
+//! hosts ([`crate::book`]), judged on its own: an older epoch is refused, one epoch has one owner.
+//! No I/O.
+//!
+//! Who may say what: a host may take a machine for itself with a newer epoch (the lease decides
+//! who gets epochs, not the edge); it may give away only what it has.
+
+use crate::{
+    datapath::{MachineNet, NetError, Protocol},
+    wire,
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+};
+
+/// Version of [`Entry`] as written today.
+pub const ENTRY_VERSION: u32 = 1;
+
+/// A machine in the ledger. This is also its state file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Version of the state file.
+    pub version: u32,
+    /// The machine.
+    pub net: MachineNet,
+    /// Overlay address of the host that has it.
+    pub owner: Ipv4Addr,
+    /// Its epoch.
+    pub epoch: u64,
+    /// It is gone; only its epoch is remembered.
+    pub released: bool,
+}
+
+/// What a claim or a release changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// The route must be set (or removed).
+    pub route: bool,
+    /// Ports or the set of machines changed.
+    pub ports: bool,
+}
+
+/// What the ledger accepts at all.
+#[derive(Clone, Debug)]
+pub struct Rules {
+    /// Machines have addresses in this network.
+    pub machines: (Ipv4Addr, u8),
+    /// Public TCP ports that cannot be mapped: the edge's own.
+    pub reserved: BTreeSet<u16>,
+}
+
+/// The ledger of one edge.
+#[derive(Clone, Debug)]
+pub struct Ledger {
+    rules: Rules,
+    entries: BTreeMap<Ipv4Addr, Entry>,
+}
+
+impl Ledger {
+    /// An empty ledger.
+    #[must_use]
+    pub fn new(rules: Rules) -> Self {
+        Self { rules, entries: BTreeMap::new() }
+    }
+
+    /// Takes what a state file says.
+    pub fn restore(&mut self, entry: Entry) {
+        self.entries.insert(entry.net.address, entry);
+    }
+
+    /// Puts an address back to what it was, when a change could not be saved.
+    pub(crate) fn undo(&mut self, address: Ipv4Addr, before: Option<Entry>) {
+        match before {
+            Some(entry) => self.restore(entry),
+            None => drop(self.entries.remove(&address)),
+        }
+    }
+
+    /// What is known of an address.
+    #[must_use]
+    pub fn get(&self, address: Ipv4Addr) -> Option<&Entry> {
+        self.entries.get(&address)
+    }
+
+    /// The machines that exist.
+    pub fn machines(&self) -> impl Iterator<Item = &Entry> {
+        self.entries.values().filter(|e| !e.released)
+    }
+
+    /// `by` says that `owner` has the machine at `epoch`.
+    pub fn claim(
+        &mut self,
+        by: Ipv4Addr,
+        net: &MachineNet,
+        owner: Ipv4Addr,
+        epoch: u64,
+    ) -> Result<Change, NetError> {
+        let operation = "take it to the edge";
+        wire::check_machine(net)?;
+        self.check_rules(net)?;
+        let old = self.entries.get(&net.address);
+        if let Some(old) = old {
+            let current = old.epoch;
+            if epoch < current {
+                let machine = net.machine.clone();
+                return Err(NetError::StaleEpoch { machine, asked: epoch, current });
+            }
+            if !old.released && old.net.machine != net.machine {
+                let detail =
+                    format!("machine \"{}\" has the address {}", old.net.machine, net.address);
+                return Err(NetError::failed(net, operation, detail));
+            }
+            let taken = epoch == current && !old.released && old.owner != owner;
+            if taken {
+                let owner = old.owner.to_string();
+                return Err(NetError::EpochTaken { machine: net.machine.clone(), epoch, owner });
+            }
+            // The second to say what is known already changes nothing: ports are the owner's word.
+            if epoch == current && !old.released && (by != owner || old.net == *net) {
+                return Ok(Change { route: false, ports: false });
+            }
+            if !old.released && by != owner && by != old.owner {
+                let detail = format!("{by} cannot give away what {} has", old.owner);
+                return Err(NetError::failed(net, operation, detail));
+            }
+        }
+        self.check_ports(net)?;
+        let ports = old.is_none_or(|o| o.released || o.net.ports != net.ports);
+        let route = old.is_none_or(|o| o.released || o.owner != owner);
+        let entry =
+            Entry { version: ENTRY_VERSION, net: net.clone(), owner, epoch, released: false };
+        self.entries.insert(net.address, entry);
+        Ok(Change { route, ports })
+    }
+
+    /// `by`, which has it, says that the machine is gone.
+    pub fn release(
+        &mut self,
+        by: Ipv4Addr,
+        net: &MachineNet,
+        epoch: u64,
+    ) -> Result<Change, NetError> {
+        let unchanged = Change { route: false, ports: false };
+        let Some(entry) = self.entries.get_mut(&net.address) else { return Ok(unchanged) };
+        if entry.released || entry.net.machine != net.machine {
+            return Ok(unchanged);
+        }
+        if epoch < entry.epoch {
+            let (machine, current) = (net.machine.clone(), entry.epoch);
+            return Err(NetError::StaleEpoch { machine, asked: epoch, current });
+        }
+        if entry.owner != by {
+            let owner = entry.owner.to_string();
+            return Err(NetError::EpochTaken { machine: net.machine.clone(), epoch, owner });
+        }
+        entry.epoch = epoch;
+        entry.released = true;
+        Ok(Change { route: true, ports: true })
+    }
+
+    fn check_rules(&self, net: &MachineNet) -> Result<(), NetError> {
+        let (network, prefix) = self.rules.machines;
+        let mask = u32::MAX.checked_shl(32 - u32::from(prefix.min(32))).unwrap_or(0);
+        if u32::from(net.address) & mask != u32::from(network) & mask {
+            let detail = format!("{} is not in this edge's {network}/{prefix}", net.address);
+            return Err(NetError::failed(net, "check its address", detail));
+        }
+        let own = |p: &&crate::PortMapping| {
+            p.protocol == Protocol::Tcp && self.rules.reserved.contains(&p.public)
+        };
+        if let Some(port) = net.ports.iter().find(own) {
+            let detail = format!("tcp port {} is the edge's own; choose another", port.public);
+            return Err(NetError::failed(net, "map its ports", detail));
+        }
+        Ok(())
+    }
+
+    fn check_ports(&self, net: &MachineNet) -> Result<(), NetError> {
+        for other in self.machines().filter(|e| e.net.address != net.address) {
+            for port in &net.ports {
+                let same =
+                    |p: &crate::PortMapping| p.protocol == port.protocol && p.public == port.public;
+                if other.net.ports.iter().any(same) {
+                    let detail = format!(
+                        "{} port {} is taken by machine \"{}\"; choose another",
+                        port.protocol, port.public, other.net.machine
+                    );
+                    return Err(NetError::failed(net, "map its ports", detail));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::PortMapping;
+
+    const A: Ipv4Addr = Ipv4Addr::new(100, 64, 0, 2);
+    const B: Ipv4Addr = Ipv4Addr::new(100, 64, 0, 3);
+    const C: Ipv4Addr = Ipv4Addr::new(100, 64, 0, 4);
+
+    fn ledger() -> Ledger {
+        Ledger::new(Rules {
+            machines: (Ipv4Addr::new(10, 77, 0, 0), 16),
+            reserved: BTreeSet::from([7450]),
+        })
+    }
+
+    fn net(last: u8, public: u16) -> MachineNet {
+        MachineNet {
+            machine: format!("m{last}"),
+            address: Ipv4Addr::new(10, 77, 0, last),
+            mac: [2, 0, 0, 0, 0, last],
+            mtu: 1400,
+            ports: vec![PortMapping { protocol: Protocol::Tcp, public, machine: 80 }],
+        }
+    }
+
+    #[test]
+    fn a_move_changes_the_route_once_whoever_says_it_first() {
+        let m = net(5, 80);
+        for (first, second) in [(A, B), (B, A)] {
+            let mut ledger = ledger();
+            let new = ledger.claim(A, &m, A, 1).unwrap();
+            assert_eq!(new, Change { route: true, ports: true });
+            let flip = ledger.claim(first, &m, B, 2).unwrap();
+            assert_eq!(flip, Change { route: true, ports: false });
+            let again = ledger.claim(second, &m, B, 2).unwrap();
+            assert_eq!(again, Change { route: false, ports: false });
+            assert_eq!(ledger.get(m.address).unwrap().owner, B);
+        }
+    }
+
+    #[test]
+    fn an_older_epoch_and_a_second_owner_of_one_epoch_are_refused() {
+        let (m, mut ledger) = (net(5, 80), ledger());
+        ledger.claim(A, &m, A, 3).unwrap();
+        assert!(matches!(
+            ledger.claim(B, &m, B, 2),
+            Err(NetError::StaleEpoch { asked: 2, current: 3, .. })
+        ));
+        assert!(matches!(ledger.claim(B, &m, B, 3), Err(NetError::EpochTaken { .. })));
+        assert_eq!(ledger.get(m.address).unwrap().owner, A);
+    }
+
+    #[test]
+    fn a_host_gives_away_only_what_it_has() {
+        let (m, mut ledger) = (net(5, 80), ledger());
+        ledger.claim(A, &m, A, 1).unwrap();
+        let error = ledger.claim(C, &m, B, 2).unwrap_err().to_string();
+        assert!(error.contains("cannot give away"), "{error}");
+        ledger.claim(A, &m, B, 2).unwrap();
+    }
+
+    #[test]
+    fn a_taken_port_is_refused_by_the_name_of_who_has_it_until_it_is_released() {
+        let mut ledger = ledger();
+        ledger.claim(A, &net(5, 80), A, 1).unwrap();
+        let error = ledger.claim(B, &net(6, 80), B, 1).unwrap_err().to_string();
+        assert!(error.contains("tcp port 80") && error.contains("\"m5\""), "{error}");
+        assert!(ledger.get(net(6, 80).address).is_none(), "nothing of it was taken");
+        ledger.release(A, &net(5, 80), 1).unwrap();
+        ledger.claim(B, &net(6, 80), B, 1).unwrap();
+    }
+
+    #[test]
+    fn only_the_owner_releases_and_the_epoch_stays() {
+        let (m, mut ledger) = (net(5, 80), ledger());
+        ledger.claim(A, &m, A, 4).unwrap();
+        assert!(ledger.release(B, &m, 5).is_err());
+        assert!(ledger.release(A, &m, 3).is_err());
+        assert_eq!(ledger.release(A, &m, 4).unwrap(), Change { route: true, ports: true });
+        assert_eq!(ledger.release(A, &m, 4).unwrap(), Change { route: false, ports: false });
+        assert_eq!(ledger.machines().count(), 0);
+        assert!(matches!(ledger.claim(A, &m, A, 3), Err(NetError::StaleEpoch { .. })));
+        ledger.claim(B, &m, B, 4).unwrap();
+    }
+
+    #[test]
+    fn addresses_outside_the_machines_network_and_the_edges_own_port_are_refused() {
+        let mut ledger = ledger();
+        let mut stray = net(5, 80);
+        stray.address = Ipv4Addr::new(8, 8, 8, 8);
+        assert!(ledger.claim(A, &stray, A, 1).is_err());
+        let error = ledger.claim(A, &net(5, 7450), A, 1).unwrap_err().to_string();
+        assert!(error.contains("edge's own"), "{error}");
+    }
+
+    #[test]
+    fn new_ports_of_the_same_owner_are_taken_at_the_same_epoch() {
+        let mut ledger = ledger();
+        ledger.claim(A, &net(5, 80), A, 1).unwrap();
+        let change = ledger.claim(A, &net(5, 81), A, 1).unwrap();
+        assert_eq!(change, Change { route: false, ports: true });
+    }
+
+    #[test]
+    fn the_state_file_is_fixed() {
+        let mut ledger = ledger();
+        ledger.claim(A, &net(5, 80), A, 1).unwrap();
+        let text = serde_json::to_string(ledger.get(net(5, 80).address).unwrap()).unwrap();
+        assert_eq!(
+            text,
+            r#"{"version":1,"net":{"machine":"m5","address":"10.77.0.5","mac":[2,0,0,0,0,5],"mtu":1400,"ports":[{"protocol":"tcp","public":80,"machine":80}]},"owner":"100.64.0.2","epoch":1,"released":false}"#
+        );
+    }
+}

@@ -1,0 +1,72 @@
+//! The ioctls of `/dev/net/tun` that no crate at hand offers, and nothing else. Numbers and
+//! layouts are those of `linux/if_tun.h` and `linux/if.h`.
+
+use nix::errno::Errno;
+use std::{
+    io,
+    os::fd::{AsRawFd, BorrowedFd},
+};
+
+nix::ioctl_write_ptr_bad!(tun_set_iff, 0x4004_54ca_u32 as libc::Ioctl, libc::ifreq);
+nix::ioctl_write_int_bad!(tun_set_persist, 0x4004_54cb_u32 as libc::Ioctl);
+nix::ioctl_write_int_bad!(tun_set_offload, 0x4004_54d0_u32 as libc::Ioctl);
+nix::ioctl_read_bad!(tun_get_vnet_hdr_sz, 0x8004_54d7_u32 as libc::Ioctl, libc::c_int);
+nix::ioctl_write_ptr_bad!(tun_set_vnet_hdr_sz, 0x4004_54d8_u32 as libc::Ioctl, libc::c_int);
+
+/// `TUNSETOFFLOAD`: the reader takes frames whose checksum is not filled in.
+pub(crate) const TUN_F_CSUM: i32 = 0x01;
+/// `TUNSETOFFLOAD`: the reader takes TCP/IPv4 frames larger than the MTU.
+pub(crate) const TUN_F_TSO4: i32 = 0x02;
+
+/// Attaches `fd` (an open `/dev/net/tun`) to the interface `name`, which is created if need be;
+/// an empty name lets the kernel choose. `flags` are `IFF_TAP` and the like. Returns the name.
+pub(crate) fn attach(fd: BorrowedFd<'_>, name: &str, flags: i32) -> io::Result<String> {
+    let bytes = name.as_bytes();
+    if bytes.len() >= libc::IFNAMSIZ || bytes.contains(&0) {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("\"{name}\" is not an interface name"),
+        ));
+    }
+    // SAFETY: ifreq is plain data; all zeros is a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(bytes) {
+        *to = *from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    // SAFETY: the descriptor is open for the borrow's life, and the kernel reads and writes
+    // exactly one ifreq, which lives on this stack frame.
+    unsafe { tun_set_iff(fd.as_raw_fd(), &raw const request) }.map_err(io_error)?;
+    let name = request.ifr_name.iter().map(|c| *c as u8).take_while(|b| *b != 0).collect();
+    String::from_utf8(name).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+}
+
+/// Makes the interface stay when its last descriptor closes.
+pub(crate) fn set_persistent(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: takes an int by value; the descriptor is open.
+    unsafe { tun_set_persist(fd.as_raw_fd(), 1) }.map_err(io_error).map(drop)
+}
+
+/// Says which unfinished frames the reader of this tap takes ([`TUN_F_CSUM`], [`TUN_F_TSO4`]).
+pub(crate) fn set_offload(fd: BorrowedFd<'_>, offload: i32) -> io::Result<()> {
+    // SAFETY: takes an int by value; the descriptor is open.
+    unsafe { tun_set_offload(fd.as_raw_fd(), offload) }.map_err(io_error).map(drop)
+}
+
+/// Bytes of the `virtio_net_hdr` before each frame: 10, or 12 once a monitor asked for that.
+pub(crate) fn vnet_header_size(fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut size: libc::c_int = 0;
+    // SAFETY: the kernel writes one int to the place given.
+    unsafe { tun_get_vnet_hdr_sz(fd.as_raw_fd(), &raw mut size) }.map_err(io_error)?;
+    usize::try_from(size).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+}
+
+/// Sets what [`vnet_header_size`] reads.
+pub(crate) fn set_vnet_header_size(fd: BorrowedFd<'_>, size: i32) -> io::Result<()> {
+    // SAFETY: the kernel reads one int from the place given.
+    unsafe { tun_set_vnet_hdr_sz(fd.as_raw_fd(), &raw const size) }.map_err(io_error).map(drop)
+}
+
+fn io_error(errno: Errno) -> io::Error {
+    io::Error::from_raw_os_error(errno as i32)
+}
