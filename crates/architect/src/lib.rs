@@ -1,1 +1,4 @@
-//! Architect.
+//! Architect: the parts of the command people type.
+
+pub mod doctor;
+pub mod load;

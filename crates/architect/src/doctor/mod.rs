@@ -1,0 +1,2 @@
+//! doctor
+pub mod missing;
