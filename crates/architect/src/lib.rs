@@ -1,4 +1,6 @@
 //! Architect: the parts of the command people type.
 
+pub mod bench;
 pub mod doctor;
 pub mod load;
+pub mod table;

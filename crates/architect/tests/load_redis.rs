@@ -1,5 +1,6 @@
 //! The load against a real Redis: what is well is found well, and each way of being broken is
 //! caught. The server comes from Debian's packages, unpacked and never installed.
+#![allow(clippy::unwrap_used, reason = "a test ends by panicking")]
 
 use architect::load::{Load, LoadConfig, LoadError, LoadHandle, LoadReport};
 use nix::{
@@ -146,7 +147,8 @@ fn a_healthy_server_is_found_healthy_with_one_command_in_flight_and_with_many() 
 fn a_server_that_stops_for_300_ms_is_a_gap_of_that_length_and_nothing_else() {
     let Some(server) = Server::start(false) else { return };
     let load = start(&server, 1);
-    let before = (Instant::now(), sleep(Duration::from_millis(100)), Instant::now());
+    let before = Instant::now();
+    sleep(Duration::from_millis(100));
     let from = Instant::now();
     server.signal(Signal::SIGSTOP);
     sleep(Duration::from_millis(300));
@@ -160,7 +162,7 @@ fn a_server_that_stops_for_300_ms_is_a_gap_of_that_length_and_nothing_else() {
     let report = load.finish().unwrap();
     assert_untouched(&report);
     assert!(report.longest_gap_ms >= 290.0);
-    let quiet = timeline.longest_between(before.0, before.2 - Duration::from_millis(20));
+    let quiet = timeline.longest_between(before, from - Duration::from_millis(20));
     assert!(quiet < Duration::from_millis(250), "the gap must not leak into {quiet:?} before it");
 }
 
