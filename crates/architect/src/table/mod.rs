@@ -5,6 +5,7 @@
 
 mod render;
 
+pub(crate) use render::text;
 pub use render::{Style, bytes, count, milliseconds};
 
 use crate::load::LoadReport;
