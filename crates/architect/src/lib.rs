@@ -1,1 +1,6 @@
-//! Architect.
+//! Architect: the parts of the command people type.
+
+pub mod bench;
+pub mod doctor;
+pub mod load;
+pub mod table;
