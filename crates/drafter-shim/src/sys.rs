@@ -1,0 +1,113 @@
+//! System calls of the shim, and its constructor. Layouts and numbers are those of x86-64 Linux.
+
+use std::{
+    ffi::{c_int, c_long, c_ulong, c_void},
+    io, mem,
+    os::fd::RawFd,
+    ptr,
+};
+
+/// `_IO(0xAA, 0x00)` of linux/userfaultfd.h; since Linux 6.1.
+const USERFAULTFD_IOC_NEW: c_ulong = 0xAA00;
+const O_NONBLOCK: c_long = 0o4000;
+const O_CLOEXEC: c_long = 0o2_000_000;
+const SOL_SOCKET: c_int = 1;
+const SCM_RIGHTS: c_int = 1;
+const MSG_NOSIGNAL: c_int = 0x4000;
+
+/// `struct iovec`.
+#[repr(C)]
+struct Iovec {
+    base: *const c_void,
+    len: usize,
+}
+
+/// `struct msghdr`.
+#[repr(C)]
+struct Message {
+    name: *const c_void,
+    name_len: u32,
+    iov: *const Iovec,
+    iov_len: usize,
+    control: *const c_void,
+    control_len: usize,
+    flags: c_int,
+}
+
+/// `struct cmsghdr` with room for one descriptor, padded to its alignment.
+#[repr(C)]
+struct OneDescriptor {
+    len: usize,
+    level: c_int,
+    kind: c_int,
+    descriptor: c_int,
+    padding: c_int,
+}
+
+const _: () = assert!(size_of::<Message>() == 56 && size_of::<OneDescriptor>() == 24);
+
+unsafe extern "C" {
+    fn ioctl(fd: c_int, request: c_ulong, argument: c_long) -> c_int;
+    fn sendmsg(fd: c_int, message: *const Message, flags: c_int) -> isize;
+    #[link_name = "close"]
+    fn libc_close(fd: c_int) -> c_int;
+}
+
+// A plain `extern "C"` function pointer in `.init_array` is what the dynamic loader calls.
+#[used]
+// SAFETY: the loader calls every pointer in `.init_array` once, with the C calling convention;
+// `constructor` has it, and ignores the arguments.
+#[unsafe(link_section = ".init_array")]
+static CONSTRUCTOR: extern "C" fn() = constructor;
+
+extern "C" fn constructor() {
+    super::start();
+}
+
+/// A new userfaultfd of this process, or the errno.
+pub(crate) fn new_userfaultfd(device: RawFd) -> Result<RawFd, i32> {
+    // SAFETY: this request takes its argument by value and touches no memory of ours; a number
+    // that is no open descriptor gives EBADF.
+    let made = unsafe { ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK) };
+    if made >= 0 { Ok(made) } else { Err(io::Error::last_os_error().raw_os_error().unwrap_or(-1)) }
+}
+
+/// Sends `data` and, with it, a descriptor. Nobody is left to hear of an error: the runner sees
+/// the end of the stream.
+pub(crate) fn send(socket: RawFd, data: &[u8], descriptor: Option<RawFd>) {
+    let iov = Iovec { base: data.as_ptr().cast(), len: data.len() };
+    let control = OneDescriptor {
+        len: mem::offset_of!(OneDescriptor, padding),
+        level: SOL_SOCKET,
+        kind: SCM_RIGHTS,
+        descriptor: descriptor.unwrap_or(-1),
+        padding: 0,
+    };
+    let with = descriptor.is_some();
+    let message = Message {
+        name: ptr::null(),
+        name_len: 0,
+        iov: &raw const iov,
+        iov_len: 1,
+        control: if with { (&raw const control).cast() } else { ptr::null() },
+        control_len: if with { size_of::<OneDescriptor>() } else { 0 },
+        flags: 0,
+    };
+    // SAFETY: every pointer in `message` points to a value on this frame that outlives the call,
+    // with the lengths given beside it.
+    let _ = unsafe { sendmsg(socket, &raw const message, MSG_NOSIGNAL) };
+}
+
+/// Closes a descriptor that was passed for the shim alone.
+pub(crate) fn close(descriptor: RawFd) {
+    // SAFETY: drafter passed this descriptor for the shim; nothing else in the process knows it.
+    let _ = unsafe { libc_close(descriptor) };
+}
+
+/// Takes variables out of the environment.
+pub(crate) fn remove_variables(names: [&str; 3]) {
+    for name in names {
+        // SAFETY: constructors run before `main`, when the process has one thread.
+        unsafe { std::env::remove_var(name) };
+    }
+}
