@@ -356,10 +356,32 @@ impl<R: Read> FrameReader<R> {
         Self { from, checked }
     }
 
-    /// The next frame; an error ends the connection.
+    /// The next frame; an error ends the connection, except a time-out before the first byte of a
+    /// frame, after which reading may go on.
     pub fn read(&mut self) -> Result<Frame, WireError> {
         let mut header = [0; HEADER];
-        self.from.read_exact(&mut header)?;
+        let first = loop {
+            match self.from.read(&mut header) {
+                Ok(0) => return Err(WireError::Io(io::ErrorKind::UnexpectedEof.into())),
+                Ok(read) => break read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        };
+        self.rest_of_frame(header, first).map_err(|error| match error {
+            WireError::Io(stall) if stall.kind() == io::ErrorKind::TimedOut => {
+                WireError::Io(io::Error::other("it stalled in the middle of a frame"))
+            }
+            other => other,
+        })
+    }
+
+    fn rest_of_frame(
+        &mut self,
+        mut header: [u8; HEADER],
+        first: usize,
+    ) -> Result<Frame, WireError> {
+        self.from.read_exact(&mut header[first..])?;
         let length = u32::from_le_bytes(array(&header[4..8]));
         if length > MAX_PAYLOAD {
             return Err(WireError::Invalid(format!("a payload of {length} bytes")));

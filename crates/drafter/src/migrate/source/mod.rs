@@ -219,7 +219,7 @@ struct Session<'a> {
 }
 
 /// Moves a machine, or says why not.
-pub fn run(plan: &Plan, around: Surroundings<'_>) -> Result<Moved, MoveError> {
+pub fn run<'a>(plan: &'a Plan, around: Surroundings<'a>) -> Result<Moved, MoveError> {
     let started = Instant::now();
     let aborted = |phase, reason: String| MoveError::Aborted { phase, reason };
     let session = link::new_session().map_err(|e| aborted("prepare", e.to_string()))?;

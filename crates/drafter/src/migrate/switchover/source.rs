@@ -74,7 +74,6 @@ pub enum SourceEvent {
 }
 
 /// What a source wants done, in this order.
-#[expect(clippy::large_enum_variant, reason = "a few dozen per move")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SourceAction {
     /// Ask the store.
@@ -597,9 +596,7 @@ impl SourceAuthority {
     fn abort_paused(&mut self, why: &str, out: &mut Vec<SourceAction>) {
         self.state = State::Aborted;
         let epoch = self.parts.holding.record.epoch;
-        // A counter at its end repeats its last value; then the network stays where it is turned
-        // until the next epoch, and the next attempt says so before it pauses.
-        let flip = self.parts.holding.next_flip().unwrap_or_else(|| self.parts.holding.flip());
+        let flip = self.parts.holding.next_flip();
         out.push(SourceAction::ResumeHere { epoch, flip });
         out.push(SourceAction::SendCancel { attempt: self.parts.attempt });
         out.push(
