@@ -1,0 +1,516 @@
+//! A machine's body on this host: memory, disks and their servers, tap, monitor. Built for a boot
+//! or for an arrival; torn down to what is worth keeping (memory and disks) when it has moved away.
+
+use super::config::Boot;
+use crate::{
+    driver::{
+        Driver, DriverError, Fence, HostFacts, HostResources, MachineShape, NetworkShape, Start, Vm,
+    },
+    migrate::{
+        destination::{DestinationMachine, Freezer},
+        messages::{DeviceDescription, PrepareRequest},
+        protocol::DeviceNumber,
+        source::{MachineError, SourceMachine},
+    },
+    package::Package,
+};
+use conduit::{DataPath, HostEndpoint, MachineNet, Tap};
+use drafter_guest::config::InstanceConfig;
+use silo::{
+    block::{BLOCK_SIZE, BlockRange},
+    device::{Device, DeviceName},
+    disk::{Disk, DiskOptions, FlushPolicy},
+    hash::RootHash,
+    memory::{FaultSummary, Mapping, Memory, Tracking},
+    nbd::{BlockDevice, NbdOptions, NbdServer},
+};
+use std::{
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+/// How long requests in hand may take when a block server ends.
+const SERVER_LIMIT: Duration = Duration::from_secs(5);
+/// How long the guest's hook before a pause may take.
+const HOOK_LIMIT: Duration = Duration::from_secs(30);
+
+/// What of a machine can outlive its stay on this host.
+#[derive(Clone)]
+pub struct Content {
+    /// Memory.
+    pub memory: Arc<Memory>,
+    /// Disks, in the order of the shape.
+    pub disks: Vec<Arc<Disk>>,
+}
+
+impl Content {
+    /// The device group: memory first, then the disks.
+    pub fn devices(&self) -> Vec<Arc<dyn Device>> {
+        let mut devices: Vec<Arc<dyn Device>> = vec![self.memory.clone()];
+        devices.extend(self.disks.iter().map(|d| d.clone() as Arc<dyn Device>));
+        devices
+    }
+}
+
+/// What building needs from the runner.
+pub struct Site<'a> {
+    /// Starts monitors.
+    pub driver: &'a dyn Driver,
+    /// Leads frames here.
+    pub path: &'a Arc<dyn DataPath>,
+    /// For sockets and logs.
+    pub run_dir: &'a Path,
+    /// For overlays.
+    pub disks_dir: &'a Path,
+}
+
+/// See the module.
+pub struct Hosted {
+    /// What the machine is.
+    pub shape: MachineShape,
+    /// What it was made from.
+    pub package: Package,
+    /// Its network.
+    pub net: Option<MachineNet>,
+    /// Its memory and disks.
+    pub content: Content,
+    /// Whether writes to memory can be tracked here.
+    pub tracking: Tracking,
+    /// The guest channel, once somebody opened it.
+    pub guest: Option<Arc<crate::guest::GuestChannel>>,
+    servers: Vec<NbdServer>,
+    vm: Box<dyn Vm>,
+    tap: Option<Arc<Tap>>,
+    path: Arc<dyn DataPath>,
+    drain: Option<JoinHandle<()>>,
+}
+
+fn fail(error: impl std::fmt::Display) -> MachineError {
+    error.to_string().into()
+}
+
+/// The name that a device has in its group.
+fn device_name(name: &str) -> Result<DeviceName, MachineError> {
+    DeviceName::new(name).ok_or_else(|| fail(format!("\"{name}\" cannot name a device")))
+}
+
+/// A new machine's shape.
+pub fn shape_of(
+    name: &str,
+    package: &Package,
+    boot: &Boot,
+    facts: &HostFacts,
+) -> (MachineShape, Option<MachineNet>) {
+    let manifest = package.manifest();
+    let instance = InstanceConfig {
+        host: Some(name.to_owned()),
+        address: boot.address,
+        mtu: boot.mtu,
+        ..InstanceConfig::default()
+    };
+    let network = boot.address.map(|address| NetworkShape {
+        address,
+        mac: mac_of(address),
+        mtu: boot.mtu,
+    });
+    let net = network.as_ref().map(|network| MachineNet {
+        machine: name.to_owned(),
+        address: network.address,
+        mac: network.mac,
+        mtu: network.mtu,
+        ports: boot.ports.clone(),
+    });
+    let words = instance.to_command_line();
+    let shape = MachineShape {
+        name: name.to_owned(),
+        machine_type: manifest.machine_type.clone(),
+        vcpus: boot.vcpus.unwrap_or(manifest.vcpus),
+        memory_bytes: boot.memory_bytes.unwrap_or(manifest.memory_bytes),
+        command_line: format!("{} {words}", manifest.command_line).trim().to_owned(),
+        network,
+        disks: manifest.devices.iter().map(|d| d.name.clone()).collect(),
+        tsc_khz: facts.tsc_khz,
+    };
+    (shape, net)
+}
+
+/// A MAC that follows from the address: unique where addresses are, locally administered.
+fn mac_of(address: std::net::Ipv4Addr) -> [u8; 6] {
+    let [a, b, c, d] = address.octets();
+    [0x52, 0x54, a, b, c, d]
+}
+
+/// Fresh memory and disks for `shape`; `keep_disks`: the overlays that are here.
+pub fn new_content(
+    shape: &MachineShape,
+    package: &Package,
+    disks_dir: &Path,
+    keep_disks: bool,
+) -> Result<Content, MachineError> {
+    let memory = Memory::new(device_name("memory")?, shape.memory_bytes).map_err(fail)?;
+    let mut disks = Vec::new();
+    for device in &package.manifest().devices {
+        let dir = disks_dir.join(&device.name);
+        let base = package.dir().join(&device.file);
+        let mut options = DiskOptions::new(device_name(&device.name)?);
+        options.base_hash = Some(RootHash(device.blake3.0));
+        let disk = if keep_disks {
+            Disk::open(&dir, Some(&base), &options).map_err(fail)?
+        } else {
+            if dir.exists() {
+                std::fs::remove_dir_all(&dir)
+                    .map_err(|e| fail(format!("removing the old disk {}: {e}", dir.display())))?;
+            }
+            Disk::create(&dir, Some(&base), device.bytes, &options).map_err(fail)?
+        };
+        disks.push(Arc::new(disk));
+    }
+    Ok(Content { memory: Arc::new(memory), disks })
+}
+
+/// The group as told to a destination.
+pub fn describe(content: &Content, package: &Package) -> Vec<DeviceDescription> {
+    let devices = content.devices();
+    let bases = &package.manifest().devices;
+    devices
+        .iter()
+        .enumerate()
+        .map(|(at, device)| DeviceDescription {
+            name: device.name().as_str().to_owned(),
+            blocks: device.blocks(),
+            base: at.checked_sub(1).and_then(|at| bases.get(at)).map(|d| d.blake3.to_string()),
+        })
+        .collect()
+}
+
+impl Hosted {
+    /// Builds everything around `content` and starts a monitor, whose guest stands still.
+    pub fn build(
+        shape: MachineShape,
+        package: Package,
+        net: Option<MachineNet>,
+        content: Content,
+        site: &Site<'_>,
+        start: Start,
+    ) -> Result<Self, MachineError> {
+        let mut servers = Vec::new();
+        for disk in &content.disks {
+            if disk.is_frozen() {
+                disk.thaw().map_err(fail)?;
+            }
+            disk.set_flush_policy(FlushPolicy::Normal);
+            let socket = site.run_dir.join(format!("disk-{}.sock", disk.name()));
+            let device: Arc<dyn BlockDevice> = disk.clone();
+            servers.push(NbdServer::start(&socket, device, NbdOptions::default()).map_err(fail)?);
+        }
+        let tap = net.as_ref().map(|net| site.path.prepare(net)).transpose().map_err(fail)?;
+        let memory_fd = OwnedFd::from(content.memory.file().try_clone()?);
+        let manifest = package.manifest();
+        let kernel = package.dir().join(&manifest.kernel.file);
+        let initramfs = package.dir().join(&manifest.initramfs.file);
+        let resources = HostResources {
+            memory: &memory_fd,
+            tap: tap.as_ref().map(|tap| &tap.fd),
+            disk_sockets: servers.iter().map(|s| s.path().to_owned()).collect(),
+            kernel: &kernel,
+            initramfs: &initramfs,
+            run_dir: site.run_dir,
+        };
+        let vm = site.driver.start(&shape, &resources, start).map_err(fail)?;
+        let mut hosted = Self {
+            tracking: Tracking::None,
+            guest: None,
+            servers,
+            vm,
+            tap: tap.map(Arc::new),
+            path: Arc::clone(site.path),
+            drain: None,
+            shape,
+            package,
+            net,
+            content,
+        };
+        if let Err(error) = hosted.attach(start) {
+            hosted.tear_down();
+            return Err(error);
+        }
+        Ok(hosted)
+    }
+
+    fn attach(&mut self, start: Start) -> Result<(), MachineError> {
+        let handle = self.vm.memory().map_err(fail)?;
+        let incoming = start == Start::Incoming;
+        self.tracking = self
+            .content
+            .memory
+            .attach(Mapping {
+                userfaultfd: handle.userfaultfd,
+                pid: handle.pid,
+                address: handle.address,
+                incoming,
+            })
+            .map_err(fail)?;
+        if incoming {
+            self.vm.hold_output(true).map_err(fail)?;
+            self.vm.prepare_load().map_err(fail)?;
+        }
+        Ok(())
+    }
+
+    /// Lets a booted or resumed guest go, owner of its network under `flip`.
+    pub fn begin(&mut self, flip: u64) -> Result<(), MachineError> {
+        if let Some(net) = &self.net {
+            self.path.resume(net, flip).map_err(fail)?;
+        }
+        self.vm.run().map_err(fail)
+    }
+
+    /// The monitor.
+    pub fn vm(&mut self) -> &mut dyn Vm {
+        &mut *self.vm
+    }
+
+    /// The monitor's process.
+    pub fn monitor_pid(&self) -> u32 {
+        self.vm.pid()
+    }
+
+    /// The guest channel's socket.
+    pub fn guest_socket(&self) -> PathBuf {
+        self.vm.guest_socket().to_owned()
+    }
+
+    /// Ends the monitor and the servers; the content stays.
+    pub fn tear_down(&mut self) {
+        if let Some(drain) = self.drain.take() {
+            let _ = drain.join();
+        }
+        self.guest = None;
+        if let Err(error) = self.vm.kill() {
+            tracing::error!(%error, "ending the monitor failed");
+        }
+        for server in self.servers.drain(..) {
+            if let Err(error) = server.stop(SERVER_LIMIT) {
+                tracing::error!(%error, "ending a block server failed");
+            }
+        }
+        self.content.memory.detach();
+        self.tap = None;
+    }
+
+    /// As [`Hosted::tear_down`], and frames for the machine are somebody else's under `flip`.
+    pub fn leave(&mut self, flip: u64) {
+        self.tear_down();
+        if let Some(net) = &self.net {
+            let left = self
+                .path
+                .settled(net, flip, Duration::from_secs(5))
+                .and_then(|()| self.path.forget(net, flip));
+            if let Err(error) = left {
+                tracing::warn!(%error, "the network still knows the machine here");
+            }
+        }
+    }
+
+    /// Waits until the edge knows where the machine is.
+    pub fn settled(&self, flip: u64, limit: Duration) -> Result<(), MachineError> {
+        match &self.net {
+            Some(net) => self.path.settled(net, flip, limit).map_err(fail),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the package asks for a call before each pause.
+    fn has_suspend_hook(&self) -> bool {
+        self.package.manifest().guest.hooks.before_suspend.is_some()
+    }
+}
+
+impl SourceMachine for Hosted {
+    fn devices(&self) -> Vec<Arc<dyn Device>> {
+        self.content.devices()
+    }
+
+    fn state_blocks(&mut self) -> Result<Vec<(DeviceNumber, BlockRange)>, MachineError> {
+        let blocks = self.vm.state_blocks().map_err(fail)?;
+        Ok(blocks.into_iter().map(|range| (DeviceNumber(0), range)).collect())
+    }
+
+    fn before_pause(&mut self) -> Result<(), MachineError> {
+        if self.has_suspend_hook()
+            && let Some(guest) = &self.guest
+        {
+            guest.before_suspend(false, HOOK_LIMIT).map_err(fail)?;
+        }
+        for disk in &self.content.disks {
+            disk.sync().map_err(fail)?;
+            disk.set_flush_policy(FlushPolicy::Switchover);
+        }
+        Ok(())
+    }
+
+    fn pause(&mut self, to: Option<&HostEndpoint>, flip: u64) -> Result<(), MachineError> {
+        let diverted = self.net.clone().zip(to.cloned());
+        if let Some((net, to)) = &diverted
+            && let Err(error) = self.path.divert(net, to, flip)
+        {
+            // `pause` below does this step too.
+            tracing::warn!(%error, "frames could not be led away before the pause");
+        }
+        let disks = &self.content.disks;
+        let paused = self.vm.pause(&mut || disks.iter().for_each(|disk| disk.answer_now()));
+        paused.map_err(fail)?;
+        if let Some((net, to)) = diverted
+            && let Some(tap) = self.tap.clone()
+        {
+            let path = Arc::clone(&self.path);
+            // Beside the flight: what waited in the old queue follows to the destination.
+            let drain = std::thread::Builder::new().name("drain".into()).spawn(move || {
+                match path.pause(&net, &tap, &to, flip) {
+                    Ok(frames) => tracing::debug!(frames, "drained the old tap"),
+                    Err(error) => tracing::warn!(%error, "draining the old tap failed"),
+                }
+            });
+            self.drain = drain.ok();
+        }
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, MachineError> {
+        self.vm.save().map_err(fail)
+    }
+
+    fn flush_pending(&self) -> bool {
+        // Always owed: QEMU flushes at the pause, and that flush may have been answered early.
+        !self.content.disks.is_empty()
+    }
+
+    fn wait_flushed(&mut self, limit: Duration) -> Result<(), MachineError> {
+        let deadline = Instant::now() + limit;
+        for disk in &self.content.disks {
+            disk.wait_durable(deadline).map_err(fail)?;
+        }
+        Ok(())
+    }
+
+    fn go_on(&mut self, epoch: u64, flip: u64) -> Result<(), MachineError> {
+        tracing::info!(epoch, "the machine goes on here");
+        if let Some(drain) = self.drain.take() {
+            let _ = drain.join();
+        }
+        for disk in &self.content.disks {
+            disk.set_flush_policy(FlushPolicy::Normal);
+        }
+        if let Some(net) = &self.net
+            && let Err(error) = self.path.abort(net, flip)
+        {
+            tracing::error!(%error, "the network does not lead back here yet");
+        }
+        self.vm.run().map_err(fail)
+    }
+}
+
+impl DestinationMachine for Hosted {
+    fn devices(&self) -> Vec<Arc<dyn Device>> {
+        self.content.devices()
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<(), MachineError> {
+        self.vm.load(state).map_err(fail)
+    }
+
+    fn run(&mut self) -> Result<(), MachineError> {
+        self.vm.run().map_err(fail)
+    }
+
+    fn own(&mut self, epoch: u64, flip: u64) -> Result<(), MachineError> {
+        tracing::info!(epoch, "this host owns the machine");
+        match &self.net {
+            Some(net) => self.path.resume(net, flip).map_err(fail),
+            None => Ok(()),
+        }
+    }
+
+    fn release_output(&mut self) -> Result<(), MachineError> {
+        self.vm.hold_output(false).map_err(fail)
+    }
+
+    fn faults(&self) -> FaultSummary {
+        self.content.memory.fault_summary()
+    }
+
+    fn freezer(&self) -> Arc<dyn Freezer> {
+        Arc::new(Fenced(self.vm.fence()))
+    }
+}
+
+struct Fenced(Arc<dyn Fence>);
+
+impl Freezer for Fenced {
+    fn freeze(&self) -> Result<(), String> {
+        self.0.freeze().map_err(|e: DriverError| e.to_string())
+    }
+
+    fn thaw(&self) -> Result<(), String> {
+        self.0.thaw().map_err(|e: DriverError| e.to_string())
+    }
+}
+
+/// Why an arriving machine cannot be taken here; empty if it can. `package` is what was found of
+/// the package that it needs.
+pub fn objections(
+    request: &PrepareRequest,
+    name: &str,
+    facts: &HostFacts,
+    package: Option<&Package>,
+) -> Vec<String> {
+    let mut reasons = Vec::new();
+    if request.shape.name != name {
+        reasons.push(format!("this runner waits for \"{name}\", not for \"{}\"", request.shape.name));
+    }
+    if let Err(mut why) = crate::driver::compatible(&request.facts, &request.shape, facts) {
+        reasons.append(&mut why);
+    }
+    match package {
+        None => reasons.push(format!(
+            "package \"{}\" ({}) is not here; give it to the runner with --package",
+            request.package_name, request.package
+        )),
+        Some(package) => {
+            let bases: Vec<Option<String>> =
+                package.manifest().devices.iter().map(|d| Some(d.blake3.to_string())).collect();
+            let told: Vec<Option<String>> =
+                request.devices.iter().skip(1).map(|d| d.base.clone()).collect();
+            if bases != told {
+                reasons.push("its disks' bases are not those of its package".into());
+            }
+        }
+    }
+    let memory = request.devices.first();
+    let fits = memory.is_some_and(|d| {
+        d.name == "memory" && d.blocks * BLOCK_SIZE as u64 == request.shape.memory_bytes
+    });
+    if !fits || request.devices.len() != request.shape.disks.len() + 1 {
+        reasons.push("its device group is not one memory and its disks".into());
+    }
+    if let Some(free) = free_memory()
+        && free < request.shape.memory_bytes
+    {
+        reasons.push(format!(
+            "it has {} MiB of memory, this host has {} MiB available",
+            request.shape.memory_bytes >> 20,
+            free >> 20
+        ));
+    }
+    reasons
+}
+
+/// MemAvailable of /proc/meminfo, in bytes.
+fn free_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
+}
