@@ -210,8 +210,18 @@ impl DestinationAuthority {
         self.record.clone().map(Holding::new)
     }
 
-    /// When the next [`DestinationEvent::Tick`] is due. Must be asked again after every event. In
-    /// the states Loading and Unconfirmed it must be kept by a thread that nothing can block.
+    /// When the machine must be frozen here unless something happens before: for a deadline thread
+    /// that nothing can block, set anew after every event. A machine that it froze is thawed by
+    /// [`DestinationAction::Thaw`] only; afterwards the thread sends a Tick.
+    #[must_use]
+    pub fn freeze_at(&self) -> Option<BootTime> {
+        match &self.state {
+            State::Loading { until, .. } | State::Unconfirmed { until, .. } => Some(*until),
+            _ => None,
+        }
+    }
+
+    /// When the next [`DestinationEvent::Tick`] is due. Must be asked again after every event.
     #[must_use]
     pub fn wake_at(&self) -> Option<BootTime> {
         match &self.state {

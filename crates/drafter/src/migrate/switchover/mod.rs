@@ -2,7 +2,7 @@
 //!
 //! Two state machines, one at each end, without any input or output of their own: the runner feeds
 //! them events (a message, an answer of the store, a timer) and does the actions that they return,
-//! in order. The same code runs in the [simulator](self#tests) under seeds that delay, drop and
+//! in order. The same code runs in a simulator (`simulator/`) under seeds that delay, drop and
 //! reorder everything and crash either end at any step. The protocol in prose, with the argument
 //! why one flight is safe: `docs/protocol.md`.
 //!

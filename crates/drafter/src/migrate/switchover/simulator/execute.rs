@@ -41,6 +41,7 @@ impl World {
                 return self.do_destination(m);
             }
             Event::Cut(m) => self.cut(m),
+            Event::Joined(m) => return self.joined(m),
             Event::CrashHost(m, end) => self.crash_host(m, end),
             Event::CrashRunner(m) => self.crash_runner(m),
             Event::RunnerBack(m) => return self.runner_back(m),
@@ -328,6 +329,36 @@ impl World {
         self.moves[m].link.cut = true;
         self.peer_lost(m, 0);
         self.peer_lost(m, 1);
+        if self.random.chance(50) {
+            // Later than both ends have noticed.
+            let back = 10 * SECOND + self.random.below(5 * SECOND);
+            self.after(back, Event::Joined(m));
+        }
+    }
+
+    /// The ends have found each other again, and say again what may have been lost.
+    fn joined(&mut self, m: usize) -> Checked {
+        let mv = &self.moves[m];
+        let dead = |copy: usize| self.copies[copy].crashed || self.copies[copy].discarded;
+        if mv.source.is_none() || mv.destination.is_none() || dead(mv.source_copy) {
+            return Ok(());
+        }
+        self.tell(&format!("{m} the connection is back"));
+        let mv = &mut self.moves[m];
+        mv.link.cut = false;
+        if mv.named.is_some() {
+            let late = [DestinationEvent::SourceDurable, DestinationEvent::AllPresent];
+            for event in late {
+                let sync = self.random.between(MS, 3 * SECOND);
+                // All blocks come only to a copy that was made of the token.
+                if event == DestinationEvent::SourceDurable
+                    || self.copies[self.moves[m].copy].running
+                {
+                    self.after(sync, Event::Arrives(m, Message::ToDestination(event)));
+                }
+            }
+        }
+        self.destination_event(m, DestinationEvent::PeerBack)
     }
 
     /// One end notices, sooner or later.

@@ -119,6 +119,7 @@ pub(super) enum Event {
     MachineLoaded(usize, bool),
     MachineFrozen(usize),
     Cut(usize),
+    Joined(usize),
     CrashHost(usize, usize),
     CrashRunner(usize),
     RunnerBack(usize),
