@@ -6,10 +6,7 @@
 //! that a crash leaves the old record or the new one. Reads take the lock too: an unlocked read
 //! could see a rename that a crash then undoes.
 
-use super::{
-    AttemptId, Epoch, HandingTo, HostName, LeaseStore, MachineName, Nonce, Outcome, Record,
-    StoreError,
-};
+use super::{LeaseStore, MachineName, Outcome, Record, StoreError};
 use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
@@ -22,9 +19,6 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-
-/// Written into each file; another number is refused by name.
-const VERSION: u32 = 1;
 
 /// A record is a few hundred bytes.
 const MAX_BYTES: u64 = 64 * 1024;
@@ -99,7 +93,7 @@ impl FileStore {
             Ok(bytes) => bytes,
             Err(e) => return failed(e),
         };
-        let record = decode(&bytes).map_err(corrupt)?;
+        let record = Record::decode(&bytes).map_err(|e| corrupt(e.to_string()))?;
         if &record.machine != machine {
             return Err(corrupt(format!("it is the lease of machine \"{}\"", record.machine)));
         }
@@ -110,7 +104,7 @@ impl FileStore {
         let part = path.with_extension("part");
         let mut file =
             OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&part)?;
-        file.write_all(&encode(record))?;
+        file.write_all(&record.encode())?;
         file.sync_all()?;
         fs::rename(&part, path)?;
         File::open(&self.dir)?.sync_all()
@@ -150,82 +144,10 @@ fn unavailable(
     StoreError::Unavailable { machine: machine.clone(), operation, detail: cause.to_string() }
 }
 
-/// The file's content. Numbers that JSON tools would round are text.
-#[derive(serde::Serialize, serde::Deserialize)]
-struct Stored {
-    version: u32,
-    machine: String,
-    epoch: u64,
-    owner: String,
-    handing_to: Option<StoredHanding>,
-    attempt: String,
-    nonce: String,
-}
-
-#[derive(serde::Serialize, serde::Deserialize)]
-struct StoredHanding {
-    attempt: String,
-    to: String,
-}
-
-/// Only the version, so that another version is named before its fields confuse.
-#[derive(serde::Deserialize)]
-struct StoredVersion {
-    version: u32,
-}
-
-fn encode(record: &Record) -> Vec<u8> {
-    let stored = Stored {
-        version: VERSION,
-        machine: record.machine.to_string(),
-        epoch: record.epoch.0,
-        owner: record.owner.to_string(),
-        handing_to: record.handing_to.as_ref().map(|handing| StoredHanding {
-            attempt: handing.attempt.to_string(),
-            to: handing.to.to_string(),
-        }),
-        attempt: record.attempt.to_string(),
-        nonce: format!("{:032x}", record.nonce.0),
-    };
-    let mut bytes = serde_json::to_vec_pretty(&stored)
-        .expect("a struct of numbers and strings always serializes");
-    bytes.push(b'\n');
-    bytes
-}
-
-fn decode(bytes: &[u8]) -> Result<Record, String> {
-    let version: StoredVersion = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
-    if version.version != VERSION {
-        return Err(format!(
-            "it has version {}, this program knows version {VERSION}; use the version that wrote it",
-            version.version
-        ));
-    }
-    let stored: Stored = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
-    let attempt = |text: &str| {
-        let number = u64::from_str_radix(text, 16);
-        number.map(AttemptId).map_err(|_| format!("\"{text}\" is no attempt number"))
-    };
-    let host = |text: &str| HostName::new(text).map_err(|e| e.to_string());
-    let handing_to = match stored.handing_to {
-        Some(h) => Some(HandingTo { attempt: attempt(&h.attempt)?, to: host(&h.to)? }),
-        None => None,
-    };
-    Ok(Record {
-        machine: MachineName::new(&stored.machine).map_err(|e| e.to_string())?,
-        epoch: Epoch(stored.epoch),
-        owner: host(&stored.owner)?,
-        handing_to,
-        attempt: attempt(&stored.attempt)?,
-        nonce: u128::from_str_radix(&stored.nonce, 16)
-            .map(Nonce)
-            .map_err(|_| format!("\"{}\" is no nonce", stored.nonce))?,
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lease::{AttemptId, Epoch, HostName, Nonce};
 
     fn machine() -> MachineName {
         MachineName::new("redis-1").unwrap()
@@ -241,26 +163,6 @@ mod tests {
 
     fn first() -> Record {
         Record::first(machine(), host("a"), AttemptId(7), Nonce(0xabc))
-    }
-
-    #[test]
-    fn the_file_of_version_1_reads_like_this() {
-        let record = first().handing(AttemptId(0x1234), host("b.example"), Nonce(1 << 100));
-        let golden = r#"{
-  "version": 1,
-  "machine": "redis-1",
-  "epoch": 1,
-  "owner": "a",
-  "handing_to": {
-    "attempt": "0000000000001234",
-    "to": "b.example"
-  },
-  "attempt": "0000000000001234",
-  "nonce": "00000010000000000000000000000000"
-}
-"#;
-        assert_eq!(String::from_utf8(encode(&record)).unwrap(), golden);
-        assert_eq!(decode(golden.as_bytes()).unwrap(), record);
     }
 
     #[test]
@@ -315,12 +217,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = store(dir.path());
         let path = store.path(&machine());
-        let whole = encode(&first());
+        let whole = first().encode();
         let mut other_machine = first();
         other_machine.machine = MachineName::new("other").unwrap();
         let newer = String::from_utf8(whole.clone()).unwrap().replace(": 1,", ": 2,");
         let damaged: [&[u8]; 5] =
-            [b"", &whole[..40], b"\xff\xfe", newer.as_bytes(), &encode(&other_machine)];
+            [b"", &whole[..40], b"\xff\xfe", newer.as_bytes(), &other_machine.encode()];
         for bytes in damaged {
             fs::write(&path, bytes).unwrap();
             let e = store.read(&machine()).unwrap_err();

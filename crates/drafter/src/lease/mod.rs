@@ -11,10 +11,12 @@
 
 mod clock;
 mod file;
+mod format;
 mod ids;
 
 pub use clock::{BootClock, BootTime, Clock};
 pub use file::FileStore;
+pub use format::BadRecord;
 pub use identity::HostName;
 pub use ids::{AttemptId, BadMachineName, Epoch, MachineName, Nonce, OfferSerial};
 
