@@ -81,7 +81,7 @@ impl Conversation {
                 return false;
             }
         };
-        if matches!(message, GuestMessage::Hello { .. }) {
+        if matches!(message, GuestMessage::Hello { .. } | GuestMessage::Started {}) {
             // Ends whatever half line the conversation before has left behind.
             line.insert(0, b'\n');
         }

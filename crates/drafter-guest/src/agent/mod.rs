@@ -79,6 +79,12 @@ pub fn main() -> ExitCode {
 pub fn serve(port: Port, config: MachineConfig, platform: Arc<dyn Platform>) -> io::Result<()> {
     let agent = Arc::new(Agent { config, platform, jobs: Mutex::default() });
     let link = Link::new(port);
+    // A host that talked to the agent before this one learns that it must begin anew. If no host
+    // is there, nobody needs to learn it.
+    if !link.port.wait(false, Duration::ZERO)?.hung_up {
+        link.begin().send(&GuestMessage::Started {});
+        link.end();
+    }
     let served = read_port(&agent, &link);
     link.end();
     agent.cancel_commands(None);

@@ -162,6 +162,8 @@ fn requests_before_a_hello_are_not_answered() {
 fn a_host_of_another_version_gets_the_agents_version_and_nothing_else() {
     let mut host = Host::start(config());
     let hello = host.ask(&HostMessage::Hello { version: 99, nonce: 5 });
+    assert_eq!(hello, GuestMessage::Started {}, "it has just started");
+    let hello = host.hear();
     assert!(matches!(hello, GuestMessage::Hello { version: PROTOCOL_VERSION, nonce: 5, .. }));
     host.say(&HostMessage::Shutdown { id: 1 });
     host.hello(6);

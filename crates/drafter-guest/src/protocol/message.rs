@@ -130,6 +130,9 @@ impl fmt::Display for ProbeKind {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum GuestMessage {
+    /// The agent has just started. After its hello, a host learns by this that the agent it talked
+    /// to is gone and knows nothing of the conversation: it must begin anew.
+    Started {},
     /// The answer to the host's hello.
     Hello {
         /// [`PROTOCOL_VERSION`](super::PROTOCOL_VERSION) of the agent.
@@ -345,7 +348,7 @@ const HOST_TYPES: &[&str] = &[
 ];
 
 const GUEST_TYPES: &[&str] =
-    &["hello", "done", "failed", "status", "resumed", "probed", "output", "exited"];
+    &["started", "hello", "done", "failed", "status", "resumed", "probed", "output", "exited"];
 
 impl HostMessage {
     /// The message as a line, with its newline.
@@ -407,11 +410,11 @@ impl GuestMessage {
         decode(line, GUEST_TYPES)
     }
 
-    /// The id of the request that this answers; a hello has none.
+    /// The id of the request that this answers; a start and a hello have none.
     #[must_use]
     pub const fn id(&self) -> Option<u64> {
         match self {
-            Self::Hello { .. } => None,
+            Self::Started {} | Self::Hello { .. } => None,
             Self::Done { id }
             | Self::Failed { id, .. }
             | Self::Status { id, .. }
@@ -425,7 +428,7 @@ impl GuestMessage {
     /// Whether no further answer to the same request follows.
     #[must_use]
     pub const fn is_final(&self) -> bool {
-        !matches!(self, Self::Hello { .. } | Self::Output { .. })
+        !matches!(self, Self::Started {} | Self::Hello { .. } | Self::Output { .. })
     }
 }
 

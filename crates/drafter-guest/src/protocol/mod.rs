@@ -19,6 +19,7 @@
 //! * A message of an unknown type is kept by name ([`Decoded::Unknown`]): the agent answers it with
 //!   [`FailureCode::Unsupported`], the host ignores it. Unknown fields are ignored. So a newer end
 //!   can talk to an older one; a change that breaks this raises [`PROTOCOL_VERSION`].
+//! * An agent that starts says `started`: a host that talked to the one before begins anew.
 //! * `exec` belongs to the conversation: when that ends, its processes are killed.
 //!
 //! Used by the [`agent`](crate::agent) in the guest and by drafter's guest channel on the host.

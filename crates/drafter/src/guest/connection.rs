@@ -237,6 +237,9 @@ impl Connection {
                         self.state().greeted = Some(Arc::clone(&stream));
                         self.changed.notify_all();
                     }
+                    (Some(GuestMessage::Started {}), true) => {
+                        return Ok("the agent ended and started again".to_owned());
+                    }
                     // An answer to a host before us.
                     (_, false) | (None, _) => {}
                     (Some(message), true) => {

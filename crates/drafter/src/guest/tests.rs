@@ -286,6 +286,28 @@ fn bytes_from_before_the_hello_are_never_taken_for_answers() {
 }
 
 #[test]
+fn an_agent_that_starts_again_below_the_same_connection_loses_the_call_and_is_greeted_anew() {
+    let (_folder, path) = socket();
+    let listener = UnixListener::bind(&path).unwrap();
+    let peer = std::thread::spawn(move || {
+        let (mut stream, mut reader) = greet(&listener);
+        hear(&mut reader).expect("a request");
+        stream.write_all(b"\n").unwrap();
+        stream.write_all(&GuestMessage::Started {}.encode().unwrap()).unwrap();
+        let (mut again, mut reader) = greet(&listener);
+        let id = hear(&mut reader).unwrap().id().unwrap();
+        again.write_all(&GuestMessage::Done { id }.encode().unwrap()).unwrap();
+        hear(&mut reader);
+    });
+    let channel = GuestChannel::connect(&path, "m").unwrap();
+    let error = channel.ping(SOON).unwrap_err();
+    assert!(error.to_string().contains("started again"), "{error}");
+    channel.ping(SOON).unwrap();
+    drop(channel);
+    peer.join().unwrap();
+}
+
+#[test]
 fn an_agent_of_another_version_is_named_in_the_error() {
     let (_folder, path) = socket();
     let listener = UnixListener::bind(&path).unwrap();
