@@ -11,7 +11,7 @@ use silo::{
     hash,
 };
 use std::{
-    io::{self, Write},
+    io::{self, IsTerminal, Write},
     path::PathBuf,
     str::FromStr,
 };
@@ -106,7 +106,11 @@ fn human(bytes: u64) -> String {
 pub(crate) fn log_to_stderr() {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .init();
 }
 
 fn print(json: bool, value: &impl Serialize, text: &str) -> Result<()> {
@@ -140,8 +144,7 @@ impl Cli {
                 let disk =
                     Disk::create(&args.overlay, args.base.as_deref(), args.size.0, &options())?;
                 let value = serde_json::json!({ "overlay": args.overlay, "bytes": disk.size() });
-                let text =
-                    format!("created {} ({})", args.overlay.display(), human(disk.size()));
+                let text = format!("created {} ({})", args.overlay.display(), human(disk.size()));
                 print(json, &value, &text)
             }
             Command::Serve(args) => serve::run(&args, json),

@@ -3,13 +3,13 @@
 use super::{Size, human, options, print};
 use anyhow::{Context, Result};
 use clap::Args;
-use silo::{
-    disk::{Disk, DiskError},
-    nbd::{NbdOptions, NbdServer},
-};
 use signal_hook::{
     consts::{SIGINT, SIGTERM},
     iterator::Signals,
+};
+use silo::{
+    disk::{Disk, DiskError},
+    nbd::{NbdOptions, NbdServer},
 };
 use std::{path::PathBuf, sync::Arc, time::Duration};
 

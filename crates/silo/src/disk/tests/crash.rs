@@ -9,26 +9,43 @@ const BASE_BYTES: usize = 14 * BLOCK_SIZE + 777;
 
 #[derive(Clone, Debug)]
 enum Op {
-    Write { offset: u64, length: u64, seed: u64 },
-    Trim { offset: u64, length: u64 },
-    Zero { offset: u64, length: u64, allocate: bool },
-    Read { offset: u64, length: u64 },
+    Write {
+        offset: u64,
+        length: u64,
+        seed: u64,
+    },
+    Trim {
+        offset: u64,
+        length: u64,
+    },
+    Zero {
+        offset: u64,
+        length: u64,
+        allocate: bool,
+    },
+    Read {
+        offset: u64,
+        length: u64,
+    },
     Flush,
     /// `kill -9`: files as they are, same boot.
     Kill,
     /// The host crashes: every block of the overlay is at some point since the last flush.
-    Crash { choice: u64 },
+    Crash {
+        choice: u64,
+    },
     /// The host crashes inside a flush: content is durable, a prefix of the record is.
-    CrashInFlush { part: u64 },
+    CrashInFlush {
+        part: u64,
+    },
 }
 
 fn access() -> impl Strategy<Value = (u64, u64)> {
     let size = BLOCKS * BLOCK;
     // Half of the accesses are whole blocks.
     prop_oneof![
-        (0..BLOCKS, 1u64..6).prop_map(move |(start, count)| {
-            (start * BLOCK, count.min(BLOCKS - start) * BLOCK)
-        }),
+        (0..BLOCKS, 1u64..6)
+            .prop_map(move |(start, count)| { (start * BLOCK, count.min(BLOCKS - start) * BLOCK) }),
         (0..size, 1u64..12_000).prop_map(move |(at, length)| (at, length.min(size - at))),
     ]
 }

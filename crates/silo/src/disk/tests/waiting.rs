@@ -143,7 +143,7 @@ fn fills_and_writes_that_race_leave_every_sector_right() {
                         let block = if reverse { 15 - step } else { step };
                         let at = block * BLOCK_SIZE;
                         disk.fill(BlockIndex(block as u64), &theirs[at..at + BLOCK_SIZE]).unwrap();
-                        if step as u64 % (round + 1) == 0 {
+                        if (step as u64).is_multiple_of(round + 1) {
                             thread::sleep(Duration::from_micros(200));
                         }
                     }
