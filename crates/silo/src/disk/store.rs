@@ -384,6 +384,19 @@ impl Store {
         self.journal.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Keeps every sync from going on while the guard lives.
+    #[cfg(test)]
+    pub(super) fn hold_journal(&self) -> impl Drop + '_ {
+        self.journal()
+    }
+
+    /// As if a sync had failed.
+    #[cfg(test)]
+    pub(super) fn lose_sync(&self, cause: &str) {
+        let error = DiskError::io("sync", &self.data_path)(io::Error::other(cause.to_owned()));
+        self.journal().lose(&error);
+    }
+
     /// Makes everything durable that was written before the call.
     pub(super) fn sync(&self, tidy: Tidy) -> Result<(), DiskError> {
         let mut journal = self.journal();

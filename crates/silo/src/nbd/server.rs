@@ -319,7 +319,17 @@ fn serve(
     match shaken {
         Ok(Handshake::Transmission) => {}
         Ok(Handshake::Done) => return,
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return,
+        // It hung up: somebody looked whether there is a server.
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::UnexpectedEof
+                    | io::ErrorKind::ConnectionReset
+                    | io::ErrorKind::BrokenPipe
+            ) =>
+        {
+            return;
+        }
         Err(error) => {
             tracing::warn!(%error, "an NBD handshake failed");
             return;

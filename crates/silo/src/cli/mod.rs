@@ -1,0 +1,225 @@
+//! The subcommands. Each prints a few lines for people, or one JSON object with `--json`.
+
+mod serve;
+
+use anyhow::{Context, Result};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use serde::Serialize;
+use silo::{
+    device::DeviceName,
+    disk::{self, Disk, DiskOptions, DiskStatus},
+    hash,
+};
+use std::{
+    io::{self, IsTerminal, Write},
+    path::PathBuf,
+    str::FromStr,
+};
+
+/// Data that moves: disks over a read-only base, served over NBD, durable through crashes.
+#[derive(Parser)]
+#[command(name = "silo", version, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    /// Print one JSON object instead of text
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Print the BLAKE3 root hash of a device file
+    Hash {
+        /// The file
+        file: PathBuf,
+    },
+    /// Create a disk over a base, or a blank one
+    Create(CreateArgs),
+    /// Serve a disk over NBD on a unix socket until SIGTERM or SIGINT
+    Serve(serve::ServeArgs),
+    /// Tell what the files of a disk say, without opening it
+    Inspect {
+        /// The disk's folder
+        overlay: PathBuf,
+    },
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Args)]
+struct CreateArgs {
+    /// The read-only file below; without it the disk is all zeros
+    #[arg(long)]
+    base: Option<PathBuf>,
+    /// The folder that becomes the disk
+    #[arg(long)]
+    overlay: PathBuf,
+    /// Size, as in 512M or 10G; without it that of the base
+    #[arg(long, default_value = "0")]
+    size: Size,
+}
+
+/// A size in bytes as people write it: a number and perhaps K, M, G or T (powers of 1024).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Size(u64);
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let lower = text.trim().to_ascii_lowercase();
+        let lower = lower.strip_suffix("ib").unwrap_or(&lower);
+        let (digits, shift) = match lower.chars().last() {
+            Some('k') => (&lower[..lower.len() - 1], 10),
+            Some('m') => (&lower[..lower.len() - 1], 20),
+            Some('g') => (&lower[..lower.len() - 1], 30),
+            Some('t') => (&lower[..lower.len() - 1], 40),
+            _ => (lower, 0),
+        };
+        let number: u64 = digits
+            .trim()
+            .parse()
+            .map_err(|_| format!("\"{text}\" is not a size; write 4096, 512M or 10G"))?;
+        number
+            .checked_mul(1 << shift)
+            .map(Self)
+            .ok_or_else(|| format!("{text} is more than this computer can count"))
+    }
+}
+
+fn human(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit < UNITS.len() - 1 {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+/// Logs go to stderr, by `RUST_LOG`, warnings by default.
+pub(crate) fn log_to_stderr() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .init();
+}
+
+fn print(json: bool, value: &impl Serialize, text: &str) -> Result<()> {
+    let mut out = io::stdout().lock();
+    let written = if json {
+        serde_json::to_writer(&mut out, value)?;
+        writeln!(out)
+    } else {
+        writeln!(out, "{text}")
+    };
+    written.and_then(|()| out.flush()).context("could not write to stdout")
+}
+
+fn options() -> DiskOptions {
+    DiskOptions::new(DeviceName::new("disk").expect("lower-case letters are a name"))
+}
+
+impl Cli {
+    /// Does what was asked.
+    pub(crate) fn run(self) -> Result<()> {
+        let json = self.json;
+        match self.command {
+            Command::Hash { file } => {
+                let hash = hash::hash_file(&file)
+                    .with_context(|| format!("could not hash {}", file.display()))?;
+                let bytes = std::fs::metadata(&file).map_or(0, |metadata| metadata.len());
+                let value = serde_json::json!({ "file": file, "bytes": bytes, "blake3": hash });
+                print(json, &value, &format!("{hash}  {}", file.display()))
+            }
+            Command::Create(args) => {
+                let disk =
+                    Disk::create(&args.overlay, args.base.as_deref(), args.size.0, &options())?;
+                let value = serde_json::json!({ "overlay": args.overlay, "bytes": disk.size() });
+                let text = format!("created {} ({})", args.overlay.display(), human(disk.size()));
+                print(json, &value, &text)
+            }
+            Command::Serve(args) => serve::run(&args, json),
+            Command::Inspect { overlay } => {
+                let seen = disk::inspect(&overlay)?;
+                print(json, &seen, &describe(&seen))
+            }
+            Command::Completions { shell } => {
+                clap_complete::generate(shell, &mut Self::command(), "silo", &mut io::stdout());
+                Ok(())
+            }
+        }
+    }
+}
+
+fn describe(seen: &disk::Inspection) -> String {
+    let status = match seen.status {
+        DiskStatus::Whole => "whole".to_owned(),
+        DiskStatus::Receiving => "incomplete: a transfer to this host did not end".to_owned(),
+        DiskStatus::Armed => format!("incomplete: {} blocks never arrived", seen.missing_blocks),
+    };
+    let frozen = if seen.frozen { ", frozen (handed over)" } else { "" };
+    let view = if seen.up_to_date {
+        format!("as last written; {} changed blocks wait for a flush", seen.unflushed_blocks)
+    } else {
+        "as of the last flush (the host has restarted since)".to_owned()
+    };
+    let owner = seen.identity.as_ref().map_or_else(
+        || "nobody's yet".to_owned(),
+        |identity| {
+            let base = identity.base.map_or_else(String::new, |hash| format!(", base {hash}"));
+            format!("{} at epoch {}{base}", identity.machine, identity.epoch)
+        },
+    );
+    let torn = match seen.journal_torn_bytes {
+        0 => String::new(),
+        bytes => format!(", {bytes} torn bytes at its end"),
+    };
+    format!(
+        "size       {} over a base of {}\n\
+         status     {status}{frozen}\n\
+         machine    {owner}\n\
+         blocks     {} in the overlay, {} zero, {} missing; {} on this host\n\
+         shown      {view}\n\
+         journal    {}, generation {}, {} records{torn}",
+        human(seen.bytes),
+        human(seen.base_bytes),
+        seen.data_blocks,
+        seen.zero_blocks,
+        seen.missing_blocks,
+        human(seen.allocated_bytes),
+        human(seen.journal_bytes),
+        seen.journal_generation,
+        seen.journal_records,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_as_people_write_them() {
+        for (text, bytes) in
+            [("0", 0), ("4096", 4096), ("4k", 4096), ("512M", 512 << 20), ("10GiB", 10 << 30)]
+        {
+            assert_eq!(text.parse(), Ok(Size(bytes)), "{text}");
+        }
+        for bad in ["", "G", "-1", "1.5G", "10X", "99999999999T"] {
+            assert!(bad.parse::<Size>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}
