@@ -1,1 +1,3 @@
 //! Architect.
+
+pub mod rig;
