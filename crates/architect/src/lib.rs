@@ -3,4 +3,5 @@
 pub mod bench;
 pub mod doctor;
 pub mod load;
+pub mod rig;
 pub mod table;

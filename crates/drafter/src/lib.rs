@@ -4,7 +4,7 @@
 //! channel, and moved by [`migrate`] under the authority of a [`lease`]. One [`runner`] process
 //! owns one machine on one host.
 
-//pub mod cli;
+pub mod cli;
 pub mod driver;
 pub mod guest;
 pub mod lease;

@@ -1,25 +1,43 @@
 //! The `drafter` command.
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
+use drafter::cli::{self, StateArgs};
 use std::process::ExitCode;
 
-/// Machines that move.
+/// Machines that move: run, migrate, suspend and inspect them
 #[derive(Parser)]
-#[command(version, about)]
-enum Drafter {
-    /// Make, look at, check and carry packages: what machines boot from.
-    Package(drafter::cli::package::PackageArgs),
+#[command(version, propagate_version = true)]
+struct Drafter {
+    #[command(flatten)]
+    state: StateArgs,
+    #[command(subcommand)]
+    command: Top,
+}
+
+#[derive(clap::Subcommand)]
+enum Top {
+    #[command(flatten)]
+    Drafter(cli::Command),
+    /// Print completions for a shell
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
 }
 
 fn main() -> ExitCode {
-    let result = match Drafter::parse() {
-        Drafter::Package(args) => args.run(),
+    cli::log_to_stderr();
+    let args = Drafter::parse();
+    let result = match args.command {
+        Top::Drafter(command) => cli::execute(command, &args.state),
+        Top::Completions { shell } => {
+            let mut command = Drafter::command();
+            clap_complete::generate(shell, &mut command, "drafter", &mut std::io::stdout());
+            Ok(())
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("drafter: {error:#}");
-            ExitCode::FAILURE
-        }
+        Err(error) => cli::fail(&error),
     }
 }

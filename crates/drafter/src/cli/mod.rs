@@ -9,7 +9,7 @@ mod output;
 pub mod package;
 mod run;
 
-pub use output::{Format, fail};
+pub use output::{Format, fail, log_to_stderr};
 
 use clap::{Args, Subcommand};
 use std::path::PathBuf;

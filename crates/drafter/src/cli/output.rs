@@ -35,3 +35,10 @@ pub fn fail(error: &anyhow::Error) -> std::process::ExitCode {
 pub fn bytes(count: u64) -> String {
     indicatif::BinaryBytes(count).to_string()
 }
+
+/// Logs go to standard error; `RUST_LOG` says which, warnings by default.
+pub fn log_to_stderr() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| "warn,drafter=info".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}

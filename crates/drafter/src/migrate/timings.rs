@@ -61,6 +61,8 @@ pub struct MoveReport {
     pub early_faults: u64,
     /// The new epoch.
     pub epoch: u64,
+    /// The session, hex: with the epoch it names what stayed behind.
+    pub session: String,
 }
 
 /// Where the blackout went, milliseconds. Source: until the token had been handed to the kernel.

@@ -86,6 +86,8 @@ pub struct Hosted {
     tap: Option<Arc<Tap>>,
     path: Arc<dyn DataPath>,
     drain: Option<JoinHandle<()>>,
+    /// The network epoch of the last pause.
+    flip: u64,
 }
 
 fn fail(error: impl std::fmt::Display) -> MachineError {
@@ -156,7 +158,7 @@ pub fn new_content(
         let dir = disks_dir.join(&device.name);
         let base = package.dir().join(&device.file);
         let mut options = DiskOptions::new(device_name(&device.name)?);
-        options.base_hash = Some(RootHash(device.blake3.0));
+        options.base_hash = Some(RootHash::from(device.blake3.0));
         let disk = if keep_disks {
             Disk::open(&dir, Some(&base), &options).map_err(fail)?
         } else {
@@ -228,6 +230,7 @@ impl Hosted {
             tap: tap.map(Arc::new),
             path: Arc::clone(site.path),
             drain: None,
+            flip: 0,
             shape,
             package,
             net,
@@ -301,8 +304,10 @@ impl Hosted {
         self.tap = None;
     }
 
-    /// As [`Hosted::tear_down`], and frames for the machine are somebody else's under `flip`.
-    pub fn leave(&mut self, flip: u64) {
+    /// As [`Hosted::tear_down`], for a machine that has moved away: frames for it are led on until
+    /// the edge knows where it is.
+    pub fn leave(&mut self) {
+        let flip = self.flip;
         self.tear_down();
         if let Some(net) = &self.net {
             let left = self
@@ -353,6 +358,7 @@ impl SourceMachine for Hosted {
     }
 
     fn pause(&mut self, to: Option<&HostEndpoint>, flip: u64) -> Result<(), MachineError> {
+        self.flip = flip;
         let diverted = self.net.clone().zip(to.cloned());
         if let Some((net, to)) = &diverted
             && let Err(error) = self.path.divert(net, to, flip)

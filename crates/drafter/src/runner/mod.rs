@@ -1,5 +1,552 @@
 //! The runner: one process that owns one machine on one host.
+//!
+//! ```text
+//!   Booting ──▶ Running ◀──────────────┐
+//!                 │  ▲                 │ settled
+//!     migrate job │  │ failed          │
+//!                 ▼  │                 │
+//!               Moving ──released──▶ Standby ──prepare──▶ Receiving
+//!                                      ▲                    │ discarded
+//!                                      └────────────────────┘
+//!   Running ──stop, suspend, guest ends──▶ Stopped        any ──▶ Failed
+//! ```
+//!
+//! The machine's body ([`hosted::Hosted`]) is lent to whoever works on it (a move's job, an
+//! arriving session); everything else answers from what [`Inner`] knows meanwhile.
+//!
+//! [`server`] answers the API, [`peer`] takes connections of other hosts, [`moves`] runs jobs,
+//! [`suspend`] saves and restores.
 
 pub mod api;
 pub mod config;
+mod hosted;
+mod moves;
+mod peer;
+mod server;
 pub mod state;
+mod suspend;
+
+use crate::{
+    driver::{
+        Driver, Exit,
+        qemu::{self, QemuConfig, QemuDriver},
+    },
+    lease::{AttemptId, FileStore, LeaseStore, MachineName, Nonce, Outcome, Record},
+    migrate::{messages::StayId, switchover::Holding, timings::MoveReport},
+    package::{Cache, Package},
+};
+use api::Status;
+use conduit::DataPath;
+use config::{AcceleratorChoice, Boot, Launch, NetworkConfig, RunnerConfig};
+use hosted::{Content, Hosted, Site};
+use identity::{HostName, Security};
+use moves::Job;
+use silo::device::Device;
+use state::{MachineDir, RunnerRecord, boot_id, process_start};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+/// How long another host may hold the lease file's lock.
+const LEASE_LOCK_LIMIT: Duration = Duration::from_secs(5);
+
+/// What a runner could not do.
+#[derive(Debug, thiserror::Error)]
+#[error("machine \"{machine}\": {what}")]
+pub struct RunnerError {
+    machine: String,
+    what: String,
+}
+
+/// In which state a runner is; the words of [`Status::state`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Standby,
+    Booting,
+    Running,
+    Moving,
+    Receiving,
+    Paused,
+    Stopped,
+    Failed,
+}
+
+impl State {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Standby => "standby",
+            Self::Booting => "booting",
+            Self::Running => "running",
+            Self::Moving => "moving",
+            Self::Receiving => "receiving",
+            Self::Paused => "paused",
+            Self::Stopped => "stopped",
+            Self::Failed => "failed",
+        }
+    }
+
+    fn over(self) -> bool {
+        matches!(self, Self::Stopped | Self::Failed)
+    }
+}
+
+/// Content that a machine left here when it moved away.
+struct Stay {
+    id: StayId,
+    content: Content,
+    package: String,
+}
+
+struct Inner {
+    state: State,
+    detail: String,
+    /// Absent while it is lent.
+    body: Option<Box<Hosted>>,
+    holding: Option<Holding>,
+    /// The stay since which writes are tracked.
+    since: Option<StayId>,
+    stay: Option<Stay>,
+    guest: Option<Arc<crate::guest::GuestChannel>>,
+    monitor_pid: Option<u32>,
+    /// The group that is here, for status.
+    devices: Vec<Arc<dyn Device>>,
+    jobs: BTreeMap<u64, Arc<Job>>,
+    moves: Vec<MoveReport>,
+    launch: serde_json::Value,
+}
+
+/// See the module.
+pub struct Runner {
+    config: RunnerConfig,
+    host: HostName,
+    name: MachineName,
+    security: Security,
+    store: Arc<dyn LeaseStore>,
+    driver: Arc<dyn Driver>,
+    path: Arc<dyn DataPath>,
+    dir: MachineDir,
+    cache: Cache,
+    inner: Mutex<Inner>,
+    changed: Condvar,
+}
+
+/// Runs until the machine has ended or left for good.
+pub fn serve(config: RunnerConfig, launch: Launch) -> Result<(), RunnerError> {
+    let machine = config.machine.clone();
+    let failed = |what: String| RunnerError { machine: machine.clone(), what };
+    let runner = Runner::new(config, &launch).map_err(failed)?;
+    let ended = runner.live(launch);
+    runner.clean_up();
+    ended.map_err(failed)
+}
+
+impl Runner {
+    fn new(config: RunnerConfig, launch: &Launch) -> Result<Arc<Self>, String> {
+        let text = |e: &dyn std::fmt::Display| e.to_string();
+        let host = HostName::new(&config.host).map_err(|e| text(&e))?;
+        let name = MachineName::new(&config.machine).map_err(|e| text(&e))?;
+        let dir = MachineDir::create(&config.state, &config.machine)
+            .map_err(|e| format!("making {}: {e}", config.state.display()))?;
+        if let Some(record) = dir.read_record().map_err(|e| text(&e))?
+            && record.alive()
+            && record.pid != std::process::id()
+        {
+            return Err(format!("it has a runner on this host already (process {})", record.pid));
+        }
+        let security = if config.listen.is_some() {
+            config.security.load(&host).map_err(|e| text(&e))?
+        } else {
+            Security::Plaintext
+        };
+        let store = FileStore::open(&config.lease, LEASE_LOCK_LIMIT).map_err(|e| text(&e))?;
+        let path: Arc<dyn DataPath> = match &config.network {
+            NetworkConfig::None => Arc::new(conduit::NullDataPath),
+            NetworkConfig::Local => {
+                Arc::new(conduit::LocalDataPath::open().map_err(|e| text(&e))?)
+            }
+            NetworkConfig::Agent(socket) => {
+                let path = conduit::AgentDataPath::connect(socket).map_err(|e| {
+                    format!("no conduit agent answers at {}: {e}", socket.display())
+                })?;
+                Arc::new(path)
+            }
+        };
+        let mut qemu = QemuConfig::new(config.state.join("qemu"));
+        qemu.accelerator = match config.accelerator {
+            AcceleratorChoice::Auto => qemu::AcceleratorChoice::Auto,
+            AcceleratorChoice::Tcg => qemu::AcceleratorChoice::Tcg,
+            AcceleratorChoice::Kvm => qemu::AcceleratorChoice::Kvm,
+        };
+        let state = match launch {
+            Launch::Receive => State::Standby,
+            _ => State::Booting,
+        };
+        let inner = Inner {
+            state,
+            detail: String::new(),
+            body: None,
+            holding: None,
+            since: None,
+            stay: None,
+            guest: None,
+            monitor_pid: None,
+            devices: Vec::new(),
+            jobs: BTreeMap::new(),
+            moves: Vec::new(),
+            launch: serde_json::to_value(launch).unwrap_or_default(),
+        };
+        Ok(Arc::new(Self {
+            host,
+            name,
+            security,
+            store: Arc::new(store),
+            driver: Arc::new(QemuDriver::new(qemu)),
+            path,
+            dir,
+            cache: Cache::default_for_user(),
+            inner: Mutex::new(inner),
+            changed: Condvar::new(),
+            config,
+        }))
+    }
+
+    fn live(self: &Arc<Self>, launch: Launch) -> Result<(), String> {
+        self.record();
+        let api = server::listen(self)?;
+        if let Some(address) = self.config.listen {
+            peer::listen(self, address)?;
+        }
+        self.watch_signals()?;
+        match launch {
+            Launch::Boot(boot) => self.boot(&boot)?,
+            Launch::Receive => {}
+            Launch::Resume(directory) => self.resume_from(&directory)?,
+            Launch::TakeOver(boot) => self.take_over(&boot)?,
+        }
+        let ended = self.watch();
+        drop(api);
+        ended
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_state(&self, state: State, detail: impl Into<String>) {
+        {
+            let mut inner = self.lock();
+            inner.state = state;
+            inner.detail = detail.into();
+            tracing::info!(machine = %self.name.as_str(), state = state.word(), detail = inner.detail);
+        }
+        self.changed.notify_all();
+        self.record();
+    }
+
+    /// Writes `runner.json`; a host whose disk is full still runs its machines.
+    fn record(&self) {
+        let record = {
+            let inner = self.lock();
+            let pid = std::process::id();
+            RunnerRecord {
+                machine: self.config.machine.clone(),
+                host: self.config.host.clone(),
+                pid,
+                started: process_start(pid).unwrap_or(0),
+                boot_id: boot_id(),
+                state: inner.state.word().to_owned(),
+                detail: inner.detail.clone(),
+                launch: inner.launch.clone(),
+            }
+        };
+        if let Err(error) = self.dir.write_record(&record) {
+            tracing::error!(%error, "writing the runner's record failed");
+        }
+    }
+
+    fn site(&self) -> SitePaths {
+        SitePaths { run: self.dir.run(), disks: self.dir.disks() }
+    }
+
+    /// A package by path: opened and checked.
+    fn open_package(&self, path: &Path) -> Result<Package, String> {
+        let package = Package::open_with(path, &self.cache).map_err(|e| e.to_string())?;
+        package.verify(&self.cache).map_err(|e| e.to_string())?;
+        Ok(package)
+    }
+
+    /// A package by identity, among those that the runner was given.
+    fn find_package(&self, id: &str) -> Option<Package> {
+        let mut candidates: Vec<PathBuf> = Vec::new();
+        for path in &self.config.packages {
+            candidates.push(path.clone());
+            if let Ok(entries) = std::fs::read_dir(path) {
+                candidates.extend(entries.flatten().map(|e| e.path()));
+            }
+        }
+        candidates.into_iter().find_map(|path| {
+            let package = Package::open_with(&path, &self.cache).ok()?;
+            (package.id().to_string() == id).then_some(package)
+        })
+    }
+
+    /// Takes the lease for a machine that starts here. `expected`: what must be in the store, for
+    /// a machine that was suspended elsewhere.
+    fn acquire(&self, expected: Option<&Record>) -> Result<Holding, String> {
+        let attempt = AttemptId::random().map_err(|e| e.to_string())?;
+        let nonce = Nonce::random().map_err(|e| e.to_string())?;
+        let found = self.store.read(&self.name).map_err(|e| e.to_string())?;
+        let new = match (&found, expected) {
+            (None, _) => {
+                Record::first(self.name.clone(), self.host.clone(), attempt, nonce)
+            }
+            (Some(record), Some(expected)) if record == expected => {
+                record.taken(self.host.clone(), attempt, nonce)
+            }
+            (Some(record), _) if record.owner == self.host => {
+                record.taken(self.host.clone(), attempt, nonce)
+            }
+            (Some(record), _) => {
+                return Err(format!(
+                    "host \"{}\" owns it ({}); stop it there, or remove its lease in {} if that \
+                     host will never come back",
+                    record.owner,
+                    record.epoch,
+                    self.config.lease.display()
+                ));
+            }
+        };
+        match self.store.compare_and_set(&self.name, found.as_ref(), &new) {
+            Ok(Outcome::Won) => Ok(Holding::new(new)),
+            Ok(Outcome::Lost(_)) => Err("another host took its lease just now".into()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    fn boot(self: &Arc<Self>, boot: &Boot) -> Result<(), String> {
+        let package = self.open_package(&boot.package)?;
+        let facts = self.driver.facts().map_err(|e| e.to_string())?;
+        let (shape, net) = hosted::shape_of(&self.config.machine, &package, boot, &facts);
+        let holding = self.acquire(None)?;
+        let paths = self.site();
+        let content = hosted::new_content(&shape, &package, &paths.disks, boot.keep_disks)
+            .map_err(|e| e.to_string())?;
+        let site = paths.site(&*self.driver, &self.path);
+        let start = crate::driver::Start::Boot;
+        let mut body = Hosted::build(shape, package, net, content, &site, start)
+            .map_err(|e| e.to_string())?;
+        body.begin(crate::migrate::switchover::FlipEpoch::of(holding.record.epoch, 0).0)
+            .map_err(|e| e.to_string())?;
+        self.install(Box::new(body), holding, None);
+        Ok(())
+    }
+
+    /// Takes over a monitor whose runner is gone. Its memory can be moved no more until it has been
+    /// stopped and started again: the userfaultfd went with the old runner.
+    fn take_over(self: &Arc<Self>, _boot: &Boot) -> Result<(), String> {
+        Err("taking over is not possible with this version: the monitor's memory belonged to the \
+             runner that is gone; `drafter stop` ends it, `drafter run --keep-disks` starts it \
+             again from its disks"
+            .into())
+    }
+
+    /// The machine runs here now.
+    fn install(self: &Arc<Self>, mut body: Box<Hosted>, holding: Holding, since: Option<StayId>) {
+        let channel = crate::guest::GuestChannel::connect(&body.guest_socket(), &self.config.machine);
+        match channel {
+            Ok(channel) => body.guest = Some(Arc::new(channel)),
+            Err(error) => tracing::error!(%error, "the guest channel is not there"),
+        }
+        {
+            let mut inner = self.lock();
+            inner.guest.clone_from(&body.guest);
+            inner.monitor_pid = Some(body.monitor_pid());
+            inner.devices = body.content.devices();
+            inner.holding = Some(holding);
+            inner.since = since;
+            inner.body = Some(body);
+        }
+        self.set_state(State::Running, "");
+    }
+
+    /// Takes the body for work on it, if nobody else has it.
+    fn borrow(&self, from: State, to: State) -> Result<Box<Hosted>, String> {
+        let mut inner = self.lock();
+        if inner.state != from {
+            return Err(format!(
+                "the machine is {} here, not {}{}{}",
+                inner.state.word(),
+                from.word(),
+                if inner.detail.is_empty() { "" } else { ": " },
+                inner.detail
+            ));
+        }
+        let body = inner.body.take().ok_or("somebody is working on the machine, try again")?;
+        inner.state = to;
+        inner.detail.clear();
+        drop(inner);
+        self.changed.notify_all();
+        self.record();
+        Ok(body)
+    }
+
+    /// Gives it back.
+    fn give_back(&self, body: Box<Hosted>, state: State, detail: impl Into<String>) {
+        self.lock().body = Some(body);
+        self.set_state(state, detail);
+    }
+
+    /// Waits for the machine's end, looking at its monitor now and then.
+    fn watch(self: &Arc<Self>) -> Result<(), String> {
+        let mut inner = self.lock();
+        loop {
+            if inner.state.over() {
+                return match inner.state {
+                    State::Failed => Err(inner.detail.clone()),
+                    _ => Ok(()),
+                };
+            }
+            let running = inner.state == State::Running;
+            let exit = match &mut inner.body {
+                Some(body) if running => body.vm().exit(),
+                _ => None,
+            };
+            if let Some(exit) = exit {
+                drop(inner);
+                self.machine_ended(&exit);
+                inner = self.lock();
+                continue;
+            }
+            inner = self
+                .changed
+                .wait_timeout(inner, Duration::from_millis(200))
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    fn machine_ended(&self, exit: &Exit) {
+        match exit {
+            Exit::Shutdown => self.set_state(State::Stopped, "the guest shut down"),
+            Exit::Reset => self.set_state(State::Stopped, "the guest rebooted or panicked"),
+            Exit::Failed { detail } => {
+                self.set_state(State::Failed, format!("its monitor failed: {detail}"));
+            }
+        }
+    }
+
+    /// SIGTERM and SIGINT stop the machine in an orderly way.
+    fn watch_signals(self: &Arc<Self>) -> Result<(), String> {
+        use signal_hook::{consts::{SIGINT, SIGTERM}, iterator::Signals};
+        let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(|e| e.to_string())?;
+        let runner = Arc::clone(self);
+        std::thread::Builder::new()
+            .name("signals".into())
+            .spawn(move || {
+                for _ in signals.forever() {
+                    if let Err(why) = runner.stop(Duration::from_secs(10)) {
+                        tracing::warn!("not stopping: {why}");
+                    }
+                }
+            })
+            .map(drop)
+            .map_err(|e| e.to_string())
+    }
+
+    /// Ends the machine: by its agent within `grace`, else at once.
+    fn stop(&self, grace: Duration) -> Result<String, String> {
+        let state = self.lock().state;
+        match state {
+            State::Standby => {
+                self.set_state(State::Stopped, "nothing ran here");
+                return Ok("nothing ran here".into());
+            }
+            State::Stopped | State::Failed => return Ok("it had ended already".into()),
+            State::Running | State::Paused => {}
+            other => return Err(format!("it is {} just now; cancel that first", other.word())),
+        }
+        let guest = self.lock().guest.clone();
+        let deadline = Instant::now() + grace;
+        if state == State::Running && !grace.is_zero() && let Some(guest) = guest {
+            match guest.shut_down(grace) {
+                Ok(()) => {
+                    let mut inner = self.lock();
+                    while !inner.state.over() && Instant::now() < deadline {
+                        let left = deadline.saturating_duration_since(Instant::now());
+                        inner = self
+                            .changed
+                            .wait_timeout(inner, left)
+                            .unwrap_or_else(PoisonError::into_inner)
+                            .0;
+                    }
+                    if inner.state.over() {
+                        return Ok("the guest shut down".into());
+                    }
+                }
+                Err(error) => tracing::warn!(%error, "the guest could not be asked to shut down"),
+            }
+        }
+        let mut body = self.borrow(state, State::Stopped)?;
+        body.tear_down();
+        self.set_state(State::Stopped, "it was ended at once");
+        Ok("it was ended at once".into())
+    }
+
+    fn drop_stay(&self) -> u64 {
+        let stay = self.lock().stay.take();
+        stay.map_or(0, |stay| stay.content.memory.resident_bytes())
+    }
+
+    fn clean_up(&self) {
+        let body = self.lock().body.take();
+        if let Some(mut body) = body {
+            body.tear_down();
+        }
+        let _ = std::fs::remove_file(self.dir.socket());
+        self.record();
+    }
+
+    fn status(&self) -> Status {
+        let lease = self.store.read(&self.name).ok().flatten();
+        let inner = self.lock();
+        Status {
+            machine: self.config.machine.clone(),
+            host: self.config.host.clone(),
+            runner_pid: std::process::id(),
+            monitor_pid: inner.monitor_pid,
+            state: inner.state.word().to_owned(),
+            detail: inner.detail.clone(),
+            lease_owner: lease.as_ref().map(|r| r.owner.as_str().to_owned()),
+            epoch: lease.as_ref().map(|r| r.epoch.0),
+            missing: inner
+                .devices
+                .iter()
+                .map(|d| (d.name().as_str().to_owned(), d.missing().len()))
+                .collect(),
+            stay_bytes: inner.stay.as_ref().map_or(0, |s| s.content.memory.resident_bytes()),
+            listen: self.config.listen,
+            job: inner.jobs.values().next_back().map(|job| job.progress()),
+            moves: inner.moves.clone(),
+        }
+    }
+}
+
+/// Random nonces for writes to the lease. The kernel's generator does not fail once it is seeded,
+/// which it is before any service starts.
+fn nonces() -> crate::migrate::switchover::Nonces {
+    Box::new(|| Nonce::random().expect("getrandom works after boot"))
+}
+
+struct SitePaths {
+    run: PathBuf,
+    disks: PathBuf,
+}
+
+impl SitePaths {
+    fn site<'a>(&'a self, driver: &'a dyn Driver, path: &'a Arc<dyn DataPath>) -> Site<'a> {
+        Site { driver, path, run_dir: &self.run, disks_dir: &self.disks }
+    }
+}

@@ -26,7 +26,7 @@ use std::{
 };
 
 /// The machine behind a lock of its own: held while it loads, runs or releases output.
-pub(super) type SharedMachine = Arc<Mutex<Box<dyn DestinationMachine>>>;
+pub(super) type SharedMachine<M> = Arc<Mutex<Box<M>>>;
 
 /// Times of the switchover here, for the confirmation.
 #[derive(Clone, Copy, Debug, Default)]
@@ -49,11 +49,11 @@ enum Errand {
 }
 
 /// See the module.
-pub(super) struct Desk {
+pub(super) struct Desk<M> {
     authority: Mutex<DestinationAuthority>,
     changed: Condvar,
     main: Arc<Mutex<Outgoing>>,
-    machine: SharedMachine,
+    machine: SharedMachine<M>,
     freezer: Arc<dyn Freezer>,
     store: Arc<dyn LeaseStore>,
     errands: Mutex<Option<mpsc::Sender<Errand>>>,
@@ -66,12 +66,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Desk {
+impl<M: DestinationMachine + 'static> Desk<M> {
     /// Starts the timer and the clerk; they end with [`Desk::close`].
     pub(super) fn open(
         authority: DestinationAuthority,
         main: Arc<Mutex<Outgoing>>,
-        machine: SharedMachine,
+        machine: SharedMachine<M>,
         store: Arc<dyn LeaseStore>,
         on_report: Box<dyn Fn(&str) + Send + Sync>,
     ) -> std::io::Result<Arc<Self>> {

@@ -38,13 +38,13 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 const DECISION_LIMIT: Duration = Duration::from_secs(600);
 
 /// An arrival, ready for the source's blocks.
-pub struct Arrival {
+pub struct Arrival<M> {
     /// The main connection, after the verdict was sent.
     pub main: Channel,
     /// The fault connection.
     pub fault: Channel,
     /// The machine, built.
-    pub machine: Box<dyn DestinationMachine>,
+    pub machine: Box<M>,
     /// Who it is, for the authority.
     pub parts: DestinationParts,
     /// Where the lease is.
@@ -56,9 +56,9 @@ pub struct Arrival {
 }
 
 /// How an arrival ended; the machine comes back to the caller in each case.
-pub struct Ended {
+pub struct Ended<M> {
     /// The machine.
-    pub machine: Box<dyn DestinationMachine>,
+    pub machine: Box<M>,
     /// What became of it.
     pub fate: Fate,
 }
@@ -101,10 +101,10 @@ fn monotonic_ns() -> u64 {
 }
 
 /// Takes a machine in.
-pub fn run(arrival: Arrival) -> Ended {
+pub fn run<M: DestinationMachine + 'static>(arrival: Arrival<M>) -> Ended<M> {
     let Arrival { main, fault, machine, parts, store, on_report, on_owner } = arrival;
     let devices = machine.devices();
-    let machine: SharedMachine = Arc::new(Mutex::new(machine));
+    let machine: SharedMachine<M> = Arc::new(Mutex::new(machine));
     let control = main.control.clone();
     let fault_control = fault.control.clone();
     let outgoing = Arc::new(Mutex::new(main.outgoing));
@@ -145,7 +145,7 @@ pub fn run(arrival: Arrival) -> Ended {
 }
 
 /// The session's threads drop their handles when they end; this waits for the last of them.
-fn take_back(mut machine: SharedMachine) -> Box<dyn DestinationMachine> {
+fn take_back<M>(mut machine: SharedMachine<M>) -> Box<M> {
     loop {
         match Arc::try_unwrap(machine) {
             Ok(mutex) => return mutex.into_inner().unwrap_or_else(PoisonError::into_inner),
@@ -189,17 +189,17 @@ fn fill_on_fault(
     })
 }
 
-struct Session {
-    desk: Arc<Desk>,
+struct Session<M> {
+    desk: Arc<Desk<M>>,
     applier: Applier,
-    machine: SharedMachine,
+    machine: SharedMachine<M>,
     main: Arc<Mutex<Outgoing>>,
     demand: Arc<Mutex<Outgoing>>,
     touched: bool,
     on_owner: Option<Box<dyn Fn(Holding) + Send>>,
 }
 
-impl Session {
+impl<M: DestinationMachine + 'static> Session<M> {
     fn run(&mut self, mut incoming: Incoming, last_report: &Mutex<String>) -> Fate {
         self.desk.event(DestinationEvent::Prepared);
         let reason = loop {

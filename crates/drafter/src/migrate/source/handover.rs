@@ -12,6 +12,7 @@ use super::{
 use crate::{
     lease::{AttemptId, BootClock, BootTime, Clock, Epoch, OfferSerial},
     migrate::{
+        link,
         messages::{Confirmation, DurableReport, TokenMeta},
         planner::Reason,
         protocol::{Frame, WireError},
@@ -531,6 +532,7 @@ impl Session<'_> {
             faults: after.durable.as_ref().map(|d| d.faults).unwrap_or_default(),
             early_faults: confirmation.early_faults,
             epoch: confirmation.epoch,
+            session: link::session_hex(self.session),
         }
     }
 }

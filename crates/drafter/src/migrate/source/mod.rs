@@ -23,7 +23,7 @@ use super::{
     messages::{Mode, PrepareRequest, Verdict},
     planner::{Budgets, Planner},
     protocol::{Frame, Role, SessionId, WireError},
-    switchover::SourceAuthority,
+    switchover::{Holding, SourceAuthority},
     timings::MoveReport,
 };
 use crate::{
@@ -80,6 +80,8 @@ pub struct Surroundings<'a> {
     pub cancel: Arc<AtomicBool>,
     /// Told how far we are.
     pub progress: &'a dyn Fn(Progress),
+    /// Gets what this host holds after the move, if the machine stayed.
+    pub holding: Arc<std::sync::Mutex<Option<Holding>>>,
 }
 
 /// How a move ended well.
@@ -269,7 +271,10 @@ pub fn run<'a>(plan: &'a Plan, around: Surroundings<'a>) -> Result<Moved, MoveEr
         plan,
         around,
     };
-    session.go(mode)
+    let moved = session.go(mode);
+    *session.around.holding.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
+        Some(session.around.authority.holding());
+    moved
 }
 
 impl Session<'_> {

@@ -1,0 +1,171 @@
+//! What clients and servers of the tests do: TCP echoes and UDP datagrams, one a millisecond, and
+//! what they saw of it.
+
+use nix::sys::socket::{setsockopt, sockopt};
+use std::{
+    collections::BTreeSet,
+    io::{self, Read, Write},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+const WAIT: Duration = Duration::from_secs(10);
+const EVERY: Duration = Duration::from_millis(1);
+
+/// Answers every connection with what it sends. Ends with the process.
+pub(super) fn serve_echo(listener: TcpListener) {
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { return };
+            thread::spawn(move || {
+                let _ = stream.set_nodelay(true);
+                let mut buffer = [0; 4096];
+                while let Ok(size @ 1..) = stream.read(&mut buffer) {
+                    if stream.write_all(&buffer[..size]).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+}
+
+/// Collects the numbers of datagrams that arrive.
+#[derive(Clone, Default)]
+pub(super) struct Received(Arc<Mutex<BTreeSet<u64>>>);
+
+impl Received {
+    pub(super) fn collect(socket: UdpSocket) -> Self {
+        let this = Self::default();
+        let received = this.clone();
+        // The test is of the network, not of a guest's small socket buffer.
+        setsockopt(&socket, sockopt::RcvBufForce, &(8 << 20)).unwrap();
+        thread::spawn(move || {
+            let mut buffer = [0; 2048];
+            while let Ok(size) = socket.recv(&mut buffer) {
+                if let Some(number) = buffer[..size].first_chunk() {
+                    received.0.lock().unwrap().insert(u64::from_be_bytes(*number));
+                }
+            }
+        });
+        this
+    }
+
+    fn len(&self) -> u64 {
+        self.0.lock().unwrap().len() as u64
+    }
+}
+
+/// A stream of numbered echoes over one TCP connection, one a millisecond.
+pub(super) struct Echoes {
+    stop: Arc<AtomicBool>,
+    threads: (JoinHandle<io::Result<u64>>, JoinHandle<io::Result<Vec<Instant>>>),
+    answered: Arc<AtomicU64>,
+}
+
+/// What a client saw.
+#[derive(Debug)]
+pub(super) struct Seen {
+    pub(super) sent: u64,
+    pub(super) answered: u64,
+    /// The longest time without an answer.
+    pub(super) gap: Duration,
+}
+
+impl Echoes {
+    /// Connects in the calling thread's namespace and starts.
+    pub(super) fn start(address: SocketAddr) -> Self {
+        let stream = TcpStream::connect_timeout(&address, WAIT).unwrap();
+        stream.set_nodelay(true).unwrap();
+        stream.set_read_timeout(Some(WAIT)).unwrap();
+        stream.set_write_timeout(Some(WAIT)).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let answered = Arc::new(AtomicU64::new(0));
+        let (mut writer, mut reader) = (stream.try_clone().unwrap(), stream);
+        let (stopping, count) = (stop.clone(), answered.clone());
+        let send = thread::spawn(move || {
+            let mut next = Instant::now();
+            let mut sent = 0_u64;
+            while !stopping.load(Ordering::Relaxed) {
+                writer.write_all(&sent.to_be_bytes())?;
+                sent += 1;
+                next += EVERY;
+                thread::sleep(next.saturating_duration_since(Instant::now()));
+            }
+            writer.shutdown(std::net::Shutdown::Write)?;
+            Ok(sent)
+        });
+        let receive = thread::spawn(move || {
+            let mut times = vec![Instant::now()];
+            let mut number = [0; 8];
+            loop {
+                match reader.read_exact(&mut number) {
+                    Ok(()) => {}
+                    Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(times),
+                    Err(e) => return Err(e),
+                }
+                assert_eq!(u64::from_be_bytes(number), times.len() as u64 - 1, "in order, whole");
+                times.push(Instant::now());
+                count.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        Self { stop, threads: (send, receive), answered }
+    }
+
+    /// Waits until echoes flow.
+    pub(super) fn wait(&self, more: u64) {
+        let want = self.answered.load(Ordering::Relaxed) + more;
+        let flows = || self.answered.load(Ordering::Relaxed) >= want;
+        assert!(super::super::wait_for(WAIT, flows), "no echoes");
+    }
+
+    /// Ends cleanly; a connection that was reset or stalled is an error here.
+    pub(super) fn finish(self) -> Seen {
+        self.stop.store(true, Ordering::Relaxed);
+        let sent = self.threads.0.join().unwrap().unwrap();
+        let times = self.threads.1.join().unwrap().unwrap();
+        let gap = times.windows(2).map(|w| w[1] - w[0]).max().unwrap_or_default();
+        Seen { sent, answered: times.len() as u64 - 1, gap }
+    }
+}
+
+/// A thousand numbered datagrams a second.
+pub(super) struct Datagrams {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<u64>,
+}
+
+impl Datagrams {
+    /// Starts in the calling thread's namespace.
+    pub(super) fn start(to: SocketAddr) -> Self {
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+        socket.connect(to).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopping = stop.clone();
+        let thread = thread::spawn(move || {
+            let mut next = Instant::now();
+            let mut sent = 0_u64;
+            while !stopping.load(Ordering::Relaxed) {
+                socket.send(&sent.to_be_bytes()).unwrap();
+                sent += 1;
+                next += EVERY;
+                thread::sleep(next.saturating_duration_since(Instant::now()));
+            }
+            sent
+        });
+        Self { stop, thread }
+    }
+
+    /// Ends, and says how many were sent and how many did not arrive.
+    pub(super) fn finish(self, received: &Received) -> (u64, u64) {
+        self.stop.store(true, Ordering::Relaxed);
+        let sent = self.thread.join().unwrap();
+        super::super::wait_for(Duration::from_millis(500), || received.len() >= sent);
+        (sent, sent - received.len())
+    }
+}

@@ -1,0 +1,314 @@
+//! Connections from other hosts: sessions of machines that arrive.
+
+use super::{
+    Runner, State,
+    hosted::{self, Content, Hosted},
+};
+use crate::{
+    driver::Start,
+    lease::AttemptId,
+    migrate::{
+        destination::{self, Arrival, Ended, Fate},
+        link::{CONNECT_LIMIT, Channel, session_hex},
+        messages::{PrepareRequest, StayId, Verdict},
+        protocol::{Frame, Role, SessionId},
+        switchover::{DestinationParts, Terms},
+    },
+};
+use identity::{HostName, Stream};
+use std::{
+    collections::HashMap,
+    net::{SocketAddr, TcpListener},
+    sync::{Arc, Mutex, PoisonError, mpsc},
+    time::Instant,
+};
+
+/// Connections of sessions whose other connection has not come yet.
+type Halves = Mutex<HashMap<[u8; 16], mpsc::Sender<Channel>>>;
+
+/// Listens for peers on a thread of its own.
+pub(super) fn listen(runner: &Arc<Runner>, address: SocketAddr) -> Result<(), String> {
+    let listener = TcpListener::bind(address)
+        .map_err(|e| format!("listening for other hosts on {address}: {e}"))?;
+    let runner = Arc::clone(runner);
+    let halves: Arc<Halves> = Arc::default();
+    std::thread::Builder::new()
+        .name("peers".into())
+        .spawn(move || {
+            for socket in listener.incoming() {
+                let Ok(socket) = socket else { continue };
+                let (runner, halves) = (Arc::clone(&runner), Arc::clone(&halves));
+                let taken = std::thread::Builder::new().name("peer".into()).spawn(move || {
+                    match Stream::server(socket, &runner.security, CONNECT_LIMIT) {
+                        Ok(stream) => runner.take_connection(stream, &halves),
+                        Err(error) => tracing::warn!(%error, "a peer was turned away"),
+                    }
+                });
+                if let Err(error) = taken {
+                    tracing::error!(%error, "no thread for a peer");
+                }
+            }
+        })
+        .map(drop)
+        .map_err(|e| e.to_string())
+}
+
+impl Runner {
+    fn take_connection(self: &Arc<Self>, stream: Stream, halves: &Halves) {
+        let peer = stream.peer_name().cloned();
+        let (channel, preamble) = match Channel::accept(stream, &self.security) {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "a peer was turned away");
+                return;
+            }
+        };
+        let waiting = || halves.lock().unwrap_or_else(PoisonError::into_inner);
+        match preamble.role {
+            Role::Fault => {
+                // The main connection was opened first; its thread may still be on its way here.
+                let deadline = Instant::now() + CONNECT_LIMIT;
+                loop {
+                    if let Some(main) = waiting().remove(&preamble.session.0) {
+                        let _ = main.send(channel);
+                        return;
+                    }
+                    if Instant::now() > deadline {
+                        tracing::warn!("a fault connection without a session was dropped");
+                        return;
+                    }
+                    std::thread::park_timeout(std::time::Duration::from_millis(1));
+                }
+            }
+            Role::Main => {
+                let (sender, receiver) = mpsc::channel();
+                waiting().insert(preamble.session.0, sender);
+                let fault = receiver.recv_timeout(CONNECT_LIMIT);
+                waiting().remove(&preamble.session.0);
+                match fault {
+                    Ok(fault) => self.take_session(channel, fault, preamble.session, peer),
+                    Err(_) => tracing::warn!("a session without its fault connection was dropped"),
+                }
+            }
+        }
+    }
+
+    fn take_session(
+        self: &Arc<Self>,
+        mut main: Channel,
+        fault: Channel,
+        session: SessionId,
+        peer: Option<HostName>,
+    ) {
+        main.control.set_read_timeout(Some(CONNECT_LIMIT));
+        let request = match main.incoming.read() {
+            Ok(Frame::Prepare(json)) => serde_json::from_slice::<PrepareRequest>(&json),
+            _ => {
+                tracing::warn!("a peer did not begin with a request");
+                return;
+            }
+        };
+        main.control.set_read_timeout(None);
+        let started = Instant::now();
+        let mut verdict = Verdict {
+            host: self.config.host.clone(),
+            boot_id: super::state::boot_id(),
+            endpoint: Some(self.path.endpoint()),
+            ..Verdict::default()
+        };
+        let built = request.map_err(|e| format!("the request cannot be read: {e}")).and_then(|r| {
+            let from = self.who_asks(&r, peer)?;
+            Ok((self.prepare(&r, &mut verdict)?, r, from))
+        });
+        verdict.prepared_ms = started.elapsed().as_millis() as u64;
+        let (body, request, from) = match built {
+            Ok(built) => built,
+            Err(why) => {
+                verdict.refusals.push(why);
+                tracing::info!(reasons = ?verdict.refusals, "refused a machine");
+                send_verdict(&mut main, &verdict);
+                return;
+            }
+        };
+        let Some(body) = body else {
+            send_verdict(&mut main, &verdict);
+            return; // a dry run
+        };
+        send_verdict(&mut main, &verdict);
+        self.arrive(main, fault, session, body, &request, from);
+    }
+
+    /// The name that the peer has proved; in plaintext, the one it claims.
+    fn who_asks(
+        &self,
+        request: &PrepareRequest,
+        peer: Option<HostName>,
+    ) -> Result<HostName, String> {
+        let claimed = HostName::new(&request.host).map_err(|e| e.to_string())?;
+        match peer {
+            Some(proved) if proved != claimed => Err(format!(
+                "the peer says it is \"{claimed}\", but its certificate is \"{proved}\"'s"
+            )),
+            Some(proved) => Ok(proved),
+            None => Ok(claimed),
+        }
+    }
+
+    /// Checks and builds. `None` for a dry run.
+    fn prepare(
+        self: &Arc<Self>,
+        request: &PrepareRequest,
+        verdict: &mut Verdict,
+    ) -> Result<Option<Box<Hosted>>, String> {
+        let state = self.lock().state;
+        if state != State::Standby {
+            return Err(format!("this runner is {}, not waiting for a machine", state.word()));
+        }
+        let facts = self.driver.facts().map_err(|e| e.to_string())?;
+        let package = self.find_package(&request.package);
+        verdict.refusals =
+            hosted::objections(request, &self.config.machine, &facts, package.as_ref());
+        let Some(package) = package.filter(|_| verdict.refusals.is_empty()) else {
+            return Err("this host cannot take it".into());
+        };
+        package.verify(&self.cache).map_err(|e| e.to_string())?;
+        let holds = {
+            let inner = self.lock();
+            inner.stay.as_ref().is_some_and(|stay| {
+                Some(&stay.id) == request.since.as_ref() && stay.package == request.package
+            })
+        };
+        verdict.holds_stay = holds;
+        if request.dry_run {
+            return Ok(None);
+        }
+        self.set_state(State::Receiving, format!("from {}", request.host));
+        let built = self.build_for(request, package, holds);
+        if built.is_err() {
+            self.set_state(State::Standby, "");
+        }
+        built.map(|body| Some(Box::new(body)))
+    }
+
+    fn build_for(
+        &self,
+        request: &PrepareRequest,
+        package: crate::package::Package,
+        holds: bool,
+    ) -> Result<Hosted, String> {
+        let paths = self.site();
+        let stay = self.lock().stay.take().filter(|_| holds);
+        let content: Content = match stay {
+            Some(stay) => stay.content,
+            None => hosted::new_content(&request.shape, &package, &paths.disks, false)
+                .map_err(|e| e.to_string())?,
+        };
+        let site = paths.site(&*self.driver, &self.path);
+        Hosted::build(
+            request.shape.clone(),
+            package,
+            request.network.clone(),
+            content,
+            &site,
+            Start::Incoming,
+        )
+        .map_err(|e| e.to_string())
+    }
+
+    fn arrive(
+        self: &Arc<Self>,
+        main: Channel,
+        fault: Channel,
+        session: SessionId,
+        body: Box<Hosted>,
+        request: &PrepareRequest,
+        from: HostName,
+    ) {
+        let since = |epoch: u64| StayId { epoch, session: session_hex(session) };
+        {
+            let mut inner = self.lock();
+            inner.monitor_pid = Some(body.monitor_pid());
+            inner.devices = body.content.devices();
+        }
+        let guest_socket = body.guest_socket();
+        let name = self.config.machine.clone();
+        let arrival = Arrival {
+            main,
+            fault,
+            machine: body,
+            parts: DestinationParts {
+                machine: self.name.clone(),
+                here: self.host.clone(),
+                from,
+                attempt: AttemptId(request.attempt),
+                terms: Terms::default(),
+                nonces: super::nonces(),
+            },
+            store: Arc::clone(&self.store),
+            on_report: Box::new(|_| {}),
+            on_owner: {
+                let runner = Arc::clone(self);
+                Box::new(move |_| {
+                    // The guest's clock and entropy, while blocks still arrive.
+                    runner.refresh(&guest_socket, &name);
+                })
+            },
+        };
+        let Ended { machine: mut body, fate } = destination::run(arrival);
+        match fate {
+            Fate::Settled(holding) => {
+                let since = since(holding.record.epoch.0);
+                self.install(body, holding, Some(since));
+            }
+            Fate::Incomplete { holding, missing, reason } => {
+                let since = since(holding.record.epoch.0);
+                self.install(body, holding, Some(since));
+                self.set_state(
+                    State::Running,
+                    format!("{missing} blocks are missing and their source is gone: {reason}"),
+                );
+            }
+            Fate::Discard { reason, touched } => {
+                body.tear_down();
+                tracing::info!(touched, "an arrival ended: {reason}");
+                {
+                    let mut inner = self.lock();
+                    inner.monitor_pid = None;
+                    inner.devices.clear();
+                }
+                self.set_state(State::Standby, format!("the last arrival ended: {reason}"));
+            }
+            Fate::Undecided { reason } => {
+                self.give_back(body, State::Paused, format!(
+                    "it may run nowhere until the lease store answers: {reason}"
+                ));
+            }
+        }
+    }
+
+    /// Tells the guest's agent that it has been moved, on a thread of its own.
+    pub(super) fn refresh(self: &Arc<Self>, socket: &std::path::Path, name: &str) {
+        match crate::guest::GuestChannel::connect(socket, name) {
+            Ok(guest) => {
+                let guest = Arc::new(guest);
+                self.lock().guest = Some(Arc::clone(&guest));
+                let told = std::thread::Builder::new().name("refresh".into()).spawn(move || {
+                    let limit = std::time::Duration::from_secs(30);
+                    if let Err(error) = guest.after_resume(None, limit) {
+                        tracing::warn!(%error, "the guest's clock was not refreshed");
+                    }
+                });
+                if let Err(error) = told {
+                    tracing::error!(%error, "no thread to refresh the guest");
+                }
+            }
+            Err(error) => tracing::warn!(%error, "no guest channel"),
+        }
+    }
+}
+
+fn send_verdict(main: &mut Channel, verdict: &Verdict) {
+    if let Ok(json) = serde_json::to_vec(verdict) {
+        let _ = main.outgoing.write(&Frame::Verdict(json)).and_then(|()| main.outgoing.flush());
+    }
+}
