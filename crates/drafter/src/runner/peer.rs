@@ -132,6 +132,7 @@ impl Runner {
         };
         let Some(body) = body else {
             send_verdict(&mut main, &verdict);
+            answer_pings(&mut main);
             return; // a dry run
         };
         send_verdict(&mut main, &verdict);
@@ -310,5 +311,16 @@ impl Runner {
 fn send_verdict(main: &mut Channel, verdict: &Verdict) {
     if let Ok(json) = serde_json::to_vec(verdict) {
         let _ = main.outgoing.write(&Frame::Verdict(json)).and_then(|()| main.outgoing.flush());
+    }
+}
+
+/// All that a dry run needs after the verdict.
+fn answer_pings(main: &mut Channel) {
+    main.control.set_read_timeout(Some(CONNECT_LIMIT));
+    while let Ok(Frame::Ping(nonce)) = main.incoming.read() {
+        let answered = main.outgoing.write(&Frame::Pong(nonce));
+        if answered.and_then(|()| main.outgoing.flush()).is_err() {
+            return;
+        }
     }
 }

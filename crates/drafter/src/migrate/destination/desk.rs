@@ -22,6 +22,7 @@ use crate::{
 use silo::memory::FaultSummary;
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -57,6 +58,7 @@ pub(super) struct Desk<M> {
     freezer: Arc<dyn Freezer>,
     store: Arc<dyn LeaseStore>,
     errands: Mutex<Option<mpsc::Sender<Errand>>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
     marks: Mutex<Marks>,
     ended: Mutex<bool>,
     on_report: Box<dyn Fn(&str) + Send + Sync>,
@@ -85,26 +87,33 @@ impl<M: DestinationMachine + 'static> Desk<M> {
             freezer,
             store,
             errands: Mutex::new(Some(sender)),
+            threads: Mutex::default(),
             marks: Mutex::new(Marks::default()),
             ended: Mutex::new(false),
             on_report,
         });
         let clerk = Arc::clone(&desk);
-        std::thread::Builder::new()
+        let clerk = std::thread::Builder::new()
             .name("lease-clerk".into())
             .spawn(move || receiver.into_iter().for_each(|errand| clerk.run_errand(errand)))?;
         let timer = Arc::clone(&desk);
-        std::thread::Builder::new()
+        let timer = std::thread::Builder::new()
             .name("lease-timer".into())
             .spawn(move || timer.keep_time())?;
+        lock(&desk.threads).extend([clerk, timer]);
         Ok(desk)
     }
 
-    /// Ends the threads, once they have done what they were asked.
+    /// Ends the threads, once they have done what they were asked. Not to be called by them.
     pub(super) fn close(&self) {
         *lock(&self.ended) = true;
         lock(&self.errands).take();
         self.changed.notify_all();
+        for thread in std::mem::take(&mut *lock(&self.threads)) {
+            if thread.join().is_err() {
+                tracing::error!("a thread of an arrival panicked");
+            }
+        }
     }
 
     /// Where the authority is.

@@ -34,6 +34,8 @@ use std::{
 /// A source that says nothing for so long is gone (it sends blocks or at least is connected; TCP
 /// keeps a dead host's connection open for much longer).
 const SILENCE_LIMIT: Duration = Duration::from_secs(60);
+/// How long the source may take to close the connection after its release.
+const GOODBYE_LIMIT: Duration = Duration::from_secs(5);
 /// How long the lease store may take before an arrived machine's session ends undecided.
 const DECISION_LIMIT: Duration = Duration::from_secs(600);
 
@@ -130,10 +132,17 @@ pub fn run<M: DestinationMachine + 'static>(arrival: Arrival<M>) -> Ended<M> {
             };
             let filler = fill_on_fault(fault.incoming, devices);
             control.set_read_timeout(Some(SILENCE_LIMIT));
-            let fate = session.run(main.incoming, &last_report);
+            let mut incoming = main.incoming;
+            let fate = session.run(&mut incoming, &last_report);
+            // Everything that was to be said is said before the connection ends, and the source,
+            // which waits for the last word, ends it.
+            desk.close();
+            control.set_read_timeout(Some(GOODBYE_LIMIT));
+            if matches!(fate, Fate::Settled(_)) {
+                while incoming.read().is_ok() {}
+            }
             control.shutdown();
             fault_control.shutdown();
-            desk.close();
             if let Ok(thread) = filler {
                 let _ = thread.join();
             }
@@ -200,7 +209,7 @@ struct Session<M> {
 }
 
 impl<M: DestinationMachine + 'static> Session<M> {
-    fn run(&mut self, mut incoming: Incoming, last_report: &Mutex<String>) -> Fate {
+    fn run(&mut self, incoming: &mut Incoming, last_report: &Mutex<String>) -> Fate {
         self.desk.event(DestinationEvent::Prepared);
         let reason = loop {
             match incoming.read() {
