@@ -99,6 +99,14 @@ impl Daemon {
     }
 }
 
+#[cfg(test)]
+impl Daemon {
+    /// Whether it has ended by now, or does so soon.
+    pub(super) fn ended(&mut self) -> bool {
+        wait_for(KILL_LIMIT, || self.child.try_wait().is_ok_and(|status| status.is_some()))
+    }
+}
+
 impl Drop for Daemon {
     fn drop(&mut self) {
         let _ = self.child.kill();

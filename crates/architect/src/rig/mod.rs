@@ -436,6 +436,19 @@ link set to-{name} master under0 up
     }
 }
 
+#[cfg(test)]
+impl Rig {
+    /// Leaves everything behind as a killed process would, except that its daemons, being our
+    /// children, can still be waited for.
+    fn abandon(mut self) -> Vec<Daemon> {
+        let daemons = self.edge_daemon.take().into_iter();
+        let left = daemons.chain(self.agents.iter_mut().filter_map(Option::take)).collect();
+        self.hosts.clear();
+        (self.client, self.edge) = (Namespace::new("", "none"), Namespace::new("", "none"));
+        left
+    }
+}
+
 impl Drop for Rig {
     fn drop(&mut self) {
         if let Err(error) = self.tear_down() {
@@ -524,16 +537,21 @@ fn lock(folder: &Path, prefix: &str) -> Result<Flock<File>, RigError> {
     })
 }
 
-/// Removes all that the folder and the kernel know of a rig, except the lock.
+/// Removes all that the folder and the kernel know of a rig.
 fn sweep_locked(prefix: &str, folder: &Path) -> Result<(), RigError> {
     daemon::sweep(folder)?;
     for namespace in Namespace::existing(prefix)? {
         namespace.remove()?;
     }
-    let list = || io_failed(format!("empty {}", folder.display()));
+    // Only what a rig makes, whatever folder was named.
+    let ours = |name: &str| {
+        ["logs", "pids", "identity", "edge", "edge.sock"].contains(&name)
+            || name.starts_with("agent-")
+    };
+    let list = || io_failed(format!("list {}", folder.display()));
     for entry in fs::read_dir(folder).map_err(list())? {
         let path = entry.map_err(list())?.path();
-        if path.file_name().is_some_and(|n| n == "lock") {
+        if !path.file_name().and_then(OsStr::to_str).is_some_and(ours) {
             continue;
         }
         let removed =

@@ -90,10 +90,17 @@ impl Router {
     }
 }
 
-/// What is on its way in one direction.
+/// Packets on their way, in the order of their arrival times.
+#[derive(Default)]
+struct Waiting {
+    packets: VecDeque<(Instant, Vec<u8>)>,
+    bytes: u64,
+}
+
+/// One direction.
 #[derive(Default)]
 struct Pipe {
-    packets: Mutex<(VecDeque<(Instant, Vec<u8>)>, u64)>,
+    waiting: Mutex<Waiting>,
     arrived: Condvar,
     stop: AtomicBool,
     dropped: AtomicU64,
@@ -180,15 +187,15 @@ fn read_packets(mut from: File, mut router: Router, pipe: &Pipe) {
         };
         let bytes = size.saturating_sub(HEADER) as u64;
         let due = router.schedule(Instant::now(), bytes);
-        let mut queue = pipe.packets.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(due) = due.filter(|_| queue.1 + size as u64 <= HELD_BYTES) else {
+        let mut queue = pipe.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(due) = due.filter(|_| queue.bytes + size as u64 <= HELD_BYTES) else {
             pipe.dropped.fetch_add(1, Ordering::Relaxed);
             continue;
         };
-        queue.1 += size as u64;
-        queue.0.push_back((due, packet[..size].to_vec()));
+        queue.bytes += size as u64;
+        queue.packets.push_back((due, packet[..size].to_vec()));
         // The writer sleeps through a queue that is not empty; only the first packet wakes it.
-        let first = queue.0.len() == 1;
+        let first = queue.packets.len() == 1;
         drop(queue);
         if first {
             pipe.arrived.notify_one();
@@ -200,15 +207,15 @@ fn write_packets(mut to: File, pipe: &Pipe) {
     // Else the kernel rounds each sleep up by 50 microseconds.
     let _ = nix::sys::prctl::set_timerslack(1);
     loop {
-        let mut queue = pipe.packets.lock().unwrap_or_else(PoisonError::into_inner);
-        while queue.0.is_empty() {
+        let mut queue = pipe.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        while queue.packets.is_empty() {
             if pipe.stop.load(Ordering::Acquire) {
                 return;
             }
             queue = pipe.arrived.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
-        let (due, packet) = queue.0.pop_front().expect("not empty, seen under the lock");
-        queue.1 -= packet.len() as u64;
+        let (due, packet) = queue.packets.pop_front().expect("not empty, seen under the lock");
+        queue.bytes -= packet.len() as u64;
         drop(queue);
         loop {
             let left = due.saturating_duration_since(Instant::now());

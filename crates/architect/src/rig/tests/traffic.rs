@@ -56,8 +56,8 @@ impl Received {
         this
     }
 
-    fn len(&self) -> u64 {
-        self.0.lock().unwrap().len() as u64
+    fn count(&self, numbers: std::ops::Range<u64>) -> u64 {
+        self.0.lock().unwrap().range(numbers).count() as u64
     }
 }
 
@@ -138,7 +138,11 @@ impl Echoes {
 pub(super) struct Datagrams {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<u64>,
+    first: u64,
 }
+
+/// Each stream has numbers of its own.
+static NEXT_STREAM: AtomicU64 = AtomicU64::new(0);
 
 impl Datagrams {
     /// Starts in the calling thread's namespace.
@@ -146,26 +150,71 @@ impl Datagrams {
         let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
         socket.connect(to).unwrap();
         let stop = Arc::new(AtomicBool::new(false));
+        let first = NEXT_STREAM.fetch_add(1, Ordering::Relaxed) << 32;
         let stopping = stop.clone();
         let thread = thread::spawn(move || {
             let mut next = Instant::now();
             let mut sent = 0_u64;
             while !stopping.load(Ordering::Relaxed) {
-                socket.send(&sent.to_be_bytes()).unwrap();
+                socket.send(&(first + sent).to_be_bytes()).unwrap();
                 sent += 1;
                 next += EVERY;
                 thread::sleep(next.saturating_duration_since(Instant::now()));
             }
             sent
         });
-        Self { stop, thread }
+        Self { stop, thread, first }
     }
 
     /// Ends, and says how many were sent and how many did not arrive.
     pub(super) fn finish(self, received: &Received) -> (u64, u64) {
         self.stop.store(true, Ordering::Relaxed);
         let sent = self.thread.join().unwrap();
-        super::super::wait_for(Duration::from_millis(500), || received.len() >= sent);
-        (sent, sent - received.len())
+        let arrived = || received.count(self.first..self.first + sent);
+        super::super::wait_for(Duration::from_millis(500), || arrived() >= sent);
+        (sent, sent - arrived())
+    }
+}
+
+/// Sends as fast as it goes until told to stop. Returns the bytes sent.
+pub(super) fn flood(to: SocketAddr, stop: Arc<AtomicBool>) -> JoinHandle<u64> {
+    let mut stream = TcpStream::connect_timeout(&to, WAIT).unwrap();
+    stream.set_write_timeout(Some(WAIT)).unwrap();
+    stream.set_read_timeout(Some(WAIT)).unwrap();
+    thread::spawn(move || {
+        let data = vec![7; 128 * 1024];
+        let mut sent = 0;
+        while !stop.load(Ordering::Relaxed) {
+            sent += stream.write(&data).unwrap() as u64;
+        }
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        assert_eq!(stream.read(&mut [0]).unwrap(), 0, "the other end has it all");
+        sent
+    })
+}
+
+/// TCP segments that this namespace has sent again so far.
+pub(super) fn retransmits() -> u64 {
+    let text = std::fs::read_to_string("/proc/thread-self/net/snmp").unwrap();
+    let mut lines = text.lines().filter(|l| l.starts_with("Tcp:"));
+    let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
+    let at = names.split_whitespace().position(|n| n == "RetransSegs").unwrap();
+    values.split_whitespace().nth(at).unwrap().parse().unwrap()
+}
+
+/// Takes one connection to its end. Returns its bytes and the longest silence.
+pub(super) fn swallow(listener: &TcpListener) -> (u64, Duration) {
+    let (mut stream, _) = listener.accept().unwrap();
+    stream.set_read_timeout(Some(WAIT)).unwrap();
+    let mut buffer = vec![0; 256 * 1024];
+    let (mut bytes, mut gap, mut last) = (0, Duration::ZERO, Instant::now());
+    loop {
+        let size = stream.read(&mut buffer).unwrap();
+        gap = gap.max(last.elapsed());
+        last = Instant::now();
+        if size == 0 {
+            return (bytes, gap);
+        }
+        bytes += size as u64;
     }
 }

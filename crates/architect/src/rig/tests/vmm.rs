@@ -9,7 +9,6 @@ use nix::{
 use std::{
     fs::File,
     io::{Read, Write},
-    net::Ipv4Addr,
     os::{fd::AsFd, unix::net::UnixStream},
     thread::{self, JoinHandle},
 };
@@ -121,6 +120,3 @@ fn pump(outside: &File, inside: &File, woken: &UnixStream) {
         }
     }
 }
-
-/// The address that a guest sees as its gateway.
-pub(super) const GATEWAY: Ipv4Addr = tap::GATEWAY;

@@ -1,0 +1,244 @@
+//! Against the kernel, each test in a nameless network namespace of its own. Needs root.
+
+use conduit::{
+    DataPath, LocalDataPath, MachineNet,
+    agent::{Agent, AgentConfig},
+    edge::{Edge, EdgeConfig},
+    exec,
+    netlink::{Netlink, NextHop, Route, Rule, interface_index},
+    tap,
+    wire::Peer,
+};
+use identity::{HostName, Security};
+use nix::sched::{CloneFlags, unshare};
+use std::{
+    io::Write,
+    net::{Ipv4Addr, UdpSocket},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// Runs a test on a thread in a network namespace that nobody else has.
+fn in_namespace(test: impl FnOnce() + Send + 'static) {
+    let run = thread::spawn(|| {
+        unshare(CloneFlags::CLONE_NEWNET).expect("these tests make namespaces: run them as root");
+        ip("link set dev lo up\n");
+        test();
+    });
+    if let Err(panic) = run.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+fn ip(script: &str) {
+    exec::run("ip", &["-batch", "-"], script).expect("the kernel takes what the test sets up");
+}
+
+const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 5);
+
+fn net() -> MachineNet {
+    MachineNet {
+        machine: "m".into(),
+        address: ADDRESS,
+        mac: [2, 0, 0, 0, 0, 5],
+        mtu: 1400,
+        ports: vec![],
+    }
+}
+
+#[test]
+fn a_route_is_set_replaced_listed_and_removed_and_others_are_left_alone() {
+    in_namespace(|| {
+        ip("link add d0 type veth peer name d1\nlink set d0 up\nlink set d1 up\n\
+            route add 10.77.0.9 dev d0 table 6472\n");
+        let (d0, d1) = (interface_index("d0").unwrap(), interface_index("d1").unwrap());
+        let mut netlink = Netlink::open().unwrap();
+        let here = Route::host(6472, ADDRESS, NextHop::Device(d0));
+        let away = Route::host(6472, ADDRESS, NextHop::Gateway(Ipv4Addr::new(100, 64, 0, 3), d1));
+        netlink.replace_route(&here).unwrap();
+        assert_eq!(netlink.routes(6472).unwrap(), [here]);
+        for _ in 0..2 {
+            netlink.replace_route(&away).unwrap();
+            assert_eq!(netlink.routes(6472).unwrap(), [away], "onlink, without a route to it");
+        }
+        assert!(netlink.delete_route(6472, ADDRESS, 32).unwrap());
+        assert!(!netlink.delete_route(6472, ADDRESS, 32).unwrap());
+        let left = exec::run("ip", &["route", "show", "table", "6472"], "").unwrap();
+        assert!(left.contains("10.77.0.9"), "{left}");
+    });
+}
+
+#[test]
+fn setting_a_route_takes_microseconds() {
+    in_namespace(|| {
+        ip("link add d0 type veth peer name p0\nlink set d0 up\nlink set p0 up\n");
+        let next = NextHop::Device(interface_index("d0").unwrap());
+        let mut netlink = Netlink::open().unwrap();
+        let start = Instant::now();
+        for n in 0..1000_u32 {
+            let to = Ipv4Addr::from(u32::from(ADDRESS) + n % 16);
+            netlink.replace_route(&Route::host(6472, to, next)).unwrap();
+        }
+        let each = start.elapsed() / 1000;
+        eprintln!("one route: {each:?}");
+        assert!(each < Duration::from_millis(1), "{each:?}");
+    });
+}
+
+#[test]
+fn a_refusal_by_the_kernel_says_what_was_attempted() {
+    in_namespace(|| {
+        let route = Route::host(6472, ADDRESS, NextHop::Device(4711));
+        let error = Netlink::open().unwrap().replace_route(&route).unwrap_err().to_string();
+        assert!(error.contains("10.77.0.5/32 dev #4711 table 6472"), "{error}");
+    });
+}
+
+#[test]
+fn a_rule_is_added_once() {
+    in_namespace(|| {
+        let rule = Rule { priority: 6402, from_interface: Some("dr-0a4d0005".into()), table: 6473 };
+        let mut netlink = Netlink::open().unwrap();
+        netlink.ensure_rule(&rule).unwrap();
+        netlink.ensure_rule(&rule).unwrap();
+        let rules = exec::run("ip", &["rule"], "").unwrap();
+        assert_eq!(
+            rules.matches("from all iif dr-0a4d0005 [detached] lookup 6473").count(),
+            1,
+            "{rules}"
+        );
+        assert!(netlink.delete_rule(&rule).unwrap());
+        assert!(!netlink.delete_rule(&rule).unwrap());
+    });
+}
+
+#[test]
+fn a_tap_holds_what_comes_before_anybody_reads() {
+    in_namespace(|| {
+        let path = LocalDataPath::open().unwrap();
+        let tap = path.prepare(&net()).unwrap();
+        path.resume(&net(), 1).unwrap();
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        for n in 0..10_000_u32 {
+            socket.send_to(&n.to_be_bytes(), (ADDRESS, 9)).unwrap();
+        }
+        // Nobody has read; the route leads elsewhere now, where nothing is.
+        ip(
+            "link add d0 type veth peer name p0\nlink set d0 up\nlink set p0 up\nroute replace 10.77.0.5 dev d0 table 6472\n\
+            neighbour replace 10.77.0.5 lladdr 02:00:00:00:00:05 dev d0\n",
+        );
+        let start = Instant::now();
+        let drained = tap::drain(&tap).unwrap();
+        eprintln!("{drained:?} in {:?}", start.elapsed());
+        assert_eq!((drained.forwarded, drained.dropped), (10_000, 0));
+        let start = Instant::now();
+        assert_eq!(tap::drain(&tap).unwrap().forwarded, 0);
+        eprintln!("an empty queue in {:?}", start.elapsed());
+        let link = exec::run("ip", &["-s", "-json", "link", "show", "dev", "d0"], "").unwrap();
+        let link: serde_json::Value = serde_json::from_str(&link).unwrap();
+        let sent = link[0]["stats64"]["tx"]["packets"].as_u64().unwrap();
+        assert!(sent >= 10_000, "routed on: {sent}");
+    });
+}
+
+#[test]
+fn a_drain_whose_route_was_not_changed_ends_and_says_so() {
+    in_namespace(|| {
+        let path = LocalDataPath::open().unwrap();
+        let tap = path.prepare(&net()).unwrap();
+        path.resume(&net(), 1).unwrap();
+        UdpSocket::bind("0.0.0.0:0").unwrap().send_to(b"x", (ADDRESS, 9)).unwrap();
+        let start = Instant::now();
+        match tap::drain(&tap) {
+            // Each turn costs the packet a hop, so it ends by itself after 64.
+            Ok(drained) => assert!(drained.forwarded <= 64, "{drained:?}"),
+            Err(error) => assert!(error.to_string().contains("route"), "{error}"),
+        }
+        assert!(start.elapsed() < Duration::from_secs(2));
+    });
+}
+
+#[test]
+fn a_tap_in_use_is_refused_by_name_and_a_closed_one_is_opened_again() {
+    in_namespace(|| {
+        let path = LocalDataPath::open().unwrap();
+        let tap = path.prepare(&net()).unwrap();
+        let error = path.prepare(&net()).unwrap_err().to_string();
+        assert!(error.contains("dr-0a4d0005") && error.contains("another process"), "{error}");
+        drop(tap);
+        let mut again = std::fs::File::from(path.prepare(&net()).unwrap().fd);
+        assert!(again.write(&[0; 10]).is_err(), "a header without a frame is refused, not taken");
+    });
+}
+
+#[test]
+fn an_agent_and_an_edge_leave_nothing_behind_when_asked_to() {
+    in_namespace(|| {
+        let listing = || {
+            let nft = exec::run("nft", &["list", "tables"], "").unwrap();
+            let rules = exec::run("ip", &["rule"], "").unwrap();
+            let links = exec::run("ip", &["-brief", "link"], "").unwrap();
+            (nft, rules, links.lines().count())
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let before = listing();
+        ip("address add 10.88.0.2/32 dev lo\naddress add 10.88.0.1/32 dev lo\n");
+        let agent = Agent::start(AgentConfig {
+            host: HostName::new("a").unwrap(),
+            this: Peer {
+                overlay: Ipv4Addr::new(100, 64, 0, 2),
+                underlay: Ipv4Addr::new(10, 88, 0, 2),
+            },
+            edge: "10.88.0.1:7450".parse().unwrap(),
+            edge_name: HostName::new("edge").unwrap(),
+            security: Security::Plaintext,
+            socket: folder.path().join("agent.sock"),
+            state: folder.path().join("agent"),
+        })
+        .unwrap();
+        assert_ne!(listing(), before);
+        assert_eq!(agent.status().machines.len(), 0);
+        agent.remove_everything().unwrap();
+        assert_eq!(listing(), before);
+
+        let edge = Edge::start(EdgeConfig {
+            public: Ipv4Addr::new(10, 88, 0, 1),
+            this: Peer {
+                overlay: Ipv4Addr::new(100, 64, 0, 1),
+                underlay: Ipv4Addr::new(10, 88, 0, 1),
+            },
+            listen: "10.88.0.1:0".parse().unwrap(),
+            machines: (Ipv4Addr::new(10, 77, 0, 0), 16),
+            security: Security::Plaintext,
+            socket: folder.path().join("edge.sock"),
+            state: folder.path().join("edge"),
+        })
+        .unwrap();
+        assert_ne!(listing(), before);
+        edge.remove_everything().unwrap();
+        assert_eq!(listing(), before);
+    });
+}
+
+#[test]
+fn an_address_that_is_not_this_hosts_is_refused_at_start() {
+    in_namespace(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let error = Edge::start(EdgeConfig {
+            public: Ipv4Addr::new(203, 0, 113, 1),
+            this: Peer {
+                overlay: Ipv4Addr::new(100, 64, 0, 1),
+                underlay: Ipv4Addr::new(10, 88, 0, 1),
+            },
+            listen: "127.0.0.1:0".parse().unwrap(),
+            machines: (Ipv4Addr::new(10, 77, 0, 0), 16),
+            security: Security::Plaintext,
+            socket: folder.path().join("edge.sock"),
+            state: folder.path().join("edge"),
+        })
+        .err()
+        .map(|e| e.to_string())
+        .unwrap_or_default();
+        assert!(error.contains("203.0.113.1") && error.contains("no such address"), "{error}");
+    });
+}
