@@ -1,0 +1,35 @@
+# Everything a person does with this repository. `make` alone lists the targets.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test bench lint clean
+
+# Debian keeps ip, nft and mke2fs where an ordinary user's PATH does not look.
+export PATH := $(PATH):/usr/sbin:/sbin
+
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+ARCHITECT := $(TARGET)/debug/architect
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Install what is missing on this computer (Debian packages; needs root only then)
+	@scripts/setup.sh
+
+build: setup ## Build the commands, the preload hook and the guest's static binaries
+	@scripts/build.sh
+
+demo: build ## Move a busy Redis machine between two hosts on this computer; ARGS="--help" lists options
+	@$(ARCHITECT) demo $(ARGS)
+
+test: build ## Run every test; ends with the capabilities that were missing and the count
+	@scripts/test.sh $(ARGS)
+
+bench: build ## Measure against QEMU's own migration and others; writes the table of README.md
+	@$(ARCHITECT) bench $(ARGS)
+	@$(ARCHITECT) bench-table
+
+lint: ## Format, lints, licences and sources of dependencies
+	@scripts/lint.sh
+
+clean: ## Remove what was built (downloaded Debian packages stay in the user's cache)
+	cargo clean

@@ -1,0 +1,52 @@
+#!/bin/bash
+# Runs every test, with nextest where it is installed and plain cargo elsewhere. After the tests it
+# lists by name every capability that this computer lacked, and ends with the runner's own count.
+# Arguments go to the runner.
+set -u -o pipefail
+cd "$(dirname "$0")/.."
+PATH="$PATH:$HOME/.cargo/bin"
+target=${CARGO_TARGET_DIR:-target}
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export ARCHITECT_MISSING=$scratch/missing
+: > "$ARCHITECT_MISSING"
+
+status=0
+if cargo nextest --version > /dev/null 2>&1; then
+    # Nextest does not run the examples in doc comments.
+    cargo test --workspace --doc --quiet > "$scratch/doc" 2>&1 || { status=1; cat "$scratch/doc"; }
+    cargo nextest run --workspace --no-fail-fast "$@" 2>&1 | tee "$scratch/log" || status=1
+    closing=$(grep -E '^ *Summary \[' "$scratch/log" | tail -n 1)
+else
+    cargo test --workspace --no-fail-fast "$@" 2>&1 | tee "$scratch/log" || status=1
+    # One line for all binaries, in the words of each.
+    closing=$(awk '/^test result:/ {
+            if ($3 != "ok.") bad = 1
+            for (i = 4; i < NF; i++) {
+                if ($(i + 1) == "passed;") passed += $i
+                if ($(i + 1) == "failed;") failed += $i
+                if ($(i + 1) == "ignored;") ignored += $i
+                if ($(i + 1) == "measured;") measured += $i
+                if ($(i + 1) == "filtered") filtered += $i
+            }
+            sub(/s$/, "", $NF); seconds += $NF; any = 1
+        }
+        END {
+            if (any) printf "test result: %s. %d passed; %d failed; %d ignored; %d measured; %d filtered out; finished in %.2fs\n",
+                bad ? "FAILED" : "ok", passed, failed, ignored, measured, filtered, seconds
+        }' "$scratch/log")
+fi
+[ -n "$closing" ] || { echo "no test ran: see the errors above" >&2; exit 1; }
+
+"$target/debug/architect" doctor --missing >> "$ARCHITECT_MISSING" || true
+echo
+if [ -s "$ARCHITECT_MISSING" ]; then
+    echo "Capabilities that were missing here (tests that need them did not prove anything):"
+    sort -u "$ARCHITECT_MISSING" | sed 's/^/  /'
+else
+    echo "No capability was missing."
+fi
+echo
+echo "$closing"
+exit $status
