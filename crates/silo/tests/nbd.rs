@@ -1,5 +1,7 @@
 //! The block server against a client that behaves, and one that does not.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
 mod common;
 
 use common::{
@@ -66,7 +68,7 @@ fn what_is_written_on_one_connection_is_read_flushed_and_zeroed_on_another() {
     assert_eq!(two.call(WRITE_ZEROES, 0, 0, 8192).unwrap(), 0);
     assert_eq!(two.call(WRITE_ZEROES, NO_HOLE | FUA, 8192, 8192).unwrap(), 0);
     assert_eq!(one.call(TRIM, FUA, 4 * BLOCK, 4096).unwrap(), 0);
-    assert_eq!(one.read(0, 5 * 4096).unwrap(), [0; 5 * 4096]);
+    assert_eq!(one.read(0, 5 * 4096).unwrap(), vec![0; 5 * 4096]);
     // The longest there is, both ways.
     let long = vec![3; 2 << 20];
     let dir = tempfile::tempdir().unwrap();
@@ -86,6 +88,7 @@ fn options_are_answered_as_the_protocol_says() {
     client.option(3, b"").unwrap();
     assert_eq!(client.option_reply(3).unwrap(), (2, b"\0\0\0\x04root".to_vec()));
     assert_eq!(client.option_reply(3).unwrap().0, 1);
+    let too_long = vec![0; 100_000];
     for (option, data, error) in [
         (8, &b""[..], 0x8000_0001_u32),         // structured replies
         (5, b"", 0x8000_0001),                  // TLS
@@ -94,7 +97,7 @@ fn options_are_answered_as_the_protocol_says() {
         (3, b"x", 0x8000_0003),                 // LIST with data
         (7, b"\0\0\0\x05roo", 0x8000_0003),     // lengths
         (7, b"\0\0\0\x03hda\0\0", 0x8000_0006), // another export
-        (6, &[0; 100_000], 0x8000_0009),        // too long
+        (6, &too_long, 0x8000_0009),            // too long
     ] {
         client.option(option, data).unwrap();
         assert_eq!(client.option_reply(option).unwrap().0, error, "option {option}");

@@ -1,6 +1,8 @@
 //! The block server against QEMU's own client, and the death of its process under load.
 //! Needs the package qemu-utils.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
 mod common;
 
 use common::{Client, FLUSH, Process, qemu, qemu_io, serve};
