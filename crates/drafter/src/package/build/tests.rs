@@ -100,6 +100,39 @@ fn the_same_inputs_give_the_same_package_at_another_time_and_place() {
     first.package.verify(&Cache::at(one.path("cache"))).unwrap();
 }
 
+/// What the builder makes of the setup's inputs, independent of e2fsprogs. If this fails, the
+/// builder makes other bytes than before of the same inputs: raise [`BUILDER`], so that no old
+/// build is taken from a cache, and put the new hash here.
+#[test]
+fn builder_1_makes_these_bytes() {
+    let setup = Setup::new();
+    let mut recipe = setup.directory();
+    recipe.users.push(User { name: "app".into(), uid: None, gid: None, home: "/data".into() });
+    let mut store = layer::Store::new(setup.path(""), 1 << 20);
+    let mut tree = tree::Tree::new();
+    let cache = Cache::at(setup.path("cache"));
+    root::fill(&mut tree, &recipe, &[], &cache, &mut store, &mut |_| {}).unwrap();
+    let config = drafter_guest::config::MachineConfig::new(vec!["app".into()]);
+    root::finish(&mut tree, &recipe, &setup.path("guest"), &config, &mut store).unwrap();
+    let mut made = ext4::script_of(&tree, &setup.path("")).unwrap();
+    for (_, number) in tree.names() {
+        if let tree::Kind::File { blob, .. } = &tree.inode(number).kind {
+            made.extend(fs::read(blob).unwrap());
+        }
+    }
+    let modules = modules::ModuleSet::scan(&setup.path("modules/6.1.0-test")).unwrap();
+    let modules = modules.ordered(&["virtio_net".to_owned()]).unwrap();
+    made.extend(initramfs::make(b"guest", &modules));
+    let place = setup.path("").display().to_string();
+    let made = String::from_utf8_lossy(&made).replace(&place, "");
+    assert_eq!(BUILDER, 1);
+    assert_eq!(
+        Blake3::of(made.as_bytes()).to_string(),
+        "d0d75ec33d095d6b490024dcf8e37e411cfa9dedddb346ea1dcb9dc0ba494a36",
+        "see the comment of this test; the script was\n{made}"
+    );
+}
+
 #[test]
 fn a_second_build_comes_from_the_cache_and_a_changed_input_does_not() {
     let setup = Setup::new();
@@ -166,10 +199,10 @@ fn the_root_holds_its_source_the_guest_and_what_the_recipe_adds() {
     assert_eq!(debugfs(&package, "cat /etc/app.conf"), "answer = 42\n");
     assert_eq!(debugfs(&package, "cat /usr/bin/added"), "added\n");
     let stat = debugfs(&package, "stat /usr/bin/added");
-    assert!(stat.contains("Mode:  0555") && stat.contains("User:   100   Group:     0"), "{stat}");
+    assert!(stat.contains("Mode:  0555") && stat.contains("User:   101   Group:     0"), "{stat}");
     let stat = debugfs(&package, "stat /data");
-    assert!(stat.contains("Mode:  0750") && stat.contains("User:   100   Group:   100"), "{stat}");
-    assert!(debugfs(&package, "cat /etc/passwd").contains("app:x:100:100:"));
+    assert!(stat.contains("Mode:  0750") && stat.contains("User:   101   Group:   101"), "{stat}");
+    assert!(debugfs(&package, "cat /etc/passwd").contains("app:x:101:101:"));
     assert!(debugfs(&package, "stat /tmp").contains("Mode:  01777"));
     let guest = debugfs(&package, "stat /usr/lib/drafter/guest");
     assert!(guest.contains("Mode:  0755"), "{guest}");
