@@ -59,7 +59,8 @@ pub enum Command {
     #[command(subcommand)]
     Stay(machine::StayCommand),
     /// Build and check packages
-    Package(package::PackageArgs),
+    #[command(subcommand)]
+    Package(package::PackageCommand),
     /// Make the certificates that hosts prove themselves with
     #[command(subcommand)]
     Cert(machine::CertCommand),
@@ -83,7 +84,7 @@ pub fn execute(command: Command, state: &StateArgs) -> anyhow::Result<()> {
         Command::Stop(args) => machine::stop(&args, state, format),
         Command::Remove(args) => machine::remove(&args, state, format),
         Command::Stay(command) => machine::stay(&command, state, format),
-        Command::Package(args) => args.run(state.json),
+        Command::Package(command) => package::execute(command, state.json),
         Command::Cert(command) => machine::cert(command, format),
     }
 }

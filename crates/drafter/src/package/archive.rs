@@ -28,6 +28,9 @@ pub const DEFAULT_LIMIT: u64 = 256 << 30;
 /// Zstandard's magic number.
 const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 
+/// Padding that may follow the last entry.
+const MAX_TRAILER: u64 = 1 << 20;
+
 const LEVEL: i32 = 6;
 
 /// The output does not depend on the number of workers, as long as it is not 0.
@@ -155,7 +158,11 @@ fn unpack_into(archive: &Path, to: &Path, limit: u64) -> Result<()> {
         return Err(unpacking.damaged_because(format!("{} is missing", missing.file)));
     }
     // The end of the tar is not the end of the stream: read on, so that its checksum is checked.
-    io::copy(&mut tar.into_inner(), &mut io::sink()).map_err(|error| unpacking.damaged(&error))?;
+    let mut rest = tar.into_inner().take(MAX_TRAILER + 1);
+    let rest = io::copy(&mut rest, &mut io::sink()).map_err(|error| unpacking.damaged(&error))?;
+    if rest > MAX_TRAILER {
+        return Err(unpacking.damaged_because("something follows its end".to_owned()));
+    }
     Ok(())
 }
 

@@ -399,4 +399,4 @@ fn canonical(value: &serde_json::Value, out: &mut String) {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -2,18 +2,39 @@
 
 use super::recipe::User;
 
-/// What every root has.
-const PASSWD: &[(&str, u32, u32, &str)] =
-    &[("root", 0, 0, "/root"), ("nobody", 65534, 65534, "/nonexistent")];
+/// Name, user, group, home: the accounts that Debian's packages take for granted, with Debian's
+/// numbers (they are in no file of a package; its installation makes them).
+const PASSWD: &[(&str, u32, u32, &str)] = &[
+    ("root", 0, 0, "/root"),
+    ("daemon", 1, 1, "/usr/sbin"),
+    ("bin", 2, 2, "/bin"),
+    ("sys", 3, 3, "/dev"),
+    ("man", 6, 12, "/var/cache/man"),
+    ("mail", 8, 8, "/var/mail"),
+    ("proxy", 13, 13, "/bin"),
+    ("www-data", 33, 33, "/var/www"),
+    ("backup", 34, 34, "/var/backups"),
+    ("nobody", 65534, 65534, "/nonexistent"),
+];
 
-/// Groups that packages and programs take for granted, with Debian's numbers.
+/// As [`PASSWD`].
 const GROUPS: &[(&str, u32)] = &[
     ("root", 0),
+    ("daemon", 1),
+    ("bin", 2),
+    ("sys", 3),
+    ("adm", 4),
     ("tty", 5),
     ("disk", 6),
+    ("mail", 8),
+    ("man", 12),
+    ("proxy", 13),
+    ("www-data", 33),
+    ("backup", 34),
     ("shadow", 42),
     ("utmp", 43),
     ("staff", 50),
+    ("users", 100),
     ("nogroup", 65534),
 ];
 
@@ -163,13 +184,13 @@ mod tests {
 
     #[test]
     fn users_get_free_numbers_and_a_group_of_their_own() {
-        let accounts = Accounts::new(&[user("a", Some(100)), user("redis", None)]).unwrap();
-        assert_eq!(accounts.owner("redis").unwrap(), (101, 101));
-        assert_eq!(accounts.owner("redis:tty").unwrap(), (101, 5));
+        let accounts = Accounts::new(&[user("a", Some(101)), user("redis", None)]).unwrap();
+        assert_eq!(accounts.owner("redis").unwrap(), (102, 102));
+        assert_eq!(accounts.owner("redis:tty").unwrap(), (102, 5));
         assert_eq!(accounts.owner("7:8").unwrap(), (7, 8));
-        assert!(accounts.passwd().contains("redis:x:101:101:redis:/var/lib/x:/usr/sbin/nologin\n"));
+        assert!(accounts.passwd().contains("redis:x:102:102:redis:/var/lib/x:/usr/sbin/nologin\n"));
         assert!(accounts.passwd().starts_with("root:x:0:0:root:/root:/bin/sh\n"));
-        assert!(accounts.group().contains("redis:x:101:\n"));
+        assert!(accounts.group().contains("redis:x:102:\n"));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Makes the files of a package out of resolved inputs.
 
 use super::{
-    Inputs, KernelInput, OnProgress, Progress, RootInput,
+    Inputs, KernelInput, MAX_GUEST_PROGRAM, OnProgress, Progress, RootInput,
     debian::{Apt, Deb},
     ext4, initramfs, kernel,
     layer::{Rules, Store, apply},
@@ -31,8 +31,6 @@ const ROOT_FILE: &str = "root.ext4";
 
 /// Largest kernel image that is read.
 const MAX_IMAGE: u64 = 512 << 20;
-/// Largest guest program.
-const MAX_PROGRAM: u64 = 256 << 20;
 /// Most bytes that the files of a kernel package hold.
 const MAX_KERNEL_PACKAGE: u64 = 8 << 30;
 /// Most bytes in a root whose disk has no given size.
@@ -47,7 +45,7 @@ pub(super) fn assemble(
 ) -> Result<()> {
     let request = inputs.request;
     let recipe = &request.recipe;
-    let guest = files::read_bounded(&request.guest_program, MAX_PROGRAM)?;
+    let guest = files::read_bounded(&request.guest_program, MAX_GUEST_PROGRAM)?;
     kernel::check_static(&guest, &request.guest_program)?;
     download(inputs, &request.cache, progress)?;
 

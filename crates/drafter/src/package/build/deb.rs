@@ -23,12 +23,15 @@ pub(crate) fn data(path: &Path) -> Result<Box<dyn Read>> {
         problem: format!("{problem}; delete it and build again to download it anew"),
     };
     let attempt = || format!("reading {}", path.display());
-    let mut file = BufReader::new(files::open(path)?);
+    let file = files::open(path)?;
+    let mut left = file.metadata().attempt(attempt)?.len();
+    let mut file = BufReader::new(file);
     let mut magic = [0; MAGIC.len()];
     let count = files::read_full(&mut file, &mut magic).attempt(attempt)?;
     if magic[..count] != *MAGIC {
         return Err(wrong("is not an ar archive"));
     }
+    left -= count as u64;
     loop {
         let mut header = [0; HEADER];
         match files::read_full(&mut file, &mut header).attempt(attempt)? {
@@ -42,15 +45,17 @@ pub(crate) fn data(path: &Path) -> Result<Box<dyn Read>> {
         let name = field(0..16);
         let bytes: u64 =
             field(48..58).parse().map_err(|_| wrong("has a member without a length"))?;
+        left = left.saturating_sub(HEADER as u64);
+        if bytes > left {
+            return Err(wrong("is truncated"));
+        }
         if name.starts_with("data.tar") {
             return compression::decoder(file.take(bytes)).attempt(attempt);
         }
         // Members begin at even offsets.
         let skip = bytes.next_multiple_of(2);
-        let skipped = io::copy(&mut (&mut file).take(skip), &mut io::sink()).attempt(attempt)?;
-        if skipped != skip {
-            return Err(wrong("is truncated"));
-        }
+        io::copy(&mut (&mut file).take(skip), &mut io::sink()).attempt(attempt)?;
+        left = left.saturating_sub(skip);
     }
 }
 

@@ -143,7 +143,7 @@ impl<'a> Apt<'a> {
         })
     }
 
-    /// Sees to it that the files of all packages are in the cache. `progress` gets the number of
+    /// Sees to it that the files of all packages are in the cache, with their right content. `progress` gets the number of
     /// files and bytes that are missing, before they are fetched.
     pub(crate) fn download(
         &self,
@@ -152,7 +152,12 @@ impl<'a> Apt<'a> {
     ) -> Result<()> {
         let mut missing = Vec::new();
         for deb in debs {
-            if !deb.path(self.cache)?.exists() {
+            let path = deb.path(self.cache)?;
+            // What has lain on a disk may have changed there.
+            if path.exists() && sha256_file(&path)? != deb.sha256 {
+                fs::remove_file(&path).attempt(|| format!("removing {}", path.display()))?;
+            }
+            if !path.exists() {
                 missing.push(deb);
             }
         }

@@ -170,9 +170,9 @@ fn uuid(seed: &Blake3) -> String {
     format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
 }
 
-/// The commands that put a tree into an empty file system. Values of extended attributes go to
+/// The commands that put a tree into an empty file system; the same for the same tree. Values of extended attributes go to
 /// files in `scratch`.
-fn script_of(tree: &Tree, scratch: &Path) -> Result<Vec<u8>> {
+pub(crate) fn script_of(tree: &Tree, scratch: &Path) -> Result<Vec<u8>> {
     let mut script = Script { out: Vec::new(), scratch, values: 0 };
     let mut first_names: BTreeMap<usize, (&[u8], u32)> = BTreeMap::new();
     let mut here: &[u8] = b"";

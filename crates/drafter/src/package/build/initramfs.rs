@@ -14,10 +14,13 @@ const DIRECTORIES: &[&str] = &["dev", "modules", "newroot", "proc", "sys"];
 /// runs, so before anything is mounted on `/dev`.
 const CONSOLE: (u32, u32) = (5, 1);
 
+/// Name, type and mode, device number, content.
+type Entry<'a> = (String, u32, (u32, u32), &'a [u8]);
+
 /// The initramfs with `guest` as `/init`, and `modules` in this order.
 pub(crate) fn make(guest: &[u8], modules: &[Module]) -> Vec<u8> {
     let order: String = modules.iter().map(|module| module.file() + "\n").collect();
-    let mut entries: Vec<(String, u32, (u32, u32), &[u8])> = vec![
+    let mut entries: Vec<Entry<'_>> = vec![
         ("dev/console".into(), 0o020_600, CONSOLE, b""),
         (INIT.into(), 0o100_755, (0, 0), guest),
         ("modules/order".into(), 0o100_644, (0, 0), order.as_bytes()),

@@ -52,24 +52,23 @@ pub(crate) fn extract(image: &[u8], path: &Path) -> Result<Vec<u8>> {
 }
 
 fn unpack(image: &[u8]) -> Result<Vec<u8>, String> {
-    let word = |at: usize| -> Option<usize> {
-        let bytes = image.get(at..at + 4)?;
-        usize::try_from(u32::from_le_bytes(bytes.try_into().ok()?)).ok()
-    };
     if image.get(HEADER_MAGIC..HEADER_MAGIC + 4) != Some(b"HdrS") {
         return Err("is neither an ELF file nor a bzImage".to_owned());
     }
-    let protocol = u16::from_le_bytes([image[PROTOCOL], image[PROTOCOL + 1]]);
+    let truncated = || "is truncated: its payload lies outside the file".to_owned();
+    // Everything that is looked at lies below this.
+    let header = image.get(..PAYLOAD_LENGTH + 4).ok_or_else(truncated)?;
+    let protocol = u16::from_le_bytes([header[PROTOCOL], header[PROTOCOL + 1]]);
     if protocol < MIN_PROTOCOL {
         return Err(format!("has boot protocol {protocol:#x}; 2.08 (Linux 2.6.26) is needed"));
     }
-    let truncated = || "is truncated: its payload lies outside the file".to_owned();
-    let sectors = match image[SETUP_SECTORS] {
+    let sectors = match header[SETUP_SECTORS] {
         0 => 4,
         sectors => usize::from(sectors),
     };
-    let begin = word(PAYLOAD_OFFSET).ok_or_else(truncated)? + (sectors + 1) * 512;
-    let length = word(PAYLOAD_LENGTH).ok_or_else(truncated)?;
+    let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| header[at + i])) as usize;
+    let begin = word(PAYLOAD_OFFSET) + (sectors + 1) * 512;
+    let length = word(PAYLOAD_LENGTH);
     let payload = image.get(begin..begin + length).ok_or_else(truncated)?;
     let kind = Compression::of(payload);
     // The build appends the unpacked length, except to gzip, which has it at its end by itself.

@@ -53,6 +53,9 @@ const BUILDER: u32 = 1;
 /// Where the guest program is looked for besides the directory of the running program.
 const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu/guest";
 
+/// Largest guest program.
+const MAX_GUEST_PROGRAM: u64 = 256 << 20;
+
 const GUEST_PROGRAM: &str = "drafter-guest";
 
 /// Names the guest program where no flag does.
@@ -206,7 +209,8 @@ pub fn find_guest_program() -> Result<PathBuf> {
     places.push(Path::new("target").join(GUEST_TARGET).join(GUEST_PROGRAM));
     // The one beside a development build may be the host's, dynamically linked; take what runs.
     let usable = |path: &PathBuf| {
-        fs::read(path).is_ok_and(|program| kernel::check_static(&program, path).is_ok())
+        files::read_bounded(path, MAX_GUEST_PROGRAM)
+            .is_ok_and(|program| kernel::check_static(&program, path).is_ok())
     };
     places.iter().find(|path| usable(path)).cloned().ok_or_else(|| {
         let places: Vec<String> = places.iter().map(|path| path.display().to_string()).collect();

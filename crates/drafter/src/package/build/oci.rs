@@ -31,6 +31,10 @@ const MAX_DOCUMENT: u64 = 4 << 20;
 /// An index may name another one; no tool nests deeper than this.
 const MAX_NESTING: usize = 4;
 
+/// Padding that may follow the last entry of a layer; more than this is not read, and the digest
+/// is wrong then.
+const MAX_TRAILER: u64 = 64 << 20;
+
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
 #[derive(Deserialize)]
@@ -199,7 +203,7 @@ impl Image {
                 Rules { name: &path, merge: Merge::Replace, whiteouts: true, drop: &|_| false };
             let applied = apply(tree, &mut plain, &rules, store);
             // Whatever was wrong with the content: a wrong digest is the better explanation.
-            let drained = io::copy(&mut plain, &mut io::sink());
+            let drained = io::copy(&mut (&mut plain).take(MAX_TRAILER), &mut io::sink());
             let plain_hash = plain.hasher();
             drop(plain);
             if drained.is_ok() {

@@ -126,11 +126,11 @@ fn merge_usr(tree: &mut Tree) {
 
 fn unread(path: &[u8]) -> bool {
     let below =
-        |dir: &&str| path.starts_with(dir.as_bytes()) || path == dir[..dir.len() - 1].as_bytes();
+        |dir: &&str| path.starts_with(dir.as_bytes()) || path == &dir.as_bytes()[..dir.len() - 1];
     if let Some(rest) = path.strip_prefix(b"usr/share/doc/") {
         return rest.contains(&b'/') && !rest.ends_with(b"/copyright");
     }
-    UNREAD.iter().any(|dir| below(&dir))
+    UNREAD.iter().any(below)
 }
 
 /// Adds what every machine has, and the recipe's users, directories and files.
