@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod doctor;
+pub mod fleet;
 pub mod load;
 pub mod rig;
 pub mod table;
