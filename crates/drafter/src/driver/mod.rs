@@ -4,12 +4,16 @@
 //! boot, pause, save, load, run and stop. QEMU is the first implementation ([`qemu`]); a native
 //! monitor comes later behind the same traits.
 
+mod compatible;
 pub mod qemu;
+
+pub use compatible::compatible;
 
 use std::{
     net::Ipv4Addr,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -21,6 +25,15 @@ pub enum Accelerator {
     Tcg,
     /// Hardware virtualisation.
     Kvm,
+}
+
+impl std::fmt::Display for Accelerator {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Tcg => "tcg",
+            Self::Kvm => "kvm",
+        })
+    }
 }
 
 /// What a driver found on this host; part of what `prepare` compares between two hosts.
@@ -75,22 +88,26 @@ pub struct HostResources<'a> {
     pub memory: &'a OwnedFd,
     /// Open tap (IFF_TAP|IFF_NO_PI|IFF_VNET_HDR), if the machine has a network.
     pub tap: Option<&'a OwnedFd>,
-    /// One unix socket with an NBD server per disk, in the order of `MachineShape::disks`.
+    /// One unix socket with an NBD server per disk, in the order of `MachineShape::disks`. The
+    /// export has the empty name; each server listens before the start, and takes connections
+    /// again at the same path after it was away.
     pub disk_sockets: Vec<PathBuf>,
     /// Kernel (ELF) and initramfs.
     pub kernel: &'a Path,
     /// See `kernel`.
     pub initramfs: &'a Path,
-    /// A directory for sockets, logs and saved facts of this machine on this host.
+    /// A directory for sockets, logs and saved facts of this machine on this host. Exists; one
+    /// machine's alone.
     pub run_dir: &'a Path,
 }
 
-/// How a machine starts.
+/// How a machine starts. Either way it stands still until [`Vm::run`], so that tracking and faults
+/// can be set up before its first instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Start {
     /// From its kernel.
     Boot,
-    /// Paused and empty, to be filled by [`Vm::load`].
+    /// Empty, to be filled by [`Vm::load`].
     Incoming,
 }
 
@@ -119,6 +136,27 @@ pub enum Exit {
         /// Exit status or signal, and the last lines of its error output.
         detail: String,
     },
+}
+
+/// What a monitor reports without being asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VmEvent {
+    /// The virtual processors stopped: by [`Vm::pause`], or by the monitor after a disk error.
+    Stopped,
+    /// The virtual processors run.
+    Resumed,
+    /// A disk request failed. The machine stands still, the guest has not seen the error, and
+    /// [`Vm::run`] tries the request again.
+    DiskError {
+        /// Name of the disk as in [`MachineShape::disks`].
+        disk: String,
+        /// "read" or "write".
+        operation: String,
+        /// The monitor's own words.
+        detail: String,
+    },
+    /// The machine is ending; [`Vm::exit`] says how once it has.
+    Ending,
 }
 
 /// What a driver could not do.
@@ -162,6 +200,14 @@ pub enum DriverError {
         /// Exit status and last lines of its error output.
         detail: String,
     },
+    /// The machine cannot be what was asked for.
+    #[error("machine \"{machine}\": {detail}")]
+    Invalid {
+        /// Which machine.
+        machine: String,
+        /// What is wrong, and what would be right.
+        detail: String,
+    },
     /// The host refused us.
     #[error("{operation}: {source}")]
     Host {
@@ -177,7 +223,7 @@ pub trait Driver: Send + Sync {
     /// What this host offers with this driver; cached after the first real probe.
     fn facts(&self) -> Result<HostFacts, DriverError>;
 
-    /// Starts a machine.
+    /// Starts a machine that stands still until [`Vm::run`].
     fn start(
         &self,
         shape: &MachineShape,
@@ -185,11 +231,28 @@ pub trait Driver: Send + Sync {
         start: Start,
     ) -> Result<Box<dyn Vm>, DriverError>;
 
-    /// Finds a machine's monitor that lost its runner, by its run directory.
+    /// Finds a machine's monitor that lost its runner, by its run directory. `None`: there is
+    /// none any more, and what it left behind on this host was cleaned up. The disks' sockets must
+    /// be listening again before the guest needs them, at the same paths.
     fn take_over(&self, run_dir: &Path) -> Result<Option<Box<dyn Vm>>, DriverError>;
 }
 
+/// Stops a machine without its monitor's help, from any thread: for whoever enforces deadlines
+/// while the thread that owns the [`Vm`] hangs. See [`Vm::freeze`], [`Vm::thaw`], [`Vm::kill`].
+pub trait Fence: Send + Sync {
+    /// As [`Vm::freeze`].
+    fn freeze(&self) -> Result<(), DriverError>;
+
+    /// As [`Vm::thaw`].
+    fn thaw(&self) -> Result<(), DriverError>;
+
+    /// As [`Vm::kill`], but cleans nothing up: the owner does, by [`Vm::exit`] or [`Vm::kill`].
+    fn kill(&self) -> Result<(), DriverError>;
+}
+
 /// One machine under a monitor. Calls are made by one thread at a time; every call has a deadline.
+/// Dropping it leaves the machine as it is, to be found by [`Driver::take_over`]; only
+/// [`Vm::kill`] ends it.
 pub trait Vm: Send {
     /// The monitor's process.
     fn pid(&self) -> u32;
@@ -212,7 +275,7 @@ pub trait Vm: Send {
     /// are flushed: from then on an early answer to a FLUSH is not seen by the guest here.
     fn pause(&mut self, on_stopped: &mut dyn FnMut()) -> Result<(), DriverError>;
 
-    /// Device state of a paused machine.
+    /// Device state of a paused machine. A second call before [`Vm::run`] gives the same bytes.
     fn save(&mut self) -> Result<Vec<u8>, DriverError>;
 
     /// Gets an [`Start::Incoming`] machine ready for [`Vm::load`], so that loading is quick.
@@ -227,15 +290,23 @@ pub trait Vm: Send {
     /// Holds the frames that the guest sends (`true`), or lets them and all later ones go.
     fn hold_output(&mut self, hold: bool) -> Result<(), DriverError>;
 
-    /// Freezes the monitor's process without asking it: works while a page is missing.
+    /// Freezes the monitor's process without asking it: works while a page is missing. From its
+    /// return neither guest nor monitor executes an instruction.
     fn freeze(&mut self) -> Result<(), DriverError>;
 
     /// Undoes [`Vm::freeze`].
     fn thaw(&mut self) -> Result<(), DriverError>;
 
+    /// A handle that other threads may use to freeze or kill at any time.
+    fn fence(&self) -> Arc<dyn Fence>;
+
+    /// What happened since the last call, oldest first. Does not wait.
+    fn events(&mut self) -> Vec<VmEvent>;
+
     /// Ends the monitor at once (the guest is not asked). Idempotent.
     fn kill(&mut self) -> Result<(), DriverError>;
 
-    /// Why the machine ended, if it did. Does not wait.
+    /// Why the machine ended, if it did. Does not wait. The first call that finds it ended cleans
+    /// up what it had on this host, except its logs.
     fn exit(&mut self) -> Option<Exit>;
 }

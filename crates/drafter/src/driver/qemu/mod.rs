@@ -1,1 +1,177 @@
 //! The QEMU driver: stock Debian QEMU, microvm with PCI, memory and disks owned by drafter.
+//!
+//! Called by the runner, through [`Driver`] and [`Vm`](super::Vm). QEMU is the least trusted part
+//! of a host, because a guest talks to it all day: it runs as a user of its own, in a control
+//! group of its own, in its own sandbox, without new privileges, and opens nothing by itself.
+//! Memory, kernel, tap, sockets and logs reach it as descriptors; disks as sockets that it may
+//! connect to and nothing beside them.
+//!
+//! QEMU outlives a runner that crashes: the next one finds it by `qemu.json` in the run directory.
+//!
+//! | file | is |
+//! |---|---|
+//! | `command` | QEMU's command line |
+//! | `launch` | starting: user, control group, descriptors, handshake |
+//! | `vm` | the machine's life: pause, save, load, run, end |
+//! | `qmp` | QEMU's control protocol |
+//! | `shim` | the userfaultfd made inside QEMU by `drafter-shim` |
+//! | `memory_map` | guest-physical addresses, virtqueues, the mapping of the memory |
+//! | `cgroup`, `users`, `process`, `files`, `record` | limits and freezer, user ids, pidfds, passing files, `qemu.json` |
+//! | `probe`, `tsc` | what this host offers |
+
+mod cgroup;
+mod command;
+mod files;
+mod launch;
+mod memory_map;
+mod probe;
+mod process;
+mod qmp;
+mod record;
+mod shim;
+mod sys;
+#[cfg(test)]
+mod tests;
+mod tsc;
+mod users;
+mod vm;
+
+pub use probe::Verdict;
+
+use super::{Accelerator, Driver, DriverError, HostFacts, HostResources, MachineShape, Start, Vm};
+use std::{
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+};
+
+/// Which accelerator to use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AcceleratorChoice {
+    /// KVM if a test guest lives in it, else TCG.
+    #[default]
+    Auto,
+    /// Always TCG.
+    Tcg,
+    /// Always KVM, tried or not.
+    Kvm,
+}
+
+/// Settings of the driver on one host.
+#[derive(Clone, Debug)]
+pub struct QemuConfig {
+    /// The QEMU program: a path, or a name to be found in `PATH`.
+    pub binary: PathBuf,
+    /// A directory of this host for what outlives a machine: user ids taken, the verdict on KVM.
+    pub state_dir: PathBuf,
+    /// Which accelerator to use.
+    pub accelerator: AcceleratorChoice,
+    /// User ids for machines, none of them anybody's. Ignored when not root: then machines run as
+    /// the runner's own user.
+    pub users: RangeInclusive<u32>,
+    /// Bytes for translated code. A guest that runs Linux and Redis fills 90 MiB; when it is full
+    /// it is thrown away and all code is translated again.
+    pub translation_cache: u64,
+    /// The preload hook; `None`: searched for, see `DRAFTER_SHIM`.
+    pub shim: Option<PathBuf>,
+}
+
+impl QemuConfig {
+    /// The usual settings, with a state directory.
+    #[must_use]
+    pub fn new(state_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            binary: "qemu-system-x86_64".into(),
+            state_dir: state_dir.into(),
+            accelerator: AcceleratorChoice::Auto,
+            users: 64_512..=65_500,
+            translation_cache: 256 << 20,
+            shim: None,
+        }
+    }
+}
+
+/// What was found out about this host, once.
+#[derive(Clone, Debug)]
+struct Found {
+    binary: PathBuf,
+    facts: HostFacts,
+    verdict: Verdict,
+}
+
+/// The driver. One serves all machines of a process.
+pub struct QemuDriver {
+    config: QemuConfig,
+    found: Mutex<Option<Found>>,
+}
+
+impl QemuDriver {
+    /// A driver with these settings; looks at nothing yet.
+    #[must_use]
+    pub fn new(config: QemuConfig) -> Self {
+        Self { config, found: Mutex::new(None) }
+    }
+
+    /// Which accelerator this host uses, and why: for people.
+    pub fn verdict(&self) -> Result<Verdict, DriverError> {
+        self.find().map(|found| found.verdict)
+    }
+
+    /// Looks at the host, the first time.
+    fn find(&self) -> Result<Found, DriverError> {
+        let mut place = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = &*place {
+            return Ok(found.clone());
+        }
+        let (binary, version) = probe::qemu_version(&self.config.binary)?;
+        let forced = |accelerator| Verdict {
+            accelerator,
+            reason: "the configuration says so".into(),
+            device_group: None,
+        };
+        let own_users = launch::own_users();
+        let verdict = match self.config.accelerator {
+            AcceleratorChoice::Tcg => forced(Accelerator::Tcg),
+            AcceleratorChoice::Kvm => {
+                let device_group = probe::device_group(own_users).ok().flatten();
+                Verdict { device_group, ..forced(Accelerator::Kvm) }
+            }
+            AcceleratorChoice::Auto => {
+                probe::verdict(&binary, &version, &self.config.state_dir, own_users)?
+            }
+        };
+        let accelerator = verdict.accelerator;
+        let tsc_khz = tsc::measure_khz().map_err(|errno| DriverError::Host {
+            operation: "measuring the processor's clock".into(),
+            source: errno.into(),
+        })?;
+        let cpu_features = match accelerator {
+            Accelerator::Tcg => vec![],
+            Accelerator::Kvm => probe::cpu_features(),
+        };
+        let driver = format!("qemu {version}");
+        let facts = HostFacts { driver, accelerator, tsc_khz, cpu_features };
+        Ok(place.insert(Found { binary, facts, verdict }).clone())
+    }
+}
+
+impl Driver for QemuDriver {
+    fn facts(&self) -> Result<HostFacts, DriverError> {
+        self.find().map(|found| found.facts)
+    }
+
+    fn start(
+        &self,
+        shape: &MachineShape,
+        host: &HostResources<'_>,
+        start: Start,
+    ) -> Result<Box<dyn Vm>, DriverError> {
+        let found = self.find()?;
+        Ok(Box::new(launch::start(&self.config, &found, shape, host, start)?))
+    }
+
+    fn take_over(&self, run_dir: &Path) -> Result<Option<Box<dyn Vm>>, DriverError> {
+        Ok(launch::take_over(run_dir)?.map(|vm| Box::new(vm) as Box<dyn Vm>))
+    }
+}

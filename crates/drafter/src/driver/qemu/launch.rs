@@ -1,0 +1,412 @@
+//! Starting a QEMU, and finding one again.
+//!
+//! ```text
+//! check the shape → user id → control group → sockets → fork, exec → userfaultfd → QMP → record
+//! ```
+//!
+//! Whatever fails on the way, what was made before it is unmade: no process, no group, no number
+//! and no socket stays behind.
+
+use super::{
+    Found, QemuConfig,
+    cgroup::{Cgroup, Limits},
+    command::{self, Given},
+    files,
+    memory_map::FileId,
+    process::Process,
+    qmp::{Qmp, QmpError},
+    record::{Files, Record},
+    shim,
+    sys::{self, BeforeExec},
+    users::UserLease,
+    vm::QemuVm,
+};
+use crate::driver::{DriverError, HostResources, MachineShape, Start, Vm};
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::{fs::OpenOptionsExt, net::UnixListener},
+    },
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+/// From exec to the preload hook's message: a few milliseconds when the host is not busy.
+const SHIM_LIMIT: Duration = Duration::from_secs(15);
+/// From there to the first answer: loads a kernel of 50 MB and connects to the disks.
+const QMP_LIMIT: Duration = Duration::from_secs(30);
+/// To connect to a QEMU that has been running for a while.
+const TAKE_OVER_LIMIT: Duration = Duration::from_secs(5);
+/// Memory of QEMU beside guest memory and translated code: itself, kernel and initramfs, stacks.
+const OVERHEAD: u64 = 256 << 20;
+/// QEMU's own threads: main, RCU, migration, and a pool of up to 64 for I/O.
+const OWN_TASKS: u64 = 96;
+/// Most bytes of each log: the guest decides what it writes to its console.
+const LOG_LIMIT: u64 = 64 << 20;
+
+/// Whether machines run as users of their own: only root can arrange for it.
+pub(super) fn own_users() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
+/// Undoes what was done for a machine that did not come up.
+struct Unmade<'a> {
+    files: &'a Files,
+    user: Option<UserLease>,
+    cgroup: Option<Cgroup>,
+    process: Option<Process>,
+    given_up: bool,
+}
+
+impl Drop for Unmade<'_> {
+    fn drop(&mut self) {
+        if !self.given_up {
+            return;
+        }
+        if let Some(process) = &mut self.process {
+            let _ = process.signal(nix::sys::signal::SIGKILL);
+            process.wait(Duration::from_secs(5));
+        }
+        if let Some(cgroup) = &self.cgroup {
+            cgroup.remove();
+        }
+        if let Some(user) = &self.user {
+            user.release();
+        }
+        self.files.remove();
+    }
+}
+
+/// Starts a machine.
+pub(super) fn start(
+    config: &QemuConfig,
+    found: &Found,
+    shape: &MachineShape,
+    host: &HostResources<'_>,
+    start: Start,
+) -> Result<QemuVm, DriverError> {
+    let machine = shape.name.as_str();
+    command::check(shape, host.disk_sockets.len(), host.tap.is_some())?;
+    let files = Files::of(host.run_dir);
+    files.check(machine)?;
+    let memory = memory_id(host.memory, shape)?;
+    files::mappable_by_all(host.memory)?;
+    let shim = shim::find(config.shim.as_deref())?;
+    refuse_second(machine, host.run_dir)?;
+    files.remove();
+
+    let mut unmade =
+        Unmade { files: &files, user: None, cgroup: None, process: None, given_up: true };
+    if own_users() {
+        let lease = UserLease::take(&config.state_dir.join("users"), &config.users)?;
+        unmade.user = Some(lease);
+    }
+    let user = unmade.user.as_ref().map(|lease| lease.uid);
+    let limits = Limits {
+        memory_bytes: shape.memory_bytes + config.translation_cache + OVERHEAD,
+        tasks: OWN_TASKS + u64::from(shape.vcpus),
+    };
+    let cgroup = Cgroup::create(&group_name(machine)?, limits);
+    for missing in cgroup.without() {
+        tracing::warn!(machine, missing, "machine runs without a limit");
+    }
+    let join = cgroup.join_files()?;
+    unmade.cgroup = Some(cgroup);
+    if let Some(user) = user {
+        admit(&host.disk_sockets, user)?;
+    }
+
+    let mut inherit = Inherit::default();
+    let (environment, for_shim, from_shim) = shim::prepare(&shim)?.split();
+    inherit.0.extend(for_shim);
+    let given = Given {
+        accelerator: found.facts.accelerator,
+        translation_cache: config.translation_cache,
+        memory: inherit.path(clone(host.memory)?),
+        kernel: inherit.path(files::readable_by_all(host.kernel)?),
+        initramfs: inherit.path(files::readable_by_all(host.initramfs)?),
+        tap: host.tap.map(|tap| clone(tap).map(|tap| inherit.number(tap))).transpose()?,
+        qmp: inherit.number(listen(&files.qmp)?),
+        guest: inherit.number(listen(&files.guest)?),
+        console: inherit.number(listen(&files.console)?),
+        console_log: inherit.number(log(&files.console_log)?),
+        disks: host
+            .disk_sockets
+            .iter()
+            .map(|socket| inherit.disk(socket))
+            .collect::<Result<_, _>>()?,
+    };
+    let groups = user.into_iter().chain(found.verdict.device_group).collect();
+    let setup = BeforeExec {
+        join,
+        inherit: inherit.0,
+        user: user.map(|user| (user, groups)),
+        file_limit: LOG_LIMIT,
+    };
+    unmade.process = Some(spawn(found, shape, &given, start, environment, setup, &files)?);
+
+    let userfaultfd = shim::Handshake::receive(&from_shim, SHIM_LIMIT, &files.stderr)
+        .map_err(|failure| failure.into_error(machine, SHIM_LIMIT, &files.stderr))?;
+    let mut qmp = connect(machine, &files, QMP_LIMIT, unmade.process.as_mut())?;
+    prepare_migration(&mut qmp).map_err(|error| refused(machine, &error))?;
+
+    let process = unmade.process.take().expect("the process was just started");
+    let record = Record {
+        version: Record::VERSION,
+        process: process.identity(),
+        user: unmade.user.clone(),
+        cgroup: unmade.cgroup.clone().expect("the group was made above"),
+        memory,
+        disk_sockets: host.disk_sockets.clone(),
+        shape: shape.clone(),
+    };
+    let kept = record.save(host.run_dir).and_then(|()| {
+        let handed = record.user.as_ref().map(|user| user.hand_to(process.identity()));
+        handed.transpose().map(|_| ()).map_err(|source| DriverError::Host {
+            operation: format!("recording the user id of machine \"{machine}\""),
+            source,
+        })
+    });
+    if let Err(error) = kept {
+        unmade.process = Some(process);
+        return Err(error);
+    }
+    // From here on the machine cleans up after itself.
+    unmade.given_up = false;
+    let mut vm = QemuVm::new(files.clone(), record, process, qmp, Some(userfaultfd));
+    if let Err(error) = vm.started(start) {
+        vm.kill()?;
+        return Err(error);
+    }
+    Ok(vm)
+}
+
+/// Finds the QEMU that a run directory tells of.
+pub(super) fn take_over(run_dir: &Path) -> Result<Option<QemuVm>, DriverError> {
+    let Some(record) = Record::load(run_dir)? else { return Ok(None) };
+    let machine = record.shape.name.clone();
+    let files = Files::of(run_dir);
+    let process = Process::open(record.process).map_err(|source| DriverError::Host {
+        operation: format!(
+            "looking for the QEMU of machine \"{machine}\", process {}",
+            record.process.pid
+        ),
+        source,
+    })?;
+    let Some(mut process) = process else {
+        record.cgroup.remove();
+        if let Some(user) = &record.user {
+            user.release();
+        }
+        files.remove();
+        return Ok(None);
+    };
+    if let Some(user) = &record.user {
+        // They may come later; their server then has to let this user in.
+        let there: Vec<_> =
+            record.disk_sockets.iter().filter(|path| path.exists()).cloned().collect();
+        admit(&there, user.uid)?;
+    }
+    // A frozen QEMU answers nobody.
+    record.cgroup.thaw(process.descriptor()).map_err(|source| DriverError::Host {
+        operation: format!("thawing the QEMU of machine \"{machine}\""),
+        source,
+    })?;
+    let qmp = connect(&machine, &files, TAKE_OVER_LIMIT, Some(&mut process))?;
+    let mut vm = QemuVm::new(files, record, process, qmp, None);
+    vm.find_phase()?;
+    Ok(Some(vm))
+}
+
+/// Two QEMUs on one run directory would fight over its sockets.
+fn refuse_second(machine: &str, run_dir: &Path) -> Result<(), DriverError> {
+    match Record::load(run_dir)? {
+        Some(record) if record.process.exists() => Err(DriverError::Invalid {
+            machine: machine.into(),
+            detail: format!(
+                "process {} of machine \"{}\" still uses {}; take it over, or end it first",
+                record.process.pid,
+                record.shape.name,
+                run_dir.display()
+            ),
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn memory_id(memory: &OwnedFd, shape: &MachineShape) -> Result<FileId, DriverError> {
+    let stat = nix::sys::stat::fstat(memory).map_err(|errno| DriverError::Host {
+        operation: format!("looking at the memory of machine \"{}\"", shape.name),
+        source: errno.into(),
+    })?;
+    if stat.st_size as u64 == shape.memory_bytes {
+        return Ok(FileId { device: stat.st_dev, inode: stat.st_ino });
+    }
+    Err(DriverError::Invalid {
+        machine: shape.name.clone(),
+        detail: format!(
+            "its memory file has {} bytes and its shape says {}",
+            stat.st_size, shape.memory_bytes
+        ),
+    })
+}
+
+fn group_name(machine: &str) -> Result<String, DriverError> {
+    let mut random = [0; 4];
+    getrandom::fill(&mut random).map_err(|error| DriverError::Host {
+        operation: "naming a control group".into(),
+        source: io::Error::other(error.to_string()),
+    })?;
+    Ok(format!("drafter-{machine}-{:08x}", u32::from_le_bytes(random)))
+}
+
+fn admit(sockets: &[std::path::PathBuf], user: u32) -> Result<(), DriverError> {
+    for socket in sockets {
+        files::admit(socket, user).map_err(|source| DriverError::Host {
+            operation: format!(
+                "letting a machine's user connect to its disk at {}",
+                socket.display()
+            ),
+            source,
+        })?;
+    }
+    Ok(())
+}
+
+/// Descriptors for QEMU; each keeps its number.
+#[derive(Default)]
+struct Inherit(Vec<OwnedFd>);
+
+impl Inherit {
+    fn number(&mut self, descriptor: OwnedFd) -> i32 {
+        let number = descriptor.as_raw_fd();
+        self.0.push(descriptor);
+        number
+    }
+
+    fn path(&mut self, descriptor: OwnedFd) -> String {
+        format!("/proc/self/fd/{}", self.number(descriptor))
+    }
+
+    /// A disk's socket, by its folder: a server that starts again makes a new socket there.
+    fn disk(&mut self, socket: &Path) -> Result<String, DriverError> {
+        let host = |source| DriverError::Host {
+            operation: format!("opening the folder of the disk's socket {}", socket.display()),
+            source,
+        };
+        let (Some(folder), Some(name)) = (socket.parent(), socket.file_name()) else {
+            return Err(host(io::ErrorKind::InvalidInput.into()));
+        };
+        let name = name.to_str().ok_or_else(|| host(io::ErrorKind::InvalidFilename.into()))?;
+        let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        let folder = File::options()
+            .read(true)
+            .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
+            .open(folder)
+            .map_err(host)?;
+        Ok(format!("{}/{name}", self.path(folder.into())))
+    }
+}
+
+fn clone(descriptor: &OwnedFd) -> Result<OwnedFd, DriverError> {
+    descriptor.try_clone().map_err(|source| DriverError::Host {
+        operation: "copying a descriptor for QEMU".into(),
+        source,
+    })
+}
+
+fn listen(path: &Path) -> Result<OwnedFd, DriverError> {
+    UnixListener::bind(path).map(OwnedFd::from).map_err(|source| DriverError::Host {
+        operation: format!("listening at {}", path.display()),
+        source,
+    })
+}
+
+fn log(path: &Path) -> Result<OwnedFd, DriverError> {
+    let file = File::options().create(true).append(true).mode(0o600).open(path);
+    file.map(OwnedFd::from).map_err(|source| DriverError::Host {
+        operation: format!("opening the log {}", path.display()),
+        source,
+    })
+}
+
+fn spawn(
+    found: &Found,
+    shape: &MachineShape,
+    given: &Given,
+    start: Start,
+    environment: Vec<(&'static str, String)>,
+    setup: BeforeExec,
+    files: &Files,
+) -> Result<Process, DriverError> {
+    let host = |source| DriverError::Host {
+        operation: format!("starting {} for machine \"{}\"", found.binary.display(), shape.name),
+        source,
+    };
+    let stderr = log(&files.stderr)?;
+    let stdout = stderr.try_clone().map_err(host)?;
+    let mut command = Command::new(&found.binary);
+    command
+        .args(command::arguments(shape, given, start))
+        .env_clear()
+        .env("LANG", "C.UTF-8")
+        .envs(environment)
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(stdout)
+        .stderr(stderr);
+    sys::before_exec(&mut command, setup);
+    let mut child = command.spawn().map_err(host)?;
+    // Closes our copies of what QEMU inherited, among them the sockets it listens at.
+    drop(command);
+    Process::of_child(child.id()).map_err(|source| {
+        let _ = child.kill().and_then(|()| child.wait());
+        host(source)
+    })
+}
+
+fn connect(
+    machine: &str,
+    files: &Files,
+    limit: Duration,
+    process: Option<&mut Process>,
+) -> Result<Qmp, DriverError> {
+    const OPERATION: &str = "connecting to QEMU";
+    Qmp::connect(&files.qmp, limit).map_err(|error| match error {
+        QmpError::Timeout(limit) => {
+            DriverError::Timeout { machine: machine.into(), operation: OPERATION, limit }
+        }
+        QmpError::Refused(detail) => {
+            DriverError::Refused { machine: machine.into(), operation: OPERATION, detail }
+        }
+        QmpError::Closed(why) => {
+            let ended = process.and_then(|process| process.wait(Duration::from_secs(1)));
+            let ended = ended.map_or(why, |ended| ended.to_string());
+            let errors = super::process::tail(&files.stderr, 2000);
+            let detail = format!("{ended}; {errors}");
+            DriverError::Gone { machine: machine.into(), operation: OPERATION, detail }
+        }
+    })
+}
+
+fn refused(machine: &str, error: &QmpError) -> DriverError {
+    let detail = error.to_string();
+    DriverError::Refused { machine: machine.into(), operation: "preparing saved state", detail }
+}
+
+/// Once per QEMU: memory is ours, so its stream carries device state only.
+fn prepare_migration(qmp: &mut Qmp) -> Result<(), QmpError> {
+    let limit = Duration::from_secs(10);
+    let capabilities = serde_json::json!({ "capabilities": [
+        { "capability": "x-ignore-shared", "state": true },
+        { "capability": "events", "state": true },
+    ]});
+    qmp.call("migrate-set-capabilities", capabilities, limit)?;
+    // No rate limit on state; conduit tells the network, so QEMU need not announce the guest.
+    let parameters = serde_json::json!({ "max-bandwidth": 1u64 << 40, "announce-rounds": 0 });
+    qmp.call("migrate-set-parameters", parameters, limit)?;
+    Ok(())
+}
