@@ -63,8 +63,15 @@ fn a_frozen_machine_stands_still_and_goes_on() {
     machine.vm.freeze().unwrap();
     let ticks = |pid| {
         let stat = proc_file(pid, "stat");
-        let fields: Vec<u64> = stat.rsplit_once(')').unwrap().1.split_whitespace().skip(11).take(2)
-            .map(|n| n.parse().unwrap()).collect();
+        let fields: Vec<u64> = stat
+            .rsplit_once(')')
+            .unwrap()
+            .1
+            .split_whitespace()
+            .skip(11)
+            .take(2)
+            .map(|n| n.parse().unwrap())
+            .collect();
         fields[0] + fields[1]
     };
     let used = ticks(machine.vm.pid());
@@ -153,8 +160,7 @@ fn a_runner_that_dies() {
     let shape = rig.shape();
     let memory = memory(shape.memory_bytes);
     let run_dir = directory.join("run");
-    let mut vm =
-        rig.try_start(&shape, &memory, &run_dir, Start::Boot, Given::default()).unwrap();
+    let mut vm = rig.try_start(&shape, &memory, &run_dir, Start::Boot, Given::default()).unwrap();
     vm.run().unwrap();
     wait_for_guest(&vm);
     kill(nix::unistd::getpid(), Signal::SIGKILL).unwrap();

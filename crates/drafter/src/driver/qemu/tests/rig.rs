@@ -9,10 +9,7 @@ use std::{
     fs::{self, File},
     io::{BufRead, BufReader, Write},
     net::Ipv4Addr,
-    os::{
-        fd::OwnedFd,
-        unix::net::UnixStream,
-    },
+    os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
     thread,
@@ -26,13 +23,16 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 pub(super) const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 
 fn from_environment(variable: &str) -> PathBuf {
-    let path = std::env::var_os(variable).map(PathBuf::from).unwrap_or_else(|| {
-        panic!(
-            "{variable} is not set: build the guest of these tests with \
+    let path = std::env::var_os(variable).map_or_else(
+        || {
+            panic!(
+                "{variable} is not set: build the guest of these tests with \
              crates/drafter/src/driver/qemu/tests/guest/build.sh DIRECTORY and set it to the file \
              there"
-        )
-    });
+            )
+        },
+        PathBuf::from,
+    );
     assert!(path.is_file(), "{variable} is {}, which is not a file", path.display());
     path
 }
@@ -160,7 +160,12 @@ impl Rig {
     }
 
     /// The place on another host for a machine: an empty QEMU on the same memory.
-    pub(super) fn place_for(&self, machine: &Machine, shape: &MachineShape, given: Given<'_>) -> Machine {
+    pub(super) fn place_for(
+        &self,
+        machine: &Machine,
+        shape: &MachineShape,
+        given: Given<'_>,
+    ) -> Machine {
         let memory = machine.memory.try_clone().unwrap();
         let mut place = self.start(shape, memory, Start::Incoming, given);
         place.vm.prepare_load().unwrap();
@@ -201,7 +206,10 @@ pub(super) fn say(vm: &dyn Vm, line: &str) -> BufReader<UnixStream> {
 /// How far the guest has counted.
 pub(super) fn count(vm: &dyn Vm) -> u64 {
     let answer = ask(vm, "count");
-    answer.strip_prefix("count ").and_then(|n| n.parse().ok()).unwrap_or_else(|| panic!("{answer:?}"))
+    answer
+        .strip_prefix("count ")
+        .and_then(|n| n.parse().ok())
+        .unwrap_or_else(|| panic!("{answer:?}"))
 }
 
 /// A whole file of /proc about a process.

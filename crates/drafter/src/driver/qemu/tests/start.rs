@@ -1,10 +1,7 @@
 //! Starting: what a machine's QEMU is allowed, and what is left when it does not start.
 
 use super::{nbd::Disk, rig::*};
-use crate::driver::{
-    Driver, DriverError, Start, Vm,
-    qemu::memory_map,
-};
+use crate::driver::{Driver, DriverError, Start, Vm, qemu::memory_map};
 use serde_json::json;
 use std::{fs, path::Path, time::Duration};
 
@@ -80,7 +77,10 @@ fn a_machine_that_does_not_start_leaves_nothing_and_says_why() {
     let given = Given { disk: Some(&nobody), tap: None };
     let start = |given| rig.try_start(&shape, &memory, run_dir.path(), Start::Boot, given);
     let error = start(given).err().expect("nobody listens at the disk's socket");
-    assert!(matches!(&error, DriverError::Gone { detail, .. } if detail.contains("refused")), "{error}");
+    assert!(
+        matches!(&error, DriverError::Gone { detail, .. } if detail.contains("refused")),
+        "{error}"
+    );
     assert_eq!(left_behind(&rig, run_dir.path()), Vec::<String>::new());
 
     // The same place works once the disk is there.
@@ -100,8 +100,7 @@ fn memory_of_another_size_than_the_shape_is_refused() {
     let rig = Rig::new();
     let run_dir = tempfile::tempdir().unwrap();
     let wrong = memory(1 << 20);
-    let result =
-        rig.try_start(&rig.shape(), &wrong, run_dir.path(), Start::Boot, Given::default());
+    let result = rig.try_start(&rig.shape(), &wrong, run_dir.path(), Start::Boot, Given::default());
     let error = result.err().expect("1 MiB is not 256").to_string();
     assert!(error.contains("1048576") && error.contains("268435456"), "{error}");
 }

@@ -39,8 +39,7 @@ pub(super) fn register_missing(memory: &MemoryHandle) -> io::Result<()> {
 
 /// Fills absent pages.
 pub(super) fn copy(memory: &MemoryHandle, offset: u64, data: &[u8]) -> io::Result<()> {
-    let mut copy =
-        [memory.address + offset, data.as_ptr() as u64, data.len() as u64, 0, 0];
+    let mut copy = [memory.address + offset, data.as_ptr() as u64, data.len() as u64, 0, 0];
     let descriptor = memory.userfaultfd.as_raw_fd();
     // SAFETY: struct uffdio_copy is five 64-bit words; the source is valid for its length.
     check(unsafe { libc::ioctl(descriptor, UFFDIO_COPY, copy.as_mut_ptr()) })
