@@ -100,7 +100,9 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk.sock");
         let _listener = UnixListener::bind(&path).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).unwrap();
+        for private in [directory.path(), &path] {
+            fs::set_permissions(private, fs::Permissions::from_mode(0o700)).unwrap();
+        }
         for _ in 0..2 {
             admit(&path, 64_444).unwrap();
             assert_eq!(path.metadata().unwrap().uid(), 64_444);

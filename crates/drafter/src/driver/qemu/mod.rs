@@ -185,8 +185,7 @@ pub fn monitor_without_runner(run_dir: &Path) -> Option<u32> {
 
 /// Ends a monitor that lost its runner. False if there is none.
 pub fn stop_without_runner(run_dir: &Path) -> Result<bool, DriverError> {
-    let driver = QemuDriver::new(QemuConfig::new(run_dir));
-    match driver.take_over(run_dir)? {
+    match launch::take_over(run_dir)? {
         Some(mut vm) => {
             vm.kill()?;
             Ok(true)

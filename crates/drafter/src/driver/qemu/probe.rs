@@ -222,7 +222,9 @@ pub(super) fn qemu_version(binary: &Path) -> Result<(PathBuf, String), DriverErr
     // "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)"
     let version = text.split_ascii_whitespace().skip_while(|word| *word != "version").nth(1);
     match version {
-        Some(version) if output.status.success() => Ok((path, version.to_owned())),
+        Some(version) if output.status.success() && text.starts_with("QEMU") => {
+            Ok((path, version.to_owned()))
+        }
         _ => Err(unusable(format!("--version says {:?}", text.lines().next().unwrap_or_default()))),
     }
 }

@@ -157,7 +157,7 @@ impl Shared {
         Ok(())
     }
 
-    fn read_all(&self, mut stream: impl Read) {
+    fn read_all(&self, mut stream: &UnixStream) {
         let mut line = Vec::new();
         let mut chunk = [0; 16 << 10];
         let why = loop {
@@ -188,6 +188,8 @@ impl Shared {
                 break format!("a line of more than {LONGEST_LINE} bytes");
             }
         };
+        // A QEMU that talks nonsense must not hang on a full socket either.
+        let _ = stream.shutdown(Shutdown::Both);
         self.lock().closed = Some(why);
         self.changed.notify_all();
     }
@@ -225,7 +227,7 @@ impl Qmp {
         let for_reader = Arc::clone(&shared);
         thread::Builder::new()
             .name("qmp".into())
-            .spawn(move || for_reader.read_all(reader))
+            .spawn(move || for_reader.read_all(&reader))
             .map_err(closed)?;
         let mut qmp = Self { stream, shared, next_id: 1 };
         let end = Instant::now() + limit;

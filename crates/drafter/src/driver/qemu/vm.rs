@@ -167,6 +167,11 @@ impl QemuVm {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn qmp(&mut self) -> &mut Qmp {
+        &mut self.qmp
+    }
+
     /// After a start.
     pub(super) fn started(&mut self, start: Start) -> Result<(), DriverError> {
         self.phase = match start {

@@ -1,1 +1,9 @@
-//! The driver with real QEMUs.
+//! The driver with real QEMUs and a real guest.
+
+mod faults;
+mod life;
+mod moving;
+mod nbd;
+mod rig;
+mod start;
+mod sys;

@@ -1,0 +1,161 @@
+//! Pause, save, load, run: from one QEMU into another on the same memory.
+
+use super::{nbd::Disk, rig::*, sys};
+use crate::driver::Vm;
+use nix::sched::{CloneFlags, unshare};
+use std::{
+    net::{SocketAddr, TcpStream},
+    process::Command,
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+/// Runs in a network namespace of its own, which ends with it.
+fn in_own_network(test: impl FnOnce() + Send) {
+    thread::scope(|scope| {
+        let inside = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            test();
+        });
+        if let Err(panic) = inside.join() {
+            std::panic::resume_unwind(panic);
+        }
+    });
+}
+
+/// Runs `ip` in this thread's namespace.
+fn ip(arguments: &str) {
+    let status = Command::new("ip").args(arguments.split(' ')).status().unwrap();
+    assert!(status.success(), "ip {arguments}");
+}
+
+#[derive(Clone, Copy, Default)]
+struct Blackout {
+    stop: Duration,
+    save: Duration,
+    load: Duration,
+    run: Duration,
+}
+
+impl Blackout {
+    fn total(&self) -> Duration {
+        self.stop + self.save + self.load + self.run
+    }
+}
+
+impl std::fmt::Display for Blackout {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let ms = |d: Duration| d.as_secs_f64() * 1000.0;
+        write!(
+            f,
+            "stop {:.2} save {:.2} load {:.2} run {:.2} total {:.2} ms",
+            ms(self.stop),
+            ms(self.save),
+            ms(self.load),
+            ms(self.run),
+            ms(self.total())
+        )
+    }
+}
+
+fn timed<T>(operation: impl FnOnce() -> T) -> (Duration, T) {
+    let begin = Instant::now();
+    let result = operation();
+    (begin.elapsed(), result)
+}
+
+fn hop(from: &mut Machine, to: &mut Machine) -> (Blackout, usize) {
+    let (stop, ()) = timed(|| from.vm.pause(&mut || ()).unwrap());
+    let (save, state) = timed(|| from.vm.save().unwrap());
+    let (load, ()) = timed(|| to.vm.load(&state).unwrap());
+    let (run, ()) = timed(|| to.vm.run().unwrap());
+    (Blackout { stop, save, load, run }, state.len())
+}
+
+#[test]
+fn a_machine_with_network_and_disk_hops_ten_times_and_nothing_is_lost() {
+    let rig = Rig::new();
+    in_own_network(|| {
+        let shape = rig.full_shape();
+        let path = rig.state.path().join("disk.sock");
+        let _disk = Disk::serve(&path, 1 << 20);
+        let taps = ["tap-a", "tap-b"].map(|name| sys::tap(name).unwrap());
+        let given = |hop: usize| Given { tap: Some(&taps[hop % 2]), disk: Some(&path) };
+        let mut machine = rig.boot(&shape, given(0));
+        assert_eq!(ask(&machine.vm, "sync"), "sync ok");
+        let mut blackouts = vec![];
+        let mut counted = count(&machine.vm);
+        for number in 1..=10 {
+            let mut place = rig.place_for(&machine, &shape, given(number));
+            let (blackout, bytes) = hop(&mut machine, &mut place);
+            machine = place;
+            let now = count(&machine.vm);
+            assert!(now >= counted, "it counted to {counted} there and to {now} here");
+            counted = now;
+            assert_eq!(ask(&machine.vm, "check"), "check ok");
+            println!("hop {number}: {blackout}, {bytes} bytes");
+            blackouts.push(blackout);
+        }
+        until(Duration::from_secs(30), "it goes on counting", || count(&machine.vm) > counted);
+        assert_eq!(ask(&machine.vm, "sync"), "sync ok");
+        blackouts.sort_by_key(Blackout::total);
+        let median = blackouts[blackouts.len() / 2];
+        println!("median: {median}");
+        // Ten times what an idle computer needs: a busy one must pass, a wait must not.
+        assert!(median.total() < Duration::from_millis(60), "{median}");
+    });
+}
+
+#[test]
+fn after_an_aborted_move_the_machine_goes_on_here_and_can_be_saved_again() {
+    let rig = Rig::new();
+    let shape = rig.shape();
+    let mut machine = rig.boot(&shape, Given::default());
+    for _ in 0..3 {
+        let before = count(&machine.vm);
+        machine.vm.pause(&mut || ()).unwrap();
+        let state = machine.vm.save().unwrap();
+        assert!(machine.vm.save().unwrap() == state, "asked again, the same state");
+        machine.vm.pause(&mut || ()).unwrap();
+        machine.vm.run().unwrap();
+        until(Duration::from_secs(30), "it goes on", || count(&machine.vm) > before);
+    }
+    let mut place = rig.place_for(&machine, &shape, Given::default());
+    hop(&mut machine, &mut place);
+    assert_eq!(ask(&place.vm, "check"), "check ok");
+}
+
+#[test]
+fn frames_of_the_guest_are_held_and_go_out_on_release() {
+    let rig = Rig::new();
+    in_own_network(|| {
+        let shape = rig.full_shape();
+        let path = rig.state.path().join("disk.sock");
+        let _disk = Disk::serve(&path, 1 << 20);
+        let tap = sys::tap("tap-a").unwrap();
+        ip("addr add 10.77.0.1/24 dev tap-a");
+        ip("link set tap-a up");
+        let mut machine = rig.boot(&shape, Given { tap: Some(&tap), disk: Some(&path) });
+        // Nobody listens in the guest: its kernel's refusal is the answer.
+        let guest = SocketAddr::from((GUEST, 9));
+        let answered = move |limit| {
+            let result = TcpStream::connect_timeout(&guest, limit);
+            result.is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionRefused)
+        };
+        assert!(answered(Duration::from_secs(30)), "the guest's network should work");
+
+        machine.vm.hold_output(true).unwrap();
+        let (send, answers) = mpsc::channel();
+        thread::scope(|scope| {
+            scope.spawn(move || send.send((answered(Duration::from_secs(20)), Instant::now())));
+            answers.recv_timeout(Duration::from_millis(600)).unwrap_err();
+            let released = Instant::now();
+            machine.vm.hold_output(false).unwrap();
+            let (answered, at) = answers.recv_timeout(Duration::from_secs(25)).unwrap();
+            assert!(answered && at > released);
+            println!("answered {:?} after the release", at - released);
+        });
+        assert!(answered(Duration::from_secs(30)), "later frames go");
+    });
+}
