@@ -49,8 +49,9 @@ pub(crate) struct Report {
     /// Whether writing is paused.
     pub(crate) paused: bool,
     /// Longest time in which the memory thread did not get on although it wanted to, in
-    /// microseconds of the guest's monotonic clock: a blackout, a page that took long, or another
-    /// process on the processor.
+    /// microseconds of the guest's monotonic clock: a page that took long, another process on the
+    /// processor, or a blackout, as far as the guest's clock runs on through it (under QEMU it
+    /// stands still while the machine is stopped: measure blackouts from outside).
     pub(crate) longest_stall_us: u64,
     /// Time since the start by the guest's monotonic clock.
     pub(crate) running_ms: u64,

@@ -28,14 +28,14 @@ const ROOT_LIMIT: Duration = Duration::from_secs(30);
 const NEW_ROOT: &str = "/newroot";
 
 /// Loads modules, mounts the root device and becomes the machine's own init. A failure is told on
-/// the console and powers the machine off: nobody could repair it from here.
+/// the console and ends the machine with a reset: nobody could repair it from here.
 pub fn main() -> ! {
     mounts::mount_basic();
     use_console();
     load_modules(Path::new(MODULES_ORDER), Path::new(MODULES_DIR));
     let Err(problem) = switch_root();
     say!("{problem}");
-    power::now()
+    power::fail()
 }
 
 /// The kernel opens the console for us only if the initramfs has a node for it.

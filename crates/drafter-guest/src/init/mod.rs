@@ -5,7 +5,8 @@
 //!         → /usr/lib/drafter/guest (this module): file systems, network
 //!         → agent ─┐ both are children, started again when they end
 //!         → entry ─┘ point, by the package's restart policy
-//!         → power off: by SIGTERM from the agent, or when the entry point has ended for good
+//!         → power off: by SIGTERM from the agent, or when the entry point has ended for good;
+//!           a machine that cannot start ends with a reset instead
 //! ```
 //!
 //! What must hold: process 1 never panics and never ends (the kernel would stop with it), so it
@@ -56,18 +57,11 @@ pub fn main() -> ! {
     mounts::mount_all();
     let instance = instance();
     network::set_up(&instance);
-    let (config, failed) = match read_config() {
-        Ok(config) => (config, false),
-        Err(error) => {
-            say!("{error}");
-            (MachineConfig::new(Vec::new()), true)
-        }
-    };
-    let mut init = Init::new(config, signals);
-    if failed {
-        power::off(&mut init, "the machine cannot start without its config");
-    }
-    init.run()
+    let config = read_config().unwrap_or_else(|error| {
+        say!("{error}; the machine cannot start");
+        power::fail()
+    });
+    Init::new(config, signals).run()
 }
 
 /// Signals for which the init waits; in every child they are free again.

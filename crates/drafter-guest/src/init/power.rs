@@ -48,16 +48,25 @@ fn has_children() -> bool {
     waitid(Id::All, flags) != Err(Errno::ECHILD)
 }
 
-/// Ends the machine at once. Tries to power off; where the machine has no power button that the
-/// kernel knows, reboots, which ends a monitor that was started not to reboot.
-pub(super) fn now() -> ! {
+/// Ends the machine at once, in order: its monitor sees a power-off.
+fn now() -> ! {
+    end([RebootMode::RB_POWER_OFF, RebootMode::RB_AUTOBOOT])
+}
+
+/// Ends a machine that could not start: its monitor, which runs with `-no-reboot`, sees a reset, so
+/// that the host can tell this from an orderly end.
+pub(super) fn fail() -> ! {
+    end([RebootMode::RB_AUTOBOOT, RebootMode::RB_POWER_OFF])
+}
+
+/// Tries the ways to end the machine, again and again: nothing else is left to do.
+fn end(ways: [RebootMode; 2]) -> ! {
     sync();
     loop {
-        for mode in [RebootMode::RB_POWER_OFF, RebootMode::RB_AUTOBOOT] {
+        for mode in ways {
             let Err(error) = reboot(mode);
             say!("{mode:?}: {error}");
         }
-        // Nothing is left to do but not to end.
         std::thread::sleep(Duration::from_secs(1));
     }
 }

@@ -1,6 +1,6 @@
 //! What the [`agent`](crate::agent) in the guest and its host say to each other.
 //!
-//! Over the virtio-serial port [`PORT_NAME`], one JSON object a line ([`line`]). Both ends drop out
+//! Over the virtio-serial port [`PORT_NAME`], one JSON object a line ([`mod@line`]). Both ends drop out
 //! at any byte: the runner dies or the machine moves, and the port tells the other end late or not
 //! at all. So a conversation begins with a *hello*:
 //!
