@@ -75,7 +75,6 @@ pub(super) struct Seen {
     pub(super) answered: u64,
     /// The longest time without an answer.
     pub(super) gap: Duration,
-    /// The second longest: not the move's.
 }
 
 impl Echoes {
