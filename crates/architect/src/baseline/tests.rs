@@ -91,10 +91,10 @@ fn post_copy_begins_after_its_time_once() {
 
 #[test]
 fn figures_that_qemu_has_not_added_up_yet_are_waited_for() {
-    let early = Ok(json!({"status": "completed", "total-time": 0}));
+    let early = || json!({"status": "completed", "total-time": 0});
     let (mut machine, _folder) =
-        machine(vec![("query-migrate", early), ("query-migrate", status("completed"))]);
-    assert_eq!(machine.follow(Mode::PreCopyDefault, soon()).unwrap().status["total-time"], 9);
+        machine(vec![("query-migrate", Ok(early())), ("query-migrate", status("completed"))]);
+    assert_eq!(machine.figures(early()).unwrap()["total-time"], 9);
 }
 
 #[test]
