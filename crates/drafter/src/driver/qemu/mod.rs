@@ -38,11 +38,13 @@ mod vm;
 
 pub use probe::Verdict;
 
-use super::{Accelerator, Driver, DriverError, HostFacts, HostResources, MachineShape, Start, Vm};
+use super::{
+    Accelerator, Driver, DriverError, Fence, HostFacts, HostResources, MachineShape, Start, Vm,
+};
 use std::{
     ops::RangeInclusive,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 /// Which accelerator to use.
@@ -169,6 +171,10 @@ impl Driver for QemuDriver {
     ) -> Result<Box<dyn Vm>, DriverError> {
         let found = self.find()?;
         Ok(Box::new(launch::start(&self.config, &found, shape, host, start)?))
+    }
+
+    fn fence(&self, run_dir: &Path) -> Result<Option<Arc<dyn Fence>>, DriverError> {
+        launch::fence(run_dir)
     }
 
     fn take_over(&self, run_dir: &Path) -> Result<Option<Box<dyn Vm>>, DriverError> {

@@ -14,7 +14,7 @@
 //! want it again.
 
 use super::{
-    command, memory_map,
+    command, launch, memory_map,
     process::{Ended, Identity, Process, signal_by, tail},
     qmp::{Event, First, Mark, Pending, Qmp, QmpError},
     record::{Files, Record},
@@ -88,6 +88,16 @@ struct Halt {
 }
 
 impl Halt {
+    fn of(record: &Record, process: &Process) -> Self {
+        Self {
+            machine: record.shape.name.clone(),
+            identity: process.identity(),
+            process: process.shared_descriptor(),
+            cgroup: record.cgroup.clone(),
+            killed: AtomicBool::new(false),
+        }
+    }
+
     fn failed(&self, operation: &str, source: io::Error) -> DriverError {
         let operation =
             format!("{operation} machine \"{}\" (process {})", self.machine, self.identity.pid);
@@ -144,13 +154,7 @@ impl QemuVm {
         userfaultfd: Option<OwnedFd>,
     ) -> Self {
         let machine = record.shape.name.clone();
-        let halt = Arc::new(Halt {
-            machine: machine.clone(),
-            identity: process.identity(),
-            process: process.shared_descriptor(),
-            cgroup: record.cgroup.clone(),
-            killed: AtomicBool::new(false),
-        });
+        let halt = Arc::new(Halt::of(&record, &process));
         let told = qmp.mark();
         Self {
             machine,
@@ -350,15 +354,11 @@ impl QemuVm {
         }
         Err(io::Error::new(io::ErrorKind::NotFound, "it has no userfaultfd"))
     }
+}
 
-    /// Once the process has ended: what is left of it on this host.
-    fn clean_up(&self) {
-        self.record.cgroup.remove();
-        if let Some(user) = &self.record.user {
-            user.release();
-        }
-        self.files.remove();
-    }
+/// A handle to stop a QEMU that is described by its record.
+pub(super) fn fence(record: &Record, process: &Process) -> Arc<dyn Fence> {
+    Arc::new(Halt::of(record, process))
 }
 
 fn is_migration(event: &Event, status: &str) -> bool {
@@ -585,7 +585,7 @@ impl Vm for QemuVm {
             Some("guest-shutdown" | "host-qmp-quit" | "host-signal" | "host-ui") => Exit::Shutdown,
             _ => Exit::Failed { detail: self.describe(ended) },
         };
-        self.clean_up();
+        launch::clean_up(&self.record, &self.files);
         self.ended = Some(exit.clone());
         Some(exit)
     }

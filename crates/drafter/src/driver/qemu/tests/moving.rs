@@ -87,14 +87,14 @@ fn a_machine_with_network_and_disk_hops_ten_times_and_nothing_is_lost() {
         let mut blackouts = vec![];
         let mut counted = count(&machine.vm);
         for number in 1..=10 {
-            let mut place = rig.place_for(&machine, &shape, given(number));
+            let (ready, mut place) = timed(|| rig.place_for(&machine, &shape, given(number)));
             let (blackout, bytes) = hop(&mut machine, &mut place);
             machine = place;
             let now = count(&machine.vm);
             assert!(now >= counted, "it counted to {counted} there and to {now} here");
             counted = now;
             assert_eq!(ask(&machine.vm, "check"), "check ok");
-            println!("hop {number}: {blackout}, {bytes} bytes");
+            println!("hop {number}: {blackout}, {bytes} bytes; place ready in {ready:.0?}");
             blackouts.push(blackout);
         }
         until(Duration::from_secs(30), "it goes on counting", || count(&machine.vm) > counted);
