@@ -6,8 +6,10 @@
 
 mod compatible;
 pub mod qemu;
+mod urgent;
 
 pub use compatible::compatible;
+pub use urgent::Urgent;
 
 use std::{
     net::Ipv4Addr,

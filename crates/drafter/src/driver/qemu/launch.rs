@@ -12,6 +12,7 @@ use super::{
     cgroup::{Cgroup, Limits},
     command::{self, Given},
     files,
+    halt::Halt,
     memory_map::FileId,
     process::Process,
     qmp::{Qmp, QmpError},
@@ -19,7 +20,7 @@ use super::{
     shim,
     sys::{self, BeforeExec},
     users::UserLease,
-    vm::{self, QemuVm},
+    vm::QemuVm,
 };
 use crate::driver::compatible::tsc_differs;
 use crate::driver::{Accelerator, DriverError, Fence, HostResources, MachineShape, Start, Vm};
@@ -214,7 +215,8 @@ pub(super) fn clean_up(record: &Record, files: &Files) {
 
 /// A handle to stop the QEMU that a run directory tells of, without asking it.
 pub(super) fn fence(run_dir: &Path) -> Result<Option<Arc<dyn Fence>>, DriverError> {
-    Ok(find(run_dir)?.map(|(record, process)| vm::fence(&record, &process)))
+    Ok(find(run_dir)?
+        .map(|(record, process)| Arc::new(Halt::of(&record, &process)) as Arc<dyn Fence>))
 }
 
 /// Finds the QEMU that a run directory tells of.

@@ -13,6 +13,7 @@
 //! | `command` | QEMU's command line |
 //! | `launch` | starting: user, control group, descriptors, handshake |
 //! | `vm` | the machine's life: pause, save, load, run, end |
+//! | `halt` | stopping it without asking it |
 //! | `qmp` | QEMU's control protocol |
 //! | `shim` | the userfaultfd made inside QEMU by `drafter-shim` |
 //! | `memory_map` | guest-physical addresses, virtqueues, the mapping of the memory |
@@ -22,6 +23,7 @@
 mod cgroup;
 mod command;
 mod files;
+mod halt;
 mod launch;
 mod memory_map;
 mod probe;
