@@ -239,9 +239,9 @@ impl Session<'_> {
         paused_at_ns: u64,
     ) -> Result<Moved, MoveError> {
         let send = Instant::now();
-        let meta = serde_json::to_vec(&TokenMeta::of(token)).unwrap_or_default();
+        let state_bytes = flight.state_bytes;
+        let meta = serde_json::to_vec(&TokenMeta::of(token, state_bytes)).unwrap_or_default();
         let state = std::mem::take(&mut flight.state);
-        let state_bytes = state.len() as u64;
         let sent = self.main.write(&Frame::Token { meta, state }).and_then(|()| self.main.flush());
         flight.parts.send_ms += ms(send.elapsed());
         let mut after = After::default();
@@ -280,6 +280,7 @@ impl Session<'_> {
         let pages = Arc::clone(pages);
         self.fault_control = Some(fault.control);
         let served = std::thread::Builder::new().name("source-faults".into()).spawn(move || {
+            let _urgent = crate::driver::Urgent::this_thread();
             // It ends when the connection does; that this happened shows on the main connection.
             if let Err(error) = pages.serve(fault.incoming, fault.outgoing) {
                 tracing::debug!(%error, "the fault connection ended");
