@@ -1,6 +1,7 @@
 //! Architect: the parts of the command people type.
 
 pub mod bench;
+pub mod demo;
 pub mod doctor;
 pub mod fleet;
 pub mod load;
