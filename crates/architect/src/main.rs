@@ -35,12 +35,18 @@ enum Own {
     },
 }
 
+/// Where the subcommands about machines come in the help: after ours.
+const MACHINES: usize = 100;
+
 /// All subcommands. Those about machines take drafter's `--state` and `--json`, ours do not: the
 /// demonstration's `--json` names a file.
 fn command() -> clap::Command {
     let machines = cli::Command::augment_subcommands(clap::Command::new("machines"));
     machines.get_subcommands().fold(Cli::command(), |command, machine| {
-        command.subcommand(StateArgs::augment_args(machine.clone()))
+        let about = machine.get_about().cloned().unwrap_or_default();
+        // Adding arguments takes over their struct's description.
+        let machine = StateArgs::augment_args(machine.clone()).about(about);
+        command.subcommand(machine.display_order(MACHINES))
     })
 }
 
@@ -123,7 +129,7 @@ mod tests {
             .unwrap();
         let (_, arguments) = matches.subcommand().unwrap();
         let state = StateArgs::from_arg_matches(arguments).unwrap();
-        assert!(state.json && state.state == PathBuf::from("/x"));
+        assert!(state.json && state.state.as_os_str() == "/x");
         cli::Command::from_arg_matches(&matches).unwrap();
     }
 
