@@ -123,6 +123,14 @@ pub struct MemoryHandle {
     pub length: u64,
 }
 
+/// Descriptors that a monitor got from its first runner.
+pub struct HeldDescriptors {
+    /// The machine's memory.
+    pub memory: OwnedFd,
+    /// Its tap, if it has a network.
+    pub tap: Option<OwnedFd>,
+}
+
 /// Why a machine is no longer there.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "reason")]
@@ -259,6 +267,13 @@ pub trait Vm: Send {
 
     /// The guest's memory, for tracking and faults.
     fn memory(&self) -> Result<MemoryHandle, DriverError>;
+
+    /// The memfd and the tap that the monitor holds: for a runner that took it over and has them
+    /// no more.
+    fn descriptors(&self) -> Result<HeldDescriptors, DriverError>;
+
+    /// Whether the guest's processors run (as far as the monitor says).
+    fn is_running(&self) -> bool;
 
     /// The console's log file.
     fn console_log(&self) -> &Path;

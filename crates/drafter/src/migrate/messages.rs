@@ -20,9 +20,7 @@ pub struct StayId {
 }
 
 /// How to move.
-#[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum,
-)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// Everything is sent before the switchover; fails if the guest writes faster than the link.
@@ -177,9 +175,7 @@ impl LeaseMessage {
         let host = |name: &str| HostName::new(name).map_err(|e| e.to_string());
         let handing_to = match &self.handing_to {
             None => None,
-            Some((attempt, to)) => {
-                Some(HandingTo { attempt: AttemptId(*attempt), to: host(to)? })
-            }
+            Some((attempt, to)) => Some(HandingTo { attempt: AttemptId(*attempt), to: host(to)? }),
         };
         Ok(Record {
             machine: MachineName::new(&self.machine).map_err(|e| e.to_string())?,
@@ -229,8 +225,12 @@ mod tests {
             attempt: AttemptId(9),
             nonce: Nonce(0xabc),
         };
-        let token =
-            Token { attempt: AttemptId(9), serial: OfferSerial(3), handed: record, flush_owed: true };
+        let token = Token {
+            attempt: AttemptId(9),
+            serial: OfferSerial(3),
+            handed: record,
+            flush_owed: true,
+        };
         let text = serde_json::to_string(&TokenMeta::of(&token)).unwrap();
         assert_eq!(
             text,

@@ -196,12 +196,15 @@ pub(super) fn take_over(run_dir: &Path) -> Result<Option<QemuVm>, DriverError> {
         ),
         source,
     })?;
-    let Some(mut process) = process else {
+    let clean_up = || {
         record.cgroup.remove();
         if let Some(user) = &record.user {
             user.release();
         }
         files.remove();
+    };
+    let Some(mut process) = process else {
+        clean_up();
         return Ok(None);
     };
     if let Some(user) = &record.user {
@@ -215,7 +218,14 @@ pub(super) fn take_over(run_dir: &Path) -> Result<Option<QemuVm>, DriverError> {
         operation: format!("thawing the QEMU of machine \"{machine}\""),
         source,
     })?;
-    let qmp = connect(&machine, &files, TAKE_OVER_LIMIT, Some(&mut process))?;
+    let qmp = match connect(&machine, &files, TAKE_OVER_LIMIT, Some(&mut process)) {
+        Ok(qmp) => qmp,
+        Err(_) if process.ended().is_some() => {
+            clean_up();
+            return Ok(None);
+        }
+        Err(error) => return Err(error),
+    };
     let mut vm = QemuVm::new(files, record, process, qmp, None);
     vm.find_phase()?;
     Ok(Some(vm))

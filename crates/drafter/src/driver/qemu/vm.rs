@@ -20,7 +20,7 @@ use super::{
     record::{Files, Record},
     sys,
 };
-use crate::driver::{DriverError, Exit, Fence, MemoryHandle, Start, Vm, VmEvent};
+use crate::driver::{DriverError, Exit, Fence, HeldDescriptors, MemoryHandle, Start, Vm, VmEvent};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout},
     sys::socket::{setsockopt, sockopt},
@@ -338,17 +338,23 @@ impl QemuVm {
 
     /// The userfaultfd of a QEMU whose runner is gone: the copy that the preload hook keeps open.
     fn find_userfaultfd(&self) -> io::Result<OwnedFd> {
+        self.find_descriptor(|target| target == "anon_inode:[userfaultfd]")?
+            .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "it has no userfaultfd"))
+    }
+
+    /// A copy of the first descriptor of the QEMU whose link in /proc/PID/fd is wanted.
+    fn find_descriptor(&self, wanted: impl Fn(&str) -> bool) -> io::Result<Option<OwnedFd>> {
         for entry in fs::read_dir(format!("/proc/{}/fd", self.process.pid()))? {
             let path = entry?.path();
-            if fs::read_link(&path)
-                .is_ok_and(|target| target.as_os_str() == "anon_inode:[userfaultfd]")
-            {
+            // A descriptor that was closed meanwhile is not the one.
+            let Ok(target) = fs::read_link(&path) else { continue };
+            if target.to_str().is_some_and(&wanted) {
                 let number = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.parse().ok());
                 let number = number.ok_or(io::ErrorKind::InvalidData)?;
-                return sys::pidfd_getfd(self.process.descriptor(), number);
+                return sys::pidfd_getfd(self.process.descriptor(), number).map(Some);
             }
         }
-        Err(io::Error::new(io::ErrorKind::NotFound, "it has no userfaultfd"))
+        Ok(None)
     }
 
     /// Once the process has ended: what is left of it on this host.
@@ -386,6 +392,23 @@ impl Vm for QemuVm {
             .and_then(|maps| memory_map::find_mapping(&maps, self.record.memory, length))
             .map_err(|error| self.host("finding the memory in the QEMU", error))?;
         Ok(MemoryHandle { userfaultfd, pid, address, length })
+    }
+
+    fn descriptors(&self) -> Result<HeldDescriptors, DriverError> {
+        let operation = "taking over the descriptors of the QEMU";
+        let failed = |error| self.host(operation, error);
+        let memory = self
+            .find_descriptor(|target| target.starts_with("/memfd:"))
+            .and_then(|found| {
+                found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "it has no memfd"))
+            })
+            .map_err(failed)?;
+        let tap = self.find_descriptor(|target| target == "/dev/net/tun").map_err(failed)?;
+        Ok(HeldDescriptors { memory, tap })
+    }
+
+    fn is_running(&self) -> bool {
+        matches!(self.phase, Phase::Running)
     }
 
     fn console_log(&self) -> &Path {

@@ -1,7 +1,7 @@
 //! The one flight of a switchover: everything the destination needs to run, sent between the
 //! pause and the token without waiting for an answer.
 
-use super::{MachineError, Session, SendError, send::send_run};
+use super::{MachineError, SendError, Session, send::send_run};
 use crate::migrate::{
     link::Outgoing,
     protocol::{DeviceNumber, MAX_RUN},
@@ -76,7 +76,9 @@ impl Session<'_> {
                 .spawn_scoped(scope, move || machine.save());
             let sent = send_hot(main, devices, &hot);
             let state = match saving {
-                Ok(thread) => thread.join().unwrap_or_else(|_| Err("saving the state failed".into())),
+                Ok(thread) => {
+                    thread.join().unwrap_or_else(|_| Err("saving the state failed".into()))
+                }
                 Err(error) => Err(error.into()),
             };
             (state, sent)

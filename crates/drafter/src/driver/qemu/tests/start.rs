@@ -128,7 +128,7 @@ fn the_address_map_is_that_of_the_installed_qemu() {
         let memory = memory(shape.memory_bytes);
         let mut machine = rig.start(&shape, memory, Start::Boot, Given::default());
         let text = machine.vm.monitor("info mtree -f");
-        let view = text.split("FlatView").find(|view| view.contains("\"system\"")).unwrap();
+        let view = text.split("FlatView").find(|view| view.contains("AS \"memory\"")).unwrap();
         // "  0000000100000000-000000013fffffff (prio 0, ram): ram0 @00000000c0000000 KVM"
         let mut covered = 0;
         for line in view.lines().filter(|line| line.contains("): ram0")) {
