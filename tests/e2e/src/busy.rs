@@ -71,7 +71,7 @@ struct OutboundReport {
 /// Runs a command in the guest and wants it to succeed.
 #[track_caller]
 pub fn sh(runner: &Runner, script: &str) -> String {
-    let (code, out) = runner.exec(&["/bin/sh", "-c", script], Duration::from_secs(60)).unwrap();
+    let (code, out) = runner.exec(&["/bin/dash", "-c", script], Duration::from_secs(60)).unwrap();
     assert_eq!(code, 0, "`{script}` in the guest ended with {code}: {out}");
     out
 }
@@ -105,14 +105,17 @@ pub fn verify_oracle(runner: &Runner) -> OracleReport {
 /// All of it at once.
 pub struct Busy {
     load: Option<LoadHandle>,
-    echo: Child,
+    _echo: Echo,
     work: Work,
 }
 
-impl Drop for Busy {
+/// The other end of the guest's own connection.
+struct Echo(Child);
+
+impl Drop for Echo {
     fn drop(&mut self) {
-        let _ = self.echo.kill();
-        let _ = self.echo.wait();
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -127,13 +130,13 @@ impl Busy {
             .command(program("guest/oracle"))
             .args(["echo", "--listen", &listen.to_string()])
             .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
+            .spawn();
+        let echo = Echo(echo.unwrap());
         start_oracle(runner, work);
         sh(runner, &format!("oracle outbound --background --to {listen}"));
         let config = LoadConfig { think: Duration::from_millis(1), ..LoadConfig::default() };
         let load = client.run(|| Load::start(Stage::public(number), config)).unwrap().unwrap();
-        Self { load: Some(load), echo, work }
+        Self { load: Some(load), _echo: echo, work }
     }
 
     /// Waits until the client has had answers after now: the machine serves.

@@ -191,15 +191,21 @@ pub fn program(name: &str) -> PathBuf {
     found.unwrap_or_else(|| panic!("no {name} beside the tests: run scripts/build.sh first"))
 }
 
-/// Builds the package, or finds it built: the builder knows by its inputs.
+/// Builds the package, or finds it built: the builder knows by its inputs. The Redis of the demo,
+/// and a shell with its tools.
 fn package() -> PathBuf {
-    let output = std::env::temp_dir().join("architect-e2e/redis");
+    let folder = std::env::temp_dir().join("architect-e2e");
+    fs::create_dir_all(&folder).unwrap();
+    let (output, recipe) = (folder.join("redis"), folder.join("recipe.json"));
     let oracle = program("guest/oracle");
-    let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packages/redis.json");
-    fs::create_dir_all(output.parent().unwrap()).unwrap();
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packages/redis.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(demo).unwrap()).unwrap();
+    let debian = json["root"]["debian"]["packages"].as_array_mut().expect("a list of packages");
+    debian.extend(["dash", "coreutils"].map(serde_json::Value::from));
+    fs::write(&recipe, json.to_string()).unwrap();
     let built = Command::new(program("drafter"))
         .args(["package", "build", "--recipe"])
-        .arg(recipe)
+        .arg(&recipe)
         .arg("--add")
         .arg(format!("{}:/usr/bin/oracle", oracle.display()))
         .arg("--output")
