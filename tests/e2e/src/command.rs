@@ -18,11 +18,17 @@ pub struct Said {
 }
 
 impl Said {
+    /// Wants success.
+    #[track_caller]
+    pub fn succeeds(&self) {
+        assert_eq!(self.code, Some(0), "{self:?}");
+    }
+
     /// The document that `--json` prints.
     #[track_caller]
     #[must_use]
     pub fn json(&self) -> serde_json::Value {
-        assert_eq!(self.code, Some(0), "{self:?}");
+        self.succeeds();
         serde_json::from_str(&self.out).unwrap_or_else(|e| panic!("{e}: {self:?}"))
     }
 
