@@ -5,5 +5,6 @@ pub mod bench;
 pub mod doctor;
 pub mod fleet;
 pub mod load;
+pub mod measure;
 pub mod rig;
 pub mod table;

@@ -1,6 +1,6 @@
 //! The `architect` command.
 
-use architect::{bench, doctor};
+use architect::{bench, doctor, measure};
 use clap::{Parser, Subcommand};
 use std::{path::PathBuf, process::ExitCode};
 
@@ -16,6 +16,8 @@ struct Cli {
 enum Command {
     /// Try what this host can do; succeeds if the demonstration can run here.
     Doctor(doctor::Args),
+    /// Measure moves next to QEMU's own; fails if a promise was not kept.
+    Bench(measure::Args),
     /// Write the benchmark results into the table of a README.
     BenchTable {
         /// The results.
@@ -41,6 +43,7 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<bool> {
     match cli.command {
         Command::Doctor(args) => doctor::run(&args),
+        Command::Bench(args) => measure::run(&args),
         Command::BenchTable { results, readme } => {
             let results = bench::Results::read(&results)?;
             let changed = bench::update_readme(&readme, &results)?;

@@ -14,6 +14,7 @@
 //! | `launch` | starting: user, control group, descriptors, handshake |
 //! | `vm` | the machine's life: pause, save, load, run, end |
 //! | `qmp` | QEMU's control protocol |
+//! | `monitor` | the same, to a QEMU that is not ours: the baseline of benchmarks |
 //! | `shim` | the userfaultfd made inside QEMU by `drafter-shim` |
 //! | `memory_map` | guest-physical addresses, virtqueues, the mapping of the memory |
 //! | `cgroup`, `users`, `process`, `files`, `record` | limits and freezer, user ids, pidfds, passing files, `qemu.json` |
@@ -24,6 +25,7 @@ mod command;
 mod files;
 mod launch;
 mod memory_map;
+mod monitor;
 mod probe;
 mod process;
 mod qmp;
@@ -36,6 +38,7 @@ mod tsc;
 mod users;
 mod vm;
 
+pub use monitor::Monitor;
 pub use probe::Verdict;
 
 use super::{Accelerator, Driver, DriverError, HostFacts, HostResources, MachineShape, Start, Vm};
