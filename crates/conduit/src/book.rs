@@ -37,6 +37,9 @@ pub enum Place {
 pub enum EdgeView {
     /// There is nothing that it must know.
     Unasked,
+    /// Not to be told yet: while what waits in the old tap is sent on, the edge's frames take the
+    /// same way behind it, so that they do not overtake.
+    Held,
     /// Not told yet, or no answer yet.
     Pending,
     /// It does as we said.
@@ -71,6 +74,12 @@ pub struct Record {
 }
 
 impl Record {
+    /// Whether the edge may still do as before this record.
+    #[must_use]
+    pub fn edge_is_open(&self) -> bool {
+        matches!(self.edge, EdgeView::Held | EdgeView::Pending)
+    }
+
     /// The oldest epoch that is accepted for this address after this record: what was given to
     /// another host stays given.
     #[must_use]
@@ -146,7 +155,7 @@ impl Book {
         if let Some(old) = self.records.get(&net.address) {
             check_same_machine(old, net)?;
             match old.place {
-                Place::Away { to } if old.edge == EdgeView::Pending => {
+                Place::Away { to } if old.edge_is_open() => {
                     return Err(NetError::failed(
                         net,
                         "prepare its network",
@@ -182,7 +191,7 @@ impl Book {
         Ok(replace(&mut self.records, record))
     }
 
-    /// Frames go to `to` from now on.
+    /// Frames go to `to` from now on; the edge is told when [`Book::drained`] says so.
     pub fn divert(
         &mut self,
         net: &MachineNet,
@@ -190,6 +199,17 @@ impl Book {
         epoch: u64,
     ) -> Result<&Record, NetError> {
         self.advance(net, Place::Away { to }, epoch)
+    }
+
+    /// What waited in the old tap has been sent on: the edge may be told. Returns the record if
+    /// that is news.
+    pub fn drained(&mut self, address: Ipv4Addr, epoch: u64) -> Option<&Record> {
+        let record = self.records.get_mut(&address)?;
+        if record.epoch != epoch || record.edge != EdgeView::Held {
+            return None;
+        }
+        record.edge = EdgeView::Pending;
+        Some(record)
     }
 
     /// The machine runs here.
@@ -233,7 +253,7 @@ impl Book {
                 net,
                 place,
                 epoch,
-                edge: EdgeView::Pending,
+                edge: if place == Place::Here { EdgeView::Pending } else { EdgeView::Held },
                 retiring: false,
             };
             return Ok(replace(&mut self.records, record));
@@ -256,8 +276,9 @@ impl Book {
             });
         }
         match old.place {
-            Place::Away { .. } if old.edge == EdgeView::Pending => {
+            Place::Away { .. } if old.edge_is_open() => {
                 old.retiring = true;
+                old.edge = EdgeView::Pending;
                 Ok(Forgotten::KeepForwarding)
             }
             Place::Away { .. } => {

@@ -35,7 +35,9 @@ fn an_older_epoch_is_refused_and_changes_nothing() {
 fn the_same_call_with_the_same_epoch_again_changes_nothing() {
     let mut book = here(5);
     let first = book.divert(&net(), B, 6).unwrap().clone();
-    assert_eq!(first.edge, EdgeView::Pending);
+    assert_eq!(first.edge, EdgeView::Held);
+    assert_eq!(book.drained(net().address, 6).unwrap().edge, EdgeView::Pending);
+    assert!(book.drained(net().address, 6).is_none());
     book.edge_answered(net().address, 6, Ok(())).unwrap();
     let again = book.divert(&net(), B, 6).unwrap();
     assert_eq!(again.edge, EdgeView::Confirmed, "a repeated call does not ask the edge again");
@@ -56,6 +58,7 @@ fn a_machine_cannot_come_back_while_the_edge_still_sends_its_frames_here() {
     book.divert(&net(), B, 6).unwrap();
     let error = book.prepare(&net()).unwrap_err().to_string();
     assert!(error.contains("100.64.0.3") && error.contains("edge"), "{error}");
+    book.drained(net().address, 6).unwrap();
     book.edge_answered(net().address, 6, Ok(())).unwrap();
     assert_eq!(book.prepare(&net()).unwrap().place, Place::Candidate);
     assert!(
@@ -108,6 +111,8 @@ fn another_machine_does_not_get_an_address_in_use() {
 fn a_late_answer_of_the_edge_for_an_older_epoch_is_ignored() {
     let mut book = here(5);
     book.divert(&net(), B, 6).unwrap();
+    assert!(book.drained(net().address, 5).is_none());
+    book.drained(net().address, 6).unwrap();
     assert!(book.edge_answered(net().address, 5, Ok(())).is_none());
     assert_eq!(book.get(net().address).unwrap().edge, EdgeView::Pending);
 }
@@ -135,7 +140,7 @@ fn the_state_file_is_fixed() {
     let text = serde_json::to_string(record).unwrap();
     assert_eq!(
         text,
-        r#"{"version":1,"net":{"machine":"redis","address":"10.77.0.5","mac":[2,0,0,0,0,5],"mtu":1400,"ports":[]},"at":"away","to":"100.64.0.3","epoch":6,"edge":"pending","retiring":false}"#
+        r#"{"version":1,"net":{"machine":"redis","address":"10.77.0.5","mac":[2,0,0,0,0,5],"mtu":1400,"ports":[]},"at":"away","to":"100.64.0.3","epoch":6,"edge":"held","retiring":false}"#
     );
     assert_eq!(&serde_json::from_str::<Record>(&text).unwrap(), record);
 }
@@ -146,6 +151,7 @@ enum Op {
     Divert(u8, u64),
     Resume(u64),
     Forget(u64),
+    Drained(u64),
     Answer(u64, bool),
     Reconnect,
 }
@@ -156,6 +162,7 @@ fn op() -> impl Strategy<Value = Op> {
         (0..2_u8, 0..8_u64).prop_map(|(h, e)| Op::Divert(h, e)),
         (0..8_u64).prop_map(Op::Resume),
         (0..8_u64).prop_map(Op::Forget),
+        (0..8_u64).prop_map(Op::Drained),
         (0..8_u64, any::<bool>()).prop_map(|(e, ok)| Op::Answer(e, ok)),
         Just(Op::Reconnect),
     ]
@@ -179,6 +186,7 @@ proptest! {
                 }
                 Op::Resume(epoch) => book.resume(&net, epoch).ok().map(|_| (epoch, Place::Here)),
                 Op::Forget(epoch) => { let _ = book.forget(&net, epoch); None }
+                Op::Drained(epoch) => { let _ = book.drained(net.address, epoch); None }
                 Op::Answer(epoch, ok) => {
                     let answer = if ok { Ok(()) } else { Err(NetError::failed(&net, "x", "y")) };
                     let _ = book.edge_answered(net.address, epoch, answer);

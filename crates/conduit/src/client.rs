@@ -172,8 +172,11 @@ impl DataPath for AgentDataPath {
     ) -> Result<u64, NetError> {
         self.divert(net, to, epoch)?;
         let drained = tap::drain(tap)
-            .map_err(|e| NetError::failed(net, format!("drain tap {}", tap.name), e))?;
-        Ok(drained.forwarded)
+            .map_err(|e| NetError::failed(net, format!("drain tap {}", tap.name), e));
+        // Drained or not, the edge is to send its frames to their owner.
+        let ask = Ask::Drained { net: net.clone(), epoch };
+        self.ask(net, "tell the edge", &ask, QUICK)?;
+        Ok(drained?.forwarded)
     }
 
     fn resume(&self, net: &MachineNet, epoch: u64) -> Result<(), NetError> {

@@ -144,20 +144,20 @@ pub trait DataPath: Send + Sync {
     /// frames which arrive before the machine runs wait in it, in order.
     fn prepare(&self, net: &MachineNet) -> Result<Tap, NetError>;
 
-    /// Source, optional, just before the processors stop: frames go to `to` from now on, here and
-    /// (as soon as it answers) at the edge. Called this early, the guest itself still empties its
-    /// tap's queue while it stops, and the monitor never takes a frame that its stopped guest
-    /// cannot see (QEMU reads one such frame and drops it). [`DataPath::pause`] with the same
-    /// arguments must follow; without this call it does this step too.
+    /// Source, optional, just before the processors stop: frames that come to this host go to `to`
+    /// from now on. Called this early, the guest itself still empties its tap's queue while it
+    /// stops, and the monitor never takes a frame that its stopped guest cannot see (QEMU reads
+    /// one such frame and drops it). [`DataPath::pause`] with the same arguments must follow, or
+    /// [`DataPath::abort`]; without this call `pause` does this step too.
     fn divert(&self, net: &MachineNet, to: &HostEndpoint, epoch: u64) -> Result<(), NetError> {
         let _ = (net, to, epoch);
         Ok(())
     }
 
-    /// Source, when the machine has paused: frames go to `to` from now on, here and at the edge,
-    /// and what waits in the old tap's queue is sent after them. Returns the number of drained
-    /// frames. Does not wait for the edge: until it answers, its frames come here and are routed
-    /// on; see [`DataPath::settled`].
+    /// Source, when the machine has paused: frames go to `to` from now on, what waits in the old
+    /// tap's queue is sent there too, and then the edge is told (in this order, so that few frames
+    /// overtake others). Returns the number of drained frames. Does not wait for the edge: until
+    /// it answers, its frames come here and are routed on; see [`DataPath::settled`].
     fn pause(
         &self,
         net: &MachineNet,

@@ -48,3 +48,4 @@ pub use datapath::{
 };
 pub use exec::KernelError;
 pub use local::LocalDataPath;
+pub use tap::name as tap_name;

@@ -11,6 +11,7 @@ use netlink_packet_core::{
 };
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
+    link::{LinkFlags, LinkMessage},
     neighbour::{
         NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
     },
@@ -25,7 +26,12 @@ use nix::sys::{
     socket::{setsockopt, sockopt},
     time::{TimeVal, TimeValLike},
 };
-use std::{fmt, io, net::Ipv4Addr};
+use std::{
+    fmt, io,
+    net::Ipv4Addr,
+    thread,
+    time::{Duration, Instant},
+};
 
 /// How long the kernel may take to answer; it takes microseconds.
 const LIMIT_MS: i64 = 2000;
@@ -204,6 +210,37 @@ impl Netlink {
         }
     }
 
+    /// Waits until an interface sends what is given to it. Between the moment its carrier comes
+    /// (a tap's: when it is opened) and the moment the kernel has noticed, frames are dropped.
+    pub fn wait_running(&mut self, interface: u32, limit: Duration) -> Result<(), KernelError> {
+        let operation = || format!("wait for interface #{interface} to run");
+        let mut message = LinkMessage::default();
+        message.header.index = interface;
+        let deadline = Instant::now() + limit;
+        loop {
+            // On Linux 6.9 and later the question itself makes the kernel notice.
+            let mut running = false;
+            self.query(RouteNetlinkMessage::GetLink(message.clone()), |answer| {
+                if let RouteNetlinkMessage::NewLink(link) = answer {
+                    running = link.header.flags.contains(LinkFlags::Running);
+                }
+            })
+            .map_err(|e| KernelError::new(operation(), e))?;
+            if running {
+                break;
+            }
+            if Instant::now() >= deadline {
+                let detail =
+                    format!("not within {limit:?}; is it up, and does somebody have it open?");
+                return Err(KernelError::new(operation(), detail));
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        // Older kernels say "running" a little early, under a lock that this empty change waits for.
+        self.request(RouteNetlinkMessage::SetLink(message), 0)
+            .map_err(|e| KernelError::new(operation(), e))
+    }
+
     fn send(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<u32> {
         self.sequence = self.sequence.wrapping_add(1);
         let mut header = NetlinkHeader::default();
@@ -235,14 +272,33 @@ impl Netlink {
     fn dump(
         &mut self,
         message: RouteNetlinkMessage,
+        each: impl FnMut(RouteNetlinkMessage),
+    ) -> io::Result<()> {
+        self.ask(message, NLM_F_DUMP, each)
+    }
+
+    fn query(
+        &mut self,
+        message: RouteNetlinkMessage,
+        each: impl FnMut(RouteNetlinkMessage),
+    ) -> io::Result<()> {
+        self.ask(message, NLM_F_ACK, each)
+    }
+
+    /// Asks, and hands over the answers up to the end of a dump or the acknowledgement.
+    fn ask(
+        &mut self,
+        message: RouteNetlinkMessage,
+        flags: u16,
         mut each: impl FnMut(RouteNetlinkMessage),
     ) -> io::Result<()> {
-        let sequence = self.send(message, NLM_F_DUMP)?;
+        let sequence = self.send(message, flags)?;
         loop {
             let mut end = None;
             self.receive(sequence, |payload| match payload {
                 NetlinkPayload::InnerMessage(message) => each(message),
                 NetlinkPayload::Done(_) => end = Some(Ok(())),
+                NetlinkPayload::Error(error) if error.code.is_none() => end = Some(Ok(())),
                 NetlinkPayload::Error(error) => end = Some(Err(error.to_io())),
                 _ => {}
             })?;

@@ -4,7 +4,11 @@
 //! opens it here, in the host's network namespace, before the machine's frames are sent to it: a
 //! tap that nobody has open drops what comes.
 
-use crate::{datapath::Tap, sys};
+use crate::{
+    datapath::Tap,
+    netlink::{Netlink, interface_index},
+    sys,
+};
 use nix::fcntl::OFlag;
 use std::{
     fs::{File, OpenOptions},
@@ -27,6 +31,8 @@ pub const QUEUE: u32 = 16_384;
 /// Names of our taps start with this.
 pub const PREFIX: &str = "dr-";
 
+/// How long the kernel may take to see that a tap was opened; milliseconds on a busy host.
+const RUNNING_LIMIT: Duration = Duration::from_secs(3);
 /// Longest time that [`drain`] spends, whatever the queue holds.
 const DRAIN_LIMIT: Duration = Duration::from_secs(1);
 /// More than the largest frame that the kernel puts into a tap, with its header.
@@ -74,6 +80,10 @@ pub(crate) fn open(name: &str) -> io::Result<Tap> {
     // defaults until it asks itself.
     sys::set_offload(file.as_fd(), 0)?;
     sys::set_vnet_header_size(file.as_fd(), 10)?;
+    // Only now does it hold what comes.
+    interface_index(name)
+        .and_then(|index| Netlink::open()?.wait_running(index, RUNNING_LIMIT))
+        .map_err(io::Error::other)?;
     Ok(Tap { name: name.to_owned(), fd: file.into() })
 }
 

@@ -127,6 +127,13 @@ pub enum Ask {
         /// The epoch.
         epoch: u64,
     },
+    /// What waited in the tap after a divert has been sent on: the edge may be told.
+    Drained {
+        /// The machine.
+        net: MachineNet,
+        /// The epoch of the divert.
+        epoch: u64,
+    },
     /// See [`crate::DataPath::resume`].
     Resume {
         /// The machine.

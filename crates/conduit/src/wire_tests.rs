@@ -65,6 +65,10 @@ fn the_bytes_between_runner_and_agent_are_fixed() {
         &format!(r#"{{"ask":"divert","net":{NET},"to":"100.64.0.3","epoch":5}}"#),
     );
     golden(
+        &Ask::Drained { net: net(), epoch: 5 },
+        &format!(r#"{{"ask":"drained","net":{NET},"epoch":5}}"#),
+    );
+    golden(
         &Ask::Resume { net: net(), epoch: 5 },
         &format!(r#"{{"ask":"resume","net":{NET},"epoch":5}}"#),
     );

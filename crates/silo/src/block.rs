@@ -61,9 +61,7 @@ impl BlockRange {
     pub fn chunks(self, max: u64) -> impl Iterator<Item = BlockRange> {
         debug_assert!(max > 0);
         let end = self.end();
-        (self.start.0..end)
-            .step_by(max as usize)
-            .map(move |s| BlockRange::new(s, max.min(end - s)))
+        (self.start.0..end).step_by(max as usize).map(move |s| BlockRange::new(s, max.min(end - s)))
     }
 }
 

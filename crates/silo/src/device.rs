@@ -93,6 +93,13 @@ pub trait Device: Send + Sync {
 
     // ---- destination end
 
+    /// An arrival begins: what is here may be overwritten, and is whole again only after
+    /// [`Device::complete`]. A disk notes that durably now, so that nothing of it has to be
+    /// written during the blackout.
+    fn begin(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Forgets everything, back to what an untouched destination starts with.
     fn reset(&self) -> Result<()>;
 
@@ -117,6 +124,11 @@ pub trait Device: Send + Sync {
 
     /// The blocks still missing.
     fn missing(&self) -> BlockSet;
+
+    /// How many blocks are still missing; cheaper than the set.
+    fn missing_blocks(&self) -> u64 {
+        self.missing().len()
+    }
 
     /// Nothing is missing any more: makes the content durable where the device is (a disk syncs)
     /// and lets accesses go without the detour over the fault service.

@@ -177,7 +177,7 @@ pub struct Migration<'a> {
 pub struct Outcome {
     /// How it was migrated.
     pub mode: Mode,
-    /// QEMU's own count of the whole; `None` if it did not converge.
+    /// QEMU's own count of the whole; `None` if it did not converge, or if QEMU says zero.
     pub total_ms: Option<f64>,
     /// QEMU's own count of the time between pause and run; `None` for post-copy, where QEMU 7.2
     /// reports a figure that means something else. Compare client gaps there.
@@ -225,6 +225,7 @@ pub enum BaselineError {
 
 const CONNECT_LIMIT: Duration = Duration::from_secs(15);
 const CALL_LIMIT: Duration = Duration::from_secs(10);
+const FIGURES_LIMIT: Duration = Duration::from_millis(500);
 const POLL: Duration = Duration::from_millis(2);
 
 /// A guest under a stock QEMU. Killed when dropped.
@@ -282,6 +283,12 @@ impl Machine {
         self.process.has_ended()
     }
 
+    /// QEMU's own word for the machine's state, as in `running`.
+    pub fn status(&mut self) -> Result<String, BaselineError> {
+        let status = self.call("query-status", Value::Null)?;
+        Ok(status.get("status").and_then(Value::as_str).unwrap_or("unknown").to_owned())
+    }
+
     fn call(&mut self, command: &str, arguments: Value) -> Result<Value, BaselineError> {
         self.monitor
             .call(command, arguments, CALL_LIMIT)
@@ -326,34 +333,37 @@ impl Machine {
         let started = Instant::now();
         self.call("migrate", json!({ "uri": uri }))?;
         let end = self.follow(mode, started + deadline)?;
+        let mut note = end.note;
+        let converged = note.is_none();
+        if converged && let Err(error) = destination.wait_running(Instant::now() + CALL_LIMIT) {
+            note = Some(error.to_string());
+        }
+        let ended = Instant::now();
+        // The other QEMU ends here, so that whoever answers later is the machine's only copy.
+        let (status, now) = match converged {
+            true => {
+                let status = self.figures(end.status)?;
+                drop(self);
+                (status, destination)
+            }
+            false => {
+                drop(destination);
+                (end.status, self)
+            }
+        };
+        let figure = |name| status.get(name).and_then(Value::as_f64).filter(|_| converged);
+        let post_copy = matches!(mode, Mode::PostCopy { .. });
         let mut outcome = Outcome {
             mode,
-            total_ms: None,
-            downtime_ms: None,
-            wall_ms: 0.0,
-            bytes: end.status.pointer("/ram/transferred").and_then(Value::as_u64).unwrap_or(0),
-            converged: end.note.is_none(),
+            total_ms: figure("total-time").filter(|&total| total > 0.0),
+            downtime_ms: figure("downtime").filter(|_| !post_copy),
+            wall_ms: (ended - started).as_secs_f64() * 1e3,
+            bytes: status.pointer("/ram/transferred").and_then(Value::as_u64).unwrap_or(0),
+            converged,
             guest_alive: false,
-            note: end.note,
-            window: None,
+            note,
+            window: Some((started, ended)),
         };
-        let now = if outcome.converged {
-            let figure = |name| end.status.get(name).and_then(Value::as_f64);
-            outcome.total_ms = figure("total-time");
-            if !matches!(mode, Mode::PostCopy { .. }) {
-                outcome.downtime_ms = figure("downtime");
-            }
-            if let Err(error) = destination.wait_running(Instant::now() + CALL_LIMIT) {
-                outcome.note = Some(error.to_string());
-            }
-            destination
-        } else {
-            drop(destination);
-            self
-        };
-        let ended = Instant::now();
-        outcome.window = Some((started, ended));
-        outcome.wall_ms = (ended - started).as_secs_f64() * 1e3;
         outcome.guest_alive = alive();
         Ok((outcome, now))
     }
@@ -389,6 +399,18 @@ impl Machine {
         }
     }
 
+    /// QEMU says `completed` a moment before it has added up its figures.
+    fn figures(&mut self, mut status: Value) -> Result<Value, BaselineError> {
+        let limit = Instant::now() + FIGURES_LIMIT;
+        while status.get("total-time").and_then(Value::as_u64).unwrap_or(0) == 0
+            && Instant::now() < limit
+        {
+            sleep(POLL);
+            status = self.call("query-migrate", Value::Null)?;
+        }
+        Ok(status)
+    }
+
     fn cancel(&mut self, last: Value) -> Result<End, BaselineError> {
         self.call("migrate_cancel", Value::Null)?;
         let limit = Instant::now() + CALL_LIMIT;
@@ -410,8 +432,8 @@ impl Machine {
 
     fn wait_running(&mut self, deadline: Instant) -> Result<(), BaselineError> {
         loop {
-            let status = self.call("query-status", Value::Null)?;
-            if status.get("status").and_then(Value::as_str) == Some("running") {
+            let status = self.status()?;
+            if status == "running" {
                 return Ok(());
             }
             if Instant::now() >= deadline {

@@ -46,7 +46,9 @@ fn machine(script: Vec<Answer>) -> (Machine, tempfile::TempDir) {
 }
 
 fn status(word: &str) -> Result<Value, String> {
-    Ok(json!({"status": word, "ram": {"transferred": 4096}, "error-desc": "broken pipe"}))
+    Ok(
+        json!({"status": word, "total-time": 9, "ram": {"transferred": 4096}, "error-desc": "broken pipe"}),
+    )
 }
 
 fn soon() -> Instant {
@@ -85,6 +87,14 @@ fn post_copy_begins_after_its_time_once() {
     ]);
     let mode = Mode::PostCopy { pre_copy_ms: 0, bandwidth_mib: 100 };
     assert!(machine.follow(mode, soon()).unwrap().note.is_none());
+}
+
+#[test]
+fn figures_that_qemu_has_not_added_up_yet_are_waited_for() {
+    let early = || json!({"status": "completed", "total-time": 0});
+    let (mut machine, _folder) =
+        machine(vec![("query-migrate", Ok(early())), ("query-migrate", status("completed"))]);
+    assert_eq!(machine.figures(early()).unwrap()["total-time"], 9);
 }
 
 #[test]

@@ -7,7 +7,9 @@ use conduit::{PortMapping, Protocol};
 use drafter::{
     migrate::{messages::Mode, planner::Budgets, timings::MoveReport},
     runner::{
-        api::{Client, ClientError, MigrateRequest, OutputStream, Progress, Reply, Request, Status},
+        api::{
+            Client, ClientError, MigrateRequest, OutputStream, Progress, Reply, Request, Status,
+        },
         state::MachineDir,
     },
 };
@@ -89,12 +91,11 @@ impl MachineSpec {
     /// The ports as conduit has them.
     #[must_use]
     pub fn mappings(&self) -> Vec<PortMapping> {
-        let mapping =
-            |(public, machine): &(u16, u16)| PortMapping {
-                protocol: Protocol::Tcp,
-                public: *public,
-                machine: *machine,
-            };
+        let mapping = |(public, machine): &(u16, u16)| PortMapping {
+            protocol: Protocol::Tcp,
+            public: *public,
+            machine: *machine,
+        };
         self.ports.iter().map(mapping).collect()
     }
 }

@@ -422,7 +422,8 @@ link set to-{name} master under0 up
         for namespace in self.namespaces() {
             namespace.remove()?;
         }
-        Ok(())
+        // Keys and state go, logs stay.
+        empty(&self.folder, |name| name != "logs")
     }
 
     /// Removes what a rig whose owner was killed has left: namespaces of the prefix, and the
@@ -444,6 +445,7 @@ impl Rig {
         let daemons = self.edge_daemon.take().into_iter();
         let left = daemons.chain(self.agents.iter_mut().filter_map(Option::take)).collect();
         self.hosts.clear();
+        self.folder = PathBuf::from("/nonexistent");
         (self.client, self.edge) = (Namespace::new("", "none"), Namespace::new("", "none"));
         left
     }
@@ -543,7 +545,12 @@ fn sweep_locked(prefix: &str, folder: &Path) -> Result<(), RigError> {
     for namespace in Namespace::existing(prefix)? {
         namespace.remove()?;
     }
-    // Only what a rig makes, whatever folder was named.
+    empty(folder, |_| true)
+}
+
+/// Removes from a rig's folder what a rig makes (and nothing else, whatever folder was named), of
+/// it what `which` says.
+fn empty(folder: &Path, which: impl Fn(&str) -> bool) -> Result<(), RigError> {
     let ours = |name: &str| {
         ["logs", "pids", "identity", "edge", "edge.sock"].contains(&name)
             || name.starts_with("agent-")
@@ -551,7 +558,7 @@ fn sweep_locked(prefix: &str, folder: &Path) -> Result<(), RigError> {
     let list = || io_failed(format!("list {}", folder.display()));
     for entry in fs::read_dir(folder).map_err(list())? {
         let path = entry.map_err(list())?.path();
-        if !path.file_name().and_then(OsStr::to_str).is_some_and(ours) {
+        if !path.file_name().and_then(OsStr::to_str).is_some_and(|n| ours(n) && which(n)) {
             continue;
         }
         let removed =

@@ -130,7 +130,7 @@ impl Agent {
                 core.edge = Some(known.peer);
             }
         }
-        for record in machines.load::<Record>()? {
+        for mut record in machines.load::<Record>()? {
             if record.version > RECORD_VERSION {
                 return Err(KernelError::new(
                     format!("read the state of machine \"{}\"", record.net.machine),
@@ -143,6 +143,10 @@ impl Agent {
             host.apply(&record)?;
             tracing::info!(machine = record.net.machine, place = ?record.place, epoch = record.epoch,
                 "machine taken up");
+            // Whoever was to say that the tap is drained may have said it to nobody.
+            if record.edge == EdgeView::Held {
+                record.edge = EdgeView::Pending;
+            }
             core.book.restore(record);
         }
         let shared = Arc::new(Shared {
@@ -229,10 +233,12 @@ impl Shared {
             ));
         }
         let _one_at_a_time = self.taps();
+        let last = self.core().book.get(net.address).map_or(0, |r| r.epoch);
+        self.drained(net.address, last);
         let moving_on = |core: &Core| {
-            core.book.get(net.address).is_some_and(|r| {
-                matches!(r.place, Place::Away { .. }) && r.edge == EdgeView::Pending
-            })
+            core.book
+                .get(net.address)
+                .is_some_and(|r| matches!(r.place, Place::Away { .. }) && r.edge_is_open())
         };
         let deadline = Instant::now() + PREPARE_PATIENCE;
         let core = self.core();
@@ -261,6 +267,14 @@ impl Shared {
             return Err(NetError::failed(net, operation, detail));
         }
         self.change(net, &operation, |book| book.divert(net, to, epoch).cloned())
+    }
+
+    /// The edge may be told of a divert.
+    fn drained(&self, address: Ipv4Addr, epoch: u64) {
+        // Not written down: a restart says it by itself.
+        if self.core().book.drained(address, epoch).is_some() {
+            self.changed.notify_all();
+        }
     }
 
     fn resume(&self, net: &MachineNet, epoch: u64) -> Result<(), NetError> {
@@ -315,9 +329,11 @@ impl Shared {
             match &record.edge {
                 EdgeView::Confirmed => Some(Ok(())),
                 EdgeView::Refused { error } => Some(Err(error.clone())),
-                EdgeView::Pending | EdgeView::Unasked => None,
+                EdgeView::Held | EdgeView::Pending | EdgeView::Unasked => None,
             }
         };
+        // A runner that was interrupted before it could say so says it now.
+        self.drained(net.address, epoch);
         let deadline = Instant::now() + limit;
         let core = self.wait(self.core(), deadline, |c| answer(c).is_some());
         answer(&core).unwrap_or_else(|| {
@@ -422,6 +438,7 @@ impl Shared {
             },
             edge: match &r.edge {
                 EdgeView::Unasked => "unasked".into(),
+                EdgeView::Held => "held".into(),
                 EdgeView::Pending => "pending".into(),
                 EdgeView::Confirmed => "confirmed".into(),
                 EdgeView::Refused { error } => format!("refused: {error}"),

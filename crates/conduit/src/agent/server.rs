@@ -103,6 +103,10 @@ fn answer(shared: &Shared, ask: Ask) -> Answer {
             };
         }
         Ask::Divert { net, to, epoch } => shared.divert(&net, to, epoch),
+        Ask::Drained { net, epoch } => {
+            shared.drained(net.address, epoch);
+            Ok(())
+        }
         Ask::Resume { net, epoch } => shared.resume(&net, epoch),
         Ask::Settled { net, epoch, limit_ms } => {
             shared.settled(&net, epoch, Duration::from_millis(limit_ms).min(WAIT_LIMIT))

@@ -72,7 +72,9 @@ fn row(args: &StateArgs, name: &str) -> anyhow::Result<Row> {
         (_, true) => ("unknown".into(), "its runner lives but does not answer".into()),
         (Some(_), false) => (
             "orphaned".into(),
-            format!("its monitor runs without a runner: `drafter run {name} --take-over` or `drafter stop {name}`"),
+            format!(
+                "its monitor runs without a runner: `drafter run {name} --take-over` or `drafter stop {name}`"
+            ),
         ),
         (None, false) => (
             record.as_ref().map_or("stopped".into(), |r| match r.state.as_str() {

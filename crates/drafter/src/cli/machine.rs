@@ -155,8 +155,9 @@ pub(super) fn inspect(args: &NameArgs, state: &StateArgs) -> anyhow::Result<()> 
 
 pub(super) fn console(args: &ConsoleArgs, state: &StateArgs) -> anyhow::Result<()> {
     let path = dir(state, &args.name)?.run().join("console.log");
-    let mut file = std::fs::File::open(&path)
-        .with_context(|| format!("no console log of \"{}\" on this host ({})", args.name, path.display()))?;
+    let mut file = std::fs::File::open(&path).with_context(|| {
+        format!("no console log of \"{}\" on this host ({})", args.name, path.display())
+    })?;
     let mut out = std::io::stdout().lock();
     let mut seen = 0;
     loop {

@@ -13,7 +13,11 @@ pub enum Format {
 
 impl Format {
     /// Prints `value` as JSON, or what `human` says.
-    pub fn print<T: Serialize>(self, value: &T, human: impl FnOnce() -> String) -> anyhow::Result<()> {
+    pub fn print<T: Serialize>(
+        self,
+        value: &T,
+        human: impl FnOnce() -> String,
+    ) -> anyhow::Result<()> {
         match self {
             Self::Json => println!("{}", serde_json::to_string_pretty(value)?),
             Self::Human => println!("{}", human()),
@@ -32,7 +36,7 @@ pub fn fail(error: &anyhow::Error) -> std::process::ExitCode {
 }
 
 /// Bytes for people.
-pub fn bytes(count: u64) -> String {
+pub(super) fn bytes(count: u64) -> String {
     indicatif::BinaryBytes(count).to_string()
 }
 

@@ -18,7 +18,7 @@ use std::{
 
 /// Common to everything that starts a runner.
 #[derive(Args, Debug)]
-pub struct HostArgs {
+pub(super) struct HostArgs {
     /// This host's name, as in its certificate [default: the host name]
     #[arg(long, env = "DRAFTER_HOST")]
     host: Option<String>,
@@ -139,7 +139,12 @@ fn parse_port(text: &str) -> Result<conduit::PortMapping, String> {
     parsed.ok_or_else(|| format!("\"{text}\" is not PUBLIC:MACHINE[/udp], as in 6379:6379"))
 }
 
-fn config(name: &str, on: &HostArgs, packages: Vec<PathBuf>, state: &StateArgs) -> anyhow::Result<RunnerConfig> {
+fn config(
+    name: &str,
+    on: &HostArgs,
+    packages: Vec<PathBuf>,
+    state: &StateArgs,
+) -> anyhow::Result<RunnerConfig> {
     check_name(name).map_err(anyhow::Error::msg)?;
     let host = match &on.host {
         Some(host) => host.clone(),
@@ -248,7 +253,10 @@ mod tests {
     #[test]
     fn ports_are_read_with_and_without_protocol() {
         let port = parse_port("6379:6380").unwrap();
-        assert_eq!((port.public, port.machine, port.protocol), (6379, 6380, conduit::Protocol::Tcp));
+        assert_eq!(
+            (port.public, port.machine, port.protocol),
+            (6379, 6380, conduit::Protocol::Tcp)
+        );
         assert_eq!(parse_port("53:53/udp").unwrap().protocol, conduit::Protocol::Udp);
         for bad in ["6379", "a:b", "1:2/sctp", "70000:1", ""] {
             assert!(parse_port(bad).is_err(), "{bad}");

@@ -6,8 +6,10 @@
 
 mod compatible;
 pub mod qemu;
+mod urgent;
 
 pub use compatible::compatible;
+pub use urgent::Urgent;
 
 use std::{
     net::Ipv4Addr,
@@ -123,6 +125,14 @@ pub struct MemoryHandle {
     pub length: u64,
 }
 
+/// Descriptors that a monitor got from its first runner.
+pub struct HeldDescriptors {
+    /// The machine's memory.
+    pub memory: OwnedFd,
+    /// Its tap, if it has a network.
+    pub tap: Option<OwnedFd>,
+}
+
 /// Why a machine is no longer there.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "reason")]
@@ -231,9 +241,15 @@ pub trait Driver: Send + Sync {
         start: Start,
     ) -> Result<Box<dyn Vm>, DriverError>;
 
+    /// A handle to stop the monitor that a run directory tells of, without talking to it: for a
+    /// runner that came back and does not know yet whether its machine may run. `None` as for
+    /// [`Driver::take_over`].
+    fn fence(&self, run_dir: &Path) -> Result<Option<Arc<dyn Fence>>, DriverError>;
+
     /// Finds a machine's monitor that lost its runner, by its run directory. `None`: there is
-    /// none any more, and what it left behind on this host was cleaned up. The disks' sockets must
-    /// be listening again before the guest needs them, at the same paths.
+    /// none any more, and what it left behind on this host was cleaned up. A frozen one is refused:
+    /// thaw it through [`Driver::fence`] if it may run. The disks' sockets must be listening again
+    /// before the guest needs them, at the same paths.
     fn take_over(&self, run_dir: &Path) -> Result<Option<Box<dyn Vm>>, DriverError>;
 }
 
@@ -259,6 +275,13 @@ pub trait Vm: Send {
 
     /// The guest's memory, for tracking and faults.
     fn memory(&self) -> Result<MemoryHandle, DriverError>;
+
+    /// The memfd and the tap that the monitor holds: for a runner that took it over and has them
+    /// no more.
+    fn descriptors(&self) -> Result<HeldDescriptors, DriverError>;
+
+    /// Whether the guest's processors run (as far as the monitor says).
+    fn is_running(&self) -> bool;
 
     /// The console's log file.
     fn console_log(&self) -> &Path;

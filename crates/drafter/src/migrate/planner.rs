@@ -143,8 +143,8 @@ impl Planner {
         if dirty_bytes <= self.flight_bytes() {
             return Decision::Switchover(Reason::Fits);
         }
-        let ended = self.elapsed >= self.budgets.time
-            || self.rounds.len() >= self.budgets.rounds as usize;
+        let ended =
+            self.elapsed >= self.budgets.time || self.rounds.len() >= self.budgets.rounds as usize;
         match self.mode {
             Mode::PreCopy if ended => Decision::GiveUp(format!(
                 "pre-copy did not converge in {} rounds and {:.1} s: {:.1} MiB are dirty after each \
@@ -161,7 +161,11 @@ impl Planner {
             Mode::Hybrid | Mode::PostCopy => {
                 // A round that leaves more than 3/4 of what it sent is wasted on a hot set.
                 let stuck = self.rounds.len() >= 2 && dirty_bytes * 4 > round.set_bytes * 3;
-                if stuck { Decision::Switchover(Reason::NoProgress) } else { Decision::AnotherRound }
+                if stuck {
+                    Decision::Switchover(Reason::NoProgress)
+                } else {
+                    Decision::AnotherRound
+                }
             }
         }
     }
@@ -172,7 +176,13 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn simulate(mode: Mode, memory: f64, dirty_rate: f64, hot: f64, link: f64) -> (Decision, usize) {
+    fn simulate(
+        mode: Mode,
+        memory: f64,
+        dirty_rate: f64,
+        hot: f64,
+        link: f64,
+    ) -> (Decision, usize) {
         let mut planner = Planner::new(mode, Budgets::default(), Duration::from_micros(200));
         let mut decision = planner.first();
         let mut set = memory;

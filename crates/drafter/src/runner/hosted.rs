@@ -6,11 +6,13 @@ use crate::{
     driver::{
         Driver, DriverError, Fence, HostFacts, HostResources, MachineShape, NetworkShape, Start, Vm,
     },
+    lease::Epoch,
     migrate::{
         destination::{DestinationMachine, Freezer},
         messages::{DeviceDescription, PrepareRequest},
         protocol::DeviceNumber,
         source::{MachineError, SourceMachine},
+        switchover::FlipEpoch,
     },
     package::Package,
 };
@@ -34,12 +36,14 @@ use std::{
 
 /// How long requests in hand may take when a block server ends.
 const SERVER_LIMIT: Duration = Duration::from_secs(5);
+/// How long disk writes in hand may take at the pause.
+const FREEZE_LIMIT: Duration = Duration::from_secs(2);
 /// How long the guest's hook before a pause may take.
 const HOOK_LIMIT: Duration = Duration::from_secs(30);
 
 /// What of a machine can outlive its stay on this host.
 #[derive(Clone)]
-pub struct Content {
+pub(super) struct Content {
     /// Memory.
     pub memory: Arc<Memory>,
     /// Disks, in the order of the shape.
@@ -48,7 +52,7 @@ pub struct Content {
 
 impl Content {
     /// The device group: memory first, then the disks.
-    pub fn devices(&self) -> Vec<Arc<dyn Device>> {
+    pub(super) fn devices(&self) -> Vec<Arc<dyn Device>> {
         let mut devices: Vec<Arc<dyn Device>> = vec![self.memory.clone()];
         devices.extend(self.disks.iter().map(|d| d.clone() as Arc<dyn Device>));
         devices
@@ -56,19 +60,17 @@ impl Content {
 }
 
 /// What building needs from the runner.
-pub struct Site<'a> {
+pub(super) struct Site<'a> {
     /// Starts monitors.
     pub driver: &'a dyn Driver,
     /// Leads frames here.
     pub path: &'a Arc<dyn DataPath>,
     /// For sockets and logs.
     pub run_dir: &'a Path,
-    /// For overlays.
-    pub disks_dir: &'a Path,
 }
 
 /// See the module.
-pub struct Hosted {
+pub(super) struct Hosted {
     /// What the machine is.
     pub shape: MachineShape,
     /// What it was made from.
@@ -100,7 +102,7 @@ fn device_name(name: &str) -> Result<DeviceName, MachineError> {
 }
 
 /// A new machine's shape.
-pub fn shape_of(
+pub(super) fn shape_of(
     name: &str,
     package: &Package,
     boot: &Boot,
@@ -113,11 +115,8 @@ pub fn shape_of(
         mtu: boot.mtu,
         ..InstanceConfig::default()
     };
-    let network = boot.address.map(|address| NetworkShape {
-        address,
-        mac: mac_of(address),
-        mtu: boot.mtu,
-    });
+    let network =
+        boot.address.map(|address| NetworkShape { address, mac: mac_of(address), mtu: boot.mtu });
     let net = network.as_ref().map(|network| MachineNet {
         machine: name.to_owned(),
         address: network.address,
@@ -146,7 +145,7 @@ fn mac_of(address: std::net::Ipv4Addr) -> [u8; 6] {
 }
 
 /// Fresh memory and disks for `shape`; `keep_disks`: the overlays that are here.
-pub fn new_content(
+pub(super) fn new_content(
     shape: &MachineShape,
     package: &Package,
     disks_dir: &Path,
@@ -173,8 +172,23 @@ pub fn new_content(
     Ok(Content { memory: Arc::new(memory), disks })
 }
 
+/// Serves each disk on a socket of its own.
+fn serve_disks(disks: &[Arc<Disk>], run_dir: &Path) -> Result<Vec<NbdServer>, MachineError> {
+    let mut servers = Vec::new();
+    for disk in disks {
+        if disk.is_frozen() {
+            disk.thaw().map_err(fail)?;
+        }
+        disk.set_flush_policy(FlushPolicy::Normal);
+        let socket = run_dir.join(format!("disk-{}.sock", disk.name()));
+        let device: Arc<dyn BlockDevice> = disk.clone();
+        servers.push(NbdServer::start(&socket, device, NbdOptions::default()).map_err(fail)?);
+    }
+    Ok(servers)
+}
+
 /// The group as told to a destination.
-pub fn describe(content: &Content, package: &Package) -> Vec<DeviceDescription> {
+pub(super) fn describe(content: &Content, package: &Package) -> Vec<DeviceDescription> {
     let devices = content.devices();
     let bases = &package.manifest().devices;
     devices
@@ -190,7 +204,7 @@ pub fn describe(content: &Content, package: &Package) -> Vec<DeviceDescription> 
 
 impl Hosted {
     /// Builds everything around `content` and starts a monitor, whose guest stands still.
-    pub fn build(
+    pub(super) fn build(
         shape: MachineShape,
         package: Package,
         net: Option<MachineNet>,
@@ -198,15 +212,11 @@ impl Hosted {
         site: &Site<'_>,
         start: Start,
     ) -> Result<Self, MachineError> {
-        let mut servers = Vec::new();
-        for disk in &content.disks {
-            if disk.is_frozen() {
-                disk.thaw().map_err(fail)?;
+        let servers = serve_disks(&content.disks, site.run_dir)?;
+        if start == Start::Incoming {
+            for device in content.devices() {
+                device.begin().map_err(fail)?;
             }
-            disk.set_flush_policy(FlushPolicy::Normal);
-            let socket = site.run_dir.join(format!("disk-{}.sock", disk.name()));
-            let device: Arc<dyn BlockDevice> = disk.clone();
-            servers.push(NbdServer::start(&socket, device, NbdOptions::default()).map_err(fail)?);
         }
         let tap = net.as_ref().map(|net| site.path.prepare(net)).transpose().map_err(fail)?;
         let memory_fd = OwnedFd::from(content.memory.file().try_clone()?);
@@ -243,6 +253,54 @@ impl Hosted {
         Ok(hosted)
     }
 
+    /// Takes over a monitor whose runner is gone, with the disks that are here. `arrived`: the
+    /// machine came here by a move, and all of it has arrived.
+    pub(super) fn adopt(
+        package: Package,
+        net: Option<MachineNet>,
+        shape: MachineShape,
+        disks: Vec<Arc<Disk>>,
+        arrived: bool,
+        site: &Site<'_>,
+    ) -> Result<Self, MachineError> {
+        // The disks first: the guest may be waiting for one.
+        let servers = serve_disks(&disks, site.run_dir)?;
+        let vm = site.driver.take_over(site.run_dir).map_err(fail)?;
+        let vm = vm.ok_or_else(|| {
+            fail("its monitor is gone too; start it from its disks (--keep-disks)")
+        })?;
+        let held = vm.descriptors().map_err(fail)?;
+        let handle = vm.memory().map_err(fail)?;
+        let memory = Memory::adopt(device_name("memory")?, held.memory.into()).map_err(fail)?;
+        let tracking = memory
+            .attach(Mapping {
+                userfaultfd: handle.userfaultfd,
+                pid: handle.pid,
+                address: handle.address,
+                incoming: arrived,
+                adopted: true,
+            })
+            .map_err(fail)?;
+        let tap = held.tap.map(|fd| {
+            let name = net.as_ref().map_or_else(String::new, |net| conduit::tap_name(net.address));
+            Arc::new(Tap { name, fd })
+        });
+        Ok(Self {
+            tracking,
+            guest: None,
+            servers,
+            vm,
+            tap,
+            path: Arc::clone(site.path),
+            drain: None,
+            flip: 0,
+            shape,
+            package,
+            net,
+            content: Content { memory: Arc::new(memory), disks },
+        })
+    }
+
     fn attach(&mut self, start: Start) -> Result<(), MachineError> {
         let handle = self.vm.memory().map_err(fail)?;
         let incoming = start == Start::Incoming;
@@ -254,6 +312,7 @@ impl Hosted {
                 pid: handle.pid,
                 address: handle.address,
                 incoming,
+                adopted: false,
             })
             .map_err(fail)?;
         if incoming {
@@ -264,30 +323,43 @@ impl Hosted {
     }
 
     /// Lets a booted or resumed guest go, owner of its network under `flip`.
-    pub fn begin(&mut self, flip: u64) -> Result<(), MachineError> {
+    pub(super) fn begin(&mut self, flip: u64) -> Result<(), MachineError> {
         if let Some(net) = &self.net {
             self.path.resume(net, flip).map_err(fail)?;
         }
         self.vm.run().map_err(fail)
     }
 
+    /// Frames for a machine that runs already come here, under `flip`.
+    pub(super) fn reclaim_network(&self, flip: u64) -> Result<(), MachineError> {
+        match &self.net {
+            Some(net) => self.path.resume(net, flip).map_err(fail),
+            None => Ok(()),
+        }
+    }
+
+    /// What the guest sends may leave.
+    pub(super) fn release(&mut self) -> Result<(), MachineError> {
+        self.vm.hold_output(false).map_err(fail)
+    }
+
     /// The monitor.
-    pub fn vm(&mut self) -> &mut dyn Vm {
+    pub(super) fn vm(&mut self) -> &mut dyn Vm {
         &mut *self.vm
     }
 
     /// The monitor's process.
-    pub fn monitor_pid(&self) -> u32 {
+    pub(super) fn monitor_pid(&self) -> u32 {
         self.vm.pid()
     }
 
     /// The guest channel's socket.
-    pub fn guest_socket(&self) -> PathBuf {
+    pub(super) fn guest_socket(&self) -> PathBuf {
         self.vm.guest_socket().to_owned()
     }
 
     /// Ends the monitor and the servers; the content stays.
-    pub fn tear_down(&mut self) {
+    pub(super) fn tear_down(&mut self) {
         if let Some(drain) = self.drain.take() {
             let _ = drain.join();
         }
@@ -306,7 +378,7 @@ impl Hosted {
 
     /// As [`Hosted::tear_down`], for a machine that has moved away: frames for it are led on until
     /// the edge knows where it is.
-    pub fn leave(&mut self) {
+    pub(super) fn leave(&mut self) {
         let flip = self.flip;
         self.tear_down();
         if let Some(net) = &self.net {
@@ -320,8 +392,20 @@ impl Hosted {
         }
     }
 
+    /// An arrival that came to nothing: the network forgets that the machine was expected here.
+    /// `epoch` is the source's, which stays the owner.
+    pub fn give_up(&mut self, epoch: u64) {
+        self.tear_down();
+        if let Some(net) = &self.net {
+            let last = FlipEpoch::of(Epoch(epoch), u16::MAX);
+            if let Err(error) = self.path.forget(net, last.0) {
+                tracing::warn!(%error, "the network still expects the machine here");
+            }
+        }
+    }
+
     /// Waits until the edge knows where the machine is.
-    pub fn settled(&self, flip: u64, limit: Duration) -> Result<(), MachineError> {
+    pub(super) fn settled(&self, flip: u64, limit: Duration) -> Result<(), MachineError> {
         match &self.net {
             Some(net) => self.path.settled(net, flip, limit).map_err(fail),
             None => Ok(()),
@@ -369,16 +453,20 @@ impl SourceMachine for Hosted {
         let disks = &self.content.disks;
         let paused = self.vm.pause(&mut || disks.iter().for_each(|disk| disk.answer_now()));
         paused.map_err(fail)?;
+        // Design, 4a(e): after the pause the content stays as it is.
+        for disk in &self.content.disks {
+            disk.freeze(FREEZE_LIMIT).map_err(fail)?;
+        }
         if let Some((net, to)) = diverted
             && let Some(tap) = self.tap.clone()
         {
             let path = Arc::clone(&self.path);
             // Beside the flight: what waited in the old queue follows to the destination.
-            let drain = std::thread::Builder::new().name("drain".into()).spawn(move || {
-                match path.pause(&net, &tap, &to, flip) {
-                    Ok(frames) => tracing::debug!(frames, "drained the old tap"),
-                    Err(error) => tracing::warn!(%error, "draining the old tap failed"),
-                }
+            let drain = std::thread::Builder::new().name("drain".into()).spawn(move || match path
+                .pause(&net, &tap, &to, flip)
+            {
+                Ok(frames) => tracing::debug!(frames, "drained the old tap"),
+                Err(error) => tracing::warn!(%error, "draining the old tap failed"),
             });
             self.drain = drain.ok();
         }
@@ -409,6 +497,9 @@ impl SourceMachine for Hosted {
         }
         for disk in &self.content.disks {
             disk.set_flush_policy(FlushPolicy::Normal);
+            if disk.is_frozen() {
+                disk.thaw().map_err(fail)?;
+            }
         }
         if let Some(net) = &self.net
             && let Err(error) = self.path.abort(net, flip)
@@ -444,8 +535,9 @@ impl DestinationMachine for Hosted {
         self.vm.hold_output(false).map_err(fail)
     }
 
-    fn faults(&self) -> FaultSummary {
-        self.content.memory.fault_summary()
+    fn faults(&self) -> Box<dyn Fn() -> FaultSummary + Send + Sync> {
+        let memory = Arc::clone(&self.content.memory);
+        Box::new(move || memory.fault_summary())
     }
 
     fn freezer(&self) -> Arc<dyn Freezer> {
@@ -467,7 +559,7 @@ impl Freezer for Fenced {
 
 /// Why an arriving machine cannot be taken here; empty if it can. `package` is what was found of
 /// the package that it needs.
-pub fn objections(
+pub(super) fn objections(
     request: &PrepareRequest,
     name: &str,
     facts: &HostFacts,
@@ -475,7 +567,8 @@ pub fn objections(
 ) -> Vec<String> {
     let mut reasons = Vec::new();
     if request.shape.name != name {
-        reasons.push(format!("this runner waits for \"{name}\", not for \"{}\"", request.shape.name));
+        reasons
+            .push(format!("this runner waits for \"{name}\", not for \"{}\"", request.shape.name));
     }
     if let Err(mut why) = crate::driver::compatible(&request.facts, &request.shape, facts) {
         reasons.append(&mut why);

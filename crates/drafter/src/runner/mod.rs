@@ -15,7 +15,7 @@
 //! arriving session); everything else answers from what [`Inner`] knows meanwhile.
 //!
 //! [`server`] answers the API, [`peer`] takes connections of other hosts, [`moves`] runs jobs,
-//! [`suspend`] saves and restores.
+//! [`suspend`] saves and restores, [`take_over`] finds a machine whose runner is gone.
 
 pub mod api;
 pub mod config;
@@ -25,6 +25,7 @@ mod peer;
 mod server;
 pub mod state;
 mod suspend;
+mod take_over;
 
 use crate::{
     driver::{
@@ -50,6 +51,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// How long the edge may take to confirm a new machine.
+const EDGE_LIMIT: Duration = Duration::from_secs(10);
 /// How long another host may hold the lease file's lock.
 const LEASE_LOCK_LIMIT: Duration = Duration::from_secs(5);
 
@@ -164,9 +167,7 @@ impl Runner {
         let store = FileStore::open(&config.lease, LEASE_LOCK_LIMIT).map_err(|e| text(&e))?;
         let path: Arc<dyn DataPath> = match &config.network {
             NetworkConfig::None => Arc::new(conduit::NullDataPath),
-            NetworkConfig::Local => {
-                Arc::new(conduit::LocalDataPath::open().map_err(|e| text(&e))?)
-            }
+            NetworkConfig::Local => Arc::new(conduit::LocalDataPath::open().map_err(|e| text(&e))?),
             NetworkConfig::Agent(socket) => {
                 let path = conduit::AgentDataPath::connect(socket).map_err(|e| {
                     format!("no conduit agent answers at {}: {e}", socket.display())
@@ -224,7 +225,7 @@ impl Runner {
             Launch::Boot(boot) => self.boot(&boot)?,
             Launch::Receive => {}
             Launch::Resume(directory) => self.resume_from(&directory)?,
-            Launch::TakeOver(boot) => self.take_over(&boot)?,
+            Launch::TakeOver(boot) => self.take_over(&boot.package)?,
         }
         let ended = self.watch();
         drop(api);
@@ -300,9 +301,7 @@ impl Runner {
         let nonce = Nonce::random().map_err(|e| e.to_string())?;
         let found = self.store.read(&self.name).map_err(|e| e.to_string())?;
         let new = match (&found, expected) {
-            (None, _) => {
-                Record::first(self.name.clone(), self.host.clone(), attempt, nonce)
-            }
+            (None, _) => Record::first(self.name.clone(), self.host.clone(), attempt, nonce),
             (Some(record), Some(expected)) if record == expected => {
                 record.taken(self.host.clone(), attempt, nonce)
             }
@@ -336,26 +335,25 @@ impl Runner {
             .map_err(|e| e.to_string())?;
         let site = paths.site(&*self.driver, &self.path);
         let start = crate::driver::Start::Boot;
-        let mut body = Hosted::build(shape, package, net, content, &site, start)
-            .map_err(|e| e.to_string())?;
-        body.begin(crate::migrate::switchover::FlipEpoch::of(holding.record.epoch, 0).0)
-            .map_err(|e| e.to_string())?;
+        let mut body =
+            Hosted::build(shape, package, net, content, &site, start).map_err(|e| e.to_string())?;
+        let flip = crate::migrate::switchover::FlipEpoch::of(holding.record.epoch, 0).0;
+        // Learns here that a port of the edge is taken, before the guest runs.
+        let started = body.begin(flip).and_then(|()| body.settled(flip, EDGE_LIMIT));
+        if let Err(error) = started {
+            body.tear_down();
+            return Err(error.to_string());
+        }
+        let noted = take_over::Noted::of(&body, false);
         self.install(Box::new(body), holding, None);
+        self.complete(&noted);
         Ok(())
-    }
-
-    /// Takes over a monitor whose runner is gone. Its memory can be moved no more until it has been
-    /// stopped and started again: the userfaultfd went with the old runner.
-    fn take_over(self: &Arc<Self>, _boot: &Boot) -> Result<(), String> {
-        Err("taking over is not possible with this version: the monitor's memory belonged to the \
-             runner that is gone; `drafter stop` ends it, `drafter run --keep-disks` starts it \
-             again from its disks"
-            .into())
     }
 
     /// The machine runs here now.
     fn install(self: &Arc<Self>, mut body: Box<Hosted>, holding: Holding, since: Option<StayId>) {
-        let channel = crate::guest::GuestChannel::connect(&body.guest_socket(), &self.config.machine);
+        let channel =
+            crate::guest::GuestChannel::connect(&body.guest_socket(), &self.config.machine);
         match channel {
             Ok(channel) => body.guest = Some(Arc::new(channel)),
             Err(error) => tracing::error!(%error, "the guest channel is not there"),
@@ -370,6 +368,13 @@ impl Runner {
             inner.body = Some(body);
         }
         self.set_state(State::Running, "");
+    }
+
+    /// Everything of the machine is here: a later runner could take it over.
+    fn complete(&self, noted: &take_over::Noted) {
+        if let Err(error) = noted.write(&self.dir) {
+            tracing::error!(%error, "a later runner could not take this machine over");
+        }
     }
 
     /// Takes the body for work on it, if nobody else has it.
@@ -440,7 +445,10 @@ impl Runner {
 
     /// SIGTERM and SIGINT stop the machine in an orderly way.
     fn watch_signals(self: &Arc<Self>) -> Result<(), String> {
-        use signal_hook::{consts::{SIGINT, SIGTERM}, iterator::Signals};
+        use signal_hook::{
+            consts::{SIGINT, SIGTERM},
+            iterator::Signals,
+        };
         let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(|e| e.to_string())?;
         let runner = Arc::clone(self);
         std::thread::Builder::new()
@@ -470,7 +478,10 @@ impl Runner {
         }
         let guest = self.lock().guest.clone();
         let deadline = Instant::now() + grace;
-        if state == State::Running && !grace.is_zero() && let Some(guest) = guest {
+        if state == State::Running
+            && !grace.is_zero()
+            && let Some(guest) = guest
+        {
             match guest.shut_down(grace) {
                 Ok(()) => {
                     let mut inner = self.lock();
@@ -524,7 +535,7 @@ impl Runner {
             missing: inner
                 .devices
                 .iter()
-                .map(|d| (d.name().as_str().to_owned(), d.missing().len()))
+                .map(|d| (d.name().as_str().to_owned(), d.missing_blocks()))
                 .collect(),
             stay_bytes: inner.stay.as_ref().map_or(0, |s| s.content.memory.resident_bytes()),
             listen: self.config.listen,
@@ -547,6 +558,6 @@ struct SitePaths {
 
 impl SitePaths {
     fn site<'a>(&'a self, driver: &'a dyn Driver, path: &'a Arc<dyn DataPath>) -> Site<'a> {
-        Site { driver, path, run_dir: &self.run, disks_dir: &self.disks }
+        Site { driver, path, run_dir: &self.run }
     }
 }

@@ -225,14 +225,14 @@ impl Runner {
         request: &PrepareRequest,
         from: HostName,
     ) {
-        let since = |epoch: u64| StayId { epoch, session: session_hex(session) };
+        let since = move |epoch: u64| StayId { epoch, session: session_hex(session) };
         {
             let mut inner = self.lock();
             inner.monitor_pid = Some(body.monitor_pid());
             inner.devices = body.content.devices();
         }
-        let guest_socket = body.guest_socket();
-        let name = self.config.machine.clone();
+        let noted = super::take_over::Noted::of(&body, true);
+        super::take_over::forget(&self.dir);
         let arrival = Arrival {
             main,
             fault,
@@ -249,28 +249,25 @@ impl Runner {
             on_report: Box::new(|_| {}),
             on_owner: {
                 let runner = Arc::clone(self);
-                Box::new(move |_| {
+                Box::new(move |body: Box<Hosted>, holding| {
+                    let since = since(holding.record.epoch.0);
+                    runner.install(body, holding, Some(since));
                     // The guest's clock and entropy, while blocks still arrive.
-                    runner.refresh(&guest_socket, &name);
+                    runner.refresh();
                 })
             },
         };
-        let Ended { machine: mut body, fate } = destination::run(arrival);
-        match fate {
-            Fate::Settled(holding) => {
-                let since = since(holding.record.epoch.0);
-                self.install(body, holding, Some(since));
+        let Ended { machine, fate } = destination::run(arrival);
+        match (fate, machine) {
+            (Fate::Settled(_), None) => self.complete(&noted),
+            (Fate::Incomplete { missing, reason, .. }, None) => {
+                let mut inner = self.lock();
+                inner.detail =
+                    format!("{missing} blocks are missing and their source is gone: {reason}");
+                tracing::error!("{}", inner.detail);
             }
-            Fate::Incomplete { holding, missing, reason } => {
-                let since = since(holding.record.epoch.0);
-                self.install(body, holding, Some(since));
-                self.set_state(
-                    State::Running,
-                    format!("{missing} blocks are missing and their source is gone: {reason}"),
-                );
-            }
-            Fate::Discard { reason, touched } => {
-                body.tear_down();
+            (Fate::Discard { reason, touched }, Some(mut body)) => {
+                body.give_up(request.epoch);
                 tracing::info!(touched, "an arrival ended: {reason}");
                 {
                     let mut inner = self.lock();
@@ -279,31 +276,28 @@ impl Runner {
                 }
                 self.set_state(State::Standby, format!("the last arrival ended: {reason}"));
             }
-            Fate::Undecided { reason } => {
-                self.give_back(body, State::Paused, format!(
-                    "it may run nowhere until the lease store answers: {reason}"
-                ));
+            (fate, Some(body)) => {
+                let detail =
+                    format!("the arrival is not decided; the lease store must answer: {fate:?}");
+                self.give_back(body, State::Paused, detail);
+            }
+            (fate, None) => {
+                self.set_state(State::Standby, format!("the last arrival ended: {fate:?}"));
             }
         }
     }
 
     /// Tells the guest's agent that it has been moved, on a thread of its own.
-    pub(super) fn refresh(self: &Arc<Self>, socket: &std::path::Path, name: &str) {
-        match crate::guest::GuestChannel::connect(socket, name) {
-            Ok(guest) => {
-                let guest = Arc::new(guest);
-                self.lock().guest = Some(Arc::clone(&guest));
-                let told = std::thread::Builder::new().name("refresh".into()).spawn(move || {
-                    let limit = std::time::Duration::from_secs(30);
-                    if let Err(error) = guest.after_resume(None, limit) {
-                        tracing::warn!(%error, "the guest's clock was not refreshed");
-                    }
-                });
-                if let Err(error) = told {
-                    tracing::error!(%error, "no thread to refresh the guest");
-                }
+    pub(super) fn refresh(&self) {
+        let Some(guest) = self.lock().guest.clone() else { return };
+        let told = std::thread::Builder::new().name("refresh".into()).spawn(move || {
+            let limit = std::time::Duration::from_secs(30);
+            if let Err(error) = guest.after_resume(None, limit) {
+                tracing::warn!(%error, "the guest's clock was not refreshed");
             }
-            Err(error) => tracing::warn!(%error, "no guest channel"),
+        });
+        if let Err(error) = told {
+            tracing::error!(%error, "no thread to refresh the guest");
         }
     }
 }

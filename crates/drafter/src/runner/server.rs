@@ -106,7 +106,9 @@ fn answer(
         Request::Follow { job } => runner.follow(job, out),
         Request::Cancel { job } => {
             runner.job(job)?.cancel();
-            json(format!("job {job} ends as soon as it can; it goes on if the machine has been handed over"))
+            json(format!(
+                "job {job} ends as soon as it can; it goes on if the machine has been handed over"
+            ))
         }
         Request::Suspend { directory } => runner.suspend(&directory),
         Request::Stop { grace_s } => json(runner.stop(Duration::from_secs(grace_s))?),

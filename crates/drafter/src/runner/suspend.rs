@@ -16,9 +16,7 @@ use crate::{
     driver::{HostFacts, MachineShape, Start},
     lease::Record,
     migrate::{
-        destination::DestinationMachine,
-        protocol::MAX_RUN,
-        source::SourceMachine,
+        destination::DestinationMachine, protocol::MAX_RUN, source::SourceMachine,
         switchover::FlipEpoch,
     },
 };
@@ -118,7 +116,7 @@ impl Runner {
             return Err(format!("{} is not empty", directory.display()));
         }
         let mut body = self.borrow(State::Running, State::Paused)?;
-        let missing: u64 = body.content.devices().iter().map(|d| d.missing().len()).sum();
+        let missing: u64 = body.content.devices().iter().map(|d| d.missing_blocks()).sum();
         if missing > 0 {
             self.give_back(body, State::Running, "");
             return Err(format!("{missing} blocks have not arrived here yet; try again later"));
@@ -157,7 +155,8 @@ impl Runner {
     fn save_to(&self, body: &mut Hosted, directory: &Path) -> Result<(), String> {
         let lease = {
             let inner = self.lock();
-            let holding = inner.holding.as_ref().ok_or("this host holds no lease of the machine")?;
+            let holding =
+                inner.holding.as_ref().ok_or("this host holds no lease of the machine")?;
             holding.record.encode()
         };
         body.before_pause().map_err(text)?;
@@ -226,7 +225,10 @@ impl Runner {
             }
             let found = hash_file(&directory.join(file)).map_err(text)?.to_string();
             if found != *expected {
-                return Err(format!("{file} in {} has been changed or damaged", directory.display()));
+                return Err(format!(
+                    "{file} in {} has been changed or damaged",
+                    directory.display()
+                ));
             }
         }
         let facts = self.driver.facts().map_err(text)?;
@@ -255,9 +257,8 @@ impl Runner {
 
         let site = paths.site(&*self.driver, &self.path);
         let net = index.network.clone();
-        let mut body =
-            Hosted::build(index.shape, package, net, content, &site, Start::Incoming)
-                .map_err(text)?;
+        let mut body = Hosted::build(index.shape, package, net, content, &site, Start::Incoming)
+            .map_err(text)?;
         let started = self.start_loaded(&mut body, &state, &expected);
         let holding = match started {
             Ok(holding) => holding,
@@ -266,9 +267,10 @@ impl Runner {
                 return Err(why);
             }
         };
-        let socket = body.guest_socket();
+        let noted = super::take_over::Noted::of(&body, true);
         self.install(Box::new(body), holding, None);
-        self.refresh(&socket, &self.config.machine.clone());
+        self.complete(&noted);
+        self.refresh();
         Ok(())
     }
 

@@ -67,7 +67,10 @@ pub use runtime::BootId;
 pub use state::{BlockState, DiskStatus};
 pub use sync::FlushPolicy;
 
-use crate::{device::DeviceName, hash::RootHash};
+use crate::{
+    device::{Device as _, DeviceName},
+    hash::RootHash,
+};
 use arrivals::Arrivals;
 use locks::RangeLocks;
 use state::AtomicBits;

@@ -25,12 +25,6 @@ impl Disk {
         })
     }
 
-    /// How many blocks have not arrived.
-    #[must_use]
-    pub fn missing_blocks(&self) -> u64 {
-        self.missing().len()
-    }
-
     fn inside(
         &self,
         start: BlockIndex,
@@ -235,6 +229,10 @@ impl Device for Disk {
         self.named("read", start, read())
     }
 
+    fn begin(&self) -> Result<()> {
+        self.named("begin an arrival", BlockIndex(0), self.receive("beginning an arrival"))
+    }
+
     fn reset(&self) -> Result<()> {
         self.named("reset", BlockIndex(0), self.forget())
     }
@@ -265,6 +263,10 @@ impl Device for Disk {
     fn fill_zero(&self, range: BlockRange) -> Result<u64> {
         let fill = || self.fill_with(self.inside_range(range)?, BlockState::Zero, |_| Ok(()));
         self.named("fill zeros", range.start, fill())
+    }
+
+    fn missing_blocks(&self) -> u64 {
+        self.store.states.count(BlockState::Missing)
     }
 
     fn missing(&self) -> BlockSet {

@@ -129,6 +129,12 @@ impl StateMap {
             .any(|slot| slot.load(Ordering::Acquire) == state as u8)
     }
 
+    /// How many blocks have `state`.
+    pub(super) fn count(&self, state: BlockState) -> u64 {
+        let wanted = state as u8;
+        self.states.iter().filter(|slot| slot.load(Ordering::Acquire) == wanted).count() as u64
+    }
+
     /// The blocks in one of `wanted`.
     pub(super) fn select(&self, wanted: &[BlockState]) -> BlockSet {
         let mut set = BlockSet::new(self.blocks());
@@ -258,6 +264,7 @@ mod tests {
             }
             prop_assert_eq!(&back, &bytes);
             let zeros = map.select(&[BlockState::Zero]).len();
+            prop_assert_eq!(zeros, map.count(BlockState::Zero));
             prop_assert_eq!(zeros, bytes.iter().filter(|b| **b == 2).count() as u64);
         }
     }

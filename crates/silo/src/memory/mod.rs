@@ -57,8 +57,21 @@ pub struct Mapping {
     pub pid: u32,
     /// Where offset 0 of the memfd is mapped there.
     pub address: u64,
-    /// Whether pages may be missing: the monitor waits for its content.
+    /// Whether pages may be missing: the monitor waits for its content (or did, see `adopted`).
     pub incoming: bool,
+    /// The userfaultfd was set up by a process that is gone, as `incoming` says.
+    pub adopted: bool,
+}
+
+/// Whether this kernel can track writes, by trying.
+pub fn probe_tracking() -> io::Result<Tracking> {
+    let device = File::options().read(true).write(true).open("/dev/userfaultfd")?;
+    let features = feature::WP_HUGETLBFS_SHMEM | feature::WP_UNPOPULATED | feature::WP_ASYNC;
+    match Userfault::new(sys::new_userfaultfd(&device)?, features) {
+        Ok(_) => Ok(Tracking::WriteProtect),
+        Err(refused) if refused.raw_os_error() == Some(libc::EINVAL) => Ok(Tracking::None),
+        Err(other) => Err(other),
+    }
 }
 
 /// A machine's memory on this host.
@@ -105,9 +118,29 @@ impl Memory {
             at: format!("{} MiB", bytes >> 20),
             source,
         })?;
-        Ok(Self {
+        Ok(Self::over(name, File::from(fd), blocks))
+    }
+
+    /// The memory of a monitor whose runner is gone: `file` is its memfd.
+    pub fn adopt(name: DeviceName, file: File) -> Result<Self> {
+        let blocks = match file.metadata() {
+            Ok(facts) => facts.len() / BLOCK_SIZE as u64,
+            Err(source) => {
+                return Err(DeviceError {
+                    device: name,
+                    operation: "adopt",
+                    at: "size".into(),
+                    source,
+                });
+            }
+        };
+        Ok(Self::over(name, file, blocks))
+    }
+
+    fn over(name: DeviceName, file: File, blocks: u64) -> Self {
+        Self {
             blocks,
-            file: File::from(fd),
+            file,
             returned: Mutex::new(BlockSet::new(blocks)),
             shared: Arc::new(Shared {
                 holes: Mutex::new(Holes {
@@ -119,7 +152,7 @@ impl Memory {
             }),
             attached: RwLock::new(None),
             name,
-        })
+        }
     }
 
     /// The memfd, for the monitor.
@@ -138,14 +171,20 @@ impl Memory {
             | feature::WP_ASYNC;
         // UFFDIO_API can be called once; a refused call (EINVAL) leaves the descriptor as it was.
         let duplicate = mapping.userfaultfd.try_clone().map_err(|e| error("duplicate", e))?;
-        let (userfault, tracking) = match Userfault::new(mapping.userfaultfd, tracking_features) {
-            Ok(userfault) => (userfault, Tracking::WriteProtect),
-            Err(refused) if refused.raw_os_error() == Some(libc::EINVAL) => {
-                let plain = Userfault::new(duplicate, feature::MISSING_SHMEM)
-                    .map_err(|e| error("UFFDIO_API", e))?;
-                (plain, Tracking::None)
+        let (userfault, tracking) = if mapping.adopted {
+            // What the other process got, this kernel still gives: ask with a fresh descriptor.
+            let tracking = probe_tracking().map_err(|e| error("open /dev/userfaultfd", e))?;
+            (Userfault::adopt(mapping.userfaultfd), tracking)
+        } else {
+            match Userfault::new(mapping.userfaultfd, tracking_features) {
+                Ok(userfault) => (userfault, Tracking::WriteProtect),
+                Err(refused) if refused.raw_os_error() == Some(libc::EINVAL) => {
+                    let plain = Userfault::new(duplicate, feature::MISSING_SHMEM)
+                        .map_err(|e| error("UFFDIO_API", e))?;
+                    (plain, Tracking::None)
+                }
+                Err(other) => return Err(error("UFFDIO_API", other)),
             }
-            Err(other) => return Err(error("UFFDIO_API", other)),
         };
         let userfault = Arc::new(userfault);
         let pagemap = File::open(format!("/proc/{}/pagemap", mapping.pid))
@@ -157,11 +196,11 @@ impl Memory {
         if mapping.incoming {
             mode |= sys::REGISTER_MISSING;
         }
-        if mode != 0 {
+        if mode != 0 && !mapping.adopted {
             userfault.register(mapping.address, length, mode).map_err(|e| error("register", e))?;
         }
         let thread = if mapping.incoming {
-            if tracking == Tracking::WriteProtect {
+            if tracking == Tracking::WriteProtect && !mapping.adopted {
                 userfault
                     .write_protect(mapping.address, length)
                     .map_err(|e| error("write-protect", e))?;
@@ -174,6 +213,10 @@ impl Memory {
                 self.blocks,
             )
             .map_err(|e| error("start the fault thread", e))?;
+            if mapping.adopted {
+                // Faults that the other process took and never answered do not come again.
+                userfault.wake(mapping.address, length).map_err(|e| error("wake", e))?;
+            }
             Some(thread)
         } else {
             None
@@ -423,6 +466,10 @@ impl Device for Memory {
 
     fn missing(&self) -> BlockSet {
         self.holes().missing.clone()
+    }
+
+    fn missing_blocks(&self) -> u64 {
+        self.holes().missing.len()
     }
 
     fn complete(&self) -> Result<()> {

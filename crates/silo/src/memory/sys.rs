@@ -168,6 +168,11 @@ impl Userfault {
         Ok(Self { fd })
     }
 
+    /// One whose features another process has negotiated.
+    pub fn adopt(fd: OwnedFd) -> Self {
+        Self { fd }
+    }
+
     /// The descriptor, for poll.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         use std::os::fd::AsFd;

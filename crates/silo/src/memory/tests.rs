@@ -45,6 +45,7 @@ impl Guest {
                 pid: std::process::id(),
                 address: base.as_ptr() as u64,
                 incoming,
+                adopted: false,
             })
             .unwrap();
         assert_eq!(tracking, Tracking::WriteProtect, "these tests need Linux 6.7 or newer");
@@ -256,4 +257,42 @@ fn a_filled_memory_can_be_a_source_and_a_detached_one_a_destination_again() {
     again.memory.arm(&set([]), no_demand()).unwrap();
     assert_eq!((again.read(1), again.read(5), again.read(6)), (1, 5, 6));
     assert_eq!(again.memory.take_dirty().unwrap(), set([]));
+}
+
+#[test]
+fn a_memory_whose_owner_is_gone_is_adopted_with_its_waiting_guest() {
+    let guest = Arc::new(Guest::start(true));
+    let (asked, asks) = mpsc::channel();
+    guest.memory.store(BlockIndex(1), &[1; BLOCK_SIZE]).unwrap();
+    guest.memory.arm(&set([2]), Box::new(move |range| asked.send(range).unwrap())).unwrap();
+    let reader = thread::spawn({
+        let guest = Arc::clone(&guest);
+        move || guest.read(2)
+    });
+    asks.recv_timeout(Duration::from_secs(5)).unwrap();
+    let userfaultfd = {
+        let attached = guest.memory.attached.read().unwrap();
+        attached.as_ref().unwrap().userfault.as_fd().try_clone_to_owned().unwrap()
+    };
+    // The owner is gone: its fault thread with it, having taken the fault.
+    guest.memory.detach();
+    let file = guest.memory.file().try_clone().unwrap();
+    let second = Memory::adopt(DeviceName::new("memory").unwrap(), file).unwrap();
+    let base = guest.base.as_ptr() as u64;
+    second
+        .attach(Mapping {
+            userfaultfd,
+            pid: std::process::id(),
+            address: base,
+            incoming: true,
+            adopted: true,
+        })
+        .unwrap();
+    // The new owner knows of nothing missing, so what is not there is zero.
+    assert_eq!(reader.join().unwrap(), 0);
+    assert_eq!((guest.read(1), guest.read(900)), (1, 0));
+    guest.write(7, 7);
+    let dirty = second.take_dirty().unwrap();
+    assert!(dirty.contains(BlockIndex(7)) && !dirty.contains(BlockIndex(900)));
+    second.detach();
 }

@@ -13,6 +13,7 @@
 //! | `command` | QEMU's command line |
 //! | `launch` | starting: user, control group, descriptors, handshake |
 //! | `vm` | the machine's life: pause, save, load, run, end |
+//! | `halt` | stopping it without asking it |
 //! | `qmp` | QEMU's control protocol |
 //! | `monitor` | the same, to a QEMU that is not ours: the baseline of benchmarks |
 //! | `shim` | the userfaultfd made inside QEMU by `drafter-shim` |
@@ -23,6 +24,7 @@
 mod cgroup;
 mod command;
 mod files;
+mod halt;
 mod launch;
 mod memory_map;
 mod monitor;
@@ -41,11 +43,13 @@ mod vm;
 pub use monitor::Monitor;
 pub use probe::Verdict;
 
-use super::{Accelerator, Driver, DriverError, HostFacts, HostResources, MachineShape, Start, Vm};
+use super::{
+    Accelerator, Driver, DriverError, Fence, HostFacts, HostResources, MachineShape, Start, Vm,
+};
 use std::{
     ops::RangeInclusive,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 /// Which accelerator to use.
@@ -172,6 +176,10 @@ impl Driver for QemuDriver {
     ) -> Result<Box<dyn Vm>, DriverError> {
         let found = self.find()?;
         Ok(Box::new(launch::start(&self.config, &found, shape, host, start)?))
+    }
+
+    fn fence(&self, run_dir: &Path) -> Result<Option<Arc<dyn Fence>>, DriverError> {
+        launch::fence(run_dir)
     }
 
     fn take_over(&self, run_dir: &Path) -> Result<Option<Box<dyn Vm>>, DriverError> {

@@ -152,3 +152,51 @@ pub(super) mod probe_guest {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn a_child_gets_its_user_its_limit_and_no_way_to_more() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = fs::File::create(directory.path().join("log")).unwrap();
+        let number = file.as_raw_fd();
+        let mut command = Command::new("sh");
+        // More than the limit: the write fails, the shell lives and tells.
+        command.args([
+            "-c",
+            &format!(
+                "head -c 100000 /dev/zero >&{number}; echo after; id -u; id -G; \
+                 grep NoNewPrivs /proc/self/status"
+            ),
+        ]);
+        let setup = BeforeExec {
+            join: vec![],
+            inherit: vec![file.into()],
+            user: Some((64_321, vec![64_321, 64_322])),
+            file_limit: 50_000,
+        };
+        before_exec(&mut command, setup);
+        let output = command.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines, ["after", "64321", "64321 64322", "NoNewPrivs:\t1"]);
+        assert!(String::from_utf8_lossy(&output.stderr).contains("File too large"));
+        assert_eq!(fs::metadata(directory.path().join("log")).unwrap().len(), 50_000);
+    }
+
+    #[test]
+    fn a_descriptor_is_fetched_from_another_process() {
+        let mut child =
+            Command::new("sleep").arg("60").stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let process = pidfd_open(child.id()).unwrap();
+        let fetched = pidfd_getfd(std::os::fd::AsFd::as_fd(&process), 0).unwrap();
+        let theirs = fs::read_link(format!("/proc/{}/fd/0", child.id())).unwrap();
+        let ours = fs::read_link(format!("/proc/self/fd/{}", fetched.as_raw_fd())).unwrap();
+        assert_eq!(theirs, ours);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}

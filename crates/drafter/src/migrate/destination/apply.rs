@@ -20,26 +20,24 @@ pub enum ApplyError {
 }
 
 /// The group at the destination, and how far it is.
-pub struct Applier {
+pub(super) struct Applier {
     devices: Vec<Arc<dyn Device>>,
     missing: Vec<BlockSet>,
     armed: bool,
-    bytes: u64,
 }
 
 impl Applier {
     /// Nothing has arrived.
-    pub fn new(devices: Vec<Arc<dyn Device>>) -> Self {
+    pub(super) fn new(devices: Vec<Arc<dyn Device>>) -> Self {
         let missing = devices.iter().map(|d| BlockSet::new(d.blocks())).collect();
-        Self { devices, missing, armed: false, bytes: 0 }
+        Self { devices, missing, armed: false }
     }
 
-    /// Bytes of block data applied so far.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
-    fn device(&self, number: DeviceNumber, range: BlockRange) -> Result<&Arc<dyn Device>, ApplyError> {
+    fn device(
+        &self,
+        number: DeviceNumber,
+        range: BlockRange,
+    ) -> Result<&Arc<dyn Device>, ApplyError> {
         let device = self
             .devices
             .get(usize::from(number.0))
@@ -58,7 +56,7 @@ impl Applier {
     }
 
     /// Applies a frame that carries blocks or a list; gives any other frame back.
-    pub fn apply(&mut self, frame: Frame) -> Result<Option<Frame>, ApplyError> {
+    pub(super) fn apply(&mut self, frame: Frame) -> Result<Option<Frame>, ApplyError> {
         match frame {
             Frame::Blocks { device: number, start, data } => {
                 let range = BlockRange::new(start.0, (data.len() / silo::block::BLOCK_SIZE) as u64);
@@ -68,7 +66,6 @@ impl Applier {
                 } else {
                     device.store(start, &data)?;
                 }
-                self.bytes += data.len() as u64;
             }
             Frame::Zero { device: number, range } => {
                 let device = self.device(number, range)?;
@@ -80,7 +77,9 @@ impl Applier {
             }
             Frame::Missing { device: number, ranges } => {
                 if self.armed {
-                    return Err(ApplyError::Peer("a list of missing blocks after the token".into()));
+                    return Err(ApplyError::Peer(
+                        "a list of missing blocks after the token".into(),
+                    ));
                 }
                 for range in ranges {
                     self.device(number, range)?;
@@ -93,7 +92,7 @@ impl Applier {
     }
 
     /// All lists of all devices are in: from now on blocks fill (design, I4).
-    pub fn arm(
+    pub(super) fn arm(
         &mut self,
         demand: impl Fn(DeviceNumber, BlockRange) + Send + Sync + Clone + 'static,
     ) -> Result<(), ApplyError> {
@@ -108,12 +107,12 @@ impl Applier {
     }
 
     /// Blocks still missing, over all devices.
-    pub fn still_missing(&self) -> u64 {
-        self.devices.iter().map(|d| d.missing().len()).sum()
+    pub(super) fn still_missing(&self) -> u64 {
+        self.devices.iter().map(|d| d.missing_blocks()).sum()
     }
 
     /// Everything is here: makes it durable.
-    pub fn complete(&self) -> Result<(), ApplyError> {
+    pub(super) fn complete(&self) -> Result<(), ApplyError> {
         for device in &self.devices {
             device.complete()?;
         }

@@ -14,20 +14,25 @@ use crate::{
         messages::{Confirmation, DurableReport},
         protocol::Frame,
         switchover::{
-            DestinationAction, DestinationAuthority, DestinationEvent, DestinationState,
+            DestinationAction, DestinationAuthority, DestinationEvent, DestinationState, Holding,
             LeaseAnswer, LeaseCall,
         },
     },
 };
 use silo::memory::FaultSummary;
 use std::{
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
-/// The machine behind a lock of its own: held while it loads, runs or releases output.
-pub(super) type SharedMachine<M> = Arc<Mutex<Box<M>>>;
+/// The machine behind a lock of its own: held while it loads, runs or releases output. Absent once
+/// it has been handed to the runner, which happens as soon as it needs the desk no more.
+pub(super) type SharedMachine<M> = Arc<Mutex<Option<Box<M>>>>;
 
 /// Times of the switchover here, for the confirmation.
 #[derive(Clone, Copy, Debug, Default)]
@@ -56,6 +61,8 @@ pub(super) struct Desk<M> {
     main: Arc<Mutex<Outgoing>>,
     machine: SharedMachine<M>,
     freezer: Arc<dyn Freezer>,
+    faults: Box<dyn Fn() -> FaultSummary + Send + Sync>,
+    released: AtomicBool,
     store: Arc<dyn LeaseStore>,
     errands: Mutex<Option<mpsc::Sender<Errand>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -73,11 +80,12 @@ impl<M: DestinationMachine + 'static> Desk<M> {
     pub(super) fn open(
         authority: DestinationAuthority,
         main: Arc<Mutex<Outgoing>>,
-        machine: SharedMachine<M>,
+        machine: Box<M>,
         store: Arc<dyn LeaseStore>,
         on_report: Box<dyn Fn(&str) + Send + Sync>,
     ) -> std::io::Result<Arc<Self>> {
-        let freezer = lock(&machine).freezer();
+        let (freezer, faults) = (machine.freezer(), machine.faults());
+        let machine = Arc::new(Mutex::new(Some(machine)));
         let (sender, receiver) = mpsc::channel();
         let desk = Arc::new(Self {
             authority: Mutex::new(authority),
@@ -85,6 +93,8 @@ impl<M: DestinationMachine + 'static> Desk<M> {
             main,
             machine,
             freezer,
+            faults,
+            released: AtomicBool::new(false),
             store,
             errands: Mutex::new(Some(sender)),
             threads: Mutex::default(),
@@ -121,8 +131,22 @@ impl<M: DestinationMachine + 'static> Desk<M> {
         lock(&self.authority).state()
     }
 
+    /// The machine, to load and run it.
+    pub(super) fn machine(&self) -> MutexGuard<'_, Option<Box<M>>> {
+        lock(&self.machine)
+    }
+
+    /// The machine, once this host owns it and its frames may leave: the desk needs it no more.
+    pub(super) fn hand_out(&self) -> Option<(Box<M>, Holding)> {
+        if !self.released.load(Ordering::Acquire) {
+            return None;
+        }
+        let holding = self.holding()?;
+        Some((lock(&self.machine).take()?, holding))
+    }
+
     /// What this host holds once it is the owner.
-    pub(super) fn holding(&self) -> Option<crate::migrate::switchover::Holding> {
+    pub(super) fn holding(&self) -> Option<Holding> {
         lock(&self.authority).holding()
     }
 
@@ -230,14 +254,18 @@ impl<M: DestinationMachine + 'static> Desk<M> {
                 self.event(DestinationEvent::LeaseAnswer { operation: call.operation, answer });
             }
             Errand::Resume { epoch, flip } => {
-                if let Err(error) = lock(&self.machine).own(epoch, flip) {
+                let owned = lock(&self.machine).as_mut().map_or(Ok(()), |m| m.own(epoch, flip));
+                if let Err(error) = owned {
                     tracing::error!(error, "the network does not lead here yet");
                 }
             }
             Errand::ReleaseOutput => {
-                if let Err(error) = lock(&self.machine).release_output() {
+                let released = lock(&self.machine).as_mut().map_or(Ok(()), |m| m.release_output());
+                if let Err(error) = released {
                     tracing::error!(error, "releasing held frames failed");
                 }
+                self.released.store(true, Ordering::Release);
+                self.changed.notify_all();
             }
             Errand::Confirm { epoch } => {
                 let confirmation = self.confirmation(epoch);
@@ -246,16 +274,12 @@ impl<M: DestinationMachine + 'static> Desk<M> {
                 }
             }
             Errand::Durable { epoch } => {
-                let report = DurableReport { epoch, faults: self.faults() };
+                let report = DurableReport { epoch, faults: (self.faults)() };
                 if let Ok(json) = serde_json::to_vec(&report) {
                     self.send(&Frame::Durable(json));
                 }
             }
         }
-    }
-
-    fn faults(&self) -> FaultSummary {
-        lock(&self.machine).faults()
     }
 
     fn confirmation(&self, epoch: u64) -> Confirmation {

@@ -21,8 +21,8 @@ pub trait DestinationMachine: Send {
     /// What the guest has sent and sends may leave.
     fn release_output(&mut self) -> Result<(), MachineError>;
 
-    /// Memory faults so far.
-    fn faults(&self) -> FaultSummary;
+    /// Tells the memory faults so far; outlives the machine's stay in the session.
+    fn faults(&self) -> Box<dyn Fn() -> FaultSummary + Send + Sync>;
 
     /// Stops and resumes the machine without asking its monitor; usable while another call hangs.
     fn freezer(&self) -> Arc<dyn Freezer>;

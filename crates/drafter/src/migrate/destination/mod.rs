@@ -19,13 +19,10 @@ use super::{
         DestinationAuthority, DestinationEvent, DestinationParts, DestinationState, Holding,
     },
 };
-use crate::lease::LeaseStore;
+use crate::{driver::Urgent, lease::LeaseStore};
 use apply::Applier;
-use desk::{Desk, SharedMachine};
-use silo::{
-    block::BlockRange,
-    device::Device,
-};
+use desk::Desk;
+use silo::{block::BlockRange, device::Device};
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -34,6 +31,8 @@ use std::{
 /// A source that says nothing for so long is gone (it sends blocks or at least is connected; TCP
 /// keeps a dead host's connection open for much longer).
 const SILENCE_LIMIT: Duration = Duration::from_secs(60);
+/// Largest device state accepted, bytes.
+const STATE_LIMIT: usize = 64 << 20;
 /// How long the source may take to close the connection after its release.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(5);
 /// How long the lease store may take before an arrived machine's session ends undecided.
@@ -53,14 +52,15 @@ pub struct Arrival<M> {
     pub store: Arc<dyn LeaseStore>,
     /// Told what the authority reports, for people.
     pub on_report: Box<dyn Fn(&str) + Send + Sync>,
-    /// Told when this host has become the owner, which may be long before all blocks are here.
-    pub on_owner: Box<dyn Fn(Holding) + Send>,
+    /// Gets the machine when this host owns it and its frames may leave, which may be long before
+    /// all blocks are here.
+    pub on_owner: Box<dyn FnOnce(Box<M>, Holding) + Send>,
 }
 
-/// How an arrival ended; the machine comes back to the caller in each case.
+/// How an arrival ended.
 pub struct Ended<M> {
-    /// The machine.
-    pub machine: Box<M>,
+    /// The machine, unless `on_owner` has got it.
+    pub machine: Option<Box<M>>,
     /// What became of it.
     pub fate: Fate,
 }
@@ -106,7 +106,6 @@ fn monotonic_ns() -> u64 {
 pub fn run<M: DestinationMachine + 'static>(arrival: Arrival<M>) -> Ended<M> {
     let Arrival { main, fault, machine, parts, store, on_report, on_owner } = arrival;
     let devices = machine.devices();
-    let machine: SharedMachine<M> = Arc::new(Mutex::new(machine));
     let control = main.control.clone();
     let fault_control = fault.control.clone();
     let outgoing = Arc::new(Mutex::new(main.outgoing));
@@ -118,52 +117,41 @@ pub fn run<M: DestinationMachine + 'static>(arrival: Arrival<M>) -> Ended<M> {
         lock(&kept).push_str(line);
         on_report(line);
     });
-    let opened = Desk::open(authority, Arc::clone(&outgoing), Arc::clone(&machine), store, report);
-    let fate = match opened {
-        Ok(desk) => {
-            let mut session = Session {
-                desk: Arc::clone(&desk),
-                applier: Applier::new(devices.clone()),
-                machine: Arc::clone(&machine),
-                main: outgoing,
-                demand: Arc::new(Mutex::new(fault.outgoing)),
-                touched: false,
-                on_owner: Some(on_owner),
-            };
-            let filler = fill_on_fault(fault.incoming, devices);
-            control.set_read_timeout(Some(SILENCE_LIMIT));
-            let mut incoming = main.incoming;
-            let fate = session.run(&mut incoming, &last_report);
-            // Everything that was to be said is said before the connection ends, and the source,
-            // which waits for the last word, ends it.
-            desk.close();
-            control.set_read_timeout(Some(GOODBYE_LIMIT));
-            if matches!(fate, Fate::Settled(_)) {
-                while incoming.read().is_ok() {}
-            }
-            control.shutdown();
-            fault_control.shutdown();
-            if let Ok(thread) = filler {
-                let _ = thread.join();
-            }
-            fate
+    let opened = Desk::open(authority, Arc::clone(&outgoing), machine, store, report);
+    let desk = match opened {
+        Ok(desk) => desk,
+        Err(error) => {
+            let fate = Fate::Discard { reason: error.to_string(), touched: false };
+            return Ended { machine: None, fate };
         }
-        Err(error) => Fate::Discard { reason: error.to_string(), touched: false },
     };
-    Ended { machine: take_back(machine), fate }
-}
-
-/// The session's threads drop their handles when they end; this waits for the last of them.
-fn take_back<M>(mut machine: SharedMachine<M>) -> Box<M> {
-    loop {
-        match Arc::try_unwrap(machine) {
-            Ok(mutex) => return mutex.into_inner().unwrap_or_else(PoisonError::into_inner),
-            Err(shared) => {
-                machine = shared;
-                std::thread::yield_now();
-            }
-        }
+    let mut session = Session {
+        desk: Arc::clone(&desk),
+        applier: Applier::new(devices.clone()),
+        main: outgoing,
+        demand: Arc::new(Mutex::new(fault.outgoing)),
+        touched: false,
+        on_owner: Some(on_owner),
+    };
+    let filler = fill_on_fault(fault.incoming, devices);
+    control.set_read_timeout(Some(SILENCE_LIMIT));
+    let mut incoming = main.incoming;
+    let fate = session.run(&mut incoming, &last_report);
+    // Everything that was to be said is said before the connection ends, and the source, which
+    // waits for the last word, ends it.
+    desk.close();
+    session.tell_owner();
+    control.set_read_timeout(Some(GOODBYE_LIMIT));
+    if matches!(fate, Fate::Settled(_)) {
+        while incoming.read().is_ok() {}
     }
+    control.shutdown();
+    fault_control.shutdown();
+    if let Ok(thread) = filler {
+        let _ = thread.join();
+    }
+    let machine = desk.machine().take();
+    Ended { machine, fate }
 }
 
 /// Answers to demands come on the fault connection.
@@ -172,6 +160,8 @@ fn fill_on_fault(
     devices: Vec<Arc<dyn Device>>,
 ) -> std::io::Result<std::thread::JoinHandle<()>> {
     std::thread::Builder::new().name("fault-fill".into()).spawn(move || {
+        // The guest waits for these blocks (design, I5).
+        let _urgent = Urgent::this_thread();
         let fits = |device: DeviceNumber, range: BlockRange| {
             devices.get(usize::from(device.0)).filter(|d| range.end() <= d.blocks())
         };
@@ -201,11 +191,10 @@ fn fill_on_fault(
 struct Session<M> {
     desk: Arc<Desk<M>>,
     applier: Applier,
-    machine: SharedMachine<M>,
     main: Arc<Mutex<Outgoing>>,
     demand: Arc<Mutex<Outgoing>>,
     touched: bool,
-    on_owner: Option<Box<dyn Fn(Holding) + Send>>,
+    on_owner: Option<Box<dyn FnOnce(Box<M>, Holding) + Send>>,
 }
 
 impl<M: DestinationMachine + 'static> Session<M> {
@@ -261,24 +250,29 @@ impl<M: DestinationMachine + 'static> Session<M> {
 
     fn tell_owner(&mut self) {
         if self.on_owner.is_some()
-            && let Some(holding) = self.desk.holding()
+            && let Some((machine, holding)) = self.desk.hand_out()
             && let Some(tell) = self.on_owner.take()
         {
-            tell(holding);
+            tell(machine, holding);
         }
     }
 
     /// The flight has landed: the one moment of the session when every microsecond counts.
     fn token(&mut self, meta: &[u8], state: &[u8]) -> Result<(), String> {
+        let _urgent = Urgent::this_thread();
         self.desk.marks().token = Some(Instant::now());
-        let token = serde_json::from_slice::<TokenMeta>(meta)
-            .map_err(|e| e.to_string())
-            .and_then(|meta| meta.token())
+        let meta = serde_json::from_slice::<TokenMeta>(meta).map_err(|e| e.to_string());
+        let (token, state) = meta
+            .and_then(|meta| {
+                let size = usize::try_from(meta.state_bytes).unwrap_or(usize::MAX).min(STATE_LIMIT);
+                let state = zstd::bulk::decompress(state, size).map_err(|e| e.to_string())?;
+                Ok((meta.token()?, state))
+            })
             .map_err(|e| format!("the token cannot be read: {e}"))?;
         if !self.desk.event(DestinationEvent::Token(token)) {
             return Ok(()); // refused; the source has been told why
         }
-        match self.load_and_run(state) {
+        match self.load_and_run(&state) {
             Ok(()) => self.desk.event(DestinationEvent::Running),
             Err(why) => self.desk.event(DestinationEvent::LoadFailed(why)),
         };
@@ -298,12 +292,13 @@ impl<M: DestinationMachine + 'static> Session<M> {
             })
             .map_err(|e| e.to_string())?;
         self.desk.marks().armed = Some(Instant::now());
-        let mut machine = lock(&self.machine);
+        let mut place = self.desk.machine();
+        let machine = place.as_mut().ok_or("the machine is not here")?;
         machine.load(state).map_err(|e| e.to_string())?;
         {
             let mut marks = self.desk.marks();
             marks.loaded = Some(Instant::now());
-            let faults = machine.faults();
+            let faults = machine.faults()();
             marks.early_faults = faults.demanded + faults.zero;
         }
         machine.run().map_err(|e| e.to_string())?;

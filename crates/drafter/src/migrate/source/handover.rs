@@ -16,7 +16,9 @@ use crate::{
         messages::{Confirmation, DurableReport, TokenMeta},
         planner::Reason,
         protocol::{Frame, WireError},
-        switchover::{FlipEpoch, LeaseAnswer, Offer, SourceAction, SourceEvent, SourceState, Token},
+        switchover::{
+            FlipEpoch, LeaseAnswer, Offer, SourceAction, SourceEvent, SourceState, Token,
+        },
         timings::MoveReport,
     },
     runner::api::Phase,
@@ -181,8 +183,10 @@ impl Session<'_> {
                     _ => {}
                 }
             }
-            let waiting =
-                matches!(self.around.authority.state(), SourceState::AwaitingOffer | SourceState::WritingHandOver);
+            let waiting = matches!(
+                self.around.authority.state(),
+                SourceState::AwaitingOffer | SourceState::WritingHandOver
+            );
             if !waiting {
                 return Err(Stop::Peer(self.last_report.clone()));
             }
@@ -235,20 +239,17 @@ impl Session<'_> {
         paused_at_ns: u64,
     ) -> Result<Moved, MoveError> {
         let send = Instant::now();
-        let meta = serde_json::to_vec(&TokenMeta::of(token)).unwrap_or_default();
+        let state_bytes = flight.state_bytes;
+        let meta = serde_json::to_vec(&TokenMeta::of(token, state_bytes)).unwrap_or_default();
         let state = std::mem::take(&mut flight.state);
-        let state_bytes = state.len() as u64;
-        let sent =
-            self.main.write(&Frame::Token { meta, state }).and_then(|()| self.main.flush());
+        let sent = self.main.write(&Frame::Token { meta, state }).and_then(|()| self.main.flush());
         flight.parts.send_ms += ms(send.elapsed());
         let mut after = After::default();
         if let Err(error) = sent {
             after.lost = Some(error.to_string());
         }
-        let pages = Arc::new(PageServer::new(
-            self.devices.clone(),
-            std::mem::take(&mut flight.missing),
-        ));
+        let pages =
+            Arc::new(PageServer::new(self.devices.clone(), std::mem::take(&mut flight.missing)));
         self.serve_faults(&pages);
         let handed = Instant::now();
         if token.flush_owed && after.lost.is_none() {
@@ -259,8 +260,16 @@ impl Session<'_> {
         self.conclude(flight, after, &pages, |this, flight, after| {
             let (at, confirmation) = after.confirmation.clone()?;
             Some(this.report(
-                flight, at, &confirmation, after, &pages, reason, precopied, paused_at_ns,
-                state_bytes, handed,
+                flight,
+                at,
+                &confirmation,
+                after,
+                &pages,
+                reason,
+                precopied,
+                paused_at_ns,
+                state_bytes,
+                handed,
             ))
         })
     }
@@ -271,6 +280,7 @@ impl Session<'_> {
         let pages = Arc::clone(pages);
         self.fault_control = Some(fault.control);
         let served = std::thread::Builder::new().name("source-faults".into()).spawn(move || {
+            let _urgent = crate::driver::Urgent::this_thread();
             // It ends when the connection does; that this happened shows on the main connection.
             if let Err(error) = pages.serve(fault.incoming, fault.outgoing) {
                 tracing::debug!(%error, "the fault connection ended");
@@ -490,8 +500,7 @@ impl Session<'_> {
         handed: Instant,
     ) -> MoveReport {
         let request = &self.plan.request;
-        let same_clock =
-            !request.boot_id.is_empty() && request.boot_id == self.verdict.boot_id;
+        let same_clock = !request.boot_id.is_empty() && request.boot_id == self.verdict.boot_id;
         let blackout_ms = if same_clock {
             confirmation.running_at_ns.saturating_sub(paused_at_ns) as f64 / 1e6
         } else {

@@ -114,7 +114,9 @@ pub enum MoveError {
         reasons: Vec<String>,
     },
     /// Something failed before the token; the machine runs on here.
-    #[error("the move failed during {phase}: {reason}; the machine is still running here, try again")]
+    #[error(
+        "the move failed during {phase}: {reason}; the machine is still running here, try again"
+    )]
     Aborted {
         /// Which phase.
         phase: &'static str,

@@ -22,40 +22,33 @@ use std::sync::{
 const CLUSTER: u64 = 8;
 
 /// Shared by the two threads.
-pub struct PageServer {
+pub(super) struct PageServer {
     devices: Vec<Arc<dyn Device>>,
     remaining: Mutex<Vec<BlockSet>>,
     /// Device number in the upper 8 bits, block after the last fault below; `u64::MAX` for none.
     last_fault: AtomicU64,
-    demanded: AtomicU64,
     fault_bytes: AtomicU64,
 }
 
 impl PageServer {
     /// Serves `remaining[i]` of `devices[i]`.
-    pub fn new(devices: Vec<Arc<dyn Device>>, remaining: Vec<BlockSet>) -> Self {
+    pub(super) fn new(devices: Vec<Arc<dyn Device>>, remaining: Vec<BlockSet>) -> Self {
         debug_assert_eq!(devices.len(), remaining.len());
         Self {
             devices,
             remaining: Mutex::new(remaining),
             last_fault: AtomicU64::new(u64::MAX),
-            demanded: AtomicU64::new(0),
             fault_bytes: AtomicU64::new(0),
         }
     }
 
-    /// Demands answered.
-    pub fn demanded(&self) -> u64 {
-        self.demanded.load(Ordering::Relaxed)
-    }
-
     /// Bytes sent on the fault connection.
-    pub fn fault_bytes(&self) -> u64 {
+    pub(super) fn fault_bytes(&self) -> u64 {
         self.fault_bytes.load(Ordering::Relaxed)
     }
 
     /// Blocks not sent yet, over all devices.
-    pub fn remaining(&self) -> u64 {
+    pub(super) fn remaining(&self) -> u64 {
         self.lock().iter().map(BlockSet::len).sum()
     }
 
@@ -65,7 +58,7 @@ impl PageServer {
 
     /// Answers demands until the connection ends. A demand for a block that was sent already is
     /// answered again: it may still be on its way behind bulk data.
-    pub fn serve(&self, mut from: Incoming, mut to: Outgoing) -> Result<(), SendError> {
+    pub(super) fn serve(&self, mut from: Incoming, mut to: Outgoing) -> Result<(), SendError> {
         let mut buffer = Vec::new();
         loop {
             let frame = match from.read() {
@@ -84,7 +77,6 @@ impl PageServer {
                         send_run(&mut to, device, source.as_ref(), answer, &mut buffer)?;
                     }
                     to.flush()?;
-                    self.demanded.fetch_add(1, Ordering::Relaxed);
                     self.fault_bytes.store(to.sent(), Ordering::Relaxed);
                 }
                 Frame::Ping(nonce) => {
@@ -113,7 +105,7 @@ impl PageServer {
 
     /// The next run to push: behind the last fault if there was a new one, else behind the last
     /// run, else from the start of the next device that has something left.
-    pub fn next(&self, cursor: &mut (usize, u64)) -> Option<(DeviceNumber, BlockRange)> {
+    pub(super) fn next(&self, cursor: &mut (usize, u64)) -> Option<(DeviceNumber, BlockRange)> {
         let mut sets = self.lock();
         let fault = self.last_fault.swap(u64::MAX, Ordering::Relaxed);
         if fault != u64::MAX {

@@ -134,7 +134,7 @@ impl Session<'_> {
     fn wait_until_filled(&mut self) -> Result<bool, Stop> {
         let mut waited = false;
         let deadline = Instant::now() + FILL_LIMIT;
-        while self.devices.iter().any(|d| !d.missing().is_empty()) {
+        while self.devices.iter().any(|d| d.missing_blocks() > 0) {
             waited = true;
             if self.cancelled() {
                 return Err(Stop::Cancelled);
@@ -151,4 +151,3 @@ impl Session<'_> {
         Ok(!waited)
     }
 }
-

@@ -28,7 +28,7 @@ pub enum SendError {
 }
 
 /// Holds a bandwidth limit over a whole move: how far ahead of the allowed bytes we are.
-pub struct Pacer {
+pub(super) struct Pacer {
     limit: Option<u64>,
     since: Instant,
     bytes: u64,
@@ -36,12 +36,12 @@ pub struct Pacer {
 
 impl Pacer {
     /// `limit` in bytes per second.
-    pub fn new(limit: Option<u64>) -> Self {
+    pub(super) fn new(limit: Option<u64>) -> Self {
         Self { limit, since: Instant::now(), bytes: 0 }
     }
 
     /// Counts `bytes` as sent and waits until the limit allows more.
-    pub fn sent(&mut self, bytes: u64) {
+    pub(super) fn sent(&mut self, bytes: u64) {
         let Some(limit) = self.limit else { return };
         self.bytes += bytes;
         let due = Duration::from_secs_f64(self.bytes as f64 / limit as f64);
@@ -57,7 +57,7 @@ impl Pacer {
 }
 
 /// Sends one run of at most [`MAX_RUN`] blocks: data as data, zeros as a note.
-pub fn send_run(
+pub(super) fn send_run(
     to: &mut Outgoing,
     number: DeviceNumber,
     device: &dyn Device,

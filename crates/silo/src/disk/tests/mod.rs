@@ -10,6 +10,7 @@ use crate::{block::BLOCK_SIZE, device::DeviceName};
 use std::{
     fs,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 const BLOCK: u64 = BLOCK_SIZE as u64;
@@ -54,6 +55,8 @@ impl Rig {
     fn options(&self) -> DiskOptions {
         let mut options = DiskOptions::new(DeviceName::new("root").unwrap());
         options.boot = Some(BootId::new(&format!("boot {}", self.boots)));
+        // A test that is wrong ends.
+        options.arrival_limit = Duration::from_secs(30);
         options
     }
 
@@ -92,6 +95,15 @@ fn read(disk: &Disk, offset: u64, length: usize) -> Vec<u8> {
     let mut bytes = vec![0xee; length];
     disk.read_at(offset, &mut bytes).unwrap();
     bytes
+}
+
+/// Waits until `done`, but not for ever.
+fn until(what: &str, done: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < Duration::from_secs(30), "{what}");
+        std::thread::sleep(Duration::from_micros(100));
+    }
 }
 
 fn copy_disk(from: &Path, to: &Path) {

@@ -61,9 +61,7 @@ fn a_disk_that_is_written_all_the_time_arrives_whole() {
         source.start_tracking().unwrap();
         copy(&source, &target, &source.allocated().unwrap());
         for round in 0..4 {
-            while writes.load(Ordering::Relaxed) < round * 200 {
-                thread::yield_now();
-            }
+            until("the guest writes", || writes.load(Ordering::Relaxed) >= round * 200);
             copy(&source, &target, &source.take_dirty().unwrap());
         }
         running.store(false, Ordering::Relaxed);

@@ -177,9 +177,7 @@ fn a_wait_ends_by_its_deadline_by_an_interrupt_and_by_a_reset() {
         let (disk, asked) = armed(&rig, &[BlockRange::new(0, 1)]);
         thread::scope(|scope| {
             let reader = scope.spawn(|| disk.read_at(0, &mut [0; 10]));
-            while asked.lock().unwrap().is_empty() {
-                thread::yield_now();
-            }
+            until("the read asks", || !asked.lock().unwrap().is_empty());
             thread::sleep(SOON);
             end(&disk);
             let result = reader.join().unwrap();
@@ -208,9 +206,7 @@ fn a_disk_that_is_armed_again_asks_again_and_keeps_what_the_guest_wrote() {
     let asked = arm(&disk, &[BlockRange::new(1, 3)]);
     thread::scope(|scope| {
         let reader = scope.spawn(|| read(&disk, 0, 2 * BLOCK_SIZE));
-        while asked.lock().unwrap().is_empty() {
-            thread::yield_now();
-        }
+        until("the read asks", || !asked.lock().unwrap().is_empty());
         disk.fill(BlockIndex(0), &pattern(9, 4 * BLOCK_SIZE)).unwrap();
         let found = reader.join().unwrap();
         assert!(found[..BLOCK_SIZE] == pattern(1, BLOCK_SIZE));

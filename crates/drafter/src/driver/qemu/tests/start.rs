@@ -96,6 +96,17 @@ fn a_machine_that_does_not_start_leaves_nothing_and_says_why() {
 }
 
 #[test]
+fn a_guest_is_not_booted_with_another_processors_clock() {
+    let rig = Rig::new();
+    let (mut shape, run_dir) = (rig.shape(), tempfile::tempdir().unwrap());
+    shape.tsc_khz *= 2;
+    let memory = memory(shape.memory_bytes);
+    let result = rig.try_start(&shape, &memory, run_dir.path(), Start::Boot, Given::default());
+    let error = result.err().expect("its clock would run wrong").to_string();
+    assert!(error.contains("kHz") && error.contains("facts"), "{error}");
+}
+
+#[test]
 fn memory_of_another_size_than_the_shape_is_refused() {
     let rig = Rig::new();
     let run_dir = tempfile::tempdir().unwrap();
@@ -128,7 +139,7 @@ fn the_address_map_is_that_of_the_installed_qemu() {
         let memory = memory(shape.memory_bytes);
         let mut machine = rig.start(&shape, memory, Start::Boot, Given::default());
         let text = machine.vm.monitor("info mtree -f");
-        let view = text.split("FlatView").find(|view| view.contains("\"system\"")).unwrap();
+        let view = text.split("FlatView").find(|view| view.contains("AS \"memory\"")).unwrap();
         // "  0000000100000000-000000013fffffff (prio 0, ram): ram0 @00000000c0000000 KVM"
         let mut covered = 0;
         for line in view.lines().filter(|line| line.contains("): ram0")) {
