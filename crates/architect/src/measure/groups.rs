@@ -145,6 +145,8 @@ fn busy(setting: &mut Setting) -> anyhow::Result<Vec<Row>> {
     let mut machine = bed.boot(cell, true, true)?;
     machine.start_load(&bed)?;
     std::thread::sleep(SETTLE);
+    let quiet = machine.quiet_gap(std::time::Duration::from_secs(2)).context("no client")?;
+    println!("   the client's longest silence in 2 s without a move: {quiet:.1} ms");
     // The first two touch all memory of both hosts and are moves to a stranger.
     back_and_forth(setting, &bed, &mut machine, Mode::Hybrid, 2)?;
     let count = setting.times(200);
@@ -164,6 +166,7 @@ fn busy(setting: &mut Setting) -> anyhow::Result<Vec<Row>> {
     rows.extend(spread(
         &format!("move.gap.{cell}"), "ms", &gap, Some(Target::AtMost(allowed)), None,
     ));
+    rows.push(Row::judged("move.gap.without-a-move.2s-max", quiet, "ms", None, None));
     rows.extend(parts(&samples, "1gib.100mbs")?);
     for problem in &client.problems {
         println!("   client: {problem}");

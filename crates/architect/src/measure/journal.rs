@@ -43,7 +43,8 @@ impl Journal {
     /// One of our moves.
     pub(super) fn moved(&mut self, cell: Cell, sample: &Sample) {
         self.write(&json!({
-            "cell": cell.to_string(), "gap_ms": sample.gap_ms, "move": sample.report,
+            "cell": cell.to_string(), "gap_ms": sample.gap_ms, "gaps": sample.gaps,
+            "move": sample.report,
         }));
     }
 

@@ -178,6 +178,38 @@ pub(super) struct Sample {
     pub(super) report: MoveReport,
     /// The longest silence of the client that overlaps the move, milliseconds.
     pub(super) gap_ms: Option<f64>,
+    /// The same for the parts of the move, to see where it comes from.
+    pub(super) gaps: Option<Gaps>,
+}
+
+/// The longest silences that overlap parts of a move, milliseconds.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub(super) struct Gaps {
+    /// From the request to the pause.
+    pub(super) before_ms: f64,
+    /// The one that was there while the machine was paused.
+    pub(super) pause_ms: f64,
+    /// After that one, until the end.
+    pub(super) after_ms: f64,
+}
+
+/// An instant from the source's clock, which is also ours: a rig is one computer.
+fn instant_of(monotonic_ns: u64) -> Option<Instant> {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).ok()?;
+    let ago = Duration::from(now).checked_sub(Duration::from_nanos(monotonic_ns))?;
+    Instant::now().checked_sub(ago)
+}
+
+fn gaps(load: &LoadHandle, start: Instant, report: &MoveReport) -> Option<Gaps> {
+    let pause = instant_of(report.paused_at_ns)?;
+    let run = pause + Duration::from_secs_f64(report.blackout_ms / 1e3);
+    let ms = |from, to| load.gap_between(from, to).as_secs_f64() * 1e3;
+    let pause_ms = ms(pause, run);
+    let answered = pause + Duration::from_secs_f64(pause_ms / 1e3) + Duration::from_millis(1);
+    // The part before ends a little early, or the pause's own silence would be in it.
+    let margin = Duration::from_secs_f64(pause_ms / 1e3);
+    let early = pause.checked_sub(margin)?.max(start);
+    Some(Gaps { before_ms: ms(start, early), pause_ms, after_ms: ms(answered, Instant::now()) })
 }
 
 impl Machine {
@@ -234,6 +266,14 @@ impl Machine {
         Ok(())
     }
 
+    /// The client's longest silence in a time in which nothing moves, milliseconds.
+    pub(super) fn quiet_gap(&self, time: Duration) -> Option<f64> {
+        let start = Instant::now();
+        std::thread::sleep(time);
+        let load = self.load.as_ref()?;
+        Some(load.gap_between(start, Instant::now()).as_secs_f64() * 1e3)
+    }
+
     /// The running client.
     pub(super) fn take_load(&mut self) -> Option<LoadHandle> {
         self.load.take()
@@ -268,7 +308,8 @@ impl Machine {
             load.wait_for(3, Duration::from_secs(5));
             load.gap_between(start, Instant::now()).as_secs_f64() * 1e3
         });
-        let sample = Sample { report, gap_ms };
+        let gaps = self.load.as_ref().and_then(|load| gaps(load, start, &report));
+        let sample = Sample { report, gap_ms, gaps };
         journal.moved(self.cell, &sample);
         Ok(sample)
     }
