@@ -6,5 +6,6 @@ pub mod demo;
 pub mod doctor;
 pub mod fleet;
 pub mod load;
+pub mod measure;
 pub mod rig;
 pub mod table;

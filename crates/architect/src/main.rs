@@ -1,6 +1,6 @@
 //! The `architect` command: its own subcommands, and those of `drafter` about machines.
 
-use architect::{bench, demo, doctor};
+use architect::{bench, demo, doctor, measure};
 use clap::{Args as _, CommandFactory, FromArgMatches, Parser, Subcommand};
 use drafter::cli::{self, StateArgs};
 use std::{path::PathBuf, process::ExitCode};
@@ -19,6 +19,8 @@ enum Own {
     Demo(demo::Args),
     /// Try what this host can do; succeeds if the demonstration can run here
     Doctor(doctor::Args),
+    /// Measure moves next to QEMU's own; fails if a promise was not kept
+    Bench(measure::Args),
     /// Write the benchmark results into the table of a README
     BenchTable {
         /// The results
@@ -87,6 +89,7 @@ fn run(command: Own) -> anyhow::Result<bool> {
     match command {
         Own::Demo(args) => demo::run(&args),
         Own::Doctor(args) => doctor::run(&args),
+        Own::Bench(args) => measure::run(&args),
         Own::BenchTable { results, readme } => {
             let results = bench::Results::read(&results)?;
             let changed = bench::update_readme(&readme, &results)?;

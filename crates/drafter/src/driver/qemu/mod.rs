@@ -15,6 +15,7 @@
 //! | `vm` | the machine's life: pause, save, load, run, end |
 //! | `halt` | stopping it without asking it |
 //! | `qmp` | QEMU's control protocol |
+//! | `monitor` | the same, to a QEMU that is not ours: the baseline of benchmarks |
 //! | `shim` | the userfaultfd made inside QEMU by `drafter-shim` |
 //! | `memory_map` | guest-physical addresses, virtqueues, the mapping of the memory |
 //! | `cgroup`, `users`, `process`, `files`, `record` | limits and freezer, user ids, pidfds, passing files, `qemu.json` |
@@ -26,6 +27,7 @@ mod files;
 mod halt;
 mod launch;
 mod memory_map;
+mod monitor;
 mod probe;
 mod process;
 mod qmp;
@@ -38,6 +40,7 @@ mod tsc;
 mod users;
 mod vm;
 
+pub use monitor::Monitor;
 pub use probe::Verdict;
 
 use super::{
