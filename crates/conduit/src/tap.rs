@@ -122,6 +122,25 @@ pub fn header_size(tap: BorrowedFd<'_>) -> io::Result<usize> {
     sys::vnet_header_size(tap)
 }
 
+/// Puts a frame that no machine takes into a tap's queue. Called at a destination before its
+/// monitor starts: QEMU takes one frame out of the queue although its guest cannot receive yet,
+/// keeps it, and reads no further until the guest runs. Loading the guest's state then changes
+/// the length of the header before each frame (10 to 12 bytes), so that the frame which was taken
+/// before is misread and lost: let it be this one, and not the client's.
+pub fn give_decoy(tap: &Tap) -> io::Result<()> {
+    let index = interface_index(&tap.name).map_err(io::Error::other)?;
+    sys::send_frame(index, &decoy())
+}
+
+/// For nobody, from nobody, of no protocol; and so also when read two bytes too late.
+fn decoy() -> [u8; 60] {
+    const LOCAL_EXPERIMENT: [u8; 2] = [0x88, 0xb5];
+    let mut frame = [0; 60];
+    frame[..12].fill(0x02);
+    frame[12..14].copy_from_slice(&LOCAL_EXPERIMENT);
+    frame
+}
+
 /// What [`drain`] did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Drained {
@@ -196,6 +215,15 @@ mod tests {
         assert_eq!(a, "dr-0a4d0005");
         assert!(a.len() < libc::IFNAMSIZ);
         assert_ne!(a, name(Ipv4Addr::new(10, 77, 0, 6)));
+    }
+
+    #[test]
+    fn a_decoy_is_for_nobody_however_it_is_read_and_is_not_drained_to_anybody() {
+        let frame = decoy();
+        assert_eq!((&frame[..6], &frame[2..8]), (&[2; 6][..], &[2; 6][..]));
+        assert_eq!(frame[0] & 1, 0, "not for all");
+        let mut waiting = [&[0; 10][..], &frame].concat();
+        assert!(!readdress(&mut waiting, 10));
     }
 
     #[test]

@@ -1,10 +1,11 @@
-//! The ioctls of `/dev/net/tun` that no crate at hand offers, and nothing else. Numbers and
-//! layouts are those of `linux/if_tun.h` and `linux/if.h`.
+//! The ioctls of `/dev/net/tun` that no crate at hand offers, the packet socket that puts a frame
+//! into an interface, and nothing else. Numbers and layouts are those of `linux/if_tun.h`,
+//! `linux/if.h` and `linux/if_packet.h`.
 
 use nix::errno::Errno;
 use std::{
     io,
-    os::fd::{AsRawFd, BorrowedFd},
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
 };
 
 nix::ioctl_write_ptr_bad!(tun_set_iff, 0x4004_54ca_u32 as libc::Ioctl, libc::ifreq);
@@ -65,6 +66,36 @@ pub(crate) fn vnet_header_size(fd: BorrowedFd<'_>) -> io::Result<usize> {
 pub(crate) fn set_vnet_header_size(fd: BorrowedFd<'_>, size: i32) -> io::Result<()> {
     // SAFETY: the kernel reads one int from the place given.
     unsafe { tun_set_vnet_hdr_sz(fd.as_raw_fd(), &raw const size) }.map_err(io_error).map(drop)
+}
+
+/// Gives a whole Ethernet frame to an interface to send, past routes and neighbours.
+pub(crate) fn send_frame(interface: u32, frame: &[u8]) -> io::Result<()> {
+    let index = libc::c_int::try_from(interface)
+        .map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
+    // SAFETY: takes numbers only. Protocol 0: this socket receives nothing.
+    let raw = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+    if raw < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just made and is nobody else's.
+    let socket = unsafe { OwnedFd::from_raw_fd(raw) };
+    // SAFETY: sockaddr_ll is plain data; all zeros is a valid value.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = libc::AF_PACKET as libc::c_ushort;
+    address.sll_ifindex = index;
+    // SAFETY: the kernel reads the frame and one sockaddr_ll, of the lengths given, and both live
+    // until the call returns.
+    let sent = unsafe {
+        libc::sendto(
+            socket.as_raw_fd(),
+            frame.as_ptr().cast(),
+            frame.len(),
+            libc::MSG_DONTWAIT,
+            (&raw const address).cast(),
+            size_of::<libc::sockaddr_ll>() as libc::socklen_t,
+        )
+    };
+    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 fn io_error(errno: Errno) -> io::Error {

@@ -219,6 +219,12 @@ impl Hosted {
             }
         }
         let tap = net.as_ref().map(|net| site.path.prepare(net)).transpose().map_err(fail)?;
+        if start == Start::Incoming
+            && let Some(tap) = &tap
+            && let Err(error) = conduit::tap::give_decoy(tap)
+        {
+            tracing::warn!(%error, "one frame may get lost at the switchover");
+        }
         let memory_fd = OwnedFd::from(content.memory.file().try_clone()?);
         let manifest = package.manifest();
         let kernel = package.dir().join(&manifest.kernel.file);
