@@ -8,7 +8,7 @@ use crate::migrate::{
     timings::BlackoutParts,
 };
 use silo::{
-    block::{BlockRange, BlockSet},
+    block::{BLOCK_SIZE, BlockIndex, BlockRange, BlockSet, is_zero},
     device::Device,
 };
 use std::{
@@ -95,6 +95,7 @@ impl Session<'_> {
         }
         flight_bytes += after.iter().map(BlockSet::bytes).sum::<u64>();
         send_hot(&mut self.main, &self.devices, &after)?;
+        flight_bytes += send_zeros_as_data(&mut self.main, &self.devices, state_blocks)?;
         for (at, set) in dirty.iter_mut().enumerate() {
             set.subtract(&hot[at]);
             set.subtract(&after[at]);
@@ -120,6 +121,28 @@ fn send_hot(
         }
     }
     Ok(())
+}
+
+/// Sends those state blocks that are zero (rings that were never used) as data. A note would leave
+/// a hole at the destination, and loading the state would fault on it.
+fn send_zeros_as_data(
+    to: &mut Outgoing,
+    devices: &[Arc<dyn Device>],
+    state_blocks: &[(DeviceNumber, BlockRange)],
+) -> Result<u64, SendError> {
+    let mut bytes = 0;
+    let mut block = [0; BLOCK_SIZE];
+    for (number, range) in state_blocks {
+        let Some(device) = devices.get(usize::from(number.0)) else { continue };
+        for at in range.start.0..range.end() {
+            device.read(BlockIndex(at), &mut block)?;
+            if is_zero(&block) {
+                to.blocks(*number, BlockIndex(at), &block)?;
+                bytes += BLOCK_SIZE as u64;
+            }
+        }
+    }
+    Ok(bytes)
 }
 
 /// Which dirty blocks travel in the flight: those that loading reads, whatever the budget, then
