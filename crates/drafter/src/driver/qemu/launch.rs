@@ -231,6 +231,34 @@ pub(super) fn take_over(run_dir: &Path) -> Result<Option<QemuVm>, DriverError> {
     Ok(Some(vm))
 }
 
+/// Ends a QEMU that lost its runner, without asking it anything: one that waits for a block that
+/// nobody serves answers nobody. False if there is none.
+pub(super) fn end_orphan(run_dir: &Path) -> Result<bool, DriverError> {
+    let Some(record) = Record::load(run_dir)? else { return Ok(false) };
+    let machine = &record.shape.name;
+    let host = |operation: &str| {
+        let operation =
+            format!("{operation} the QEMU of machine \"{machine}\", process {}", record.process.pid);
+        move |source| DriverError::Host { operation, source }
+    };
+    let process = Process::open(record.process).map_err(host("looking for"))?;
+    let found = process.is_some();
+    if let Some(mut process) = process {
+        process.signal(nix::sys::signal::Signal::SIGKILL).map_err(host("ending"))?;
+        // A frozen process dies when it is thawed.
+        record.cgroup.thaw(process.descriptor()).map_err(host("thawing"))?;
+        if process.wait(Duration::from_secs(5)).is_none() {
+            return Err(host("waiting for the end of")(io::ErrorKind::TimedOut.into()));
+        }
+    }
+    record.cgroup.remove();
+    if let Some(user) = &record.user {
+        user.release();
+    }
+    Files::of(run_dir).remove();
+    Ok(found)
+}
+
 /// Two QEMUs on one run directory would fight over its sockets.
 fn refuse_second(machine: &str, run_dir: &Path) -> Result<(), DriverError> {
     match Record::load(run_dir)? {

@@ -185,11 +185,5 @@ pub fn monitor_without_runner(run_dir: &Path) -> Option<u32> {
 
 /// Ends a monitor that lost its runner. False if there is none.
 pub fn stop_without_runner(run_dir: &Path) -> Result<bool, DriverError> {
-    match launch::take_over(run_dir)? {
-        Some(mut vm) => {
-            vm.kill()?;
-            Ok(true)
-        }
-        None => Ok(false),
-    }
+    launch::end_orphan(run_dir)
 }
