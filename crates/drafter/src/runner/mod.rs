@@ -47,7 +47,10 @@ use state::{MachineDir, RunnerRecord, boot_id, process_start};
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -55,6 +58,9 @@ use std::{
 const EDGE_LIMIT: Duration = Duration::from_secs(10);
 /// How long another host may hold the lease file's lock.
 const LEASE_LOCK_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long requests in hand may take to be answered once the machine has ended.
+const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 
 /// What a runner could not do.
 #[derive(Debug, thiserror::Error)]
@@ -134,6 +140,8 @@ pub struct Runner {
     cache: Cache,
     inner: Mutex<Inner>,
     changed: Condvar,
+    /// Requests whose answer has not been written.
+    answering: AtomicUsize,
 }
 
 /// Runs until the machine has ended or left for good.
@@ -210,6 +218,7 @@ impl Runner {
             cache: Cache::default_for_user(),
             inner: Mutex::new(inner),
             changed: Condvar::new(),
+            answering: AtomicUsize::new(0),
             config,
         }))
     }
@@ -228,6 +237,11 @@ impl Runner {
             Launch::TakeOver(boot) => self.take_over(&boot.package)?,
         }
         let ended = self.watch();
+        // Whoever ended the machine hears so.
+        let deadline = Instant::now() + ANSWER_LIMIT;
+        while self.answering.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(2));
+        }
         drop(api);
         ended
     }
