@@ -176,7 +176,10 @@ impl Busy {
         assert!(report.is_clean(), "the client noticed: {report:?}");
         assert_eq!(report.tcp.rto.unwrap_or(0), 0, "the client's timer fired: {:?}", report.tcp);
         let fired = guest_timeouts(runner) - self.timeouts;
-        eprintln!("timers of the guest fired {fired} times, {} retransmits", report.tcp.retransmits);
+        eprintln!(
+            "timers of the guest fired {fired} times, {} retransmits",
+            report.tcp.retransmits
+        );
         (report, oracle)
     }
 }

@@ -116,7 +116,10 @@ fn whatever_becomes_of_the_token_the_machine_runs_on_where_it_was() {
     assert_eq!(token.handed.record().unwrap().epoch.0, first);
     assert!(epoch() > first, "who takes a machine back begins a new epoch");
     // A word that comes too late changes nothing.
-    let _ = silent.main.outgoing.write(&Frame::Refused { attempt: token.attempt, reason: "late".into() });
+    let _ = silent
+        .main
+        .outgoing
+        .write(&Frame::Refused { attempt: token.attempt, reason: "late".into() });
     runs_at(fleet, a);
 
     // The connection breaks with the token: the same, because it may have arrived.

@@ -94,7 +94,11 @@ fn a_machine_lives_by_the_commands_alone() {
     assert!(on(&stage, 0, &["console", "redis"]).out.to_lowercase().contains("redis"));
 
     // An exit code comes through, and so does what was said.
-    let said = on(&stage, 0, &["exec", "redis", "--", "/bin/dash", "-c", "echo out; echo err >&2; exit 7"]);
+    let said = on(
+        &stage,
+        0,
+        &["exec", "redis", "--", "/bin/dash", "-c", "echo out; echo err >&2; exit 7"],
+    );
     assert_eq!(said.code, Some(7), "{said:?}");
     let json: serde_json::Value = serde_json::from_str(&said.out).unwrap();
     assert_eq!((&json["stdout"], &json["stderr"]), (&"out\n".into(), &"err\n".into()));
@@ -160,8 +164,16 @@ fn a_suspended_machine_goes_on_at_another_host_with_its_data_and_the_right_time(
 fn after_a_crash_of_its_host_a_machine_starts_again_from_its_disks() {
     let Some(stage) = Stage::open() else { return };
     begin(&stage, 0, &["run", "redis"]).succeeds();
-    guest(&stage, 0, &["dd", "if=/dev/zero", "of=/var/lib/synced", "bs=64k", "count=16", "conv=fsync"]);
-    guest(&stage, 0, &["/bin/dash", "-c", "echo kept > /var/lib/note; sync /var/lib/note /var/lib"]);
+    guest(
+        &stage,
+        0,
+        &["dd", "if=/dev/zero", "of=/var/lib/synced", "bs=64k", "count=16", "conv=fsync"],
+    );
+    guest(
+        &stage,
+        0,
+        &["/bin/dash", "-c", "echo kept > /var/lib/note; sync /var/lib/note /var/lib"],
+    );
     let listed = row(&stage, 0);
     kill_hard(&[pid(&listed, "runner_pid"), pid(&listed, "monitor_pid")]);
     assert_eq!(row(&stage, 0)["state"], "crashed");

@@ -82,10 +82,8 @@ fn a_machine_that_comes_back_sends_what_changed_unless_the_stay_was_not_kept() {
 
     // Emptied by hand: the way back is as long as the way there.
     assert!(stay(b) > 32 * MIB);
-    let said = say(
-        stage.drafter(1).args(["--json", "stay", "drop", "redis"]),
-        Duration::from_secs(20),
-    );
+    let said =
+        say(stage.drafter(1).args(["--json", "stay", "drop", "redis"]), Duration::from_secs(20));
     assert!(said.json().as_u64().unwrap() > 32 * MIB, "{said:?}");
     assert_eq!(stay(b), 0);
     let again = go(fleet, a, b, Mode::Hybrid, budgets());
@@ -114,7 +112,8 @@ fn a_move_goes_on_when_the_command_that_asked_for_it_is_interrupted() {
         let (host, there) = if signal == Signal::SIGINT { (0, "b") } else { (1, "a") };
         if signal == Signal::SIGKILL {
             // So that there is something to be in the middle of.
-            say(stage.drafter(0).args(["stay", "drop", "redis"]), Duration::from_secs(20)).succeeds();
+            say(stage.drafter(0).args(["stay", "drop", "redis"]), Duration::from_secs(20))
+                .succeeds();
         }
         let mut client = stage
             .drafter(host)

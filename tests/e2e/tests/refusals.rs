@@ -106,7 +106,15 @@ fn a_dry_run_gives_the_verdict_and_numbers_and_moves_nothing() {
 
     // Through the command, to a host that is not there.
     let said = say(
-        stage.drafter(0).args(["migrate", "redis", "--dry-run", "--peer", "b", "--to", "10.89.0.3:9"]),
+        stage.drafter(0).args([
+            "migrate",
+            "redis",
+            "--dry-run",
+            "--peer",
+            "b",
+            "--to",
+            "10.89.0.3:9",
+        ]),
         Duration::from_secs(30),
     );
     said.fails_with(&["connect", "still running here"]);
@@ -126,7 +134,11 @@ fn a_host_without_the_right_certificate_gets_no_machine_and_cannot_send_one() {
     let expired = folder.path().join("expired");
     let ours = stage.fleet.rig().identity().unwrap();
     fs::create_dir(&expired).unwrap();
-    for file in fs::read_dir(&ours).unwrap().flatten().filter(|f| f.file_name().to_string_lossy().starts_with("ca.")) {
+    for file in fs::read_dir(&ours)
+        .unwrap()
+        .flatten()
+        .filter(|f| f.file_name().to_string_lossy().starts_with("ca."))
+    {
         fs::copy(file.path(), expired.join(file.file_name())).unwrap();
     }
     Authority::open(&expired).unwrap().issue(&name, Duration::from_secs(1)).unwrap();
@@ -134,7 +146,9 @@ fn a_host_without_the_right_certificate_gets_no_machine_and_cannot_send_one() {
     let try_with = |what: &str, machine: &str, port: u16, words: &[&str]| {
         let to = format!("10.89.0.3:{port}");
         let said = say(
-            stage.drafter(1).args(["receive", machine, "--host", "b", "--listen", &to, "--detach", "--package"])
+            stage
+                .drafter(1)
+                .args(["receive", machine, "--host", "b", "--listen", &to, "--detach", "--package"])
                 .arg(stage.package())
                 .args(words),
             Duration::from_secs(30),

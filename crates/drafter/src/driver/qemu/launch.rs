@@ -237,8 +237,10 @@ pub(super) fn end_orphan(run_dir: &Path) -> Result<bool, DriverError> {
     let Some(record) = Record::load(run_dir)? else { return Ok(false) };
     let machine = &record.shape.name;
     let host = |operation: &str| {
-        let operation =
-            format!("{operation} the QEMU of machine \"{machine}\", process {}", record.process.pid);
+        let operation = format!(
+            "{operation} the QEMU of machine \"{machine}\", process {}",
+            record.process.pid
+        );
         move |source| DriverError::Host { operation, source }
     };
     let process = Process::open(record.process).map_err(host("looking for"))?;
