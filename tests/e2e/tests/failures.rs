@@ -66,7 +66,7 @@ fn a_move_can_be_cancelled_in_each_phase_and_the_machine_moves_afterwards() {
     let (job, mut slow_one) = visit(&stage, a, &scripted, Mode::Hybrid);
     slow_one.ready();
     slow_one.offer(1);
-    assert!(matches!(slow_one.next(), Frame::RoundEnd(_)));
+    assert!(matches!(slow_one.next_frame(), Frame::RoundEnd(_)));
     cancel(fleet, a, job);
     let why = follow(fleet, a, job).unwrap_err();
     assert!(why.contains("cancelled during pre-copy"), "{why}");
@@ -140,7 +140,7 @@ fn whatever_becomes_of_the_token_the_machine_runs_on_where_it_was() {
     let (job, mut tired) = visit(&stage, a, &scripted, Mode::Hybrid);
     tired.ready();
     tired.offer(1);
-    let Frame::RoundEnd(round) = tired.next() else { panic!("no round") };
+    let Frame::RoundEnd(round) = tired.next_frame() else { panic!("no round") };
     std::thread::sleep(Duration::from_millis(2500));
     tired.send(&Frame::RoundApplied(round));
     loop {
