@@ -2,8 +2,10 @@
 
 pub mod baseline;
 pub mod bench;
+pub mod demo;
 pub mod doctor;
 pub mod fleet;
 pub mod load;
+pub mod measure;
 pub mod rig;
 pub mod table;

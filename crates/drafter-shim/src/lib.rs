@@ -11,8 +11,11 @@
 //!
 //! Before QEMU's `main`, still outside its seccomp sandbox, the constructor makes the userfaultfd
 //! and sends one message of 8 bytes: `DUF1`, then an errno (0: it worked) as a little-endian
-//! 32-bit number. On success the descriptor travels with the message (`SCM_RIGHTS`). Drafter's
-//! half is in `drafter::driver::qemu::shim`; a change of the message is a change of its magic.
+//! 32-bit number. On success the descriptor travels with the message (`SCM_RIGHTS`). Then it waits
+//! for one byte from the runner, who writes down first that this QEMU exists; without it (the
+//! runner died, or the time it set for the socket is over) the process ends, so that no QEMU runs
+//! that nobody knows of. Drafter's half is in `drafter::driver::qemu::shim`; a change of the
+//! message is a change of its magic.
 //!
 //! What must hold: one copy of the userfaultfd stays open in QEMU for life, because protection and
 //! tracking end when the last one closes; the runner may come and go. Everything else that was
@@ -60,6 +63,9 @@ fn start() {
         // The userfaultfd stays open on purpose, also when nobody took its copy.
         Ok(userfaultfd) => sys::send(socket, &message(0), Some(userfaultfd)),
         Err(errno) => sys::send(socket, &message(errno), None),
+    }
+    if !sys::receives_a_byte(socket) {
+        sys::end();
     }
     for descriptor in [Some(device), Some(socket), own].into_iter().flatten() {
         sys::close(descriptor);

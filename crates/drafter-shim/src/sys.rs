@@ -51,6 +51,8 @@ unsafe extern "C" {
     fn sendmsg(fd: c_int, message: *const Message, flags: c_int) -> isize;
     #[link_name = "close"]
     fn libc_close(fd: c_int) -> c_int;
+    fn read(fd: c_int, buffer: *mut c_void, size: usize) -> isize;
+    fn _exit(status: c_int) -> !;
 }
 
 // A plain `extern "C"` function pointer in `.init_array` is what the dynamic loader calls.
@@ -96,6 +98,25 @@ pub(crate) fn send(socket: RawFd, data: &[u8], descriptor: Option<RawFd>) {
     // SAFETY: every pointer in `message` points to a value on this frame that outlives the call,
     // with the lengths given beside it.
     let _ = unsafe { sendmsg(socket, &raw const message, MSG_NOSIGNAL) };
+}
+
+/// Whether a byte comes before the stream ends and before the socket's own time limit.
+pub(crate) fn receives_a_byte(socket: RawFd) -> bool {
+    let mut byte = 0u8;
+    loop {
+        // SAFETY: the buffer is one byte on this frame, and one byte is asked for.
+        let count = unsafe { read(socket, (&raw mut byte).cast(), 1) };
+        let interrupted = || io::Error::last_os_error().kind() == io::ErrorKind::Interrupted;
+        if count >= 0 || !interrupted() {
+            return count == 1;
+        }
+    }
+}
+
+/// Ends the process, which has done nothing yet.
+pub(crate) fn end() -> ! {
+    // SAFETY: takes a number and does not return; nothing of QEMU has run that wants to clean up.
+    unsafe { _exit(1) }
 }
 
 /// Closes a descriptor that was passed for the shim alone.

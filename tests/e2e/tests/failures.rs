@@ -261,7 +261,7 @@ fn a_token_that_is_late_runs_nowhere_and_a_confirmation_that_is_late_changes_not
     let line = proxy::between(&stage, fleet.runner(b).address, late);
     let why = follow(fleet, a, move_over(&stage, a, line)).unwrap_err();
     assert!(why.contains("still running here"), "{why}");
-    assert!(epoch(a) > first);
+    assert!(epoch(a) > first, "the token never left: {why}");
     // Past the token's arrival: nothing ran there, not even for a moment.
     eventually("the destination waits again", Duration::from_secs(15), || {
         fleet.runner(b).status().unwrap().state == "standby"

@@ -82,6 +82,25 @@ impl Row {
     }
 }
 
+impl std::fmt::Display for Row {
+    /// One line for people.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mark = match self.met {
+            None => " ",
+            Some(true) => "+",
+            Some(false) => "!",
+        };
+        write!(f, "{mark} {}: {} {}", self.bar, figure(self.value), self.unit)?;
+        if let Some(baseline) = self.baseline {
+            write!(f, ", baseline {}", figure(baseline))?;
+        }
+        if !self.target.is_empty() {
+            write!(f, " ({})", self.target)?;
+        }
+        Ok(())
+    }
+}
+
 /// Why results could not be kept or shown.
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {

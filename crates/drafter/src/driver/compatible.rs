@@ -26,7 +26,9 @@ pub fn compatible(
     }
     if source.accelerator == dest.accelerator {
         match source.accelerator {
-            Accelerator::Tcg => reasons.extend(tsc_differs(shape.tsc_khz, dest.tsc_khz)),
+            Accelerator::Tcg => {
+                reasons.extend(tsc_differs(shape.tsc_khz, dest.tsc_khz, "the destination"));
+            }
             Accelerator::Kvm => reasons.extend(features_missing(source, dest)),
         }
     } else {
@@ -41,12 +43,12 @@ pub fn compatible(
 
 /// Under TCG the guest reads the host's TSC, at the rate it was told when it booted. (Under KVM
 /// the guest's clock is kvmclock, which the host scales.)
-fn tsc_differs(machine_khz: u64, dest_khz: u64) -> Option<String> {
+pub(super) fn tsc_differs(machine_khz: u64, dest_khz: u64, host: &str) -> Option<String> {
     let ppm =
         u128::from(machine_khz.abs_diff(dest_khz)) * 1_000_000 / u128::from(machine_khz.max(1));
     (ppm > u128::from(TSC_TOLERANCE_PPM)).then(|| {
         format!(
-            "the machine's clock counts at {machine_khz} kHz and the destination's processor at \
+            "the machine's clock counts at {machine_khz} kHz and {host}'s processor at \
              {dest_khz} kHz, {ppm} parts per million apart (at most {TSC_TOLERANCE_PPM}); its clock \
              would run wrong there"
         )

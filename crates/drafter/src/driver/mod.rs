@@ -6,8 +6,10 @@
 
 mod compatible;
 pub mod qemu;
+mod urgent;
 
 pub use compatible::compatible;
+pub use urgent::Urgent;
 
 use std::{
     net::Ipv4Addr,
@@ -239,9 +241,15 @@ pub trait Driver: Send + Sync {
         start: Start,
     ) -> Result<Box<dyn Vm>, DriverError>;
 
+    /// A handle to stop the monitor that a run directory tells of, without talking to it: for a
+    /// runner that came back and does not know yet whether its machine may run. `None` as for
+    /// [`Driver::take_over`].
+    fn fence(&self, run_dir: &Path) -> Result<Option<Arc<dyn Fence>>, DriverError>;
+
     /// Finds a machine's monitor that lost its runner, by its run directory. `None`: there is
-    /// none any more, and what it left behind on this host was cleaned up. The disks' sockets must
-    /// be listening again before the guest needs them, at the same paths.
+    /// none any more, and what it left behind on this host was cleaned up. A frozen one is refused:
+    /// thaw it through [`Driver::fence`] if it may run. The disks' sockets must be listening again
+    /// before the guest needs them, at the same paths.
     fn take_over(&self, run_dir: &Path) -> Result<Option<Box<dyn Vm>>, DriverError>;
 }
 

@@ -112,6 +112,8 @@ pub struct TokenMeta {
     pub handed: LeaseMessage,
     /// A FLUSH was answered early at the source: frames stay held until `SourceDurable`.
     pub flush_owed: bool,
+    /// Size of the device state before zstd, bytes.
+    pub state_bytes: u64,
 }
 
 /// The destination runs and owns.
@@ -191,12 +193,13 @@ impl LeaseMessage {
 impl TokenMeta {
     /// What the source sends.
     #[must_use]
-    pub fn of(token: &Token) -> Self {
+    pub fn of(token: &Token, state_bytes: u64) -> Self {
         Self {
             attempt: token.attempt.0,
             serial: token.serial.0,
             handed: LeaseMessage::from(&token.handed),
             flush_owed: token.flush_owed,
+            state_bytes,
         }
     }
 
@@ -231,13 +234,13 @@ mod tests {
             handed: record,
             flush_owed: true,
         };
-        let text = serde_json::to_string(&TokenMeta::of(&token)).unwrap();
+        let text = serde_json::to_string(&TokenMeta::of(&token, 5)).unwrap();
         assert_eq!(
             text,
             r#"{"attempt":9,"serial":3,"handed":{"machine":"redis","epoch":7,"owner":"a","#
                 .to_owned()
                 + r#""handing_to":[9,"b"],"attempt":9,"nonce":"00000000000000000000000000000abc"},"#
-                + r#""flush_owed":true}"#
+                + r#""flush_owed":true,"state_bytes":5}"#
         );
         let meta: TokenMeta = serde_json::from_str(&text).unwrap();
         assert_eq!(meta.token().unwrap(), token);

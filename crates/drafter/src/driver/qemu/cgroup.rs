@@ -235,6 +235,15 @@ impl Cgroup {
         }
     }
 
+    /// Whether somebody froze it, or is about to.
+    pub(super) fn is_frozen(&self, pid: u32) -> bool {
+        match &self.freezer {
+            Freezer::V2(group) => has_line(&group.join("cgroup.freeze"), "1").unwrap_or(false),
+            Freezer::V1(group) => !has_line(&group.join("freezer.state"), "THAWED").unwrap_or(true),
+            Freezer::Signals => all_stopped(pid).unwrap_or(false),
+        }
+    }
+
     /// Undoes [`Cgroup::freeze`].
     pub(super) fn thaw(&self, process: BorrowedFd<'_>) -> io::Result<()> {
         match &self.freezer {
@@ -373,7 +382,9 @@ mod tests {
             cpu_ticks(child.id()) > before
         };
         assert!(runs(), "the process should be busy to begin with");
+        assert!(!group.is_frozen(child.id()));
         group.freeze(process.identity(), process.descriptor()).unwrap();
+        assert!(group.is_frozen(child.id()));
         let frozen_at = cpu_ticks(child.id());
         thread::sleep(Duration::from_millis(150));
         assert_eq!(cpu_ticks(child.id()), frozen_at);

@@ -1,7 +1,7 @@
 //! Starting a QEMU, and finding one again.
 //!
 //! ```text
-//! check the shape → user id → control group → sockets → fork, exec → userfaultfd → QMP → record
+//! check the shape → user id → control group → sockets → fork, exec → userfaultfd → record → go → QMP
 //! ```
 //!
 //! Whatever fails on the way, what was made before it is unmade: no process, no group, no number
@@ -12,6 +12,7 @@ use super::{
     cgroup::{Cgroup, Limits},
     command::{self, Given},
     files,
+    halt::Halt,
     memory_map::FileId,
     process::Process,
     qmp::{Qmp, QmpError},
@@ -21,7 +22,8 @@ use super::{
     users::UserLease,
     vm::QemuVm,
 };
-use crate::driver::{DriverError, HostResources, MachineShape, Start, Vm};
+use crate::driver::compatible::tsc_differs;
+use crate::driver::{Accelerator, DriverError, Fence, HostResources, MachineShape, Start, Vm};
 use std::{
     fs::File,
     io,
@@ -31,6 +33,7 @@ use std::{
     },
     path::Path,
     process::{Command, Stdio},
+    sync::Arc,
     time::Duration,
 };
 
@@ -90,6 +93,9 @@ pub(super) fn start(
 ) -> Result<QemuVm, DriverError> {
     let machine = shape.name.as_str();
     command::check(shape, host.disk_sockets.len(), host.tap.is_some())?;
+    if start == Start::Boot && found.facts.accelerator == Accelerator::Tcg {
+        check_clock(shape, found.facts.tsc_khz)?;
+    }
     let files = Files::of(host.run_dir);
     files.check(machine)?;
     let memory = memory_id(host.memory, shape)?;
@@ -150,10 +156,7 @@ pub(super) fn start(
 
     let userfaultfd = shim::Handshake::receive(&from_shim, SHIM_LIMIT, &files.stderr)
         .map_err(|failure| failure.into_error(machine, SHIM_LIMIT, &files.stderr))?;
-    let mut qmp = connect(machine, &files, QMP_LIMIT, unmade.process.as_mut())?;
-    prepare_migration(&mut qmp).map_err(|error| refused(machine, &error))?;
-
-    let process = unmade.process.take().expect("the process was just started");
+    let process = unmade.process.as_mut().expect("the process was just started");
     let record = Record {
         version: Record::VERSION,
         process: process.identity(),
@@ -163,18 +166,18 @@ pub(super) fn start(
         disk_sockets: host.disk_sockets.clone(),
         shape: shape.clone(),
     };
-    let kept = record.save(host.run_dir).and_then(|()| {
-        let handed = record.user.as_ref().map(|user| user.hand_to(process.identity()));
-        handed.transpose().map(|_| ()).map_err(|source| DriverError::Host {
-            operation: format!("recording the user id of machine \"{machine}\""),
-            source,
-        })
-    });
-    if let Err(error) = kept {
-        unmade.process = Some(process);
-        return Err(error);
-    }
+    // Written down before it may begin: a runner that dies leaves no QEMU that nobody finds.
+    record.save(host.run_dir)?;
+    let recorded = record.user.as_ref().map_or(Ok(()), |user| user.hand_to(process.identity()));
+    recorded.and_then(|()| shim::Handshake::go(from_shim)).map_err(|source| DriverError::Host {
+        operation: format!("letting the QEMU of machine \"{machine}\" begin"),
+        source,
+    })?;
+    let mut qmp = connect(machine, &files, QMP_LIMIT, process)?;
+    prepare_migration(&mut qmp).map_err(|error| refused(machine, &error))?;
+
     // From here on the machine cleans up after itself.
+    let process = unmade.process.take().expect("it was there above");
     unmade.given_up = false;
     let mut vm = QemuVm::new(files.clone(), record, process, qmp, Some(userfaultfd));
     if let Err(error) = vm.started(start) {
@@ -184,81 +187,71 @@ pub(super) fn start(
     Ok(vm)
 }
 
-/// Finds the QEMU that a run directory tells of.
-pub(super) fn take_over(run_dir: &Path) -> Result<Option<QemuVm>, DriverError> {
+/// The record of a run directory and its process, if that still lives. What a dead one left is
+/// cleaned up.
+fn find(run_dir: &Path) -> Result<Option<(Record, Process)>, DriverError> {
     let Some(record) = Record::load(run_dir)? else { return Ok(None) };
-    let machine = record.shape.name.clone();
-    let files = Files::of(run_dir);
     let process = Process::open(record.process).map_err(|source| DriverError::Host {
         operation: format!(
-            "looking for the QEMU of machine \"{machine}\", process {}",
-            record.process.pid
+            "looking for the QEMU of machine \"{}\", process {}",
+            record.shape.name, record.process.pid
         ),
         source,
     })?;
-    let clean_up = || {
-        record.cgroup.remove();
-        if let Some(user) = &record.user {
-            user.release();
-        }
-        files.remove();
-    };
-    let Some(mut process) = process else {
-        clean_up();
-        return Ok(None);
-    };
+    if process.is_none() {
+        clean_up(&record, &Files::of(run_dir));
+    }
+    Ok(process.map(|process| (record, process)))
+}
+
+/// What is left of a QEMU that has ended, except its logs.
+pub(super) fn clean_up(record: &Record, files: &Files) {
+    record.cgroup.remove();
+    if let Some(user) = &record.user {
+        user.release();
+    }
+    files.remove();
+}
+
+/// A handle to stop the QEMU that a run directory tells of, without asking it.
+pub(super) fn fence(run_dir: &Path) -> Result<Option<Arc<dyn Fence>>, DriverError> {
+    Ok(find(run_dir)?
+        .map(|(record, process)| Arc::new(Halt::of(&record, &process)) as Arc<dyn Fence>))
+}
+
+/// Finds the QEMU that a run directory tells of.
+pub(super) fn take_over(run_dir: &Path) -> Result<Option<QemuVm>, DriverError> {
+    let Some((record, mut process)) = find(run_dir)? else { return Ok(None) };
+    let (machine, files) = (record.shape.name.clone(), Files::of(run_dir));
+    if record.cgroup.is_frozen(process.pid()) {
+        // Whoever froze it may have taken it its authority: we are not to let it run.
+        return Err(DriverError::Refused {
+            machine,
+            operation: "taking it over",
+            detail: "it is frozen and cannot answer; thaw it or kill it through its fence".into(),
+        });
+    }
     if let Some(user) = &record.user {
         // They may come later; their server then has to let this user in.
         let there: Vec<_> =
             record.disk_sockets.iter().filter(|path| path.exists()).cloned().collect();
         admit(&there, user.uid)?;
     }
-    // A frozen QEMU answers nobody.
-    record.cgroup.thaw(process.descriptor()).map_err(|source| DriverError::Host {
-        operation: format!("thawing the QEMU of machine \"{machine}\""),
-        source,
-    })?;
-    let qmp = match connect(&machine, &files, TAKE_OVER_LIMIT, Some(&mut process)) {
+    let mut qmp = match connect(&machine, &files, TAKE_OVER_LIMIT, &mut process) {
         Ok(qmp) => qmp,
         Err(_) if process.ended().is_some() => {
-            clean_up();
+            clean_up(&record, &files);
             return Ok(None);
         }
         Err(error) => return Err(error),
     };
+    // Its first runner may have died before this; while it waits for state QEMU refuses it.
+    if let Err(error) = prepare_migration(&mut qmp) {
+        tracing::debug!(machine, %error, "saved state stays as its first runner prepared it");
+    }
     let mut vm = QemuVm::new(files, record, process, qmp, None);
     vm.find_phase()?;
     Ok(Some(vm))
-}
-
-/// Ends a QEMU that lost its runner, without asking it anything: one that waits for a block that
-/// nobody serves answers nobody. False if there is none.
-pub(super) fn end_orphan(run_dir: &Path) -> Result<bool, DriverError> {
-    let Some(record) = Record::load(run_dir)? else { return Ok(false) };
-    let machine = &record.shape.name;
-    let host = |operation: &str| {
-        let operation = format!(
-            "{operation} the QEMU of machine \"{machine}\", process {}",
-            record.process.pid
-        );
-        move |source| DriverError::Host { operation, source }
-    };
-    let process = Process::open(record.process).map_err(host("looking for"))?;
-    let found = process.is_some();
-    if let Some(mut process) = process {
-        process.signal(nix::sys::signal::Signal::SIGKILL).map_err(host("ending"))?;
-        // A frozen process dies when it is thawed.
-        record.cgroup.thaw(process.descriptor()).map_err(host("thawing"))?;
-        if process.wait(Duration::from_secs(5)).is_none() {
-            return Err(host("waiting for the end of")(io::ErrorKind::TimedOut.into()));
-        }
-    }
-    record.cgroup.remove();
-    if let Some(user) = &record.user {
-        user.release();
-    }
-    Files::of(run_dir).remove();
-    Ok(found)
 }
 
 /// Two QEMUs on one run directory would fight over its sockets.
@@ -274,6 +267,17 @@ fn refuse_second(machine: &str, run_dir: &Path) -> Result<(), DriverError> {
             ),
         }),
         _ => Ok(()),
+    }
+}
+
+/// The guest's clock runs by the rate that it is told at boot, so that must be this host's.
+fn check_clock(shape: &MachineShape, tsc_khz: u64) -> Result<(), DriverError> {
+    match tsc_differs(shape.tsc_khz, tsc_khz, "this host") {
+        None => Ok(()),
+        Some(detail) => Err(DriverError::Invalid {
+            machine: shape.name.clone(),
+            detail: format!("{detail}; boot it with tsc_khz of this host's facts"),
+        }),
     }
 }
 
@@ -386,7 +390,9 @@ fn spawn(
         operation: format!("starting {} for machine \"{}\"", found.binary.display(), shape.name),
         source,
     };
+    // Only this QEMU's words: what an earlier one said is no news.
     let stderr = log(&files.stderr)?;
+    nix::unistd::ftruncate(&stderr, 0).map_err(|errno| host(errno.into()))?;
     let stdout = stderr.try_clone().map_err(host)?;
     let mut command = Command::new(&found.binary);
     command
@@ -412,7 +418,7 @@ fn connect(
     machine: &str,
     files: &Files,
     limit: Duration,
-    process: Option<&mut Process>,
+    process: &mut Process,
 ) -> Result<Qmp, DriverError> {
     const OPERATION: &str = "connecting to QEMU";
     Qmp::connect(&files.qmp, limit).map_err(|error| match error {
@@ -423,7 +429,7 @@ fn connect(
             DriverError::Refused { machine: machine.into(), operation: OPERATION, detail }
         }
         QmpError::Closed(why) => {
-            let ended = process.and_then(|process| process.wait(Duration::from_secs(1)));
+            let ended = process.wait(Duration::from_secs(1));
             let ended = ended.map_or(why, |ended| ended.to_string());
             let errors = super::process::tail(&files.stderr, 2000);
             let detail = format!("{ended}; {errors}");

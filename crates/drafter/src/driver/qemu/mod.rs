@@ -13,7 +13,9 @@
 //! | `command` | QEMU's command line |
 //! | `launch` | starting: user, control group, descriptors, handshake |
 //! | `vm` | the machine's life: pause, save, load, run, end |
+//! | `halt` | stopping it without asking it |
 //! | `qmp` | QEMU's control protocol |
+//! | `monitor` | the same, to a QEMU that is not ours: the baseline of benchmarks |
 //! | `shim` | the userfaultfd made inside QEMU by `drafter-shim` |
 //! | `memory_map` | guest-physical addresses, virtqueues, the mapping of the memory |
 //! | `cgroup`, `users`, `process`, `files`, `record` | limits and freezer, user ids, pidfds, passing files, `qemu.json` |
@@ -22,8 +24,10 @@
 mod cgroup;
 mod command;
 mod files;
+mod halt;
 mod launch;
 mod memory_map;
+mod monitor;
 mod probe;
 mod process;
 mod qmp;
@@ -36,14 +40,21 @@ mod tsc;
 mod users;
 mod vm;
 
+pub use monitor::Monitor;
 pub use probe::Verdict;
 
-use super::{Accelerator, Driver, DriverError, HostFacts, HostResources, MachineShape, Start, Vm};
+use super::{
+    Accelerator, Driver, DriverError, Fence, HostFacts, HostResources, MachineShape, Start, Vm,
+};
 use std::{
     ops::RangeInclusive,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
+
+/// How long a killed monitor may take to be gone.
+const END_LIMIT: Duration = Duration::from_secs(10);
 
 /// Which accelerator to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -171,6 +182,10 @@ impl Driver for QemuDriver {
         Ok(Box::new(launch::start(&self.config, &found, shape, host, start)?))
     }
 
+    fn fence(&self, run_dir: &Path) -> Result<Option<Arc<dyn Fence>>, DriverError> {
+        launch::fence(run_dir)
+    }
+
     fn take_over(&self, run_dir: &Path) -> Result<Option<Box<dyn Vm>>, DriverError> {
         Ok(launch::take_over(run_dir)?.map(|vm| Box::new(vm) as Box<dyn Vm>))
     }
@@ -183,7 +198,32 @@ pub fn monitor_without_runner(run_dir: &Path) -> Option<u32> {
     record.process.runs().then_some(record.process.pid)
 }
 
-/// Ends a monitor that lost its runner. False if there is none.
+/// Ends a monitor that lost its runner, at once and without asking it: it may hang on a page that
+/// nobody will bring. Its control group, user id and sockets are given back, also those of one
+/// that is gone already. False if none lived.
 pub fn stop_without_runner(run_dir: &Path) -> Result<bool, DriverError> {
-    launch::end_orphan(run_dir)
+    let Some(record) = record::Record::load(run_dir)? else { return Ok(false) };
+    let host = |source| DriverError::Host {
+        operation: format!(
+            "ending the QEMU of machine \"{}\", process {}",
+            record.shape.name, record.process.pid
+        ),
+        source,
+    };
+    let process = process::Process::open(record.process).map_err(host)?;
+    let lived = process.is_some();
+    if let Some(mut process) = process {
+        process.signal(nix::sys::signal::Signal::SIGKILL).map_err(host)?;
+        // Frozen by control group version 1 it dies only when thawed.
+        record.cgroup.release_killed().map_err(host)?;
+        if process.wait(END_LIMIT).is_none() {
+            return Err(host(std::io::ErrorKind::TimedOut.into()));
+        }
+    }
+    record.cgroup.remove();
+    if let Some(user) = &record.user {
+        user.release();
+    }
+    record::Files::of(run_dir).remove();
+    Ok(lived)
 }

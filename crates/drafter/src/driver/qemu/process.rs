@@ -127,6 +127,18 @@ impl Process {
         Arc::clone(&self.descriptor)
     }
 
+    /// Its threads: id and name.
+    pub(super) fn threads(&self) -> Vec<(u32, String)> {
+        let folder = format!("/proc/{}/task", self.pid());
+        let ids = fs::read_dir(&folder).into_iter().flatten().flatten();
+        let ids = ids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+        ids.filter_map(|id| {
+            let name = fs::read_to_string(format!("{folder}/{id}/comm")).ok()?;
+            Some((id, name.trim_end().to_owned()))
+        })
+        .collect()
+    }
+
     /// How it ended, if it did. Does not wait.
     pub(super) fn ended(&mut self) -> Option<Ended> {
         self.wait(Duration::ZERO)

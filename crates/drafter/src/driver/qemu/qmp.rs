@@ -86,6 +86,7 @@ struct State {
     next_event: u64,
     greeted: bool,
     closed: Option<String>,
+    reader: Option<u32>,
 }
 
 #[derive(Default)]
@@ -158,6 +159,7 @@ impl Shared {
     }
 
     fn read_all(&self, mut stream: &UnixStream) {
+        self.lock().reader = Some(nix::unistd::gettid().as_raw().cast_unsigned());
         let mut line = Vec::new();
         let mut chunk = [0; 16 << 10];
         let why = loop {
@@ -290,6 +292,11 @@ impl Qmp {
     ) -> Result<Value, QmpError> {
         let pending = self.send(command, arguments, None)?;
         self.answer(&pending, limit)
+    }
+
+    /// The thread that reads.
+    pub(super) fn reader(&self) -> Option<u32> {
+        self.shared.lock().reader
     }
 
     /// Now, in the stream of events.

@@ -7,7 +7,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 use std::{
     env,
     fs::File,
-    io,
+    io::{self, Write},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::net::UnixStream,
@@ -20,6 +20,7 @@ const FILE: &str = "libdrafter_shim.so";
 const VARIABLE: &str = "DRAFTER_SHIM";
 const DEVICE: &str = "/dev/userfaultfd";
 const MAGIC: &[u8; 4] = b"DUF1";
+const GO_LIMIT: Duration = Duration::from_secs(60);
 
 /// Where the shim is: `configured`, else `$DRAFTER_SHIM`, else beside the program or in the
 /// folder above it (tests live in `target/debug/deps`), else in a library folder beside `bin`.
@@ -67,6 +68,11 @@ pub(super) fn prepare(path: &Path) -> Result<Handshake, DriverError> {
     })?;
     let (ours, theirs) = UnixStream::pair().map_err(|source| DriverError::Host {
         operation: "making a socket pair for QEMU's preload hook".into(),
+        source,
+    })?;
+    // How long the shim waits for `go`.
+    theirs.set_read_timeout(Some(GO_LIMIT)).map_err(|source| DriverError::Host {
+        operation: "setting up a socket for QEMU's preload hook".into(),
         source,
     })?;
     let library = files::readable_by_all(path)?;
@@ -148,6 +154,11 @@ impl Handshake {
         }
     }
 
+    /// Lets QEMU begin: whoever finds its record can find it from now on.
+    pub(super) fn go(mut ours: UnixStream) -> io::Result<()> {
+        ours.write_all(b"G")
+    }
+
     /// Takes the runner's end; what was for QEMU goes with the rest.
     pub(super) fn split(self) -> (Vec<(&'static str, String)>, Vec<OwnedFd>, UnixStream) {
         (self.environment, self.inherit, self.ours)
@@ -175,7 +186,10 @@ fn receive_message(ours: &UnixStream) -> Result<OwnedFd, Failure> {
 mod tests {
     use super::*;
     use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-    use std::io::{IoSlice, Write};
+    use std::{
+        io::IoSlice,
+        process::{Child, Command},
+    };
 
     const SOON: Duration = Duration::from_secs(10);
 
@@ -224,6 +238,73 @@ mod tests {
             error.contains("machine \"m\"") && error.contains("could not be loaded"),
             "{error}"
         );
+    }
+
+    /// A program with the shim in it, and the runner's end of the handshake.
+    fn preloaded(change: impl FnOnce(&mut Vec<(&'static str, String)>)) -> (Child, UnixStream) {
+        let (mut environment, inherit, ours) = prepare(&find(None).unwrap()).unwrap().split();
+        change(&mut environment);
+        let mut command = Command::new("sleep");
+        command.arg("60").envs(environment);
+        let setup = sys::BeforeExec { join: vec![], inherit, user: None, file_limit: 1 };
+        sys::before_exec(&mut command, setup);
+        (command.spawn().unwrap(), ours)
+    }
+
+    fn targets(pid: u32) -> Vec<String> {
+        let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+        let links = entries.filter_map(|entry| std::fs::read_link(entry.path()).ok());
+        links.map(|link| link.to_string_lossy().into_owned()).collect()
+    }
+
+    #[test]
+    fn the_real_shim_sends_a_userfaultfd_keeps_one_and_closes_the_rest() {
+        let (mut child, ours) = preloaded(|_| ());
+        let got = Handshake::receive(&ours, SOON, Path::new("/nonexistent")).unwrap();
+        let link = std::fs::read_link(format!("/proc/self/fd/{}", got.as_raw_fd())).unwrap();
+        assert_eq!(link, Path::new("anon_inode:[userfaultfd]"));
+        Handshake::go(ours).unwrap();
+        let end = Instant::now() + SOON;
+        let clean = |all: &[String]| {
+            let left = |part: &str| all.iter().filter(|t| t.contains(part)).count();
+            left("anon_inode:[userfaultfd]") == 1
+                && left("/dev/userfaultfd") + left("socket:") + left("shim") == 0
+        };
+        while !clean(&targets(child.id())) {
+            assert!(Instant::now() < end, "{:?}", targets(child.id()));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn without_a_word_from_the_runner_the_program_never_begins() {
+        let (mut child, ours) = preloaded(|_| ());
+        Handshake::receive(&ours, SOON, Path::new("/nonexistent")).unwrap();
+        drop(ours);
+        assert_eq!(child.wait().unwrap().code(), Some(1));
+    }
+
+    #[test]
+    fn the_real_shim_sends_the_errno_when_the_device_is_not_one() {
+        let null = File::open("/dev/null").unwrap();
+        nix::fcntl::fcntl(&null, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()))
+            .unwrap();
+        let number = null.as_raw_fd().to_string();
+        let (mut child, ours) = preloaded(|environment| {
+            for (name, value) in environment {
+                if *name == "DRAFTER_SHIM_UFFD_FD" {
+                    value.clone_from(&number);
+                }
+            }
+        });
+        let failure = Handshake::receive(&ours, SOON, Path::new("/nonexistent")).unwrap_err();
+        assert_eq!(failure, Failure::Refused(libc::ENOTTY));
+        let error = failure.into_error("m", SOON, Path::new("/nonexistent")).to_string();
+        assert!(error.contains("Inappropriate ioctl") && error.contains(DEVICE), "{error}");
+        drop(ours);
+        child.wait().unwrap();
     }
 
     #[test]

@@ -14,13 +14,18 @@
 //! want it again.
 
 use super::{
-    command, memory_map,
-    process::{Ended, Identity, Process, signal_by, tail},
+    command,
+    halt::Halt,
+    launch, memory_map,
+    process::{Ended, Process, tail},
     qmp::{Event, First, Mark, Pending, Qmp, QmpError},
     record::{Files, Record},
     sys,
 };
-use crate::driver::{DriverError, Exit, Fence, HeldDescriptors, MemoryHandle, Start, Vm, VmEvent};
+use crate::driver::{
+    DriverError, Exit, Fence, HeldDescriptors, MemoryHandle, Start, Vm, VmEvent,
+    urgent::{Class, set_class},
+};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout},
     sys::socket::{setsockopt, sockopt},
@@ -34,10 +39,7 @@ use std::{
         unix::net::UnixStream,
     },
     path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -78,40 +80,12 @@ impl Phase {
     }
 }
 
-/// What freezes and kills, shared with other threads.
-struct Halt {
-    machine: String,
-    identity: Identity,
-    process: Arc<OwnedFd>,
-    cgroup: super::cgroup::Cgroup,
-    killed: AtomicBool,
-}
-
-impl Halt {
-    fn failed(&self, operation: &str, source: io::Error) -> DriverError {
-        let operation =
-            format!("{operation} machine \"{}\" (process {})", self.machine, self.identity.pid);
-        DriverError::Host { operation, source }
-    }
-}
-
-impl Fence for Halt {
-    fn freeze(&self) -> Result<(), DriverError> {
-        self.cgroup
-            .freeze(self.identity, self.process.as_fd())
-            .map_err(|error| self.failed("freezing", error))
-    }
-
-    fn thaw(&self) -> Result<(), DriverError> {
-        self.cgroup.thaw(self.process.as_fd()).map_err(|error| self.failed("thawing", error))
-    }
-
-    fn kill(&self) -> Result<(), DriverError> {
-        self.killed.store(true, Ordering::Release);
-        signal_by(self.process.as_fd(), nix::sys::signal::SIGKILL)
-            .and_then(|()| self.cgroup.release_killed())
-            .map_err(|error| self.failed("killing", error))
-    }
+/// Which of QEMU's threads.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Who {
+    Processors,
+    /// All others, and our own that reads what they say.
+    Control,
 }
 
 /// A socket that QEMU holds the other end of, to write its next state to.
@@ -144,13 +118,7 @@ impl QemuVm {
         userfaultfd: Option<OwnedFd>,
     ) -> Self {
         let machine = record.shape.name.clone();
-        let halt = Arc::new(Halt {
-            machine: machine.clone(),
-            identity: process.identity(),
-            process: process.shared_descriptor(),
-            cgroup: record.cgroup.clone(),
-            killed: AtomicBool::new(false),
-        });
+        let halt = Arc::new(Halt::of(&record, &process));
         let told = qmp.mark();
         Self {
             machine,
@@ -183,6 +151,8 @@ impl QemuVm {
 
     /// After another runner.
     pub(super) fn find_phase(&mut self) -> Result<(), DriverError> {
+        self.hurry(Who::Control, Class::Usual);
+        self.hurry(Who::Processors, Class::Usual);
         let status = self.call("query-status", Value::Null, "asking for its status")?;
         self.phase = match status["status"].as_str() {
             Some("running") => Phase::Running,
@@ -259,6 +229,23 @@ impl QemuVm {
         match sent {
             Ok(passed) => Ok(SaveChannel { ours, passed }),
             Err(error) => Err(self.failed(OPERATION, error)),
+        }
+    }
+
+    /// From just before a pause until it runs again, here or elsewhere, a machine's control
+    /// threads go first; they have little to do while it stands still. See [`Urgent`].
+    ///
+    /// [`Urgent`]: crate::driver::Urgent
+    fn hurry(&self, who: Who, class: Class) {
+        let is_processor = |name: &str| name.starts_with("CPU ");
+        let mut threads = self.process.threads();
+        threads.retain(|(_, name)| is_processor(name) == (who == Who::Processors));
+        let reader = self.qmp.reader().filter(|_| who == Who::Control);
+        for thread in threads.into_iter().map(|(id, _)| id).chain(reader) {
+            // One that ended meanwhile needs nothing; without the right to it, all stays as usual.
+            if let Err(error) = set_class(thread, class) {
+                tracing::trace!(thread, %error, "thread keeps its place");
+            }
         }
     }
 
@@ -356,15 +343,6 @@ impl QemuVm {
         }
         Ok(None)
     }
-
-    /// Once the process has ended: what is left of it on this host.
-    fn clean_up(&self) {
-        self.record.cgroup.remove();
-        if let Some(user) = &self.record.user {
-            user.release();
-        }
-        self.files.remove();
-    }
 }
 
 fn is_migration(event: &Event, status: &str) -> bool {
@@ -437,13 +415,21 @@ impl Vm for QemuVm {
             }
             Phase::Paused | Phase::Running => {}
         }
+        self.hurry(Who::Control, Class::First);
         let mark = self.qmp.mark();
         let result = self.qmp.send("stop", Value::Null, None).and_then(|stop| {
+            // A processor has to run to notice that it shall stop. Only now, and after those who
+            // tell it: before, it would compute at everybody's expense.
+            self.hurry(Who::Processors, Class::Second);
             self.qmp.event_or_answer(mark, &stop, PAUSE_LIMIT, |event| event.name == "STOP")?;
             on_stopped();
             self.qmp.answer(&stop, PAUSE_LIMIT)
         });
-        result.map_err(|error| self.failed(OPERATION, error))?;
+        self.hurry(Who::Processors, Class::Usual);
+        if let Err(error) = result {
+            self.hurry(Who::Control, Class::Usual);
+            return Err(self.failed(OPERATION, error));
+        }
         self.phase = Phase::Paused;
         Ok(())
     }
@@ -490,6 +476,7 @@ impl Vm for QemuVm {
             .answer(&passed, COMMAND_LIMIT)
             .and_then(|_| self.qmp.call("migrate-incoming", uri, COMMAND_LIMIT));
         result.map_err(|error| self.failed(OPERATION, error))?;
+        self.hurry(Who::Control, Class::First);
         ours.set_write_timeout(Some(LOAD_LIMIT))
             .map_err(|error| self.host("setting up the socket for the state", error))?;
         self.phase = Phase::Ready(ours);
@@ -528,6 +515,7 @@ impl Vm for QemuVm {
         let result = self.qmp.send("cont", Value::Null, None).and_then(|cont| {
             self.qmp.event_or_answer(mark, &cont, COMMAND_LIMIT, |event| event.name == "RESUME")
         });
+        self.hurry(Who::Control, Class::Usual);
         result.map_err(|error| self.failed(OPERATION, error))?;
         self.phase = Phase::Running;
         if self.channel.is_none() { self.arm_save() } else { Ok(()) }
@@ -603,12 +591,12 @@ impl Vm for QemuVm {
         self.qmp.drained(Duration::from_secs(1));
         let shutdown = self.qmp.newest(|event| event.name == "SHUTDOWN");
         let exit = match shutdown.as_ref().map(|event| event.text("reason")) {
-            _ if self.halt.killed.load(Ordering::Acquire) => Exit::Shutdown,
+            _ if self.halt.has_killed() => Exit::Shutdown,
             Some("guest-reset" | "guest-panic") => Exit::Reset,
             Some("guest-shutdown" | "host-qmp-quit" | "host-signal" | "host-ui") => Exit::Shutdown,
             _ => Exit::Failed { detail: self.describe(ended) },
         };
-        self.clean_up();
+        launch::clean_up(&self.record, &self.files);
         self.ended = Some(exit.clone());
         Some(exit)
     }

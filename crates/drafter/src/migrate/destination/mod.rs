@@ -19,7 +19,7 @@ use super::{
         DestinationAuthority, DestinationEvent, DestinationParts, DestinationState, Holding,
     },
 };
-use crate::lease::LeaseStore;
+use crate::{driver::Urgent, lease::LeaseStore};
 use apply::Applier;
 use desk::Desk;
 use silo::{block::BlockRange, device::Device};
@@ -31,6 +31,8 @@ use std::{
 /// A source that says nothing for so long is gone (it sends blocks or at least is connected; TCP
 /// keeps a dead host's connection open for much longer).
 const SILENCE_LIMIT: Duration = Duration::from_secs(60);
+/// Largest device state accepted, bytes.
+const STATE_LIMIT: usize = 64 << 20;
 /// How long the source may take to close the connection after its release.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(5);
 /// How long the lease store may take before an arrived machine's session ends undecided.
@@ -158,6 +160,8 @@ fn fill_on_fault(
     devices: Vec<Arc<dyn Device>>,
 ) -> std::io::Result<std::thread::JoinHandle<()>> {
     std::thread::Builder::new().name("fault-fill".into()).spawn(move || {
+        // The guest waits for these blocks (design, I5).
+        let _urgent = Urgent::this_thread();
         let fits = |device: DeviceNumber, range: BlockRange| {
             devices.get(usize::from(device.0)).filter(|d| range.end() <= d.blocks())
         };
@@ -199,7 +203,7 @@ impl<M: DestinationMachine + 'static> Session<M> {
         let reason = loop {
             match incoming.read() {
                 Ok(frame) => match self.take(frame) {
-                    Ok(true) => {}
+                    Ok(true) => incoming.recycle(self.applier.take_spare()),
                     Ok(false) => break String::new(),
                     Err(reason) => break reason,
                 },
@@ -255,15 +259,20 @@ impl<M: DestinationMachine + 'static> Session<M> {
 
     /// The flight has landed: the one moment of the session when every microsecond counts.
     fn token(&mut self, meta: &[u8], state: &[u8]) -> Result<(), String> {
+        let _urgent = Urgent::this_thread();
         self.desk.marks().token = Some(Instant::now());
-        let token = serde_json::from_slice::<TokenMeta>(meta)
-            .map_err(|e| e.to_string())
-            .and_then(|meta| meta.token())
+        let meta = serde_json::from_slice::<TokenMeta>(meta).map_err(|e| e.to_string());
+        let (token, state) = meta
+            .and_then(|meta| {
+                let size = usize::try_from(meta.state_bytes).unwrap_or(usize::MAX).min(STATE_LIMIT);
+                let state = zstd::bulk::decompress(state, size).map_err(|e| e.to_string())?;
+                Ok((meta.token()?, state))
+            })
             .map_err(|e| format!("the token cannot be read: {e}"))?;
         if !self.desk.event(DestinationEvent::Token(token)) {
             return Ok(()); // refused; the source has been told why
         }
-        match self.load_and_run(state) {
+        match self.load_and_run(&state) {
             Ok(()) => self.desk.event(DestinationEvent::Running),
             Err(why) => self.desk.event(DestinationEvent::LoadFailed(why)),
         };

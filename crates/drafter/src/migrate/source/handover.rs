@@ -239,9 +239,9 @@ impl Session<'_> {
         paused_at_ns: u64,
     ) -> Result<Moved, MoveError> {
         let send = Instant::now();
-        let meta = serde_json::to_vec(&TokenMeta::of(token)).unwrap_or_default();
+        let state_bytes = flight.state_bytes;
+        let meta = serde_json::to_vec(&TokenMeta::of(token, state_bytes)).unwrap_or_default();
         let state = std::mem::take(&mut flight.state);
-        let state_bytes = state.len() as u64;
         let sent = self.main.write(&Frame::Token { meta, state }).and_then(|()| self.main.flush());
         flight.parts.send_ms += ms(send.elapsed());
         let mut after = After::default();
@@ -252,6 +252,7 @@ impl Session<'_> {
             Arc::new(PageServer::new(self.devices.clone(), std::mem::take(&mut flight.missing)));
         self.serve_faults(&pages);
         let handed = Instant::now();
+        self.late_writes = self.count_late_writes();
         if token.flush_owed && after.lost.is_none() {
             self.tell_durable(token, &mut after);
         }
@@ -280,6 +281,7 @@ impl Session<'_> {
         let pages = Arc::clone(pages);
         self.fault_control = Some(fault.control);
         let served = std::thread::Builder::new().name("source-faults".into()).spawn(move || {
+            let _urgent = crate::driver::Urgent::this_thread();
             // It ends when the connection does; that this happened shows on the main connection.
             if let Err(error) = pages.serve(fault.incoming, fault.outgoing) {
                 tracing::debug!(%error, "the fault connection ended");
@@ -289,6 +291,22 @@ impl Session<'_> {
             // Bulk still brings every block; only faults wait for it.
             tracing::error!(%error, "no thread for the fault connection");
         }
+    }
+
+    /// Nothing may write to a paused machine: the last scan was the last word. Looked at after
+    /// the token, because looking costs time in proportion to the memory.
+    fn count_late_writes(&mut self) -> u64 {
+        let mut late = 0;
+        for at in 0..self.devices.len() {
+            match self.take_if_tracked(at) {
+                Ok(set) => late += set.len(),
+                Err(error) => tracing::debug!(%error, "no last look at the tracking"),
+            }
+        }
+        if late > 0 {
+            tracing::error!(late, "blocks were written after the pause: please report this");
+        }
+        late
     }
 
     /// The flushes that were answered early are durable now: the destination may let frames go.
@@ -538,6 +556,7 @@ impl Session<'_> {
             postcopy_ms: ms(handed.elapsed()),
             paused_at_ns,
             faults: after.durable.as_ref().map(|d| d.faults).unwrap_or_default(),
+            late_writes: self.late_writes,
             early_faults: confirmation.early_faults,
             epoch: confirmation.epoch,
             session: link::session_hex(self.session),

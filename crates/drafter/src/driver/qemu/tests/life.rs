@@ -194,6 +194,15 @@ fn a_machine_outlives_its_runner_and_is_taken_over_with_its_memory() {
     vm.run().unwrap();
     assert!(count(&*vm) >= before);
 
+    // A frozen machine is not set free by taking it over.
+    drop(vm);
+    let fence = rig.driver.fence(&run_dir).unwrap().expect("it is there");
+    fence.freeze().unwrap();
+    let error = rig.driver.take_over(&run_dir).err().expect("it is frozen").to_string();
+    assert!(error.contains("frozen") && error.contains("fence"), "{error}");
+    fence.thaw().unwrap();
+    let vm = rig.driver.take_over(&run_dir).unwrap().expect("it still runs");
+
     // A second heir, before and after the machine's end. QEMU talks to one at a time.
     drop(vm);
     let mut vm = rig.driver.take_over(&run_dir).unwrap().expect("it still runs");

@@ -96,6 +96,17 @@ fn a_machine_that_does_not_start_leaves_nothing_and_says_why() {
 }
 
 #[test]
+fn a_guest_is_not_booted_with_another_processors_clock() {
+    let rig = Rig::new();
+    let (mut shape, run_dir) = (rig.shape(), tempfile::tempdir().unwrap());
+    shape.tsc_khz *= 2;
+    let memory = memory(shape.memory_bytes);
+    let result = rig.try_start(&shape, &memory, run_dir.path(), Start::Boot, Given::default());
+    let error = result.err().expect("its clock would run wrong").to_string();
+    assert!(error.contains("kHz") && error.contains("facts"), "{error}");
+}
+
+#[test]
 fn memory_of_another_size_than_the_shape_is_refused() {
     let rig = Rig::new();
     let run_dir = tempfile::tempdir().unwrap();

@@ -1,0 +1,178 @@
+//! `architect bench`: what a move costs, measured on machines that really move, next to QEMU's own
+//! migration of the same guest over the same link in the same run.
+//!
+//! [`groups`] says what is measured and what is promised of it, [`ours`] and [`stock`] do the
+//! moves, [`versus`] lets them take turns, [`journal`] keeps every single one in `moves.jsonl`. Rows go to `results.json` after each
+//! group, so that a later group's failure costs nothing of the earlier ones.
+//!
+//! What must hold: a row is only written from moves that happened in this run; a move that fails
+//! is a failed run, with the ends of the logs, never a sample less. What needs 200 moves (a 99th
+//! percentile) is left out and named when there were fewer.
+
+mod cell;
+mod groups;
+mod journal;
+mod ours;
+mod stock;
+mod versus;
+
+use crate::bench::{Results, Row};
+use anyhow::{Context, bail, ensure};
+use drafter::package::{
+    Cache,
+    build::{self, BuildRequest, recipe::AddedFile, recipe::Recipe},
+};
+use journal::Journal;
+use std::{
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
+};
+
+/// Arguments of `architect bench`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Measure only bars whose names begin with this, as in `move.` or `move.blackout.`
+    #[arg(long, default_value = "")]
+    only: String,
+    /// Folder for results.json and moves.jsonl
+    #[arg(long, default_value = "target/bench")]
+    output: PathBuf,
+    /// Names of network namespaces begin with this
+    #[arg(long, default_value = "bench")]
+    prefix: String,
+    /// What guests run on, ours and QEMU's alike: tcg or kvm
+    #[arg(long, default_value = "tcg", value_parser = ["tcg", "kvm"])]
+    accelerator: String,
+    /// A package with Redis and the oracle [default: made from the recipe]
+    #[arg(long)]
+    package: Option<PathBuf>,
+    /// The recipe of the guest; the oracle is added
+    #[arg(long, default_value = "packages/redis.json")]
+    recipe: PathBuf,
+    /// A tenth of the moves: to try it out. Results go to quick.json, because they mean little
+    #[arg(long)]
+    quick: bool,
+}
+
+/// Set when the user has had enough.
+#[derive(Clone, Debug, Default)]
+struct Abandon(Arc<AtomicBool>);
+
+impl Abandon {
+    /// Takes Ctrl-C and its like from here on: the move at hand ends, the rig is removed.
+    fn on_signals() -> anyhow::Result<Abandon> {
+        let abandon = Abandon::default();
+        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+            // A second signal ends it at once.
+            signal_hook::flag::register_conditional_shutdown(signal, 130, abandon.0.clone())?;
+            signal_hook::flag::register(signal, abandon.0.clone())?;
+        }
+        Ok(abandon)
+    }
+
+    fn check(&self) -> anyhow::Result<()> {
+        ensure!(!self.0.load(Ordering::Relaxed), "stopped by a signal");
+        Ok(())
+    }
+}
+
+/// What the groups share.
+struct Setting {
+    prefix: String,
+    accelerator: String,
+    package: PathBuf,
+    journal: Journal,
+    abandon: Abandon,
+    quick: bool,
+}
+
+impl Setting {
+    /// The rig of a cell; what its line reaches is said and written down.
+    fn bed(&mut self, cell: cell::Cell) -> anyhow::Result<(ours::Bed, crate::rig::line::Line)> {
+        let (bed, line) = ours::Bed::new(cell, &self.prefix, &self.package, &self.accelerator)?;
+        println!("   the line between the hosts: {line}");
+        self.journal.line(cell, &line);
+        Ok((bed, line))
+    }
+
+    /// How many times to do what is to be done `count` times.
+    fn times(&self, count: usize) -> usize {
+        if self.quick { count.div_ceil(10) } else { count }
+    }
+}
+
+/// Runs the command. True if every promise was kept.
+///
+/// # Errors
+/// When something could not be measured; what was measured before is kept.
+pub fn run(args: &Args) -> anyhow::Result<bool> {
+    let chosen: Vec<_> = groups::ALL.iter().filter(|group| group.concerns(&args.only)).collect();
+    if chosen.is_empty() {
+        let all: Vec<_> = groups::ALL.iter().flat_map(|group| group.bars).copied().collect();
+        bail!("no bar begins with \"{}\"; there are {}…", args.only, all.join("…, "));
+    }
+    let mut setting = Setting {
+        prefix: args.prefix.clone(),
+        accelerator: args.accelerator.clone(),
+        package: package(args)?,
+        journal: Journal::open(&args.output)?,
+        abandon: Abandon::on_signals()?,
+        quick: args.quick,
+    };
+    let path = args.output.join(if args.quick { "quick.json" } else { "results.json" });
+    let (start, mut failed, mut met) = (Instant::now(), Vec::new(), true);
+    for group in chosen {
+        let began = Instant::now();
+        println!("== {}: {}", group.name, group.about);
+        setting.journal.group(group.name);
+        let rows = match (group.run)(&mut setting) {
+            Ok(rows) => rows,
+            Err(error) => {
+                println!("   failed: {error:#}");
+                failed.push(group.name);
+                setting.abandon.check()?;
+                continue;
+            }
+        };
+        let rows: Vec<Row> =
+            rows.into_iter().filter(|row| row.bar.starts_with(&args.only)).collect();
+        for row in &rows {
+            met &= row.met != Some(false);
+            println!("   {row}");
+        }
+        Results::merge(&path, &rows)?;
+        println!("   {:.0} s", began.elapsed().as_secs_f64());
+    }
+    println!("{}: {:.0} s altogether", path.display(), start.elapsed().as_secs_f64());
+    ensure!(failed.is_empty(), "could not be measured: {}", failed.join(", "));
+    Ok(met)
+}
+
+/// The package to measure with: Redis and the oracle.
+fn package(args: &Args) -> anyhow::Result<PathBuf> {
+    if let Some(path) = &args.package {
+        return Ok(path.clone());
+    }
+    let mut recipe = Recipe::read(&args.recipe)?;
+    let oracle = crate::rig::beside("guest/oracle")
+        .context("the oracle is not at guest/ beside this program; run `make build` first")?;
+    recipe.name = format!("{}-bench", recipe.name);
+    recipe.files.push(AddedFile {
+        from: oracle,
+        to: "/usr/bin/oracle".into(),
+        owner: "root".into(),
+        mode: None,
+    });
+    let request = BuildRequest {
+        recipe,
+        guest_program: build::find_guest_program()?,
+        cache: Cache::default_for_user(),
+        output: None,
+    };
+    let built = build::build(&request, &mut |_| {})?;
+    Ok(Path::to_path_buf(built.package.dir()))
+}
