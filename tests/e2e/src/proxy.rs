@@ -2,10 +2,13 @@
 //! that a message is late by exactly as much as a test wants.
 
 use crate::Stage;
-use drafter::migrate::protocol::{Frame, FrameReader, FrameWriter, Preamble, Role};
+use drafter::migrate::{
+    link::{CONNECT_LIMIT, Channel, Incoming, Outgoing},
+    protocol::Frame,
+};
+use identity::{Control, HostName, Security, Stream};
 use std::{
-    io::{self, Write},
-    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener},
     thread,
     time::Duration,
 };
@@ -19,45 +22,33 @@ pub fn between(stage: &Stage, to: SocketAddr, rule: Rule) -> SocketAddr {
     let host = stage.fleet.rig().hosts()[1].clone();
     let listener = host.namespace.run(|| TcpListener::bind((host.migration, 0))).unwrap().unwrap();
     let address = listener.local_addr().unwrap();
+    let peer = HostName::new(&host.name).unwrap();
+    let plain = Security::Plaintext;
     thread::spawn(move || {
+        // The two connections of one session; a test that fails here shows as a move that does.
         for _ in 0..2 {
-            let Ok((source, _)) = listener.accept() else { return };
-            let Ok(Ok(destination)) = host.namespace.run(|| TcpStream::connect(to)) else { return };
-            let _ = join(source, destination, rule);
+            let (socket, _) = listener.accept().unwrap();
+            let stream = Stream::server(socket, &plain, CONNECT_LIMIT).unwrap();
+            let (source, preamble) = Channel::accept(stream, &plain).unwrap();
+            let dial = || Channel::connect(to, &peer, &plain, preamble).unwrap();
+            let destination = host.namespace.run(dial).unwrap();
+            let ends = [source.control.clone(), destination.control.clone()];
+            lead(source.incoming, destination.outgoing, ends.clone(), rule);
+            lead(destination.incoming, source.outgoing, ends, rule);
         }
     });
     address
 }
 
-fn join(mut source: TcpStream, mut destination: TcpStream, rule: Rule) -> io::Result<()> {
-    source.set_nodelay(true)?;
-    destination.set_nodelay(true)?;
-    let preamble = Preamble::read(&mut source).map_err(io::Error::other)?;
-    destination.write_all(&preamble.encode())?;
-    let back = (destination.try_clone()?, source.try_clone()?);
-    for (from, to) in [(source, destination), back] {
-        let (watched, from_end, to_end) =
-            (preamble.role == Role::Main, from.try_clone()?, to.try_clone()?);
-        thread::spawn(move || {
-            if watched {
-                lead(from, to, rule);
-            } else {
-                let (mut from, mut to) = (from, to);
-                let _ = io::copy(&mut from, &mut to);
+/// Leads frames one way until an end is gone; then the other goes too.
+fn lead(mut from: Incoming, mut to: Outgoing, ends: [Control; 2], rule: Rule) {
+    thread::spawn(move || {
+        while let Ok(frame) = from.read() {
+            thread::sleep(rule(&frame));
+            if to.write(&frame).and_then(|()| to.flush()).is_err() {
+                break;
             }
-            let _ = from_end.shutdown(Shutdown::Both);
-            let _ = to_end.shutdown(Shutdown::Both);
-        });
-    }
-    Ok(())
-}
-
-fn lead(from: TcpStream, to: TcpStream, rule: Rule) {
-    let (mut from, mut to) = (FrameReader::new(from, true), FrameWriter::new(to, true));
-    while let Ok(frame) = from.read() {
-        thread::sleep(rule(&frame));
-        if to.write(&frame).and_then(|()| to.flush()).is_err() {
-            return;
         }
-    }
+        ends.iter().for_each(Control::shutdown);
+    });
 }
