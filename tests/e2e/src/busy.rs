@@ -102,11 +102,24 @@ pub fn verify_oracle(runner: &Runner) -> OracleReport {
     report
 }
 
+/// How often a retransmission timer of the guest's kernel has fired (`TCPTimeouts`).
+#[track_caller]
+#[must_use]
+pub fn guest_timeouts(runner: &Runner) -> u64 {
+    let text = sh(runner, "cat /proc/net/netstat");
+    let mut lines = text.lines().filter_map(|line| line.strip_prefix("TcpExt: "));
+    let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
+    let mut pairs = names.split(' ').zip(values.split(' '));
+    let (_, value) = pairs.find(|(name, _)| *name == "TCPTimeouts").expect("the kernel counts");
+    value.parse().unwrap()
+}
+
 /// All of it at once.
 pub struct Busy {
     load: Option<LoadHandle>,
     _echo: Echo,
     work: Work,
+    timeouts: u64,
 }
 
 /// The other end of the guest's own connection.
@@ -136,7 +149,7 @@ impl Busy {
         sh(runner, &format!("oracle outbound --background --to {listen}"));
         let config = LoadConfig { think: Duration::from_millis(1), ..LoadConfig::default() };
         let load = client.run(|| Load::start(Stage::public(number), config)).unwrap().unwrap();
-        Self { load: Some(load), _echo: echo, work }
+        Self { load: Some(load), _echo: echo, work, timeouts: guest_timeouts(runner) }
     }
 
     /// Waits until the client has had answers after now: the machine serves.
@@ -162,6 +175,11 @@ impl Busy {
         let report = self.load.take().expect("only taken here").finish().unwrap();
         assert!(report.is_clean(), "the client noticed: {report:?}");
         assert_eq!(report.tcp.rto.unwrap_or(0), 0, "the client's timer fired: {:?}", report.tcp);
+        let fired = guest_timeouts(runner) - self.timeouts;
+        eprintln!(
+            "timers of the guest fired {fired} times, {} retransmits",
+            report.tcp.retransmits
+        );
         (report, oracle)
     }
 }

@@ -15,6 +15,7 @@ pub mod busy;
 pub mod command;
 pub mod moves;
 pub mod peer;
+pub mod proxy;
 mod stage;
 
 pub use stage::{Stage, program};

@@ -96,7 +96,7 @@ impl Visit {
     }
 
     /// The next frame that is not a ping (answered) and not a block (dropped).
-    pub fn next(&mut self) -> Frame {
+    pub fn next_frame(&mut self) -> Frame {
         loop {
             match self.main.incoming.read().unwrap() {
                 Frame::Ping(nonce) => self.send(&Frame::Pong(nonce)),
@@ -123,7 +123,7 @@ impl Visit {
         let mut serial = 1;
         self.offer(serial);
         loop {
-            match self.next() {
+            match self.next_frame() {
                 Frame::RoundEnd(round) => {
                     serial += 1;
                     self.offer(serial);

@@ -13,10 +13,12 @@ use e2e::{
     eventually,
     moves::{budgets, cancel, follow, go, settled, slow, wait_phase},
     peer::{ScriptedDestination, Visit},
+    proxy::{self, Rule},
 };
 use nix::fcntl::{Flock, FlockArg};
 use std::{
     fs::{self, File},
+    net::SocketAddr,
     time::{Duration, Instant},
 };
 
@@ -64,7 +66,7 @@ fn a_move_can_be_cancelled_in_each_phase_and_the_machine_moves_afterwards() {
     let (job, mut slow_one) = visit(&stage, a, &scripted, Mode::Hybrid);
     slow_one.ready();
     slow_one.offer(1);
-    assert!(matches!(slow_one.next(), Frame::RoundEnd(_)));
+    assert!(matches!(slow_one.next_frame(), Frame::RoundEnd(_)));
     cancel(fleet, a, job);
     let why = follow(fleet, a, job).unwrap_err();
     assert!(why.contains("cancelled during pre-copy"), "{why}");
@@ -138,7 +140,7 @@ fn whatever_becomes_of_the_token_the_machine_runs_on_where_it_was() {
     let (job, mut tired) = visit(&stage, a, &scripted, Mode::Hybrid);
     tired.ready();
     tired.offer(1);
-    let Frame::RoundEnd(round) = tired.next() else { panic!("no round") };
+    let Frame::RoundEnd(round) = tired.next_frame() else { panic!("no round") };
     std::thread::sleep(Duration::from_millis(2500));
     tired.send(&Frame::RoundApplied(round));
     loop {
@@ -226,4 +228,56 @@ fn without_the_lease_store_there_is_no_switchover_and_the_machine_runs_on() {
     });
     go(fleet, a, b, Mode::Hybrid, budgets());
     runs_at(fleet, b);
+}
+
+/// Starts a move over a line that keeps frames back.
+fn move_over(stage: &Stage, from: RunnerId, to: SocketAddr) -> u64 {
+    let request = MigrateRequest {
+        to,
+        peer: "b".into(),
+        mode: Mode::Hybrid,
+        budgets: budgets(),
+        dry_run: false,
+    };
+    stage.fleet.runner(from).client().unwrap().get(&Request::Migrate(request)).unwrap()
+}
+
+#[test]
+fn a_token_that_is_late_runs_nowhere_and_a_confirmation_that_is_late_changes_nothing() {
+    let Some(mut stage) = Stage::open() else { return };
+    let mut spec = stage.plain_spec("redis");
+    spec.tls = false;
+    let (a, b) = stage.pair(&spec);
+    start_oracle(stage.fleet.runner(a), IDLE);
+    let fleet = &stage.fleet;
+    let epoch = |at| fleet.runner(at).status().unwrap().epoch.unwrap();
+    let first = epoch(a);
+
+    // The offer that the token names is over when it comes.
+    let late: Rule = |frame| match frame {
+        Frame::Token { .. } => Duration::from_secs(3),
+        _ => Duration::ZERO,
+    };
+    let line = proxy::between(&stage, fleet.runner(b).address, late);
+    let why = follow(fleet, a, move_over(&stage, a, line)).unwrap_err();
+    assert!(why.contains("still running here"), "{why}");
+    assert!(epoch(a) > first, "the token never left: {why}");
+    // Past the token's arrival: nothing ran there, not even for a moment.
+    eventually("the destination waits again", Duration::from_secs(15), || {
+        fleet.runner(b).status().unwrap().state == "standby"
+    });
+    runs_at(fleet, a);
+
+    // The confirmation is late: the source asks the store, which says whose the machine is.
+    let late: Rule = |frame| match frame {
+        Frame::Confirmed(_) => Duration::from_secs(4),
+        _ => Duration::ZERO,
+    };
+    let line = proxy::between(&stage, fleet.runner(b).address, late);
+    follow(fleet, a, move_over(&stage, a, line)).unwrap();
+    settled(fleet, b);
+    runs_at(fleet, b);
+    assert_eq!(fleet.runner(a).status().unwrap().state, "standby");
+    go(fleet, b, a, Mode::Hybrid, budgets());
+    runs_at(fleet, a);
 }

@@ -225,7 +225,6 @@ fn a_package_that_was_changed_or_cut_short_is_neither_run_nor_taken_over_the_wir
         Command::new(program("drafter"))
             .args(["package", "pack"])
             .arg(stage.package())
-            .arg("--output")
             .arg(&archive),
         Duration::from_secs(120),
     );

@@ -29,7 +29,7 @@ mod take_over;
 
 use crate::{
     driver::{
-        Driver, Exit,
+        Driver, Exit, VmEvent,
         qemu::{self, QemuConfig, QemuDriver},
     },
     lease::{AttemptId, FileStore, LeaseStore, MachineName, Nonce, Outcome, Record},
@@ -47,7 +47,10 @@ use state::{MachineDir, RunnerRecord, boot_id, process_start};
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -55,6 +58,12 @@ use std::{
 const EDGE_LIMIT: Duration = Duration::from_secs(10);
 /// How long another host may hold the lease file's lock.
 const LEASE_LOCK_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long requests in hand may take to be answered once the machine has ended.
+const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+
+/// How often a disk request that failed is tried again.
+const DISK_RETRY: Duration = Duration::from_secs(1);
 
 /// What a runner could not do.
 #[derive(Debug, thiserror::Error)]
@@ -134,6 +143,8 @@ pub struct Runner {
     cache: Cache,
     inner: Mutex<Inner>,
     changed: Condvar,
+    /// Requests whose answer has not been written.
+    answering: AtomicUsize,
 }
 
 /// Runs until the machine has ended or left for good.
@@ -210,6 +221,7 @@ impl Runner {
             cache: Cache::default_for_user(),
             inner: Mutex::new(inner),
             changed: Condvar::new(),
+            answering: AtomicUsize::new(0),
             config,
         }))
     }
@@ -228,6 +240,11 @@ impl Runner {
             Launch::TakeOver(boot) => self.take_over(&boot.package)?,
         }
         let ended = self.watch();
+        // Whoever ended the machine hears so.
+        let deadline = Instant::now() + ANSWER_LIMIT;
+        while self.answering.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(2));
+        }
         drop(api);
         ended
     }
@@ -417,6 +434,7 @@ impl Runner {
 
     /// Waits for the machine's end, looking at its monitor now and then.
     fn watch(self: &Arc<Self>) -> Result<(), String> {
+        let mut trouble: Option<Instant> = None;
         let mut inner = self.lock();
         loop {
             if inner.state.over() {
@@ -436,12 +454,60 @@ impl Runner {
                 inner = self.lock();
                 continue;
             }
+            if running && self.look_at_disks(&mut inner, &mut trouble) {
+                let body = inner.body.take();
+                drop(inner);
+                self.try_again(body);
+                inner = self.lock();
+            }
             inner = self
                 .changed
                 .wait_timeout(inner, Duration::from_millis(200))
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
+    }
+
+    /// Notes that a disk request has failed, and that it no longer does. True if it is time to try
+    /// it again: the machine stands still until then, and the guest has seen nothing.
+    fn look_at_disks(&self, inner: &mut Inner, trouble: &mut Option<Instant>) -> bool {
+        let events = inner.body.as_mut().map(|body| body.vm().events()).unwrap_or_default();
+        for event in events {
+            match event {
+                VmEvent::DiskError { disk, operation, detail } => {
+                    trouble.get_or_insert_with(|| Instant::now() + DISK_RETRY);
+                    let text = format!(
+                        "it stands still: a {operation} of disk \"{disk}\" failed on this host \
+                         ({detail}); make room or mend it, it is tried again every {DISK_RETRY:?}"
+                    );
+                    if inner.detail != text {
+                        tracing::error!(machine = %self.name.as_str(), "{text}");
+                        inner.detail = text;
+                    }
+                }
+                VmEvent::Stopped | VmEvent::Resumed | VmEvent::Ending => {}
+            }
+        }
+        match trouble {
+            Some(at) if Instant::now() >= *at => {
+                *trouble = None;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Lets a machine go on that stood still because of a disk. If the disk fails again, an event
+    /// says so.
+    fn try_again(&self, body: Option<Box<Hosted>>) {
+        let Some(mut body) = body else { return };
+        let went = body.vm().run();
+        let mut inner = self.lock();
+        inner.body = Some(body);
+        inner.detail = match went {
+            Ok(()) => String::new(),
+            Err(error) => format!("it stands still: {error}"),
+        };
     }
 
     fn machine_ended(&self, exit: &Exit) {

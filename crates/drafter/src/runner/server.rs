@@ -12,7 +12,7 @@ use std::{
         net::{UnixListener, UnixStream},
     },
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -67,6 +67,7 @@ fn serve(runner: &Arc<Runner>, stream: UnixStream) {
             }
         };
         let out = reader.get_mut();
+        let _answering = Answering::begin(runner);
         let answer = match serde_json::from_str::<Request>(&line) {
             Ok(request) => answer(runner, request, out),
             Err(error) => Err(format!("the request cannot be read: {error}")),
@@ -78,6 +79,22 @@ fn serve(runner: &Arc<Runner>, stream: UnixStream) {
         if api::send_line(out, &reply).is_err() {
             return;
         }
+    }
+}
+
+/// Counts a request until its answer is written.
+struct Answering<'a>(&'a Runner);
+
+impl<'a> Answering<'a> {
+    fn begin(runner: &'a Runner) -> Self {
+        runner.answering.fetch_add(1, Ordering::AcqRel);
+        Self(runner)
+    }
+}
+
+impl Drop for Answering<'_> {
+    fn drop(&mut self) {
+        self.0.answering.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

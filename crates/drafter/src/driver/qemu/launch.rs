@@ -257,7 +257,7 @@ pub(super) fn take_over(run_dir: &Path) -> Result<Option<QemuVm>, DriverError> {
 /// Two QEMUs on one run directory would fight over its sockets.
 fn refuse_second(machine: &str, run_dir: &Path) -> Result<(), DriverError> {
     match Record::load(run_dir)? {
-        Some(record) if record.process.exists() => Err(DriverError::Invalid {
+        Some(record) if record.process.runs() => Err(DriverError::Invalid {
             machine: machine.into(),
             detail: format!(
                 "process {} of machine \"{}\" still uses {}; take it over, or end it first",

@@ -195,7 +195,7 @@ impl Driver for QemuDriver {
 #[must_use]
 pub fn monitor_without_runner(run_dir: &Path) -> Option<u32> {
     let record = record::Record::load(run_dir).ok().flatten()?;
-    record.process.exists().then_some(record.process.pid)
+    record.process.runs().then_some(record.process.pid)
 }
 
 /// Ends a monitor that lost its runner, at once and without asking it: it may hang on a page that

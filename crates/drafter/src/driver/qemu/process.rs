@@ -62,6 +62,14 @@ impl Identity {
     pub(super) fn exists(self) -> bool {
         Self::of(self.pid).is_ok_and(|now| now == self)
     }
+
+    /// Whether that process still runs: one that was killed may stay a zombie for as long as its
+    /// parent, or whoever inherited it, does not ask for its end.
+    pub(super) fn runs(self) -> bool {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+        let state = stat.rsplit_once(')').map_or("", |(_, after_name)| after_name.trim_start());
+        start_time(&stat) == Some(self.start_time) && !state.starts_with(['Z', 'X'])
+    }
 }
 
 /// Field 22 of /proc/PID/stat. The name in field 2 may hold anything, also parentheses.

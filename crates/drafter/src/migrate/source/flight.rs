@@ -9,7 +9,7 @@ use crate::migrate::{
     timings::BlackoutParts,
 };
 use silo::{
-    block::{BlockRange, BlockSet},
+    block::{BLOCK_SIZE, BlockIndex, BlockRange, BlockSet, is_zero},
     device::Device,
 };
 use std::{
@@ -70,7 +70,7 @@ impl Session<'_> {
 
         let budget = if all { u64::MAX } else { self.planner.flight_bytes() };
         let hot = hot_sets(&dirty, state_blocks, budget);
-        let flight_bytes: u64 = hot.iter().map(BlockSet::bytes).sum();
+        let mut flight_bytes: u64 = hot.iter().map(BlockSet::bytes).sum();
 
         // The state is saved while the hot blocks leave: both take milliseconds.
         let save = Instant::now();
@@ -100,6 +100,7 @@ impl Session<'_> {
         parts.save_ms = ms(save.elapsed());
 
         let send = Instant::now();
+        flight_bytes += send_zeros_as_data(&mut self.main, &self.devices, state_blocks)?;
         for (at, set) in dirty.iter_mut().enumerate() {
             set.subtract(&hot[at]);
             self.main.missing(DeviceNumber(at as u8), set)?;
@@ -132,6 +133,28 @@ fn send_hot(
         }
     }
     Ok(())
+}
+
+/// Sends those state blocks that are zero (rings that were never used) as data. A note would leave
+/// a hole at the destination, and loading the state would fault on it.
+fn send_zeros_as_data(
+    to: &mut Outgoing,
+    devices: &[Arc<dyn Device>],
+    state_blocks: &[(DeviceNumber, BlockRange)],
+) -> Result<u64, SendError> {
+    let mut bytes = 0;
+    let mut block = [0; BLOCK_SIZE];
+    for (number, range) in state_blocks {
+        let Some(device) = devices.get(usize::from(number.0)) else { continue };
+        for at in range.start.0..range.end() {
+            device.read(BlockIndex(at), &mut block)?;
+            if is_zero(&block) {
+                to.blocks(*number, BlockIndex(at), &block)?;
+                bytes += BLOCK_SIZE as u64;
+            }
+        }
+    }
+    Ok(bytes)
 }
 
 /// Which dirty blocks travel in the flight: those that loading reads, whatever the budget, then
