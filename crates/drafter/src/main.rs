@@ -17,7 +17,7 @@ struct Drafter {
 #[derive(clap::Subcommand)]
 enum Top {
     #[command(flatten)]
-    Drafter(cli::Command),
+    Drafter(Box<cli::Command>),
     /// Print completions for a shell
     Completions {
         /// Which shell
@@ -29,7 +29,7 @@ fn main() -> ExitCode {
     cli::log_to_stderr();
     let args = Drafter::parse();
     let result = match args.command {
-        Top::Drafter(command) => cli::execute(command, &args.state),
+        Top::Drafter(command) => cli::execute(*command, &args.state),
         Top::Completions { shell } => {
             let mut command = Drafter::command();
             clap_complete::generate(shell, &mut command, "drafter", &mut std::io::stdout());

@@ -136,8 +136,8 @@ impl Bed {
     }
 
     /// Ends a machine that is not needed any more, to have its memory back.
-    pub(super) fn retire(&self, machine: Machine) {
-        for id in machine.runners {
+    pub(super) fn retire(&self, machine: &Machine) {
+        for &id in &machine.runners {
             let asked = self.fleet.runner(id).client().and_then(|mut client| {
                 client.set_deadline(Some(Duration::from_secs(20)))?;
                 client.call(&Request::Stop { grace_s: 0 }, |_| {})

@@ -210,7 +210,7 @@ pub(super) fn exec(args: ExecArgs, state: &StateArgs, format: Format) -> anyhow:
     }
 }
 
-pub(super) fn suspend(args: SuspendArgs, state: &StateArgs, format: Format) -> anyhow::Result<()> {
+pub(super) fn suspend(args: &SuspendArgs, state: &StateArgs, format: Format) -> anyhow::Result<()> {
     let directory = std::path::absolute(&args.to)?;
     let value = connect(state, &args.name)?.call(&Request::Suspend { directory }, |_| {})?;
     format.print(&value, || format!("\"{}\" is suspended in {}", args.name, args.to.display()))

@@ -80,7 +80,7 @@ pub fn execute(command: Command, state: &StateArgs) -> anyhow::Result<()> {
         Command::Exec(args) => machine::exec(args, state, format),
         Command::Migrate(args) => moves::migrate(args, state, format),
         Command::Job(command) => moves::job(command, state, format),
-        Command::Suspend(args) => machine::suspend(args, state, format),
+        Command::Suspend(args) => machine::suspend(&args, state, format),
         Command::Stop(args) => machine::stop(&args, state, format),
         Command::Remove(args) => machine::remove(&args, state, format),
         Command::Stay(command) => machine::stay(&command, state, format),

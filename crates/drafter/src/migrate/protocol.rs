@@ -438,7 +438,7 @@ fn decode(header: &[u8; HEADER], mut payload: Vec<u8>) -> Result<Frame, WireErro
         kind::PREPARE => Frame::Prepare(payload),
         kind::VERDICT => Frame::Verdict(payload),
         kind::BLOCKS => {
-            if payload.is_empty() || payload.len() % BLOCK_SIZE != 0 {
+            if payload.is_empty() || !payload.len().is_multiple_of(BLOCK_SIZE) {
                 let text = format!("{} bytes are not whole blocks", payload.len());
                 return Err(WireError::Invalid(text));
             }
@@ -449,7 +449,7 @@ fn decode(header: &[u8; HEADER], mut payload: Vec<u8>) -> Result<Frame, WireErro
         kind::ROUND_END => Frame::RoundEnd(a),
         kind::ROUND_APPLIED => Frame::RoundApplied(a),
         kind::MISSING => {
-            if payload.len() % 12 != 0 {
+            if !payload.len().is_multiple_of(12) {
                 return Err(WireError::Invalid(format!("a list of {} bytes", payload.len())));
             }
             let ranges = payload

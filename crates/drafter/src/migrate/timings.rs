@@ -59,7 +59,7 @@ pub struct MoveReport {
     pub faults: FaultSummary,
     /// Blocks that were written at the source after the pause: must be 0.
     pub late_writes: u64,
-    /// Faults before the machine ran there: must be 0.
+    /// Blocks that had to be fetched before the machine ran there: must be 0.
     pub early_faults: u64,
     /// The new epoch.
     pub epoch: u64,

@@ -454,7 +454,7 @@ impl SourceMachine for Hosted {
 
     fn pause(&mut self, to: Option<&HostEndpoint>, flip: u64) -> Result<(), MachineError> {
         self.flip = flip;
-        let diverted = self.net.clone().zip(to.cloned());
+        let diverted = self.net.clone().zip(to.copied());
         if let Some((net, to)) = &diverted
             && let Err(error) = self.path.divert(net, to, flip)
         {

@@ -9,7 +9,7 @@ use crate::{
     lease::AttemptId,
     migrate::{
         messages::{PrepareRequest, StayId},
-        source::{self, MoveError, Moved, Plan, Surroundings},
+        source::{self, Moved, Plan, Surroundings},
         switchover::{SourceAuthority, SourceParts, Terms},
     },
 };
@@ -92,7 +92,7 @@ impl Runner {
         let number = job.number;
         let runner = Arc::clone(self);
         let spawned = std::thread::Builder::new().name(format!("move-{number}")).spawn(move || {
-            let result = runner.run_move(&request, peer, &job, body);
+            let result = runner.run_move(&request, &peer, &job, body);
             job.finish(result);
         });
         match spawned {
@@ -104,7 +104,7 @@ impl Runner {
     fn run_move(
         self: &Arc<Self>,
         request: &MigrateRequest,
-        peer: HostName,
+        peer: &HostName,
         job: &Job,
         mut body: Box<Hosted>,
     ) -> Result<serde_json::Value, String> {
@@ -160,7 +160,6 @@ impl Runner {
                 let text = error.to_string();
                 let (state, detail) = match &error {
                     error if error.still_here() => (State::Running, String::new()),
-                    MoveError::HandedOver { .. } => (State::Paused, text.clone()),
                     _ => (State::Paused, text.clone()),
                 };
                 self.give_back(body, state, detail);

@@ -148,8 +148,8 @@ impl FaultServer {
                 tracing::error!(device = %self.device, %error, "reading faults failed");
                 return;
             }
-            for at in 0..addresses.len() {
-                self.serve(addresses[at]);
+            for &address in &addresses {
+                self.serve(address);
             }
         }
     }
@@ -201,10 +201,9 @@ impl FaultServer {
         let address = self.address + block * BLOCK_SIZE as u64;
         loop {
             match self.userfault.copy(address, &ZEROS[..count as usize * BLOCK_SIZE])? {
-                CopyOutcome::Done => break,
                 CopyOutcome::Again(0) => {}
                 // The neighbours are a bonus: what stopped the copy is not this fault's business.
-                CopyOutcome::Again(_) => break,
+                CopyOutcome::Done | CopyOutcome::Again(_) => break,
                 CopyOutcome::Present(_) => {
                     self.userfault.wake(address, BLOCK_SIZE as u64)?;
                     break;

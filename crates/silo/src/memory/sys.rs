@@ -212,9 +212,8 @@ impl Userfault {
             mode: COPY_MODE_WP,
             copy: 0,
         };
-        let error = match ioctl(self.fd.as_raw_fd(), UFFDIO_COPY, &mut arg) {
-            Ok(_) => return Ok(CopyOutcome::Done),
-            Err(error) => error,
+        let Err(error) = ioctl(self.fd.as_raw_fd(), UFFDIO_COPY, &mut arg) else {
+            return Ok(CopyOutcome::Done);
         };
         let done = u64::try_from(arg.copy).unwrap_or(0);
         match error.raw_os_error() {

@@ -164,7 +164,7 @@ fn what_arrives_is_not_dirty_and_what_the_guest_writes_is() {
         guest.memory.store(BlockIndex(block), &[1; BLOCK_SIZE]).unwrap();
     }
     guest.memory.arm(&set(32..48), no_demand()).unwrap();
-    guest.memory.fill(BlockIndex(32), &[2; BLOCK_SIZE * 16]).unwrap();
+    guest.memory.fill(BlockIndex(32), &vec![2; BLOCK_SIZE * 16]).unwrap();
     for block in 0..64 {
         guest.read(block);
     }

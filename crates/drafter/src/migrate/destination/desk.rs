@@ -47,7 +47,7 @@ pub(super) struct Marks {
 
 /// What the clerk does, in order.
 enum Errand {
-    Lease(LeaseCall),
+    Lease(Box<LeaseCall>),
     Resume { epoch: u64, flip: u64 },
     ReleaseOutput,
     Confirm { epoch: u64 },
@@ -201,7 +201,7 @@ impl<M: DestinationMachine + 'static> Desk<M> {
             DestinationAction::SendRefused { attempt, why } => {
                 self.send(&Frame::Refused { attempt: attempt.0, reason: why });
             }
-            DestinationAction::Lease(call) => self.errand(Errand::Lease(call)),
+            DestinationAction::Lease(call) => self.errand(Errand::Lease(Box::new(call))),
             DestinationAction::Resume { epoch, flip } => {
                 self.errand(Errand::Resume { epoch: epoch.0, flip: flip.0 });
             }

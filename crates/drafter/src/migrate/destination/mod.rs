@@ -38,6 +38,9 @@ const GOODBYE_LIMIT: Duration = Duration::from_secs(5);
 /// How long the lease store may take before an arrived machine's session ends undecided.
 const DECISION_LIMIT: Duration = Duration::from_secs(600);
 
+/// Takes an arrived machine over from its session.
+pub type OnOwner<M> = Box<dyn FnOnce(Box<M>, Holding) + Send>;
+
 /// An arrival, ready for the source's blocks.
 pub struct Arrival<M> {
     /// The main connection, after the verdict was sent.
@@ -54,7 +57,7 @@ pub struct Arrival<M> {
     pub on_report: Box<dyn Fn(&str) + Send + Sync>,
     /// Gets the machine when this host owns it and its frames may leave, which may be long before
     /// all blocks are here.
-    pub on_owner: Box<dyn FnOnce(Box<M>, Holding) + Send>,
+    pub on_owner: OnOwner<M>,
 }
 
 /// How an arrival ended.
@@ -194,7 +197,7 @@ struct Session<M> {
     main: Arc<Mutex<Outgoing>>,
     demand: Arc<Mutex<Outgoing>>,
     touched: bool,
-    on_owner: Option<Box<dyn FnOnce(Box<M>, Holding) + Send>>,
+    on_owner: Option<OnOwner<M>>,
 }
 
 impl<M: DestinationMachine + 'static> Session<M> {
@@ -299,7 +302,7 @@ impl<M: DestinationMachine + 'static> Session<M> {
             let mut marks = self.desk.marks();
             marks.loaded = Some(Instant::now());
             let faults = machine.faults()();
-            marks.early_faults = faults.demanded + faults.zero;
+            marks.early_faults = faults.demanded;
         }
         machine.run().map_err(|e| e.to_string())?;
         let mut marks = self.desk.marks();

@@ -55,15 +55,14 @@ impl Session<'_> {
         let mut parts = BlackoutParts::default();
         let _urgent = Urgent::this_thread();
         let paused_at = Instant::now();
-        let endpoint = self.verdict.endpoint.clone();
+        let endpoint = self.verdict.endpoint;
         self.around.machine.pause(endpoint.as_ref(), epoch)?;
         parts.pause_ms = ms(paused_at.elapsed());
 
         let scan = Instant::now();
         let mut dirty = left;
-        for at in 0..self.devices.len() {
-            let last = self.take_if_tracked(at)?;
-            dirty[at].union_with(&last);
+        for (at, set) in dirty.iter_mut().enumerate() {
+            set.union_with(&self.take_if_tracked(at)?);
         }
         parts.scan_ms = ms(scan.elapsed());
         let dirty_bytes = dirty.iter().map(BlockSet::bytes).sum();

@@ -133,7 +133,7 @@ impl Session<'_> {
             Ok(permitted) => permitted,
             Err(stop) => {
                 self.step(SourceEvent::Cancel);
-                return Err(self.give_up("switchover", stop));
+                return Err(self.give_up("switchover", &stop));
             }
         };
         self.progress(Phase::Switchover, left.iter().map(BlockSet::bytes).sum());
@@ -258,7 +258,7 @@ impl Session<'_> {
         }
         self.push(&pages, &mut after);
         self.see_through(&pages, &mut after);
-        self.conclude(flight, after, &pages, |this, flight, after| {
+        self.conclude(&flight, after, &pages, |this, flight, after| {
             let (at, confirmation) = after.confirmation.clone()?;
             Some(this.report(
                 flight,
@@ -463,7 +463,7 @@ impl Session<'_> {
 
     fn conclude(
         &mut self,
-        flight: Flight,
+        flight: &Flight,
         mut after: After,
         pages: &PageServer,
         report: impl FnOnce(&Self, &Flight, &After) -> Option<MoveReport>,
@@ -487,7 +487,7 @@ impl Session<'_> {
                     reason: "it released this host without having confirmed".into(),
                     left: 0,
                 };
-                let report = report(self, &flight, &after).ok_or_else(lost)?;
+                let report = report(self, flight, &after).ok_or_else(lost)?;
                 Ok(Moved::Released(Box::new(report)))
             }
             Some(end @ (Next::GoOn { .. } | Next::StayPaused(_))) => Err(self.back(vec![end], why)),

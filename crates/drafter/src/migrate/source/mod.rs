@@ -284,7 +284,7 @@ pub fn run<'a>(plan: &'a Plan, around: Surroundings<'a>) -> Result<Moved, MoveEr
 impl Session<'_> {
     fn go(&mut self, mode: Mode) -> Result<Moved, MoveError> {
         if let Err(stop) = self.prepare(mode) {
-            return Err(self.give_up("prepare", stop));
+            return Err(self.give_up("prepare", &stop));
         }
         if !self.verdict.refusals.is_empty() {
             let host = self.verdict.host.clone();
@@ -294,14 +294,14 @@ impl Session<'_> {
         }
         let first = match self.first_set() {
             Ok(first) => first,
-            Err(stop) => return Err(self.give_up("prepare", stop)),
+            Err(stop) => return Err(self.give_up("prepare", &stop)),
         };
         if self.plan.request.dry_run {
             return Ok(self.forecast(&first));
         }
         let (left, reason) = match self.precopy(first) {
             Ok(done) => done,
-            Err(stop) => return Err(self.give_up("pre-copy", stop)),
+            Err(stop) => return Err(self.give_up("pre-copy", &stop)),
         };
         let moved = self.hand_over(left, reason);
         if !matches!(&moved, Ok(Moved::Released(_)) | Err(MoveError::HandedOver { .. })) {
@@ -391,7 +391,7 @@ impl Session<'_> {
     }
 
     /// Ends a session whose machine never paused.
-    fn give_up(&mut self, phase: &'static str, stop: Stop) -> MoveError {
+    fn give_up(&mut self, phase: &'static str, stop: &Stop) -> MoveError {
         self.give_back();
         let reason = stop.to_string();
         let _ = self.main.write(&Frame::Abort(reason.clone()));

@@ -98,7 +98,7 @@ impl PageServer {
         }
         let range = BlockRange::new(demanded.start.0, end - demanded.start.0);
         set.remove_range(range);
-        let mark = u64::from(device.0) << 56 | end & (1 << 56) - 1;
+        let mark = u64::from(device.0) << 56 | end & ((1 << 56) - 1);
         self.last_fault.store(mark, Ordering::Relaxed);
         range
     }
@@ -109,7 +109,7 @@ impl PageServer {
         let mut sets = self.lock();
         let fault = self.last_fault.swap(u64::MAX, Ordering::Relaxed);
         if fault != u64::MAX {
-            *cursor = ((fault >> 56) as usize, fault & (1 << 56) - 1);
+            *cursor = ((fault >> 56) as usize, fault & ((1 << 56) - 1));
         }
         let count = sets.len();
         for step in 0..=count {

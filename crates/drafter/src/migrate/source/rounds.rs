@@ -46,9 +46,8 @@ impl Session<'_> {
             let number = self.planner.rounds().len() as u64 + 1;
             let unread = self.send_round(&sets, number)?;
             sets = unread;
-            for at in 0..self.devices.len() {
-                let dirty = self.take_if_tracked(at)?;
-                sets[at].union_with(&dirty);
+            for (at, set) in sets.iter_mut().enumerate() {
+                set.union_with(&self.take_if_tracked(at)?);
             }
             let round = Round {
                 set_bytes,
