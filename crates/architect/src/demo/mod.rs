@@ -242,7 +242,7 @@ fn capabilities(diagnosis: &Diagnosis) -> String {
         Some(check) if check.state == State::Ok => "KVM",
         _ => "TCG (no usable KVM)",
     };
-    format!("{}, {}, {accelerator}", detail("kernel"), detail("qemu"))
+    format!("{}, QEMU {}, {accelerator}", detail("kernel"), detail("qemu"))
 }
 
 /// What is missing, and how to get it.
