@@ -2,6 +2,7 @@
 
 pub mod baseline;
 pub mod bench;
+pub mod demo;
 pub mod doctor;
 pub mod fleet;
 pub mod load;

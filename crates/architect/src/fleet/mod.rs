@@ -2,6 +2,8 @@
 //! the `drafter` command, so that the demo, the end-to-end tests and the benchmarks run the real
 //! programs and share one way of doing it.
 
+mod sweep;
+
 use crate::rig::{Rig, RigError};
 use conduit::{PortMapping, Protocol};
 use drafter::{
@@ -46,6 +48,9 @@ pub enum FleetError {
     /// A request failed.
     #[error(transparent)]
     Api(#[from] ClientError),
+    /// What an earlier fleet left cannot be ended or removed.
+    #[error("clearing up after an earlier run: {0}")]
+    Leftover(String),
     /// A program is missing.
     #[error("{0}")]
     Missing(String),
@@ -125,11 +130,13 @@ pub struct Runner {
 pub struct RunnerId(pub usize);
 
 impl Fleet {
-    /// A fleet on `rig`; runners are the `drafter` program beside the running one.
+    /// A fleet on `rig`; runners are the `drafter` program beside the running one. What a fleet
+    /// in the same folder left behind when it was killed is ended and removed first.
     pub fn new(rig: Rig) -> Result<Self, FleetError> {
         let drafter = crate::rig::beside("drafter").ok_or_else(|| {
             FleetError::Missing("the drafter program is not beside this one; build it first".into())
         })?;
+        sweep::sweep(rig.folder())?;
         Ok(Self { runners: Vec::new(), rig, drafter })
     }
 
@@ -158,7 +165,7 @@ impl Fleet {
     /// The state directory of a host.
     #[must_use]
     pub fn state_of(&self, host: usize) -> PathBuf {
-        self.rig.folder().join(format!("state-{}", self.rig.hosts()[host].name))
+        self.rig.folder().join(format!("{}{}", sweep::STATE, self.rig.hosts()[host].name))
     }
 
     /// Boots a machine on a host; returns when its runner answers, before the guest is up.
@@ -214,7 +221,7 @@ impl Fleet {
             .args(words)
             .args(["--host", &place.name, "--listen", &address.to_string()])
             .arg("--lease")
-            .arg(self.rig.folder().join("leases"))
+            .arg(self.rig.folder().join(sweep::LEASES))
             .args(&spec.extra)
             .stdin(Stdio::null())
             .stdout(output)

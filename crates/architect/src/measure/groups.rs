@@ -38,8 +38,14 @@ pub(super) const ALL: &[Group] = &[
     Group {
         name: "busy",
         about: "1 GiB at 100 MB/s with a Redis client, 200 moves back and forth (hybrid, TLS)",
-        bars: &["move.blackout.1gib.100mbs.fast.tls", "move.gap.", "move.client.", "move.return.",
-            "move.fault.", "move.mismatches.hybrid"],
+        bars: &[
+            "move.blackout.1gib.100mbs.fast.tls",
+            "move.gap.",
+            "move.client.",
+            "move.return.",
+            "move.fault.",
+            "move.mismatches.hybrid",
+        ],
         run: busy,
     },
     Group {
@@ -51,8 +57,12 @@ pub(super) const ALL: &[Group] = &[
     Group {
         name: "modes",
         about: "256 MiB, 100 moves in a row in pre-copy and in post-copy, with the checker",
-        bars: &["move.mismatches.pre-copy", "move.mismatches.post-copy", "move.blackout.pre-copy",
-            "move.blackout.post-copy"],
+        bars: &[
+            "move.mismatches.pre-copy",
+            "move.mismatches.post-copy",
+            "move.blackout.pre-copy",
+            "move.blackout.post-copy",
+        ],
         run: modes,
     },
     Group {
@@ -64,8 +74,13 @@ pub(super) const ALL: &[Group] = &[
     Group {
         name: "rates",
         about: "whole moves of 1 GiB, idle and at 20, 100 and 400 MB/s, next to QEMU's",
-        bars: &["move.versus.1gib.idle.fast", "move.versus.1gib.20mbs.fast",
-            "move.versus.1gib.100mbs.fast.plain", "move.versus.1gib.400mbs.fast", "move.slowdown."],
+        bars: &[
+            "move.versus.1gib.idle.fast",
+            "move.versus.1gib.20mbs.fast",
+            "move.versus.1gib.100mbs.fast.plain",
+            "move.versus.1gib.400mbs.fast",
+            "move.slowdown.",
+        ],
         run: rates,
     },
     Group {
@@ -163,14 +178,17 @@ fn busy(setting: &mut Setting) -> anyhow::Result<Vec<Row>> {
 
     let blackout = blackouts(&samples)?;
     let bar = format!("move.blackout.{cell}");
-    let mut rows = spread(
-        &bar, "ms", &blackout, Some(Target::AtMost(10.0)), Some(Target::AtMost(30.0)),
-    );
+    let mut rows =
+        spread(&bar, "ms", &blackout, Some(Target::AtMost(10.0)), Some(Target::AtMost(30.0)));
     let gap = values(&samples, |sample| sample.gap_ms)?;
     // The lease is a file here: its round trip is no part of what is allowed.
     let allowed = blackout.median().unwrap_or_default() + 40.0;
     rows.extend(spread(
-        &format!("move.gap.{cell}"), "ms", &gap, Some(Target::AtMost(allowed)), None,
+        &format!("move.gap.{cell}"),
+        "ms",
+        &gap,
+        Some(Target::AtMost(allowed)),
+        None,
     ));
     rows.push(Row::judged("move.gap.without-a-move.2s-max", quiet, "ms", None, None));
     rows.extend(parts(&samples, "1gib.100mbs")?);
@@ -187,7 +205,11 @@ fn busy(setting: &mut Setting) -> anyhow::Result<Vec<Row>> {
     }
     rows.push(none_of("move.mismatches.hybrid", findings.wrong));
     rows.push(Row::judged(
-        "move.mismatches.hybrid.pages-checked", findings.pages as f64, "pages", None, None,
+        "move.mismatches.hybrid.pages-checked",
+        findings.pages as f64,
+        "pages",
+        None,
+        None,
     ));
     rows.push(returned(&samples)?);
     let faults = values(&samples, |sample| {
@@ -254,8 +276,8 @@ fn parts(samples: &[Sample], name: &str) -> anyhow::Result<Vec<Row>> {
 fn returned(samples: &[Sample]) -> anyhow::Result<Row> {
     let over = values(samples, |sample| {
         let report = &sample.report;
-        let changed = report.rounds.iter().map(|round| round.set_bytes).sum::<u64>()
-            + report.dirty_bytes;
+        let changed =
+            report.rounds.iter().map(|round| round.set_bytes).sum::<u64>() + report.dirty_bytes;
         report.returned.then(|| (report.bytes_sent as f64 - changed as f64 * 1.02) / MIB)
     })?;
     let worst = over.max().context("no move was that of a machine that came back")?;
@@ -283,7 +305,10 @@ fn modes(setting: &mut Setting) -> anyhow::Result<Vec<Row>> {
         rows.push(none_of(&format!("move.mismatches.{mode}"), findings.wrong - before.wrong));
         rows.push(Row::judged(
             &format!("move.mismatches.{mode}.pages-checked"),
-            (findings.pages - before.pages) as f64, "pages", None, None,
+            (findings.pages - before.pages) as f64,
+            "pages",
+            None,
+            None,
         ));
         before = findings;
         let bar = format!("move.blackout.{mode}.{cell}");

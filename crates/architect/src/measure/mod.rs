@@ -110,8 +110,7 @@ impl Setting {
 /// # Errors
 /// When something could not be measured; what was measured before is kept.
 pub fn run(args: &Args) -> anyhow::Result<bool> {
-    let chosen: Vec<_> =
-        groups::ALL.iter().filter(|group| group.concerns(&args.only)).collect();
+    let chosen: Vec<_> = groups::ALL.iter().filter(|group| group.concerns(&args.only)).collect();
     if chosen.is_empty() {
         let all: Vec<_> = groups::ALL.iter().flat_map(|group| group.bars).copied().collect();
         bail!("no bar begins with \"{}\"; there are {}…", args.only, all.join("…, "));

@@ -61,7 +61,8 @@ impl Findings {
 
 /// The words that start the oracle in a guest.
 pub(super) fn oracle_words(cell: Cell) -> Vec<String> {
-    let mut words: Vec<String> = ["/usr/bin/oracle", "run", "--background"].map(String::from).into();
+    let mut words: Vec<String> =
+        ["/usr/bin/oracle", "run", "--background"].map(String::from).into();
     let mut option = |name: &str, value: &dyn ToString| {
         words.extend([format!("--{name}"), value.to_string()]);
     };

@@ -145,17 +145,8 @@ impl Stock {
             }
             _ => [None, None],
         };
-        let mut stock = Stock {
-            cell,
-            guest,
-            sides,
-            sockets,
-            listen,
-            tls,
-            machine: None,
-            channel: None,
-            at: 0,
-        };
+        let mut stock =
+            Stock { cell, guest, sides, sockets, listen, tls, machine: None, channel: None, at: 0 };
         stock.boot_again()?;
         Ok(stock)
     }

@@ -74,7 +74,12 @@ impl Pair {
             self.ours.writes(bed, true)?;
             std::thread::sleep(SETTLE);
             while ours.len() * rounds < count * (round + 1) {
-                ours.push(self.ours.go(bed, Mode::Hybrid, &mut setting.journal, &setting.abandon)?);
+                ours.push(self.ours.go(
+                    bed,
+                    Mode::Hybrid,
+                    &mut setting.journal,
+                    &setting.abandon,
+                )?);
             }
             self.ours.writes(bed, false)?;
             for (at, &(mode, times)) in plan.iter().enumerate() {
@@ -108,7 +113,8 @@ impl Pair {
                 self.ours.go(bed, Mode::Hybrid, &mut setting.journal, &setting.abandon)?;
             }
             std::thread::sleep(Duration::from_millis(5500));
-            let out = self.ours.exec(bed, &["/bin/cat", "/tmp/spin.json"], Duration::from_secs(10))?;
+            let out =
+                self.ours.exec(bed, &["/bin/cat", "/tmp/spin.json"], Duration::from_secs(10))?;
             let json: serde_json::Value = serde_json::from_str(&out)?;
             json["mean_share"].as_f64().context("the oracle's answer lacks mean_share")
         };

@@ -9,6 +9,7 @@ use nix::{
 use serde::{Deserialize, Serialize};
 use std::{
     fs::{self, File},
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
@@ -61,6 +62,8 @@ impl Daemon {
             .stdin(Stdio::null())
             .stdout(file)
             .stderr(copy)
+            // Ctrl-C at the terminal is for the rig's owner, who ends its daemons in order.
+            .process_group(0)
             .spawn()
             .map_err(io_failed(format!("start {}", command.get_program().display())))?;
         let pid_file = folder.join("pids").join(format!("{name}.json"));

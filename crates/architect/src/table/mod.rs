@@ -51,6 +51,21 @@ pub struct Oracle {
     pub file_mismatches: u64,
 }
 
+/// What became of a connection that the machine began.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Outbound {
+    /// Numbers that came back as they were sent.
+    pub echoed: u64,
+    /// Numbers that came back changed.
+    pub wrong: u64,
+    /// Times that the established connection ended.
+    pub resets: u64,
+    /// Tries that did not connect.
+    pub refused: u64,
+    /// Longest time from sending a number to its return, by the guest's clock.
+    pub longest_gap_ms: f64,
+}
+
 /// A demonstration's result; its JSON is an interface.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
@@ -60,6 +75,12 @@ pub struct Report {
     pub client: LoadReport,
     /// What the guest saw.
     pub oracle: Oracle,
+    /// What the machine's own connection saw, if it had one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outbound: Option<Outbound>,
+    /// What else went wrong, as sentences of whoever made the report.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub further_problems: Vec<String>,
 }
 
 impl Report {
@@ -106,6 +127,18 @@ impl Report {
                 plural(oracle.file_mismatches, "block")
             ),
         );
+        if let Some(outbound) = &self.outbound {
+            say(outbound.echoed == 0, "the machine's own connection carried nothing".into());
+            say(
+                outbound.resets > 0,
+                format!("the machine's own connection broke {}", plural(outbound.resets, "time")),
+            );
+            say(
+                outbound.wrong > 0,
+                format!("{} came back changed", plural(outbound.wrong, "number")),
+            );
+        }
+        problems.extend(self.further_problems.iter().cloned());
         problems
     }
 

@@ -147,6 +147,7 @@ pub(super) fn report(report: &Report, style: Style) -> String {
         ("lost writes", Right),
         ("doubled", Right),
         ("retransmits", Right),
+        ("time-outs", Right),
         ("latency p50 / p99", Right),
     ]);
     clients.add_row(vec![
@@ -158,6 +159,7 @@ pub(super) fn report(report: &Report, style: Style) -> String {
         zero(style, client.lost_writes),
         zero(style, client.doubled_writes + client.wrong_answers),
         Cell::new(count(client.tcp.retransmits)),
+        client.tcp.rto.map_or_else(|| Cell::new("–"), |rto| zero(style, rto)),
         Cell::new(format!("{} / {} µs", client.latency_p50_us, client.latency_p99_us)),
     ]);
 
@@ -175,7 +177,26 @@ pub(super) fn report(report: &Report, style: Style) -> String {
         zero(style, oracle.file_mismatches),
     ]);
 
-    let mut out = [&moves, &clients, &memory].map(text).join("\n");
+    let mut tables = vec![text(&moves), text(&clients)];
+    if let Some(outbound) = &report.outbound {
+        let mut table = style.table(&[
+            ("the machine's own connection", Left),
+            ("round trips", Right),
+            ("resets", Right),
+            ("wrong", Right),
+            ("longest gap", Right),
+        ]);
+        table.add_row(vec![
+            Cell::new("begun inside the guest"),
+            Cell::new(count(outbound.echoed)),
+            zero(style, outbound.resets),
+            zero(style, outbound.wrong),
+            Cell::new(milliseconds(outbound.longest_gap_ms)),
+        ]);
+        tables.push(text(&table));
+    }
+    tables.push(text(&memory));
+    let mut out = tables.join("\n");
     out.push('\n');
     let problems = report.problems();
     if problems.is_empty() {

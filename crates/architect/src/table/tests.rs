@@ -26,6 +26,8 @@ fn good() -> Report {
         ],
         client: LoadReport { operations: 1_234_567, verified: true, ..LoadReport::default() },
         oracle: Oracle { pages_checked: 65_536, mismatches: 0, file_mismatches: 0 },
+        outbound: Some(Outbound { echoed: 900, longest_gap_ms: 17.5, ..Outbound::default() }),
+        further_problems: Vec::new(),
     }
 }
 
@@ -51,7 +53,7 @@ fn the_json_has_the_fields_that_are_promised() {
 fn every_kind_of_loss_and_everything_unchecked_is_a_problem_by_name() {
     assert!(!good().lost_anything());
     type Spoil = fn(&mut Report);
-    let cases: [(&str, Spoil); 11] = [
+    let cases: [(&str, Spoil); 15] = [
         ("did not move", |report| report.moves.clear()),
         ("no operation", |report| report.client.operations = 0),
         ("could not read", |report| report.client.verified = false),
@@ -63,6 +65,10 @@ fn every_kind_of_loss_and_everything_unchecked_is_a_problem_by_name() {
         ("no page", |report| report.oracle.pages_checked = 0),
         ("of memory", |report| report.oracle.mismatches = 1),
         ("of the file", |report| report.oracle.file_mismatches = 1),
+        ("carried nothing", |report| report.outbound = Some(Outbound::default())),
+        ("broke 1 time", |report| report.outbound.as_mut().unwrap().resets = 1),
+        ("2 numbers came back", |report| report.outbound.as_mut().unwrap().wrong = 2),
+        ("its disk is full", |report| report.further_problems.push("its disk is full".into())),
     ];
     for (words, spoil) in cases {
         let mut report = good();

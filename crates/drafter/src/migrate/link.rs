@@ -17,6 +17,10 @@ pub type Outgoing = FrameWriter<BufWriter<identity::Writer>>;
 
 /// How long a peer may take to accept the next byte before the connection counts as dead.
 pub const WRITE_LIMIT: Duration = Duration::from_secs(30);
+/// Headers are read ahead in pieces of this size; block data, which is larger, goes past it.
+const READ_BUFFER: usize = 64 << 10;
+/// Several frames of the largest size leave in one call.
+const WRITE_BUFFER: usize = 1 << 20;
 /// How long connecting and the handshake may take.
 pub const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
@@ -37,8 +41,8 @@ impl Channel {
         control.set_write_timeout(Some(WRITE_LIMIT));
         let (reader, writer) = stream.split();
         Self {
-            incoming: FrameReader::new(BufReader::with_capacity(256 << 10, reader), checked),
-            outgoing: FrameWriter::new(BufWriter::with_capacity(256 << 10, writer), checked),
+            incoming: FrameReader::new(BufReader::with_capacity(READ_BUFFER, reader), checked),
+            outgoing: FrameWriter::new(BufWriter::with_capacity(WRITE_BUFFER, writer), checked),
             control,
         }
     }

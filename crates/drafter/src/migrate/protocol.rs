@@ -28,6 +28,8 @@ pub const MAX_RUN: u64 = 64;
 const MAGIC: [u8; 4] = *b"DRFT";
 const HEADER: usize = 32;
 const PREAMBLE: usize = 24;
+/// Memory that is taken for a payload before its bytes have come.
+const READ_STEP: usize = 512 << 10;
 /// Ranges in one list frame: 12 bytes each.
 const RANGES_PER_FRAME: usize = 65_536;
 
@@ -348,12 +350,21 @@ impl<W: Write> FrameWriter<W> {
 pub struct FrameReader<R> {
     from: R,
     checked: bool,
+    spare: Vec<u8>,
 }
 
 impl<R: Read> FrameReader<R> {
     /// `checked`: the connection is plaintext and frames carry checksums.
     pub fn new(from: R, checked: bool) -> Self {
-        Self { from, checked }
+        Self { from, checked, spare: Vec::new() }
+    }
+
+    /// Gives a payload's memory back, for the next frame: bulk data comes in equal pieces, and
+    /// fresh memory for each costs a page fault per block.
+    pub fn recycle(&mut self, payload: Vec<u8>) {
+        if payload.capacity() > self.spare.capacity() {
+            self.spare = payload;
+        }
     }
 
     /// The next frame; an error ends the connection, except a time-out before the first byte of a
@@ -386,11 +397,16 @@ impl<R: Read> FrameReader<R> {
         if length > MAX_PAYLOAD {
             return Err(WireError::Invalid(format!("a payload of {length} bytes")));
         }
-        let mut payload = Vec::new();
-        let read = Read::take(&mut self.from, u64::from(length)).read_to_end(&mut payload)?;
-        if read != length as usize {
-            return Err(WireError::Io(io::ErrorKind::UnexpectedEof.into()));
+        let mut payload = std::mem::take(&mut self.spare);
+        // In steps, so that a length that lies costs no more memory than bytes that came.
+        let mut read = 0;
+        while read < length as usize {
+            let step = (length as usize).min(read + READ_STEP);
+            payload.resize(step, 0);
+            self.from.read_exact(&mut payload[read..step])?;
+            read = step;
         }
+        payload.truncate(length as usize);
         if self.checked {
             let mut hash = Xxh3::new();
             hash.update(&header[..24]);

@@ -57,6 +57,8 @@ pub struct MoveReport {
     pub paused_at_ns: u64,
     /// Faults at the destination until all was there, as it reported with `Durable`.
     pub faults: FaultSummary,
+    /// Blocks that were written at the source after the pause: must be 0.
+    pub late_writes: u64,
     /// Faults before the machine ran there: must be 0.
     pub early_faults: u64,
     /// The new epoch.

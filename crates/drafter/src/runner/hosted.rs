@@ -394,7 +394,7 @@ impl Hosted {
 
     /// An arrival that came to nothing: the network forgets that the machine was expected here.
     /// `epoch` is the source's, which stays the owner.
-    pub fn give_up(&mut self, epoch: u64) {
+    pub(super) fn give_up(&mut self, epoch: u64) {
         self.tear_down();
         if let Some(net) = &self.net {
             let last = FlipEpoch::of(Epoch(epoch), u16::MAX);
@@ -433,6 +433,11 @@ impl SourceMachine for Hosted {
             && let Some(guest) = &self.guest
         {
             guest.before_suspend(false, HOOK_LIMIT).map_err(fail)?;
+        }
+        // A monitor hands what comes on the channel to the guest even while that stands still,
+        // and the last scan of its memory would not see it.
+        if let Some(guest) = self.guest.take() {
+            guest.close();
         }
         for disk in &self.content.disks {
             disk.sync().map_err(fail)?;

@@ -352,12 +352,7 @@ impl Runner {
 
     /// The machine runs here now.
     fn install(self: &Arc<Self>, mut body: Box<Hosted>, holding: Holding, since: Option<StayId>) {
-        let channel =
-            crate::guest::GuestChannel::connect(&body.guest_socket(), &self.config.machine);
-        match channel {
-            Ok(channel) => body.guest = Some(Arc::new(channel)),
-            Err(error) => tracing::error!(%error, "the guest channel is not there"),
-        }
+        self.open_guest(&mut body);
         {
             let mut inner = self.lock();
             inner.guest.clone_from(&body.guest);
@@ -398,9 +393,25 @@ impl Runner {
         Ok(body)
     }
 
+    /// Opens the guest channel (again: it is closed before a pause).
+    fn open_guest(&self, body: &mut Hosted) {
+        let machine = &self.config.machine;
+        match crate::guest::GuestChannel::connect(&body.guest_socket(), machine) {
+            Ok(channel) => body.guest = Some(Arc::new(channel)),
+            Err(error) => tracing::error!(%error, "the guest channel is not there"),
+        }
+    }
+
     /// Gives it back.
-    fn give_back(&self, body: Box<Hosted>, state: State, detail: impl Into<String>) {
-        self.lock().body = Some(body);
+    fn give_back(&self, mut body: Box<Hosted>, state: State, detail: impl Into<String>) {
+        if body.guest.is_none() && state == State::Running {
+            self.open_guest(&mut body);
+        }
+        {
+            let mut inner = self.lock();
+            inner.guest.clone_from(&body.guest);
+            inner.body = Some(body);
+        }
         self.set_state(state, detail);
     }
 

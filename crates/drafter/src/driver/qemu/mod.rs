@@ -50,7 +50,11 @@ use std::{
     ops::RangeInclusive,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
+
+/// How long a killed monitor may take to be gone.
+const END_LIMIT: Duration = Duration::from_secs(10);
 
 /// Which accelerator to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -194,13 +198,32 @@ pub fn monitor_without_runner(run_dir: &Path) -> Option<u32> {
     record.process.exists().then_some(record.process.pid)
 }
 
-/// Ends a monitor that lost its runner. False if there is none.
+/// Ends a monitor that lost its runner, at once and without asking it: it may hang on a page that
+/// nobody will bring. Its control group, user id and sockets are given back, also those of one
+/// that is gone already. False if none lived.
 pub fn stop_without_runner(run_dir: &Path) -> Result<bool, DriverError> {
-    match launch::take_over(run_dir)? {
-        Some(mut vm) => {
-            vm.kill()?;
-            Ok(true)
+    let Some(record) = record::Record::load(run_dir)? else { return Ok(false) };
+    let host = |source| DriverError::Host {
+        operation: format!(
+            "ending the QEMU of machine \"{}\", process {}",
+            record.shape.name, record.process.pid
+        ),
+        source,
+    };
+    let process = process::Process::open(record.process).map_err(host)?;
+    let lived = process.is_some();
+    if let Some(mut process) = process {
+        process.signal(nix::sys::signal::Signal::SIGKILL).map_err(host)?;
+        // Frozen by control group version 1 it dies only when thawed.
+        record.cgroup.release_killed().map_err(host)?;
+        if process.wait(END_LIMIT).is_none() {
+            return Err(host(std::io::ErrorKind::TimedOut.into()));
         }
-        None => Ok(false),
     }
+    record.cgroup.remove();
+    if let Some(user) = &record.user {
+        user.release();
+    }
+    record::Files::of(run_dir).remove();
+    Ok(lived)
 }

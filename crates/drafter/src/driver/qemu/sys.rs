@@ -103,6 +103,13 @@ impl BeforeExec {
         if unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) } == libc::SIG_ERR {
             return Err(io::Error::last_os_error());
         }
+        // What the runner was itself started with (a lock, a log, a socket of its parent) is not
+        // the monitor's, which outlives it and would hold it open.
+        // SAFETY: marks descriptors by number; closes none before the exec.
+        check(unsafe {
+            libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC)
+                as i32
+        })?;
         for descriptor in &self.inherit {
             // SAFETY: sets the flags of a descriptor that `self` owns; clears close-on-exec.
             check(unsafe { libc::fcntl(descriptor.as_raw_fd(), libc::F_SETFD, 0) })?;

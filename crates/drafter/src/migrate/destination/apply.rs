@@ -24,13 +24,14 @@ pub(super) struct Applier {
     devices: Vec<Arc<dyn Device>>,
     missing: Vec<BlockSet>,
     armed: bool,
+    spare: Vec<u8>,
 }
 
 impl Applier {
     /// Nothing has arrived.
     pub(super) fn new(devices: Vec<Arc<dyn Device>>) -> Self {
         let missing = devices.iter().map(|d| BlockSet::new(d.blocks())).collect();
-        Self { devices, missing, armed: false }
+        Self { devices, missing, armed: false, spare: Vec::new() }
     }
 
     fn device(
@@ -66,6 +67,7 @@ impl Applier {
                 } else {
                     device.store(start, &data)?;
                 }
+                self.spare = data;
             }
             Frame::Zero { device: number, range } => {
                 let device = self.device(number, range)?;
@@ -89,6 +91,11 @@ impl Applier {
             other => return Ok(Some(other)),
         }
         Ok(None)
+    }
+
+    /// The memory of the last block frame, to be used again.
+    pub(super) fn take_spare(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.spare)
     }
 
     /// All lists of all devices are in: from now on blocks fill (design, I4).

@@ -203,7 +203,7 @@ impl<M: DestinationMachine + 'static> Session<M> {
         let reason = loop {
             match incoming.read() {
                 Ok(frame) => match self.take(frame) {
-                    Ok(true) => {}
+                    Ok(true) => incoming.recycle(self.applier.take_spare()),
                     Ok(false) => break String::new(),
                     Err(reason) => break reason,
                 },

@@ -70,7 +70,7 @@ impl Session<'_> {
 
         let budget = if all { u64::MAX } else { self.planner.flight_bytes() };
         let hot = hot_sets(&dirty, state_blocks, budget);
-        let mut flight_bytes: u64 = hot.iter().map(BlockSet::bytes).sum();
+        let flight_bytes: u64 = hot.iter().map(BlockSet::bytes).sum();
 
         // The state is saved while the hot blocks leave: both take milliseconds.
         let save = Instant::now();
@@ -100,16 +100,8 @@ impl Session<'_> {
         parts.save_ms = ms(save.elapsed());
 
         let send = Instant::now();
-        // Saving should write nothing; what it wrote all the same must not stay behind.
-        let mut after = Vec::with_capacity(self.devices.len());
-        for at in 0..self.devices.len() {
-            after.push(self.take_if_tracked(at)?);
-        }
-        flight_bytes += after.iter().map(BlockSet::bytes).sum::<u64>();
-        send_hot(&mut self.main, &self.devices, &after)?;
         for (at, set) in dirty.iter_mut().enumerate() {
             set.subtract(&hot[at]);
-            set.subtract(&after[at]);
             self.main.missing(DeviceNumber(at as u8), set)?;
         }
         parts.send_ms = ms(send.elapsed());

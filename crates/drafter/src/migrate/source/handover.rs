@@ -252,6 +252,7 @@ impl Session<'_> {
             Arc::new(PageServer::new(self.devices.clone(), std::mem::take(&mut flight.missing)));
         self.serve_faults(&pages);
         let handed = Instant::now();
+        self.late_writes = self.count_late_writes();
         if token.flush_owed && after.lost.is_none() {
             self.tell_durable(token, &mut after);
         }
@@ -290,6 +291,22 @@ impl Session<'_> {
             // Bulk still brings every block; only faults wait for it.
             tracing::error!(%error, "no thread for the fault connection");
         }
+    }
+
+    /// Nothing may write to a paused machine: the last scan was the last word. Looked at after
+    /// the token, because looking costs time in proportion to the memory.
+    fn count_late_writes(&mut self) -> u64 {
+        let mut late = 0;
+        for at in 0..self.devices.len() {
+            match self.take_if_tracked(at) {
+                Ok(set) => late += set.len(),
+                Err(error) => tracing::debug!(%error, "no last look at the tracking"),
+            }
+        }
+        if late > 0 {
+            tracing::error!(late, "blocks were written after the pause: please report this");
+        }
+        late
     }
 
     /// The flushes that were answered early are durable now: the destination may let frames go.
@@ -539,6 +556,7 @@ impl Session<'_> {
             postcopy_ms: ms(handed.elapsed()),
             paused_at_ns,
             faults: after.durable.as_ref().map(|d| d.faults).unwrap_or_default(),
+            late_writes: self.late_writes,
             early_faults: confirmation.early_faults,
             epoch: confirmation.epoch,
             session: link::session_hex(self.session),

@@ -220,6 +220,7 @@ struct Session<'a> {
     pending: Vec<handover::Next>,
     last_report: String,
     fault_control: Option<Control>,
+    late_writes: u64,
 }
 
 /// Moves a machine, or says why not.
@@ -270,6 +271,7 @@ pub fn run<'a>(plan: &'a Plan, around: Surroundings<'a>) -> Result<Moved, MoveEr
         pending: Vec::new(),
         last_report: String::new(),
         fault_control: None,
+        late_writes: 0,
         plan,
         around,
     };

@@ -201,7 +201,9 @@ pub fn find_guest_program() -> Result<PathBuf> {
     }
     let mut places = Vec::new();
     if let Ok(program) = std::env::current_exe() {
-        // Beside it; and from target/debug/… to target/TRIPLE/guest.
+        // In guest/ beside it, where scripts/build.sh puts it; beside it; and from target/debug/…
+        // to target/TRIPLE/guest.
+        places.extend(program.parent().map(|dir| dir.join("guest").join(GUEST_PROGRAM)));
         places.extend(program.parent().map(|dir| dir.join(GUEST_PROGRAM)));
         let above = program.ancestors().skip(2).take(3);
         places.extend(above.map(|dir| dir.join(GUEST_TARGET).join(GUEST_PROGRAM)));

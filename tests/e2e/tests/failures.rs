@@ -1,0 +1,229 @@
+//! Moves that do not go through: wherever they end, the machine runs in one place, is told where,
+//! and moves at the next try.
+#![allow(clippy::unwrap_used, reason = "a test ends by panicking")]
+
+use architect::fleet::{Fleet, RunnerId};
+use drafter::{
+    migrate::{messages::Mode, protocol::Frame},
+    runner::api::{MigrateRequest, Phase, Request},
+};
+use e2e::{
+    Stage,
+    busy::{Work, sh, start_oracle, verify_oracle},
+    eventually,
+    moves::{budgets, cancel, follow, go, settled, slow, wait_phase},
+    peer::{ScriptedDestination, Visit},
+};
+use nix::fcntl::{Flock, FlockArg};
+use std::{
+    fs::{self, File},
+    time::{Duration, Instant},
+};
+
+const IDLE: Work = Work { memory_mib: 64, hot_mib: 8, rate_mb_s: 20, file_mib: 8 };
+
+/// The machine runs at `at`, answers, and nothing in it is wrong.
+#[track_caller]
+fn runs_at(fleet: &Fleet, at: RunnerId) {
+    let status = fleet.runner(at).status().unwrap();
+    assert_eq!(status.state, "running", "{}", status.detail);
+    assert_eq!(status.lease_owner.as_deref(), Some(fleet.runner(at).host.as_str()));
+    verify_oracle(fleet.runner(at));
+}
+
+/// Starts a move to a scripted destination and takes its request.
+fn visit(stage: &Stage, from: RunnerId, to: &ScriptedDestination, mode: Mode) -> (u64, Visit) {
+    let request = MigrateRequest {
+        to: to.address,
+        peer: "b".into(),
+        mode,
+        budgets: budgets(),
+        dry_run: false,
+    };
+    let job = stage.fleet.runner(from).client().unwrap().get(&Request::Migrate(request)).unwrap();
+    (job, to.accept())
+}
+
+#[test]
+fn a_move_can_be_cancelled_in_each_phase_and_the_machine_moves_afterwards() {
+    let Some(mut stage) = Stage::open() else { return };
+    let (a, b) = stage.pair(&stage.plain_spec("redis"));
+    start_oracle(stage.fleet.runner(a), IDLE);
+    let scripted = ScriptedDestination::listen(&stage);
+    let fleet = &stage.fleet;
+
+    // Prepare: the destination never answers.
+    let (job, silent) = visit(&stage, a, &scripted, Mode::Hybrid);
+    cancel(fleet, a, job);
+    let why = follow(fleet, a, job).unwrap_err();
+    assert!(why.contains("cancelled during prepare"), "{why}");
+    drop(silent);
+    runs_at(fleet, a);
+
+    // Pre-copy: a round is never put in place.
+    let (job, mut slow_one) = visit(&stage, a, &scripted, Mode::Hybrid);
+    slow_one.ready();
+    slow_one.offer(1);
+    assert!(matches!(slow_one.next(), Frame::RoundEnd(_)));
+    cancel(fleet, a, job);
+    let why = follow(fleet, a, job).unwrap_err();
+    assert!(why.contains("cancelled during pre-copy"), "{why}");
+    runs_at(fleet, a);
+
+    // Switchover: the token is out, so the destination decides; it refuses.
+    let (job, mut refusing) = visit(&stage, a, &scripted, Mode::Hybrid);
+    refusing.ready();
+    let token = refusing.until_token();
+    let answer = cancel(fleet, a, job);
+    assert!(answer.contains("handed over"), "{answer}");
+    refusing.send(&Frame::Refused { attempt: token.attempt, reason: "by the script".into() });
+    let why = follow(fleet, a, job).unwrap_err();
+    assert!(why.contains("by the script") && why.contains("still running here"), "{why}");
+    runs_at(fleet, a);
+
+    // Post-copy: the machine runs there already, and all of it follows.
+    let job = fleet.start_move(a, b, Mode::PostCopy, slow(40_000_000), false).unwrap();
+    wait_phase(fleet, a, job, Phase::PostCopy);
+    cancel(fleet, a, job);
+    follow(fleet, a, job).unwrap();
+    settled(fleet, b);
+    runs_at(fleet, b);
+    go(fleet, b, a, Mode::Hybrid, budgets());
+    runs_at(fleet, a);
+}
+
+#[test]
+fn whatever_becomes_of_the_token_the_machine_runs_on_where_it_was() {
+    let Some(mut stage) = Stage::open() else { return };
+    let (a, b) = stage.pair(&stage.plain_spec("redis"));
+    start_oracle(stage.fleet.runner(a), IDLE);
+    let scripted = ScriptedDestination::listen(&stage);
+    let fleet = &stage.fleet;
+    let epoch = || fleet.runner(a).status().unwrap().epoch.unwrap();
+    let first = epoch();
+
+    // Nobody answers: the machine stays paused until the named offer is over on any clock.
+    let (job, mut silent) = visit(&stage, a, &scripted, Mode::Hybrid);
+    silent.ready();
+    let token = silent.until_token();
+    let sent = Instant::now();
+    let why = follow(fleet, a, job).unwrap_err();
+    assert!(why.contains("still running here"), "{why}");
+    assert!(sent.elapsed() > Duration::from_millis(900), "it went on too early: {why}");
+    assert!(sent.elapsed() < Duration::from_secs(8), "it came back late: {why}");
+    assert_eq!(token.handed.record().unwrap().epoch.0, first);
+    assert!(epoch() > first, "who takes a machine back begins a new epoch");
+    // A word that comes too late changes nothing.
+    let _ = silent
+        .main
+        .outgoing
+        .write(&Frame::Refused { attempt: token.attempt, reason: "late".into() });
+    runs_at(fleet, a);
+
+    // The connection breaks with the token: the same, because it may have arrived.
+    let before = epoch();
+    let (job, mut broken) = visit(&stage, a, &scripted, Mode::PostCopy);
+    broken.ready();
+    broken.until_token();
+    let sent = Instant::now();
+    broken.main.control.shutdown();
+    broken.fault.control.shutdown();
+    let why = follow(fleet, a, job).unwrap_err();
+    assert!(why.contains("still running here"), "{why}");
+    assert!(sent.elapsed() > Duration::from_millis(900), "it went on too early: {why}");
+    assert!(epoch() > before);
+    runs_at(fleet, a);
+
+    // The offer is not renewed: no token at all, and no pause.
+    let (job, mut tired) = visit(&stage, a, &scripted, Mode::Hybrid);
+    tired.ready();
+    tired.offer(1);
+    let Frame::RoundEnd(round) = tired.next() else { panic!("no round") };
+    std::thread::sleep(Duration::from_millis(2500));
+    tired.send(&Frame::RoundApplied(round));
+    loop {
+        match tired.next_or_end() {
+            Some(Frame::RoundEnd(round)) => tired.send(&Frame::RoundApplied(round)),
+            Some(Frame::Token { .. }) => panic!("a token for an offer that is over"),
+            Some(_) => {}
+            None => break,
+        }
+    }
+    let why = follow(fleet, a, job).unwrap_err();
+    assert!(why.contains("still running here"), "{why}");
+    runs_at(fleet, a);
+
+    // Bytes that are no frames.
+    let (job, mut foreign) = visit(&stage, a, &scripted, Mode::Hybrid);
+    foreign.send(&Frame::Verdict(b"{\"refusals\": 7}".to_vec()));
+    let why = follow(fleet, a, job).unwrap_err();
+    assert!(why.contains("cannot be read") && why.contains("still running here"), "{why}");
+
+    // After all that it moves.
+    go(fleet, a, b, Mode::Hybrid, budgets());
+    runs_at(fleet, b);
+}
+
+#[test]
+fn a_destination_that_is_killed_before_the_token_leaves_the_machine_running_and_movable() {
+    let Some(mut stage) = Stage::open() else { return };
+    let spec = stage.plain_spec("redis");
+    let (a, b) = stage.pair(&spec);
+    start_oracle(stage.fleet.runner(a), IDLE);
+
+    // In standby.
+    stage.fleet.runner_mut(b).kill();
+    let lost = stage.fleet.migrate(a, b, Mode::Hybrid, budgets(), |_| {}).unwrap_err().to_string();
+    assert!(lost.contains("still running here"), "{lost}");
+    runs_at(&stage.fleet, a);
+
+    // In pre-copy.
+    let b = stage.fleet.receive(1, &spec).unwrap();
+    let job = stage.fleet.start_move(a, b, Mode::Hybrid, slow(20_000_000), false).unwrap();
+    let before = wait_phase(&stage.fleet, a, job, Phase::PreCopy);
+    assert!(before.phase == Phase::PreCopy, "{before:?}");
+    stage.fleet.runner_mut(b).kill();
+    let why = follow(&stage.fleet, a, job).unwrap_err();
+    assert!(why.contains("pre-copy") && why.contains("still running here"), "{why}");
+    runs_at(&stage.fleet, a);
+
+    // A runner that starts again finds its predecessor's monitor gone or ends it, and takes the
+    // machine.
+    let b = stage.fleet.receive(1, &spec).unwrap();
+    go(&stage.fleet, a, b, Mode::Hybrid, budgets());
+    runs_at(&stage.fleet, b);
+}
+
+#[test]
+fn without_the_lease_store_there_is_no_switchover_and_the_machine_runs_on() {
+    let Some(mut stage) = Stage::open() else { return };
+    let (a, b) = stage.pair(&stage.plain_spec("redis"));
+    start_oracle(stage.fleet.runner(a), IDLE);
+    let fleet = &stage.fleet;
+
+    // Another process sits on the lock.
+    let lock = File::options().write(true).open(stage.leases().join("redis.lock")).unwrap();
+    let held = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, e)| e).unwrap();
+    let job = fleet.start_move(a, b, Mode::Hybrid, budgets(), false).unwrap();
+    let why = follow(fleet, a, job).unwrap_err();
+    assert!(why.contains("still running here"), "{why}");
+    drop(held);
+    settled(fleet, a);
+    runs_at(fleet, a);
+
+    // The directory is gone.
+    let away = stage.leases().with_file_name("leases-away");
+    fs::rename(stage.leases(), &away).unwrap();
+    let job = fleet.start_move(a, b, Mode::Hybrid, budgets(), false).unwrap();
+    let why = follow(fleet, a, job).unwrap_err();
+    assert!(why.contains("still running here"), "{why}");
+    sh(fleet.runner(a), "true");
+    fs::rename(&away, stage.leases()).unwrap();
+    runs_at(fleet, a);
+
+    eventually("the destination waits again", Duration::from_secs(15), || {
+        fleet.runner(b).status().unwrap().state == "standby"
+    });
+    go(fleet, a, b, Mode::Hybrid, budgets());
+    runs_at(fleet, b);
+}
