@@ -1,5 +1,6 @@
-//! The ioctls of `/dev/net/tun` that no crate at hand offers, and nothing else. Numbers and
-//! layouts are those of `linux/if_tun.h` and `linux/if.h`.
+//! The ioctls of `/dev/net/tun` that no crate at hand offers, sending a frame out of an interface,
+//! and nothing else. Numbers and layouts are those of `linux/if_tun.h`, `linux/if.h` and
+//! `linux/if_packet.h`.
 
 use nix::errno::Errno;
 use std::{
@@ -65,6 +66,33 @@ pub(crate) fn vnet_header_size(fd: BorrowedFd<'_>) -> io::Result<usize> {
 pub(crate) fn set_vnet_header_size(fd: BorrowedFd<'_>, size: i32) -> io::Result<()> {
     // SAFETY: the kernel reads one int from the place given.
     unsafe { tun_set_vnet_hdr_sz(fd.as_raw_fd(), &raw const size) }.map_err(io_error).map(drop)
+}
+
+/// Sends one whole Ethernet frame out of the interface with that index, past all routes and
+/// filters. Needs CAP_NET_RAW, and must be called in the interface's network namespace.
+pub(crate) fn send_frame(interface: u32, frame: &[u8]) -> io::Result<()> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+    // Protocol 0: it receives nothing.
+    let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None)
+        .map_err(io_error)?;
+    // SAFETY: sockaddr_ll is plain data; all zeros is a valid value.
+    let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    to.sll_family = libc::AF_PACKET as u16;
+    to.sll_ifindex =
+        i32::try_from(interface).map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
+    // SAFETY: the socket is open; frame and address live through the call, and their lengths are
+    // those given.
+    let sent = unsafe {
+        libc::sendto(
+            socket.as_raw_fd(),
+            frame.as_ptr().cast(),
+            frame.len(),
+            0,
+            (&raw const to).cast(),
+            size_of::<libc::sockaddr_ll>() as libc::socklen_t,
+        )
+    };
+    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 fn io_error(errno: Errno) -> io::Error {

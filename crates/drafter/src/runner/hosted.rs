@@ -318,6 +318,9 @@ impl Hosted {
         if incoming {
             self.vm.hold_output(true).map_err(fail)?;
             self.vm.prepare_load().map_err(fail)?;
+            if let Some(tap) = &self.tap {
+                conduit::tap::prime(tap).map_err(fail)?;
+            }
         }
         Ok(())
     }
