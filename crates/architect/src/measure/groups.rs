@@ -242,6 +242,8 @@ fn quiet(setting: &mut Setting) -> anyhow::Result<Vec<Row>> {
     let blackout = blackouts(&samples)?;
     let gap = values(&samples, |sample| sample.gap_ms)?;
     let allowed = blackout.median().unwrap_or_default() + 40.0;
+    let client = machine.take_load().context("the client has gone")?.finish()?;
+    println!("   the client's kernel sent {} segments again", client.tcp.retransmits);
     let mut rows = spread("move.quiet.blackout", "ms", &blackout, Some(Target::AtMost(10.0)), None);
     rows.extend(spread("move.quiet.gap", "ms", &gap, Some(Target::AtMost(allowed)), None));
     Ok(rows)
