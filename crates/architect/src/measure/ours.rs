@@ -136,7 +136,7 @@ impl Bed {
     }
 
     /// Ends a machine that is not needed any more, to have its memory back.
-    pub(super) fn retire(&self, machine: Machine) {
+    pub(super) fn retire(&self, machine: &Machine) {
         for id in machine.runners {
             let asked = self.fleet.runner(id).client().and_then(|mut client| {
                 client.set_deadline(Some(Duration::from_secs(20)))?;

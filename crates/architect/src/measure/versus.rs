@@ -39,7 +39,7 @@ impl Pair {
 
     /// Ends both.
     pub(super) fn retire(self, bed: &Bed) {
-        bed.retire(self.ours);
+        bed.retire(&self.ours);
     }
 
     /// Another rate of writing.
