@@ -49,6 +49,12 @@ pub(super) const ALL: &[Group] = &[
         run: busy,
     },
     Group {
+        name: "quiet",
+        about: "1 GiB with a Redis client and nothing else, 20 moves back and forth (hybrid, TLS)",
+        bars: &["move.quiet."],
+        run: quiet,
+    },
+    Group {
         name: "modes",
         about: "256 MiB, 100 moves in a row in pre-copy and in post-copy, with the checker",
         bars: &[
@@ -219,6 +225,27 @@ fn busy(setting: &mut Setting) -> anyhow::Result<Vec<Row>> {
         rows.push(Row::judged("move.fault.p99.median-of-moves", median, "µs", None, None));
     }
     rows.push(line_row(cell, line.bits_per_second_late));
+    Ok(rows)
+}
+
+/// The same client on a guest that does nothing else: what of the gap is the move's own, and what
+/// is the price of sharing one translated processor with a busy neighbour.
+fn quiet(setting: &mut Setting) -> anyhow::Result<Vec<Row>> {
+    let cell = Cell::new(1024, 0);
+    let (mut bed, _) = setting.bed(cell)?;
+    let mut machine = bed.boot(cell, true, true)?;
+    machine.start_load(&bed)?;
+    std::thread::sleep(SETTLE);
+    back_and_forth(setting, &bed, &mut machine, Mode::Hybrid, 2)?;
+    let count = setting.times(20);
+    let samples = back_and_forth(setting, &bed, &mut machine, Mode::Hybrid, count)?;
+    let blackout = blackouts(&samples)?;
+    let gap = values(&samples, |sample| sample.gap_ms)?;
+    let allowed = blackout.median().unwrap_or_default() + 40.0;
+    let client = machine.take_load().context("the client has gone")?.finish()?;
+    println!("   the client's kernel sent {} segments again", client.tcp.retransmits);
+    let mut rows = spread("move.quiet.blackout", "ms", &blackout, Some(Target::AtMost(10.0)), None);
+    rows.extend(spread("move.quiet.gap", "ms", &gap, Some(Target::AtMost(allowed)), None));
     Ok(rows)
 }
 
