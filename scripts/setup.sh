@@ -40,6 +40,9 @@ qemu-nbd qemu-utils
 ip iproute2
 nft nftables
 mke2fs e2fsprogs
+lz4 lz4
+xz xz-utils
+python3 python3
 modprobe kmod
 dpkg-deb dpkg
 cc gcc

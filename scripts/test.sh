@@ -12,6 +12,18 @@ trap 'rm -rf "$scratch"' EXIT
 export ARCHITECT_MISSING=$scratch/missing
 : > "$ARCHITECT_MISSING"
 
+# The guest of the driver's tests: a kernel and a busybox, fetched and unpacked once.
+if [ -z "${DRAFTER_TEST_KERNEL:-}" ]; then
+    guest=$PWD/$target/test-guest
+    case $target in /*) guest=$target/test-guest ;; esac
+    if [ ! -s "$guest/initramfs.cpio" ]; then
+        echo "fetching the guest of the driver's tests into $guest"
+        crates/drafter/src/driver/qemu/tests/guest/build.sh "$guest" > "$scratch/guest" 2>&1 ||
+            { cat "$scratch/guest"; echo "test guest: it could not be built" >> "$ARCHITECT_MISSING"; }
+    fi
+    export DRAFTER_TEST_KERNEL=$guest/vmlinux DRAFTER_TEST_INITRAMFS=$guest/initramfs.cpio
+fi
+
 status=0
 if cargo nextest --version > /dev/null 2>&1; then
     # Nextest does not run the examples in doc comments.

@@ -3,14 +3,16 @@
 //! Everything in it is named by the hash of its content or of its inputs and appears by a rename,
 //! so that processes may share a cache, and may die in the middle; it can be deleted at any time.
 //!
-//!     debs/SHA256.deb         Debian packages
-//!     apt/                    apt's own caches, away from the host's
-//!     resolved/KEY.json       answers of apt, by package lists and request
-//!     kernels/KEY/            kernel and modules, extracted
-//!     builds/KEY/             finished packages by their inputs
-//!     unpacked/HASH/          unpacked archives by their content
-//!     verified/DEV-INODE.json hashes of files already checked
-//!     tmp/                    under construction
+//! ```text
+//! debs/SHA256.deb         Debian packages
+//! apt/                    apt's own caches, away from the host's
+//! resolved/KEY.json       answers of apt, by package lists and request
+//! kernels/KEY/            kernel and modules, extracted
+//! builds/KEY/             finished packages by their inputs
+//! unpacked/HASH/          unpacked archives by their content
+//! verified/DEV-INODE.json hashes of files already checked
+//! tmp/                    under construction
+//! ```
 
 use super::error::{Attempt, PackageError, Result};
 use super::files;

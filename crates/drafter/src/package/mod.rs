@@ -2,11 +2,13 @@
 //!
 //! A package is a directory (or the same as one `.tar.zst`, see [`archive`]):
 //!
-//!     manifest.json    see [`manifest`]
-//!     kernel           ELF
-//!     initramfs.cpio   uncompressed: drafter-guest as /init, modules in /modules, their order in
-//!                      /modules/order
-//!     root.ext4        read-only base of the first disk
+//! ```text
+//! manifest.json    see [`manifest`]
+//! kernel           ELF
+//! initramfs.cpio   uncompressed: drafter-guest as /init, modules in /modules, their order in
+//!                  /modules/order
+//! root.ext4        read-only base of the first disk
+//! ```
 //!
 //! [`build()`] makes one from Debian packages, a directory or an OCI image layout; a machine's runner
 //! opens it with [`Package::open`] and checks it with [`Package::verify`]; a destination compares

@@ -6,9 +6,11 @@
 //! that key is used again. Everything after that works on files that were named by content, so the
 //! same key always gives the same bytes.
 //!
-//!     recipe ─→ inputs (debs, image digest, hashes) ─→ key ─→ in the cache? ─→ package
-//!                                                              │ no
-//!                     tree ─→ root.ext4    kernel    initramfs ┴─→ manifest ─→ package
+//! ```text
+//! recipe ─→ inputs (debs, image digest, hashes) ─→ key ─→ in the cache? ─→ package
+//!                                                          │ no
+//!                 tree ─→ root.ext4    kernel    initramfs ┴─→ manifest ─→ package
+//! ```
 //!
 //! Needs no root: nothing is mounted, installed or extracted by path.
 
