@@ -288,16 +288,12 @@ mod tests {
 
     #[test]
     fn the_real_shim_sends_the_errno_when_the_device_is_not_one() {
-        let null = File::open("/dev/null").unwrap();
-        nix::fcntl::fcntl(&null, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()))
-            .unwrap();
-        let number = null.as_raw_fd().to_string();
+        // The socket, which the program does inherit, is no userfaultfd device.
         let (mut child, ours) = preloaded(|environment| {
-            for (name, value) in environment {
-                if *name == "DRAFTER_SHIM_UFFD_FD" {
-                    value.clone_from(&number);
-                }
-            }
+            let value_of = |wanted: &str| environment.iter().position(|(name, _)| *name == wanted);
+            let (socket, device) =
+                (value_of("DRAFTER_SHIM_SOCKET_FD"), value_of("DRAFTER_SHIM_UFFD_FD"));
+            environment[device.unwrap()].1 = environment[socket.unwrap()].1.clone();
         });
         let failure = Handshake::receive(&ours, SOON, Path::new("/nonexistent")).unwrap_err();
         assert_eq!(failure, Failure::Refused(libc::ENOTTY));
