@@ -20,7 +20,7 @@ use crate::bench::{Results, Row};
 use anyhow::{Context, bail, ensure};
 use drafter::package::{
     Cache,
-    build::{self, BuildRequest, recipe::AddedFile, recipe::Recipe},
+    build::{self, BuildRequest, recipe::AddedFile, recipe::Recipe, recipe::Root},
 };
 use journal::Journal;
 use std::{
@@ -161,6 +161,9 @@ fn package(args: &Args) -> anyhow::Result<PathBuf> {
     let oracle = crate::rig::beside("guest/oracle")
         .context("the oracle is not at guest/ beside this program; run `make build` first")?;
     recipe.name = format!("{}-bench", recipe.name);
+    if let Root::Debian { packages, .. } = &mut recipe.root {
+        packages.push("dash".into()); // starts the spinner of the slow-down rows
+    }
     recipe.files.push(AddedFile {
         from: oracle,
         to: "/usr/bin/oracle".into(),

@@ -107,7 +107,7 @@ impl Pair {
     ) -> anyhow::Result<Vec<Row>> {
         let spin = "oracle slowdown --seconds 4 --slice-ms 20 >/tmp/spin.json </dev/null 2>&1 &";
         let mut share = |moves: usize| -> anyhow::Result<f64> {
-            self.ours.exec(bed, &["/bin/sh", "-c", spin], Duration::from_secs(10))?;
+            self.ours.exec(bed, &["/bin/dash", "-c", spin], Duration::from_secs(10))?;
             std::thread::sleep(Duration::from_millis(500));
             for _ in 0..moves {
                 self.ours.go(bed, Mode::Hybrid, &mut setting.journal, &setting.abandon)?;
