@@ -145,7 +145,7 @@ pub enum MoveError {
     /// Nobody may run the machine until the lease store answers.
     #[error(
         "the machine is paused here and may run nowhere until the lease store tells who owns it: \
-         {reason}; bring the lease store back, then `resume` or `stop` the machine here"
+         {reason}; look at its lease: if the other host owns it, `drafter stop` it here; if this host does, `drafter stop` and start it from its disks with --keep-disks"
     )]
     Undecided {
         /// What happened.
