@@ -7,5 +7,6 @@ pub mod doctor;
 pub mod fleet;
 pub mod load;
 pub mod measure;
+pub mod programs;
 pub mod rig;
 pub mod table;

@@ -1,7 +1,7 @@
 //! A guest that is busy in every way that a move could break: memory, a file, a Redis connection
 //! from outside, and a TCP connection of its own to the outside.
 
-use crate::{Stage, stage::program};
+use crate::{Stage, stage::oracle};
 use architect::{
     fleet::Runner,
     load::{Load, LoadConfig, LoadHandle, LoadReport},
@@ -140,7 +140,7 @@ impl Busy {
         let port = ECHO.port() + u16::from(number);
         let listen = SocketAddr::new(ECHO.ip(), port);
         let echo = client
-            .command(program("guest/oracle"))
+            .command(oracle())
             .args(["echo", "--listen", &listen.to_string()])
             .stdout(Stdio::null())
             .spawn();

@@ -4,6 +4,7 @@ use crate::BOOT;
 use architect::{
     doctor::missing,
     fleet::{Fleet, MachineSpec, RunnerId},
+    programs,
     rig::{self, Rig, RigConfig},
 };
 use drafter::{
@@ -180,13 +181,19 @@ fn public_port(number: u8) -> u16 {
     6378 + u16::from(number)
 }
 
-/// One of our programs, which the build puts one folder above the tests'.
+/// One of our commands, of the build that the tests belong to.
 #[must_use]
 pub fn program(name: &str) -> PathBuf {
-    let this = std::env::current_exe().unwrap();
-    let found = this.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|p| p.is_file());
-    found.unwrap_or_else(|| panic!("no {name} beside the tests: run scripts/build.sh first"))
+    programs::command(name).unwrap_or_else(|| panic!("no {name} beside the tests: {BUILD}"))
 }
+
+/// The program that checks a guest from inside; on this side it is an echo server.
+#[must_use]
+pub fn oracle() -> PathBuf {
+    programs::oracle().unwrap_or_else(|| panic!("no oracle for guests: {BUILD}"))
+}
+
+const BUILD: &str = "run scripts/build.sh first";
 
 /// Builds the package, or finds it built: the builder knows by its inputs. The Redis of the demo,
 /// and a shell with its tools.
@@ -194,7 +201,7 @@ fn package() -> PathBuf {
     let folder = std::env::temp_dir().join("architect-e2e");
     fs::create_dir_all(&folder).unwrap();
     let (output, recipe) = (folder.join("redis"), folder.join("recipe.json"));
-    let oracle = program("guest/oracle");
+    let oracle = oracle();
     let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packages/redis.json");
     let mut json: serde_json::Value = serde_json::from_slice(&fs::read(demo).unwrap()).unwrap();
     let debian = json["root"]["debian"]["packages"].as_array_mut().expect("a list of packages");

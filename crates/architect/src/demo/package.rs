@@ -55,10 +55,9 @@ fn recipe(oracle: PathBuf) -> anyhow::Result<Recipe> {
 
 /// The static program that checks a guest from inside.
 fn oracle_program() -> anyhow::Result<PathBuf> {
-    let places = ["guest/oracle", "../x86_64-unknown-linux-gnu/guest/oracle"];
-    places.iter().find_map(|place| crate::rig::beside(place)).ok_or_else(|| {
+    crate::programs::oracle().ok_or_else(|| {
         anyhow!(
-            "the program that checks the guest from inside is not in guest/ beside this one; \
+            "the program that checks the guest from inside is not where the build puts it; \
              scripts/build.sh makes it"
         )
     })

@@ -133,7 +133,7 @@ impl Fleet {
     /// A fleet on `rig`; runners are the `drafter` program beside the running one. What a fleet
     /// in the same folder left behind when it was killed is ended and removed first.
     pub fn new(rig: Rig) -> Result<Self, FleetError> {
-        let drafter = crate::rig::beside("drafter").ok_or_else(|| {
+        let drafter = crate::programs::command("drafter").ok_or_else(|| {
             FleetError::Missing("the drafter program is not beside this one; build it first".into())
         })?;
         sweep::sweep(rig.folder())?;

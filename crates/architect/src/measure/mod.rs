@@ -158,8 +158,8 @@ fn package(args: &Args) -> anyhow::Result<PathBuf> {
         return Ok(path.clone());
     }
     let mut recipe = Recipe::read(&args.recipe)?;
-    let oracle = crate::rig::beside("guest/oracle")
-        .context("the oracle is not at guest/ beside this program; run `make build` first")?;
+    let oracle = crate::programs::oracle()
+        .context("the oracle is not where the build puts it; run `make build` first")?;
     recipe.name = format!("{}-bench", recipe.name);
     if let Root::Debian { packages, .. } = &mut recipe.root {
         packages.push("dash".into()); // starts the spinner of the slow-down rows

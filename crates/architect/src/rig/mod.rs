@@ -577,20 +577,12 @@ fn find_conduit(config: &RigConfig) -> Result<PathBuf, RigError> {
     if let Some(path) = std::env::var_os("CONDUIT_PROGRAM") {
         return Ok(path.into());
     }
-    beside("conduit").ok_or_else(|| RigError::Settings {
+    crate::programs::command("conduit").ok_or_else(|| RigError::Settings {
         prefix: config.prefix.clone(),
         detail: "no `conduit` program beside this one; build it (cargo build -p conduit) or set \
                  CONDUIT_PROGRAM"
             .into(),
     })
-}
-
-/// One of our programs: beside the running one, or (for a test binary) one folder up.
-pub(crate) fn beside(program: &str) -> Option<PathBuf> {
-    let this = std::env::current_exe().ok()?;
-    let candidates: Vec<PathBuf> =
-        this.ancestors().skip(1).take(2).map(|folder| folder.join(program)).collect();
-    candidates.into_iter().find(|p| p.is_file())
 }
 
 /// Waits until `done` says so; false at the deadline.

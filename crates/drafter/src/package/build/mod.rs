@@ -203,8 +203,8 @@ pub fn find_guest_program() -> Result<PathBuf> {
     }
     let mut places = Vec::new();
     if let Ok(program) = std::env::current_exe() {
-        // In guest/ beside it, where scripts/build.sh puts it; beside it; and from target/debug/…
-        // to target/TRIPLE/guest.
+        // In guest/ beside it, as installed; beside it; and from target/debug/… to
+        // target/TRIPLE/guest, where scripts/build.sh puts it.
         places.extend(program.parent().map(|dir| dir.join("guest").join(GUEST_PROGRAM)));
         places.extend(program.parent().map(|dir| dir.join(GUEST_PROGRAM)));
         let above = program.ancestors().skip(2).take(3);
