@@ -189,7 +189,7 @@ pub fn program(name: &str) -> PathBuf {
 
 /// The program that checks a guest from inside; on this side it is an echo server.
 #[must_use]
-pub fn oracle() -> PathBuf {
+pub(crate) fn oracle() -> PathBuf {
     programs::oracle().unwrap_or_else(|| panic!("no oracle for guests: {BUILD}"))
 }
 
