@@ -11,3 +11,5 @@ pub mod lease;
 pub mod migrate;
 pub mod package;
 pub mod runner;
+
+mod socket;

@@ -8,6 +8,7 @@ use crate::{
     pace::Pacer,
     page::PAGE,
     report::Report,
+    sys,
 };
 use std::{
     io,
@@ -243,6 +244,10 @@ fn watch_memory(
 
 /// The file thread; ends with the process.
 fn watch_file(mut blocks: Blocks, writes: u64, asked: &Receiver<Verify>, shared: &Shared) {
+    // The file is there to be checked, not to compete with whom the guest serves.
+    if let Err(error) = sys::yield_to_others() {
+        eprintln!("oracle: the file thread keeps its priority: {error}");
+    }
     let mut pace = Pacer::new(writes, Instant::now());
     loop {
         match asked.recv_timeout(FILE_SLICE) {

@@ -8,6 +8,8 @@ use drafter_guest::protocol::{
     Entry, ExecRequest, ExitStatus, GuestMessage, HostMessage, ProbeKind, Stream,
 };
 use std::{
+    io,
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -42,6 +44,10 @@ pub struct Resume {
     pub clock_step_ns: i64,
 }
 
+fn opening(machine: &str, source: io::Error) -> GuestError {
+    GuestError::Host { machine: machine.to_owned(), operation: "opening the guest channel", source }
+}
+
 /// The channel to one machine's agent while the machine runs on this host.
 pub struct GuestChannel {
     machine: String,
@@ -67,18 +73,29 @@ impl GuestChannel {
     /// # Errors
     /// When this host gives no thread or descriptor.
     pub fn connect(socket: &Path, machine: &str) -> Result<Self, GuestError> {
-        let host = |source| GuestError::Host {
-            machine: machine.to_owned(),
-            operation: "opening the guest channel",
-            source,
-        };
-        let (connection, woken) =
-            Connection::new(socket.to_owned(), machine.to_owned()).map_err(host)?;
+        Self::open(socket, machine, None).map_err(|source| opening(machine, source))
+    }
+
+    /// Opens the channel of a machine that is still to arrive: is connected when this returns, and
+    /// says nothing until [`GuestChannel::speak_in`]. The guest, whose channel was open where it
+    /// comes from, then finds it open and sees no change.
+    ///
+    /// # Errors
+    /// When the monitor does not take the connection, or this host gives no thread.
+    pub fn attach(socket: &Path, machine: &str) -> Result<Self, GuestError> {
+        let attached = UnixStream::connect(socket);
+        attached
+            .and_then(|stream| Self::open(socket, machine, Some(stream)))
+            .map_err(|source| opening(machine, source))
+    }
+
+    fn open(socket: &Path, machine: &str, attached: Option<UnixStream>) -> io::Result<Self> {
+        let silent = attached.is_some();
+        let (connection, woken) = Connection::new(socket.to_owned(), machine.to_owned(), silent)?;
         let shared = Arc::clone(&connection);
         let thread = std::thread::Builder::new()
             .name(format!("guest-{machine}"))
-            .spawn(move || shared.run(&woken))
-            .map_err(host)?;
+            .spawn(move || shared.run(&woken, attached))?;
         Ok(Self {
             machine: machine.to_owned(),
             socket: socket.to_owned(),
@@ -91,6 +108,34 @@ impl GuestChannel {
     /// Before a pause, so that nothing is written to the guest's memory behind its back.
     pub fn close(&self) {
         self.connection.close();
+    }
+
+    /// Lets an [attached](GuestChannel::attach) channel speak to the guest, which runs now: after
+    /// `pause`, in which the guest has its processor to itself, or when somebody calls.
+    pub fn speak_in(&self, pause: Duration) {
+        self.connection.speak_at(Instant::now() + pause);
+    }
+
+    /// Waits until the agent has been spoken to, by whomever; false after `limit`.
+    #[must_use]
+    pub fn greeted_within(&self, limit: Duration) -> bool {
+        self.connection.greeted_by(Instant::now() + limit)
+    }
+
+    /// Before a pause: says nothing more, and gives the monitor up to `limit` to take what was
+    /// said, so that nothing is written to the guest's memory behind its back. The connection
+    /// stays, so that the guest notices nothing; if the monitor does not take everything the
+    /// channel is closed. What is asked from now on fails, and so does what was asked before.
+    pub fn hush(&self, limit: Duration) {
+        if !self.connection.hush(limit) {
+            self.close();
+        }
+    }
+
+    /// Whether it was closed or told to be silent: nothing can be asked by it any more.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.connection.is_over()
     }
 
     /// Sends the request that `build` makes of its id, and waits for its final answer. Output

@@ -1,6 +1,7 @@
 //! The thread that holds the connection: connects, says hello, hands answers to their callers.
 
 use super::OUTPUT_QUEUE;
+use crate::socket::untaken;
 use drafter_guest::protocol::{
     Decoded, GuestMessage, HostMessage, PROTOCOL_VERSION,
     line::{Line, LineReader},
@@ -62,7 +63,21 @@ struct State {
     next_id: u64,
     /// What happened last, for messages.
     last: String,
+    voice: Voice,
     closed: bool,
+}
+
+/// Whether this end says anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Voice {
+    /// Not until it is told when: the guest does not run here yet.
+    Listening,
+    /// From then on, or as soon as somebody wants something of the guest.
+    From(Instant),
+    /// Yes.
+    Speaking,
+    /// Never again: the guest is about to stand still.
+    Hushed,
 }
 
 /// Shared by the callers and the thread.
@@ -79,13 +94,19 @@ pub(super) struct Connection {
 
 impl Connection {
     /// A connection and the end of the pipe by which [`Connection::close`] wakes its thread.
-    pub(super) fn new(socket: PathBuf, machine: String) -> io::Result<(Arc<Self>, OwnedFd)> {
+    /// `silent`: it says nothing until [`Connection::speak_at`].
+    pub(super) fn new(
+        socket: PathBuf,
+        machine: String,
+        silent: bool,
+    ) -> io::Result<(Arc<Self>, OwnedFd)> {
         let (woken, stop) = pipe2(OFlag::O_CLOEXEC)?;
         let state = State {
             greeted: None,
             waiting: HashMap::new(),
             next_id: 1,
             last: "not tried yet".to_owned(),
+            voice: if silent { Voice::Listening } else { Voice::Speaking },
             closed: false,
         };
         let connection = Self {
@@ -111,6 +132,84 @@ impl Connection {
         self.changed.notify_all();
     }
 
+    /// Whether nothing will be said any more.
+    pub(super) fn is_over(&self) -> bool {
+        let state = self.state();
+        state.closed || state.voice == Voice::Hushed
+    }
+
+    /// A silent connection speaks from `at` on, or earlier if somebody wants something.
+    pub(super) fn speak_at(&self, at: Instant) {
+        let mut state = self.state();
+        if state.voice == Voice::Listening {
+            state.voice = Voice::From(at);
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Waits until this end may speak; false if that will not be.
+    fn may_speak(&self) -> bool {
+        let mut state = self.state();
+        loop {
+            let left = match state.voice {
+                _ if state.closed => return false,
+                Voice::Hushed => return false,
+                Voice::Speaking => return true,
+                Voice::Listening => Duration::from_secs(3600),
+                Voice::From(at) => at.saturating_duration_since(Instant::now()),
+            };
+            if left.is_zero() {
+                state.voice = Voice::Speaking;
+                return true;
+            }
+            let waited = self.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Waits until the agent has answered a hello, without asking for one; false at the deadline
+    /// or at the end.
+    pub(super) fn greeted_by(&self, deadline: Instant) -> bool {
+        let mut state = self.state();
+        while state.greeted.is_none() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || state.closed || state.voice == Voice::Hushed {
+                return false;
+            }
+            let waited = self.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// Says nothing more, gives up every request, and waits until the monitor has taken all that
+    /// was said; the connection stays. False if that cannot be had within `limit`.
+    pub(super) fn hush(&self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        let mut state = self.state();
+        let stream = state.greeted.take();
+        state.voice = Voice::Hushed;
+        "the machine is about to stand still here".clone_into(&mut state.last);
+        let why = state.last.clone();
+        for (_, answers) in state.waiting.drain() {
+            let _ = answers.try_send(Answer::Lost(why.clone()));
+        }
+        drop(state);
+        self.changed.notify_all();
+        // Without a greeting a hello may be on its way.
+        let Some(stream) = stream else { return false };
+        // A line that is being written ends first. The kernel tells nobody when bytes are taken.
+        let quiet = || self.writing.try_lock().is_ok() && untaken(&*stream) == 0;
+        while !quiet() {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        true
+    }
+
     /// Waits for an agent, then sends the request that `build` makes of its id. Answers come by
     /// the receiver until the request is [forgotten](Connection::forget).
     pub(super) fn send(
@@ -124,8 +223,12 @@ impl Connection {
                 break Arc::clone(stream);
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || state.closed {
+            if left.is_zero() || state.closed || state.voice == Voice::Hushed {
                 return Err(SendError::NotConnected(state.last.clone()));
+            }
+            if matches!(state.voice, Voice::From(_)) {
+                state.voice = Voice::Speaking;
+                self.changed.notify_all();
             }
             let waited = self.changed.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -153,11 +256,13 @@ impl Connection {
         self.state().waiting.remove(&id);
     }
 
-    /// The thread: until [`Connection::close`].
-    pub(super) fn run(&self, woken: &OwnedFd) {
+    /// The thread: until [`Connection::close`]. `attached`: a connection that stands already.
+    pub(super) fn run(&self, woken: &OwnedFd, attached: Option<UnixStream>) {
         let mut backoff = BACKOFF.0;
-        while !self.state().closed {
-            let why = match self.converse(woken) {
+        let mut attached = attached;
+        while self.may_speak() {
+            let stream = attached.take().map_or_else(|| UnixStream::connect(&self.socket), Ok);
+            let why = match stream.and_then(|stream| self.converse(stream, woken)) {
                 Ok(why) => why,
                 Err(error) => error.to_string(),
             };
@@ -187,8 +292,8 @@ impl Connection {
     }
 
     /// One connection from its beginning to its end; returns why it ended.
-    fn converse(&self, woken: &OwnedFd) -> io::Result<String> {
-        let stream = Arc::new(UnixStream::connect(&self.socket)?);
+    fn converse(&self, stream: UnixStream, woken: &OwnedFd) -> io::Result<String> {
+        let stream = Arc::new(stream);
         stream.set_write_timeout(Some(WRITE_LIMIT))?;
         stream.set_nonblocking(false)?;
         let nonce = nonce()?;
@@ -234,7 +339,11 @@ impl Connection {
                             ));
                         }
                         greeted = true;
-                        self.state().greeted = Some(Arc::clone(&stream));
+                        let mut state = self.state();
+                        if state.voice == Voice::Speaking {
+                            state.greeted = Some(Arc::clone(&stream));
+                        }
+                        drop(state);
                         self.changed.notify_all();
                     }
                     (Some(GuestMessage::Started {}), true) => {

@@ -391,3 +391,89 @@ fn dropping_the_channel_ends_its_thread_at_once_even_below_a_flood() {
     drop(channel);
     assert!(started.elapsed() < Duration::from_secs(5));
 }
+
+/// Whether the host has said something by now (and has not hung up).
+fn heard_something(stream: &UnixStream) -> bool {
+    stream.set_nonblocking(true).unwrap();
+    let mut byte = [0];
+    let read = nix::sys::socket::recv(
+        std::os::fd::AsRawFd::as_raw_fd(stream),
+        &mut byte,
+        nix::sys::socket::MsgFlags::MSG_PEEK,
+    );
+    stream.set_nonblocking(false).unwrap();
+    match read {
+        Ok(read) => {
+            assert_ne!(read, 0, "the host hung up");
+            true
+        }
+        Err(error) => {
+            assert_eq!(error, nix::errno::Errno::EAGAIN);
+            false
+        }
+    }
+}
+
+#[test]
+fn a_channel_of_an_arriving_machine_is_connected_and_silent_until_its_time_has_come() {
+    let (_folder, path) = socket();
+    let listener = UnixListener::bind(&path).unwrap();
+    let channel = GuestChannel::attach(&path, "m").unwrap();
+    let (mut stream, _) = listener.accept().unwrap();
+    assert!(!channel.greeted_within(Duration::from_millis(50)));
+    assert!(!heard_something(&stream), "the guest does not run yet");
+    let pause = Duration::from_millis(100);
+    let told = Instant::now();
+    channel.speak_in(pause);
+    let mut reader = BufReader::new(stream.try_clone().unwrap());
+    let Some(HostMessage::Hello { nonce, .. }) = hear(&mut reader) else { panic!("no hello") };
+    assert!(told.elapsed() >= pause, "{:?}", told.elapsed());
+    stream.write_all(&hello(PROTOCOL_VERSION, nonce)).unwrap();
+    assert!(channel.greeted_within(SOON));
+}
+
+#[test]
+fn who_wants_something_of_a_guest_that_has_just_arrived_does_not_wait_for_its_time() {
+    let (_folder, path) = socket();
+    agent(&path, &config());
+    let channel = GuestChannel::attach(&path, "m").unwrap();
+    channel.speak_in(Duration::from_secs(3600));
+    channel.ping(SOON).unwrap();
+}
+
+#[test]
+fn a_hushed_channel_stays_connected_says_nothing_and_fails_what_is_asked() {
+    let (_folder, path) = socket();
+    let listener = UnixListener::bind(&path).unwrap();
+    let channel = Arc::new(GuestChannel::connect(&path, "m").unwrap());
+    let (stream, mut reader) = greet(&listener);
+    let asking = Arc::clone(&channel);
+    let asked = std::thread::spawn(move || asking.ping(SOON));
+    assert!(matches!(hear(&mut reader), Some(HostMessage::Ping { .. })));
+    channel.hush(SOON);
+    assert!(channel.is_over());
+    let error = asked.join().unwrap().unwrap_err();
+    assert!(matches!(error, GuestError::Lost { .. }), "{error}");
+    let error = channel.ping(SOON).unwrap_err();
+    assert!(error.to_string().contains("stand still"), "{error}");
+    assert!(!heard_something(&stream));
+}
+
+#[test]
+fn a_channel_whose_monitor_takes_nothing_is_closed_rather_than_hushed() {
+    let (_folder, path) = socket();
+    let listener = UnixListener::bind(&path).unwrap();
+    let channel = Arc::new(GuestChannel::connect(&path, "m").unwrap());
+    let (stream, mut reader) = greet(&listener);
+    assert!(channel.greeted_within(SOON));
+    let asking = Arc::clone(&channel);
+    let asked = std::thread::spawn(move || asking.ping(SOON));
+    // The request is in the socket and stays there.
+    while !heard_something(&stream) {
+        std::thread::yield_now();
+    }
+    channel.hush(Duration::from_millis(30));
+    assert!(asked.join().unwrap().is_err());
+    assert!(matches!(hear(&mut reader), Some(HostMessage::Ping { .. })));
+    assert!(hear(&mut reader).is_none(), "the connection ended");
+}

@@ -5,7 +5,6 @@ use identity::{Control, HostName, Security, Stream};
 use std::{
     io::{self, BufReader, BufWriter, Write},
     net::SocketAddr,
-    os::fd::AsRawFd,
     sync::mpsc,
     time::{Duration, Instant},
 };
@@ -106,24 +105,4 @@ pub fn pump(mut incoming: Incoming, name: &str) -> io::Result<mpsc::Receiver<Arr
         }
     })?;
     Ok(receiver)
-}
-
-/// Bytes written to the socket that the peer has not acknowledged (`SIOCOUTQ`), or 0 if unknown.
-#[must_use]
-pub fn unacknowledged(control: &Control) -> u32 {
-    queue(control, libc::TIOCOUTQ)
-}
-
-/// Bytes written to the socket that have not been sent (`SIOCOUTQNSD`, linux/sockios.h), or 0.
-#[must_use]
-pub fn unsent(control: &Control) -> u32 {
-    const SIOCOUTQNSD: libc::c_ulong = 0x894b;
-    queue(control, SIOCOUTQNSD)
-}
-
-fn queue(control: &Control, request: libc::c_ulong) -> u32 {
-    let mut bytes: libc::c_int = 0;
-    // SAFETY: both requests store one int through the pointer.
-    let result = unsafe { libc::ioctl(control.as_raw_fd(), request as _, &raw mut bytes) };
-    if result < 0 { 0 } else { u32::try_from(bytes).unwrap_or(0) }
 }

@@ -6,6 +6,7 @@ use crate::{
     driver::{
         Driver, DriverError, Fence, HostFacts, HostResources, MachineShape, NetworkShape, Start, Vm,
     },
+    guest::GuestChannel,
     lease::Epoch,
     migrate::{
         destination::{DestinationMachine, Freezer},
@@ -40,6 +41,9 @@ const SERVER_LIMIT: Duration = Duration::from_secs(5);
 const FREEZE_LIMIT: Duration = Duration::from_secs(2);
 /// How long the guest's hook before a pause may take.
 const HOOK_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long the monitor may take for what was said to the guest before a pause.
+const HUSH_LIMIT: Duration = Duration::from_millis(50);
 
 /// What of a machine can outlive its stay on this host.
 #[derive(Clone)]
@@ -82,7 +86,7 @@ pub(super) struct Hosted {
     /// Whether writes to memory can be tracked here.
     pub tracking: Tracking,
     /// The guest channel, once somebody opened it.
-    pub guest: Option<Arc<crate::guest::GuestChannel>>,
+    pub guest: Option<Arc<GuestChannel>>,
     servers: Vec<NbdServer>,
     vm: Box<dyn Vm>,
     tap: Option<Arc<Tap>>,
@@ -324,6 +328,11 @@ impl Hosted {
         if incoming {
             self.vm.hold_output(true).map_err(fail)?;
             self.vm.prepare_load().map_err(fail)?;
+            match GuestChannel::attach(self.vm.guest_socket(), &self.shape.name) {
+                Ok(channel) => self.guest = Some(Arc::new(channel)),
+                // It is opened when the machine runs; then the guest sees its host come back.
+                Err(error) => tracing::warn!(%error, "the guest will notice the change of host"),
+            }
         }
         Ok(())
     }
@@ -364,12 +373,19 @@ impl Hosted {
         self.vm.guest_socket().to_owned()
     }
 
+    /// Closes the guest channel, whoever else holds it.
+    pub(super) fn hang_up(&mut self) {
+        if let Some(guest) = self.guest.take() {
+            guest.close();
+        }
+    }
+
     /// Ends the monitor and the servers; the content stays.
     pub(super) fn tear_down(&mut self) {
         if let Some(drain) = self.drain.take() {
             let _ = drain.join();
         }
-        self.guest = None;
+        self.hang_up();
         if let Err(error) = self.vm.kill() {
             tracing::error!(%error, "ending the monitor failed");
         }
@@ -442,8 +458,8 @@ impl SourceMachine for Hosted {
         }
         // A monitor hands what comes on the channel to the guest even while that stands still,
         // and the last scan of its memory would not see it.
-        if let Some(guest) = self.guest.take() {
-            guest.close();
+        if let Some(guest) = &self.guest {
+            guest.hush(HUSH_LIMIT);
         }
         for disk in &self.content.disks {
             disk.sync().map_err(fail)?;

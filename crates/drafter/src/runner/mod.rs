@@ -369,7 +369,9 @@ impl Runner {
 
     /// The machine runs here now.
     fn install(self: &Arc<Self>, mut body: Box<Hosted>, holding: Holding, since: Option<StayId>) {
-        self.open_guest(&mut body);
+        if body.guest.is_none() {
+            self.open_guest(&mut body);
+        }
         {
             let mut inner = self.lock();
             inner.guest.clone_from(&body.guest);
@@ -410,7 +412,7 @@ impl Runner {
         Ok(body)
     }
 
-    /// Opens the guest channel (again: it is closed before a pause).
+    /// Opens the guest channel.
     fn open_guest(&self, body: &mut Hosted) {
         let machine = &self.config.machine;
         match crate::guest::GuestChannel::connect(&body.guest_socket(), machine) {
@@ -421,7 +423,9 @@ impl Runner {
 
     /// Gives it back.
     fn give_back(&self, mut body: Box<Hosted>, state: State, detail: impl Into<String>) {
-        if body.guest.is_none() && state == State::Running {
+        // Before a pause it falls silent for good.
+        if state == State::Running && body.guest.as_ref().is_none_or(|guest| guest.is_over()) {
+            body.hang_up();
             self.open_guest(&mut body);
         }
         {

@@ -20,8 +20,12 @@ use std::{
     collections::HashMap,
     net::{SocketAddr, TcpListener},
     sync::{Arc, Mutex, PoisonError, mpsc},
-    time::Instant,
+    time::{Duration, Instant},
 };
+
+/// How long a guest that has just arrived has its processor to itself: until its clients have
+/// their answers the agent need not be asked to refresh the clock (off by one blackout) and entropy.
+const GUEST_PAUSE: Duration = Duration::from_millis(250);
 
 /// Connections of sessions whose other connection has not come yet.
 type Halves = Mutex<HashMap<[u8; 16], mpsc::Sender<Channel>>>;
@@ -77,7 +81,7 @@ impl Runner {
                         tracing::warn!("a fault connection without a session was dropped");
                         return;
                     }
-                    std::thread::park_timeout(std::time::Duration::from_millis(1));
+                    std::thread::park_timeout(Duration::from_millis(1));
                 }
             }
             Role::Main => {
@@ -251,8 +255,11 @@ impl Runner {
                 let runner = Arc::clone(self);
                 Box::new(move |body: Box<Hosted>, holding| {
                     let since = since(holding.record.epoch.0);
+                    if let Some(guest) = &body.guest {
+                        guest.speak_in(GUEST_PAUSE);
+                    }
                     runner.install(body, holding, Some(since));
-                    // The guest's clock and entropy, while blocks still arrive.
+                    // The guest's clock and entropy, once it has answered its clients.
                     runner.refresh();
                 })
             },
@@ -291,7 +298,11 @@ impl Runner {
     pub(super) fn refresh(&self) {
         let Some(guest) = self.lock().guest.clone() else { return };
         let told = std::thread::Builder::new().name("refresh".into()).spawn(move || {
-            let limit = std::time::Duration::from_secs(30);
+            let limit = Duration::from_secs(30);
+            if !guest.greeted_within(limit) {
+                tracing::debug!("the guest's agent was not there to be refreshed");
+                return;
+            }
             if let Err(error) = guest.after_resume(None, limit) {
                 tracing::warn!(%error, "the guest's clock was not refreshed");
             }

@@ -268,6 +268,9 @@ impl Runner {
             }
         };
         let noted = super::take_over::Noted::of(&body, true);
+        if let Some(guest) = &body.guest {
+            guest.speak_in(Duration::ZERO);
+        }
         self.install(Box::new(body), holding, None);
         self.complete(&noted);
         self.refresh();

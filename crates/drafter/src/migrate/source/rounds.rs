@@ -3,11 +3,11 @@
 use super::{Session, Stop, send::send_run};
 use crate::{
     migrate::{
-        link,
         planner::{Decision, Reason, Round},
         protocol::{DeviceNumber, Frame, MAX_RUN},
     },
     runner::api::Phase,
+    socket::unsent,
 };
 use silo::block::BlockSet;
 use std::{
@@ -113,7 +113,7 @@ impl Session<'_> {
         let long = self.round_trip > LONG_ROUND_TRIP;
         loop {
             self.drain()?;
-            if self.applied >= round || (long && link::unsent(&self.control) == 0) {
+            if self.applied >= round || (long && unsent(&self.control) == 0) {
                 return Ok(());
             }
             if self.cancelled() {
