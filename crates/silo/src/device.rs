@@ -109,6 +109,12 @@ pub trait Device: Send + Sync {
     /// Makes blocks zero before the guest runs here; overwrites.
     fn store_zero(&self, range: BlockRange) -> Result<()>;
 
+    /// These blocks will be missing when the device is armed, and nothing is stored to them before
+    /// that: drops their content early, while there is time. A hint, which need not be taken.
+    fn discard(&self, _range: BlockRange) -> Result<()> {
+        Ok(())
+    }
+
     /// The last call before the guest runs here: `missing` blocks are stale, their content is
     /// dropped and from now on whoever touches one waits, while `demand` is called for it. Starts
     /// tracking as by [`Device::start_tracking`]: what the guest writes from now on is dirty, what

@@ -72,11 +72,12 @@ pub struct MoveReport {
 pub struct BlackoutParts {
     /// Stopping the processors and draining I/O.
     pub pause_ms: f64,
-    /// Collecting the last dirty blocks.
+    /// Collecting the last dirty blocks; part of `save_ms`.
     pub scan_ms: f64,
-    /// Saving the device state, and sending hot blocks meanwhile.
+    /// Saving the device state, and meanwhile collecting the last dirty blocks and sending the
+    /// lists and the hot ones.
     pub save_ms: f64,
-    /// Sending lists and token.
+    /// Sending the token.
     pub send_ms: f64,
     /// Destination: token received to everything armed.
     pub arm_ms: f64,

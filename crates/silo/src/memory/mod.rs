@@ -81,6 +81,8 @@ pub struct Memory {
     file: File,
     /// Blocks to report again after an abort.
     returned: Mutex<BlockSet>,
+    /// Blocks whose content was dropped before [`Device::arm`] asks for it.
+    discarded: Mutex<Option<BlockSet>>,
     shared: Arc<Shared>,
     attached: RwLock<Option<Attached>>,
 }
@@ -142,6 +144,7 @@ impl Memory {
             blocks,
             file,
             returned: Mutex::new(BlockSet::new(blocks)),
+            discarded: Mutex::new(None),
             shared: Arc::new(Shared {
                 holes: Mutex::new(Holes {
                     missing: BlockSet::new(blocks),
@@ -250,6 +253,17 @@ impl Memory {
 
     fn error(&self, operation: &'static str, at: String, source: io::Error) -> DeviceError {
         DeviceError { device: self.name.clone(), operation, at, source }
+    }
+
+    fn discarded(&self) -> std::sync::MutexGuard<'_, Option<BlockSet>> {
+        self.discarded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// These blocks get content (again).
+    fn keep(&self, range: BlockRange) {
+        if let Some(discarded) = &mut *self.discarded() {
+            discarded.remove_range(range);
+        }
     }
 
     fn holes(&self) -> std::sync::MutexGuard<'_, Holes> {
@@ -388,6 +402,7 @@ impl Device for Memory {
     }
 
     fn reset(&self) -> Result<()> {
+        *self.discarded() = None;
         {
             let mut holes = self.holes();
             holes.missing = BlockSet::new(self.blocks);
@@ -400,6 +415,7 @@ impl Device for Memory {
     }
 
     fn store(&self, start: BlockIndex, data: &[u8]) -> Result<()> {
+        self.keep(BlockRange::new(start.0, (data.len() / BLOCK_SIZE) as u64));
         self.file
             .write_all_at(data, start.offset())
             .map_err(|e| self.error("store", start.to_string(), e))
@@ -407,6 +423,12 @@ impl Device for Memory {
 
     fn store_zero(&self, range: BlockRange) -> Result<()> {
         self.punch(range).map_err(|e| self.error("store", range.start.to_string(), e))
+    }
+
+    fn discard(&self, range: BlockRange) -> Result<()> {
+        self.punch(range).map_err(|e| self.error("discard", range.start.to_string(), e))?;
+        self.discarded().get_or_insert_with(|| BlockSet::new(self.blocks)).insert_range(range);
+        Ok(())
     }
 
     fn arm(&self, missing: &BlockSet, demand: Demand) -> Result<()> {
@@ -422,7 +444,11 @@ impl Device for Memory {
             holes.waiting.clear();
             holes.demand = Some(Arc::new(demand));
         }
-        for range in missing.ranges() {
+        let mut stale = missing.clone();
+        if let Some(discarded) = self.discarded().take() {
+            stale.subtract(&discarded);
+        }
+        for range in stale.ranges() {
             self.punch(range).map_err(|e| self.error("arm", range.start.to_string(), e))?;
         }
         Ok(())

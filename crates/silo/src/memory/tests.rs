@@ -144,6 +144,30 @@ fn a_missing_block_stops_its_reader_until_it_is_filled_and_others_go_on() {
 }
 
 #[test]
+fn what_is_discarded_early_is_missing_all_the_same_and_so_is_what_was_stored_again_after_it() {
+    let guest = Arc::new(Guest::start(true));
+    let (asked, asks) = mpsc::channel();
+    for block in [4, 5, 6] {
+        guest.memory.store(BlockIndex(block), &[1; BLOCK_SIZE]).unwrap();
+    }
+    guest.memory.discard(BlockRange::new(4, 2)).unwrap();
+    assert_eq!(guest.memory.allocated().unwrap(), set([6]), "dropped at once");
+    // A source that goes back on its word: the block is stale again.
+    guest.memory.store(BlockIndex(5), &[2; BLOCK_SIZE]).unwrap();
+    guest.memory.arm(&set([4, 5]), Box::new(move |range| asked.send(range).unwrap())).unwrap();
+    for block in [4, 5] {
+        let reader = thread::spawn({
+            let guest = Arc::clone(&guest);
+            move || guest.read(block)
+        });
+        assert_eq!(asks.recv_timeout(Duration::from_secs(5)).unwrap().start, BlockIndex(block));
+        guest.memory.fill(BlockIndex(block), &[9; BLOCK_SIZE]).unwrap();
+        assert_eq!(reader.join().unwrap(), 9);
+    }
+    assert_eq!(guest.read(6), 1);
+}
+
+#[test]
 fn zero_content_for_a_block_that_somebody_waits_for_arrives() {
     let guest = Arc::new(Guest::start(true));
     let (asked, asks) = mpsc::channel();

@@ -6,6 +6,7 @@
 
 mod apply;
 mod desk;
+mod helper;
 mod machine;
 
 pub use apply::ApplyError;
@@ -224,7 +225,8 @@ impl<M: DestinationMachine + 'static> Session<M> {
 
     /// Takes a frame; false when the session is over and everything is here.
     fn take(&mut self, frame: Frame) -> Result<bool, String> {
-        self.touched |= matches!(frame, Frame::Blocks { .. } | Frame::Zero { .. });
+        self.touched |=
+            matches!(frame, Frame::Blocks { .. } | Frame::Zero { .. } | Frame::Missing { .. });
         let Some(frame) = self.applier.apply(frame).map_err(|e| e.to_string())? else {
             return Ok(true);
         };

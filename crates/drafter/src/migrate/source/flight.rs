@@ -1,7 +1,7 @@
 //! The one flight of a switchover: everything the destination needs to run, sent between the
 //! pause and the token without waiting for an answer.
 
-use super::{MachineError, SendError, Session, send::send_run};
+use super::{MachineError, SendError, Session, Stop, send::send_run, take_if_tracked};
 use crate::driver::Urgent;
 use crate::migrate::{
     link::Outgoing,
@@ -59,23 +59,14 @@ impl Session<'_> {
         self.around.machine.pause(endpoint.as_ref(), epoch)?;
         parts.pause_ms = ms(paused_at.elapsed());
 
-        let scan = Instant::now();
-        let mut dirty = left;
-        for (at, set) in dirty.iter_mut().enumerate() {
-            set.union_with(&self.take_if_tracked(at)?);
-        }
-        parts.scan_ms = ms(scan.elapsed());
-        let dirty_bytes = dirty.iter().map(BlockSet::bytes).sum();
-
-        let budget = if all { u64::MAX } else { self.planner.flight_bytes() };
-        let hot = hot_sets(&dirty, state_blocks, budget);
-        let mut flight_bytes: u64 = hot.iter().map(BlockSet::bytes).sum();
-
-        // The state is saved while the hot blocks leave: both take milliseconds.
+        // The state is saved while the last dirty blocks are collected and the hot ones leave: each
+        // takes milliseconds. Saving writes nothing to the guest's memory, and if it did, a write
+        // before the scan would be in it and one after it would be counted (`late_writes`).
         let save = Instant::now();
-        let devices = &self.devices;
-        let main = &mut self.main;
-        let machine = &mut *self.around.machine;
+        let budget = if all { u64::MAX } else { self.planner.flight_bytes() };
+        let Self { plan, around, devices, taken, main, .. } = self;
+        let machine = &mut *around.machine;
+        let mut dirty = left;
         let (state, sent) = std::thread::scope(|scope| {
             let saving =
                 std::thread::Builder::new().name("save".into()).spawn_scoped(scope, move || {
@@ -85,7 +76,23 @@ impl Session<'_> {
                     let small = zstd::bulk::compress(&state, STATE_LEVEL)?;
                     Ok::<_, MachineError>((small, state.len() as u64))
                 });
-            let sent = send_hot(main, devices, &hot);
+            let sent = (|| {
+                let scan = Instant::now();
+                for (at, set) in dirty.iter_mut().enumerate() {
+                    set.union_with(&take_if_tracked(plan, devices, taken, at)?);
+                }
+                parts.scan_ms = ms(scan.elapsed());
+                let dirty_bytes = dirty.iter().map(BlockSet::bytes).sum();
+                let hot = hot_sets(&dirty, state_blocks, budget);
+                // The lists first: the destination drops what is stale while the state is saved.
+                for (at, set) in dirty.iter_mut().enumerate() {
+                    set.subtract(&hot[at]);
+                    main.missing(DeviceNumber(at as u8), set)?;
+                }
+                main.flush()?;
+                send_hot(main, devices, &hot)?;
+                Ok::<(u64, u64), Stop>((dirty_bytes, hot.iter().map(BlockSet::bytes).sum()))
+            })();
             let state = match saving {
                 Ok(thread) => {
                     thread.join().unwrap_or_else(|_| Err("saving the state failed".into()))
@@ -94,16 +101,12 @@ impl Session<'_> {
             };
             (state, sent)
         });
-        sent?;
+        let (dirty_bytes, mut flight_bytes) = sent?;
         let (state, state_bytes) = state?;
         parts.save_ms = ms(save.elapsed());
 
         let send = Instant::now();
         flight_bytes += send_zeros_as_data(&mut self.main, &self.devices, state_blocks)?;
-        for (at, set) in dirty.iter_mut().enumerate() {
-            set.subtract(&hot[at]);
-            self.main.missing(DeviceNumber(at as u8), set)?;
-        }
         parts.send_ms = ms(send.elapsed());
         Ok(Flight {
             paused_at,

@@ -364,9 +364,7 @@ impl Session<'_> {
 
     /// Dirty blocks of a device, remembered for an abort.
     fn take(&mut self, at: usize) -> Result<BlockSet, Stop> {
-        let dirty = self.devices[at].take_dirty()?;
-        self.taken[at].union_with(&dirty);
-        Ok(dirty)
+        Ok(take(&self.devices, &mut self.taken, at)?)
     }
 
     fn forecast(&mut self, first: &[BlockSet]) -> Moved {
@@ -475,6 +473,30 @@ impl Session<'_> {
             }
         }
     }
+}
+
+/// Dirty blocks of device number `at`, remembered in `taken` for an abort.
+fn take(
+    devices: &[Arc<dyn Device>],
+    taken: &mut [BlockSet],
+    at: usize,
+) -> Result<BlockSet, silo::device::DeviceError> {
+    let dirty = devices[at].take_dirty()?;
+    taken[at].union_with(&dirty);
+    Ok(dirty)
+}
+
+/// As [`take`]; nothing where writes to memory cannot be tracked.
+fn take_if_tracked(
+    plan: &Plan,
+    devices: &[Arc<dyn Device>],
+    taken: &mut [BlockSet],
+    at: usize,
+) -> Result<BlockSet, silo::device::DeviceError> {
+    if !plan.can_track && devices[at].name().as_str() == "memory" {
+        return Ok(BlockSet::new(devices[at].blocks()));
+    }
+    take(devices, taken, at)
 }
 
 fn closed() -> Stop {

@@ -1,6 +1,6 @@
 //! Pre-copy: rounds of dirty blocks while the guest runs.
 
-use super::{Session, Stop, send::send_run};
+use super::{Session, Stop, send::send_run, take_if_tracked};
 use crate::{
     migrate::{
         planner::{Decision, Reason, Round},
@@ -61,10 +61,7 @@ impl Session<'_> {
     }
 
     pub(super) fn take_if_tracked(&mut self, at: usize) -> Result<BlockSet, Stop> {
-        if !self.plan.can_track && self.devices[at].name().as_str() == "memory" {
-            return Ok(BlockSet::new(self.devices[at].blocks()));
-        }
-        self.take(at)
+        Ok(take_if_tracked(self.plan, &self.devices, &mut self.taken, at)?)
     }
 
     /// One round; gives back the blocks that could not be read because they are still missing here.
