@@ -117,7 +117,7 @@ impl Planner {
             Mode::PreCopy => dirty_bytes,
             Mode::Hybrid | Mode::PostCopy => dirty_bytes.min(self.flight_bytes()),
         };
-        CONTROL_COST + self.round_trip / 2 + Duration::from_secs_f64(carried as f64 / self.rate)
+        CONTROL_COST + self.round_trip / 2 + self.transfer(carried)
     }
 
     /// The decision before anything was sent.
@@ -127,6 +127,18 @@ impl Planner {
             Mode::PostCopy => Decision::Switchover(Reason::Immediately),
             Mode::PreCopy | Mode::Hybrid => Decision::AnotherRound,
         }
+    }
+
+    /// How long so many bytes are on the way, by what the rounds showed.
+    #[must_use]
+    pub fn transfer(&self, bytes: u64) -> Duration {
+        Duration::from_secs_f64(bytes as f64 / self.rate)
+    }
+
+    /// A round that was not followed by a decision.
+    pub fn note(&mut self, round: Round) {
+        self.elapsed += round.duration;
+        self.rounds.push(round);
     }
 
     /// The decision after a round; `dirty_bytes` is what was written during it.

@@ -74,6 +74,11 @@ pub fn probe_tracking() -> io::Result<Tracking> {
     }
 }
 
+/// Threads that look for written pages, at most.
+const SCAN_THREADS: u64 = 4;
+/// Blocks that are worth a thread (512 MiB): starting one costs about what looking at them does.
+const SCAN_SHARE: u64 = 128 << 10;
+
 /// A machine's memory on this host.
 pub struct Memory {
     name: DeviceName,
@@ -259,6 +264,52 @@ impl Memory {
         self.discarded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Adds what the monitor wrote since the last look. Looking is the part of a blackout that
+    /// grows with the memory (0.6 ms a GiB here), so large memory is looked at by several threads.
+    fn scan(&self, attached: &Attached, dirty: &mut BlockSet) -> io::Result<()> {
+        let page = BLOCK_SIZE as u64;
+        let base = attached.address;
+        let look = |blocks: std::ops::Range<u64>| {
+            let mut found = Vec::new();
+            let (start, end) = (base + blocks.start * page, base + blocks.end * page);
+            sys::scan_written(&attached.pagemap, start, end, |start, end| {
+                found.push(BlockRange::new((start - base) / page, (end - start) / page));
+            })?;
+            io::Result::Ok(found)
+        };
+        let threads = std::thread::available_parallelism().map_or(1, usize::from) as u64;
+        let threads = threads.min(SCAN_THREADS).min(self.blocks / SCAN_SHARE).max(1);
+        let share = self.blocks.div_ceil(threads);
+        let part = |number: u64| number * share..((number + 1) * share).min(self.blocks);
+        std::thread::scope(|scope| {
+            let look = &look;
+            let others: Vec<_> = (1..threads)
+                .map(|number| {
+                    // Without a thread the part is looked at here.
+                    let spawned = std::thread::Builder::new()
+                        .name("scan".into())
+                        .spawn_scoped(scope, move || look(part(number)));
+                    (number, spawned)
+                })
+                .collect();
+            let mut add = |found: Vec<BlockRange>| {
+                found.into_iter().for_each(|range| dirty.insert_range(range));
+            };
+            let mut result = look(part(0)).map(&mut add);
+            for (number, spawned) in others {
+                let looked = match spawned {
+                    Ok(thread) => thread
+                        .join()
+                        .unwrap_or_else(|_| Err(io::Error::other("a scanning thread panicked"))),
+                    Err(_) => look(part(number)),
+                };
+                // What one part found is kept even if another failed: it is protected again.
+                result = result.and(looked.map(&mut add));
+            }
+            result
+        })
+    }
+
     /// These blocks get content (again).
     fn keep(&self, range: BlockRange) {
         if let Some(discarded) = &mut *self.discarded() {
@@ -338,19 +389,7 @@ impl Device for Memory {
             &mut *self.returned.lock().unwrap_or_else(PoisonError::into_inner),
             BlockSet::new(self.blocks),
         );
-        let scanned = self.with_attached("track", |attached| {
-            let base = attached.address;
-            sys::scan_written(
-                &attached.pagemap,
-                base,
-                base + self.blocks * BLOCK_SIZE as u64,
-                |start, end| {
-                    let page = BLOCK_SIZE as u64;
-                    dirty
-                        .insert_range(BlockRange::new((start - base) / page, (end - start) / page));
-                },
-            )
-        });
+        let scanned = self.with_attached("track", |attached| self.scan(attached, &mut dirty));
         if let Err(error) = scanned {
             self.put_back(&dirty);
             return Err(error);

@@ -136,6 +136,18 @@ impl Session<'_> {
                 return Err(self.give_up("switchover", &stop));
             }
         };
+        let left = match self.closing_round(left) {
+            Ok(left) => left,
+            Err(stop) => {
+                // It never stood still; going on is what remains to be said to all parts of it.
+                let next = self.step(SourceEvent::Cancel);
+                let cancelled = matches!(stop, Stop::Cancelled);
+                return Err(match self.back(next, stop.to_string()) {
+                    MoveError::Aborted { phase, .. } if cancelled => MoveError::Cancelled { phase },
+                    other => other,
+                });
+            }
+        };
         self.progress(Phase::Switchover, left.iter().map(BlockSet::bytes).sum());
         let precopied = self.started.elapsed();
         let paused_at_ns = monotonic_ns();
@@ -252,12 +264,12 @@ impl Session<'_> {
             Arc::new(PageServer::new(self.devices.clone(), std::mem::take(&mut flight.missing)));
         self.serve_faults(&pages);
         let handed = Instant::now();
-        self.late_writes = self.count_late_writes();
         if token.flush_owed && after.lost.is_none() {
             self.tell_durable(token, &mut after);
         }
         self.push(&pages, &mut after);
         self.see_through(&pages, &mut after);
+        self.late_writes = self.count_late_writes();
         self.conclude(&flight, after, &pages, |this, flight, after| {
             let (at, confirmation) = after.confirmation.clone()?;
             Some(this.report(
@@ -293,8 +305,9 @@ impl Session<'_> {
         }
     }
 
-    /// Nothing may write to a paused machine: the last scan was the last word. Looked at after
-    /// the token, because looking costs time in proportion to the memory.
+    /// Nothing may write to a paused machine: the last scan was the last word. Looked at when all
+    /// else is done, because looking costs time in proportion to the memory, and a processor that
+    /// a destination on the same computer needs for its first instructions.
     fn count_late_writes(&mut self) -> u64 {
         let mut late = 0;
         for at in 0..self.devices.len() {

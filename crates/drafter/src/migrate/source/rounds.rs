@@ -3,6 +3,7 @@
 use super::{Session, Stop, send::send_run, take_if_tracked};
 use crate::{
     migrate::{
+        messages::Mode,
         planner::{Decision, Reason, Round},
         protocol::{DeviceNumber, Frame, MAX_RUN},
     },
@@ -20,6 +21,9 @@ const FILL_LIMIT: Duration = Duration::from_secs(600);
 /// Round trips above this are not worth waiting for before a pause: more would be dirtied
 /// meanwhile than the wait saves.
 const LONG_ROUND_TRIP: Duration = Duration::from_millis(5);
+
+/// A closing round that would take longer dirties about as much as it sends.
+const CLOSING_LIMIT: Duration = Duration::from_millis(25);
 
 impl Session<'_> {
     /// Sends rounds until the planner has enough. Returns what is left, per device, and why.
@@ -58,6 +62,33 @@ impl Session<'_> {
             decision = self.planner.after_round(round, dirty);
             self.progress(Phase::PreCopy, dirty);
         }
+    }
+
+    /// One more round right before the pause, if it is a short one: what the guest wrote while the
+    /// switchover was being prepared (hooks, disk syncs, the lease) need not travel in the flight.
+    /// Returns what is left.
+    pub(super) fn closing_round(&mut self, left: Vec<BlockSet>) -> Result<Vec<BlockSet>, Stop> {
+        if self.planner_mode == Mode::PostCopy {
+            return Ok(left);
+        }
+        let mut sets = left;
+        for (at, set) in sets.iter_mut().enumerate() {
+            set.union_with(&self.take_if_tracked(at)?);
+        }
+        let set_bytes = sets.iter().map(BlockSet::bytes).sum();
+        if self.planner.transfer(set_bytes) > CLOSING_LIMIT {
+            return Ok(sets);
+        }
+        let started = Instant::now();
+        let before = self.main.sent();
+        let number = self.planner.rounds().len() as u64 + 1;
+        let unread = self.send_round(&sets, number)?;
+        self.planner.note(Round {
+            set_bytes,
+            sent_bytes: self.main.sent() - before,
+            duration: started.elapsed(),
+        });
+        Ok(unread)
     }
 
     pub(super) fn take_if_tracked(&mut self, at: usize) -> Result<BlockSet, Stop> {
