@@ -16,8 +16,11 @@
 //! before anything is allocated.
 
 use silo::block::{BLOCK_SIZE, BlockIndex, BlockRange, BlockSet};
-use std::io::{self, Read, Write};
-use xxhash_rust::xxh3::Xxh3;
+use std::{
+    hash::Hasher,
+    io::{self, Read, Write},
+};
+use twox_hash::XxHash3_64;
 
 /// Version of this wire format; both ends must speak the same.
 pub const VERSION: u16 = 1;
@@ -269,10 +272,10 @@ impl<W: Write> FrameWriter<W> {
         header[8..16].copy_from_slice(&a.to_le_bytes());
         header[16..24].copy_from_slice(&b.to_le_bytes());
         if self.checked {
-            let mut hash = Xxh3::new();
-            hash.update(&header[..24]);
-            parts.iter().for_each(|part| hash.update(part));
-            header[24..32].copy_from_slice(&hash.digest().to_le_bytes());
+            let mut hash = XxHash3_64::new();
+            hash.write(&header[..24]);
+            parts.iter().for_each(|part| hash.write(part));
+            header[24..32].copy_from_slice(&hash.finish().to_le_bytes());
         }
         self.to.write_all(&header)?;
         for part in parts {
@@ -408,10 +411,10 @@ impl<R: Read> FrameReader<R> {
         }
         payload.truncate(length as usize);
         if self.checked {
-            let mut hash = Xxh3::new();
-            hash.update(&header[..24]);
-            hash.update(&payload);
-            if hash.digest() != u64::from_le_bytes(array(&header[24..32])) {
+            let mut hash = XxHash3_64::new();
+            hash.write(&header[..24]);
+            hash.write(&payload);
+            if hash.finish() != u64::from_le_bytes(array(&header[24..32])) {
                 return Err(WireError::Damaged);
             }
         }

@@ -36,11 +36,12 @@ use super::{
 use crate::block::{BLOCK_SIZE, BlockRange};
 use std::{
     fs::{self, File, OpenOptions},
+    hash::Hasher,
     io,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
-use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+use twox_hash::XxHash3_64;
 
 const MAGIC: &[u8; 8] = b"SILOJNL\0";
 const VERSION: u32 = 1;
@@ -118,7 +119,7 @@ impl JournalHeader {
         bytes[24..32].copy_from_slice(&self.base_bytes.to_le_bytes());
         bytes[32..40].copy_from_slice(&self.instance.to_le_bytes());
         bytes[40..48].copy_from_slice(&self.generation.to_le_bytes());
-        let sum = xxh3_64(&bytes[..56]);
+        let sum = XxHash3_64::oneshot(&bytes[..56]);
         bytes[56..].copy_from_slice(&sum.to_le_bytes());
         bytes
     }
@@ -135,7 +136,7 @@ impl JournalHeader {
         if version != VERSION {
             return Err(Fault::Version(version));
         }
-        if xxh3_64(&bytes[..56]) != u64_at(bytes, 56) {
+        if XxHash3_64::oneshot(&bytes[..56]) != u64_at(bytes, 56) {
             return Err(damage("the header's checksum does not match"));
         }
         if u32_at(bytes, 12) != BLOCK_SIZE as u32 {
@@ -154,10 +155,10 @@ impl JournalHeader {
     }
 
     fn checksum(&self, head: &[u8], payload: &[u8]) -> u64 {
-        let mut sum = Xxh3::with_seed(self.instance ^ self.generation);
-        sum.update(head);
-        sum.update(payload);
-        sum.digest()
+        let mut sum = XxHash3_64::with_seed(self.instance ^ self.generation);
+        sum.write(head);
+        sum.write(payload);
+        sum.finish()
     }
 }
 

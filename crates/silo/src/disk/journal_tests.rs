@@ -32,16 +32,16 @@ fn the_journal_has_these_bytes() {
         *b"SILOJNL\0\x01\0\0\0\0\x10\0\0\x0a\0\0\0\0\0\0\0\x40\x9c\0\0\0\0\0\0\
            \x22\x11\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0"
     );
-    assert_eq!(header[56..], xxh3_64(&header[..56]).to_le_bytes());
+    assert_eq!(header[56..], XxHash3_64::oneshot(&header[..56]).to_le_bytes());
 
     let runs = [run(0x0203, 4, BlockState::Zero)];
     let record = encode_runs(&HEADER_FOR_TESTS, 2, DiskStatus::Armed, runs);
     assert_eq!(record[..24], *b"SJRC\x10\0\0\0\x02\0\0\0\0\0\0\0\x01\x02\0\0\0\0\0\0");
     assert_eq!(record[32..], *b"\x03\x02\0\0\0\0\0\0\x04\0\0\0\x02\0\0\0");
-    let mut sum = Xxh3::with_seed(0x1122 ^ 1);
-    sum.update(&record[..24]);
-    sum.update(&record[32..]);
-    assert_eq!(record[24..32], sum.digest().to_le_bytes());
+    let mut sum = XxHash3_64::with_seed(0x1122 ^ 1);
+    sum.write(&record[..24]);
+    sum.write(&record[32..]);
+    assert_eq!(record[24..32], sum.finish().to_le_bytes());
 
     let states = [0, 1, 2, 3, 0, 1, 2, 3, 1, 2];
     let map = encode_snapshot(&HEADER_FOR_TESTS, DiskStatus::Whole, &states);

@@ -34,7 +34,7 @@ use std::{
     os::unix::fs::FileExt,
     path::Path,
 };
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 
 const MAGIC: &[u8; 8] = b"SILOMAP\0";
 const VERSION: u32 = 1;
@@ -96,7 +96,7 @@ fn header(blocks: u64, instance: u64, boot: &BootId) -> [u8; 80] {
     bytes[16..24].copy_from_slice(&blocks.to_le_bytes());
     bytes[24..32].copy_from_slice(&instance.to_le_bytes());
     bytes[32..72].copy_from_slice(&boot.padded());
-    let sum = xxh3_64(&bytes[..72]);
+    let sum = XxHash3_64::oneshot(&bytes[..72]);
     bytes[72..].copy_from_slice(&sum.to_le_bytes());
     bytes
 }
@@ -229,7 +229,7 @@ mod tests {
         expected.extend_from_slice(b"boot-1");
         expected.resize(72, 0);
         assert_eq!(&bytes[..72], &expected[..]);
-        assert_eq!(bytes[72..], xxh3_64(&expected).to_le_bytes());
+        assert_eq!(bytes[72..], XxHash3_64::oneshot(&expected).to_le_bytes());
     }
 
     #[test]
