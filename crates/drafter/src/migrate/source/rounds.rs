@@ -1,6 +1,6 @@
 //! Pre-copy: rounds of dirty blocks while the guest runs.
 
-use super::{Session, Stop, send::send_run, take_if_tracked};
+use super::{LONG_ROUND_TRIP, Session, Stop, send::send_run, take_if_tracked};
 use crate::{
     migrate::{
         messages::Mode,
@@ -18,10 +18,6 @@ use std::{
 
 /// How long blocks that are still on their way to this host may take before a switchover onward.
 const FILL_LIMIT: Duration = Duration::from_secs(600);
-/// Round trips above this are not worth waiting for before a pause: more would be dirtied
-/// meanwhile than the wait saves.
-const LONG_ROUND_TRIP: Duration = Duration::from_millis(5);
-
 /// A closing round that would take longer dirties about as much as it sends.
 const CLOSING_LIMIT: Duration = Duration::from_millis(25);
 
