@@ -62,6 +62,9 @@ pub enum Reason {
     Fits,
     /// Rounds stopped helping; the rest follows by post-copy.
     NoProgress,
+    /// The guest writes so fast that rounds would send most blocks twice; the rest follows by
+    /// post-copy.
+    Outpaced,
     /// The time or round budget ended; the rest follows by post-copy.
     BudgetEnded,
     /// Post-copy was asked for.
@@ -135,14 +138,8 @@ impl Planner {
         Duration::from_secs_f64(bytes as f64 / self.rate)
     }
 
-    /// A round that was not followed by a decision.
+    /// A round that is not followed by a decision.
     pub fn note(&mut self, round: Round) {
-        self.elapsed += round.duration;
-        self.rounds.push(round);
-    }
-
-    /// The decision after a round; `dirty_bytes` is what was written during it.
-    pub fn after_round(&mut self, round: Round, dirty_bytes: u64) -> Decision {
         self.rounds.push(round);
         self.elapsed += round.duration;
         if round.sent_bytes > 1 << 20 || self.rounds.len() == 1 {
@@ -153,6 +150,11 @@ impl Planner {
                 self.rate = self.rate.min(limit as f64);
             }
         }
+    }
+
+    /// The decision after a round; `dirty_bytes` is what was written during it.
+    pub fn after_round(&mut self, round: Round, dirty_bytes: u64) -> Decision {
+        self.note(round);
         if dirty_bytes <= self.flight_bytes() {
             return Decision::Switchover(Reason::Fits);
         }

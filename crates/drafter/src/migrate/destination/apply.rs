@@ -108,11 +108,13 @@ impl Applier {
             Frame::Blocks { device: number, start, data } => {
                 let range = BlockRange::new(start.0, (data.len() / BLOCK_SIZE) as u64);
                 let device = Arc::clone(self.device(number, range)?);
+                self.not_missing(number, range);
                 self.put(device, Content::Data(start, data))?;
                 return Ok(None);
             }
             Frame::Zero { device: number, range } => {
                 let device = Arc::clone(self.device(number, range)?);
+                self.not_missing(number, range);
                 self.put(device, Content::Zero(range))?;
                 return Ok(None);
             }
@@ -133,6 +135,14 @@ impl Applier {
             other => return Ok(Some(other)),
         }
         Ok(None)
+    }
+
+    /// What was listed as stale has come before the token after all.
+    fn not_missing(&mut self, number: DeviceNumber, range: BlockRange) {
+        let listed = &mut self.missing[usize::from(number.0)];
+        if !self.armed && !listed.is_empty() {
+            listed.remove_range(range);
+        }
     }
 
     fn put(&mut self, device: Arc<dyn Device>, content: Content) -> Result<(), ApplyError> {

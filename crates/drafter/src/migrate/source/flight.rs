@@ -43,11 +43,13 @@ pub(super) fn ms(duration: Duration) -> f64 {
 }
 
 impl Session<'_> {
-    /// Pauses the machine and sends all but the token. `left` is what the rounds left over;
-    /// `state_blocks` are those that loading the state reads.
+    /// Pauses the machine and sends all but the token. `left` is what the rounds left over, `told`
+    /// what of it the destination knows to be stale; `state_blocks` are those that loading the
+    /// state reads.
     pub(super) fn fly(
         &mut self,
         left: Vec<BlockSet>,
+        told: &[BlockSet],
         state_blocks: &[(DeviceNumber, BlockRange)],
         epoch: u64,
         all: bool,
@@ -87,7 +89,9 @@ impl Session<'_> {
                 // The lists first: the destination drops what is stale while the state is saved.
                 for (at, set) in dirty.iter_mut().enumerate() {
                     set.subtract(&hot[at]);
-                    main.missing(DeviceNumber(at as u8), set)?;
+                    let mut news = set.clone();
+                    news.subtract(&told[at]);
+                    main.missing(DeviceNumber(at as u8), &news)?;
                 }
                 main.flush()?;
                 send_hot(main, devices, &hot)?;

@@ -136,8 +136,8 @@ impl Session<'_> {
                 return Err(self.give_up("switchover", &stop));
             }
         };
-        let left = match self.closing_round(left) {
-            Ok(left) => left,
+        let (left, told) = match self.close(left) {
+            Ok(closed) => closed,
             Err(stop) => {
                 // It never stood still; going on is what remains to be said to all parts of it.
                 let next = self.step(SourceEvent::Cancel);
@@ -152,7 +152,7 @@ impl Session<'_> {
         let precopied = self.started.elapsed();
         let paused_at_ns = monotonic_ns();
         let all = self.planner_mode == crate::migrate::messages::Mode::PreCopy;
-        let flight = match self.fly(left, &state_blocks, flip.0, all) {
+        let flight = match self.fly(left, &told, &state_blocks, flip.0, all) {
             Ok(flight) => flight,
             Err(error) => {
                 let why = error.to_string();

@@ -213,7 +213,9 @@ struct Session<'a> {
     round_trip: Duration,
     /// Everything that tracking reported in this session, to be given back if it fails.
     taken: Vec<BlockSet>,
-    /// Last round that the destination has in place.
+    /// Batches of frames that the destination was asked to put in place.
+    batch: u64,
+    /// The last of them that it has in place.
     applied: u64,
     started: Instant,
     prepared: Duration,
@@ -280,6 +282,7 @@ pub fn run<'a>(plan: &'a Plan, around: Surroundings<'a>) -> Result<Moved, MoveEr
         pacer: Pacer::new(plan.budgets.bandwidth),
         round_trip: Duration::ZERO,
         taken,
+        batch: 0,
         applied: 0,
         started,
         prepared: Duration::ZERO,

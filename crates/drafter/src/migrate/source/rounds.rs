@@ -10,7 +10,7 @@ use crate::{
     runner::api::Phase,
     socket::unsent,
 };
-use silo::block::BlockSet;
+use silo::block::{BlockRange, BlockSet};
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -18,6 +18,12 @@ use std::{
 
 /// How long blocks that are still on their way to this host may take before a switchover onward.
 const FILL_LIMIT: Duration = Duration::from_secs(600);
+/// Time between two looks at what the guest writes during a round.
+const LOOK: Duration = Duration::from_millis(200);
+/// A guest that writes this share of what the line carries makes every round send much again: its
+/// blocks are better sent once, after the switchover.
+const OUTPACED: f64 = 0.25;
+
 /// A closing round that would take longer dirties about as much as it sends.
 const CLOSING_LIMIT: Duration = Duration::from_millis(25);
 
@@ -40,71 +46,79 @@ impl Session<'_> {
                 Decision::GiveUp(why) => return Err(Stop::Peer(why)),
                 Decision::AnotherRound => {}
             }
-            let set_bytes = sets.iter().map(BlockSet::bytes).sum();
-            let started = Instant::now();
-            let before = self.main.sent();
-            let number = self.planner.rounds().len() as u64 + 1;
-            let unread = self.send_round(&sets, number)?;
-            sets = unread;
-            for (at, set) in sets.iter_mut().enumerate() {
-                set.union_with(&self.take_if_tracked(at)?);
-            }
-            let round = Round {
-                set_bytes,
-                sent_bytes: self.main.sent() - before,
-                duration: started.elapsed(),
-            };
+            let (round, left, broke_off) = self.round(&sets)?;
+            sets = left;
             let dirty = sets.iter().map(BlockSet::bytes).sum();
-            decision = self.planner.after_round(round, dirty);
+            decision = if broke_off {
+                self.planner.note(round);
+                Decision::Switchover(Reason::Outpaced)
+            } else {
+                self.planner.after_round(round, dirty)
+            };
             self.progress(Phase::PreCopy, dirty);
         }
     }
 
-    /// One more round right before the pause, if it is a short one: what the guest wrote while the
-    /// switchover was being prepared (hooks, disk syncs, the lease) need not travel in the flight.
-    /// Returns what is left.
-    pub(super) fn closing_round(&mut self, left: Vec<BlockSet>) -> Result<Vec<BlockSet>, Stop> {
-        if self.planner_mode == Mode::PostCopy {
-            return Ok(left);
+    /// One round; how it went, what is left after it, and whether it was broken off.
+    fn round(&mut self, sets: &[BlockSet]) -> Result<(Round, Vec<BlockSet>, bool), Stop> {
+        let started = Instant::now();
+        let before = self.main.sent();
+        let Left { mut sets, sent: set_bytes, broke_off } = self.send_round(sets)?;
+        for (at, set) in sets.iter_mut().enumerate() {
+            set.union_with(&self.take_if_tracked(at)?);
         }
+        let sent_bytes = self.main.sent() - before;
+        Ok((Round { set_bytes, sent_bytes, duration: started.elapsed() }, sets, broke_off))
+    }
+
+    /// What can be done right before the pause, so that it need not be done after it. If little is
+    /// left (what the guest wrote while hooks, disk syncs and the lease took their time) one more
+    /// short round sends it. If much is left, the destination is told what is stale, and drops
+    /// it now. Returns what is left, and of that what the destination has been told.
+    pub(super) fn close(
+        &mut self,
+        left: Vec<BlockSet>,
+    ) -> Result<(Vec<BlockSet>, Vec<BlockSet>), Stop> {
         let mut sets = left;
         for (at, set) in sets.iter_mut().enumerate() {
             set.union_with(&self.take_if_tracked(at)?);
         }
-        let set_bytes = sets.iter().map(BlockSet::bytes).sum();
-        if self.planner.transfer(set_bytes) > CLOSING_LIMIT {
-            return Ok(sets);
+        let none: Vec<_> = sets.iter().map(|set| BlockSet::new(set.device_blocks())).collect();
+        let bytes = sets.iter().map(BlockSet::bytes).sum();
+        if self.planner_mode == Mode::PostCopy || self.planner.transfer(bytes) > CLOSING_LIMIT {
+            if self.planner_mode == Mode::PreCopy {
+                return Ok((sets, none));
+            }
+            for (at, set) in sets.iter().enumerate() {
+                self.main.missing(DeviceNumber(at as u8), set)?;
+            }
+            self.end_round()?;
+            return Ok((sets.clone(), sets));
         }
-        let started = Instant::now();
-        let before = self.main.sent();
-        let number = self.planner.rounds().len() as u64 + 1;
-        let unread = self.send_round(&sets, number)?;
-        self.planner.note(Round {
-            set_bytes,
-            sent_bytes: self.main.sent() - before,
-            duration: started.elapsed(),
-        });
-        Ok(unread)
+        let (round, left, _) = self.round(&sets)?;
+        self.planner.note(round);
+        Ok((left, none))
     }
 
     pub(super) fn take_if_tracked(&mut self, at: usize) -> Result<BlockSet, Stop> {
         Ok(take_if_tracked(self.plan, &self.devices, &mut self.taken, at)?)
     }
 
-    /// One round; gives back the blocks that could not be read because they are still missing here.
-    fn send_round(&mut self, sets: &[BlockSet], number: u64) -> Result<Vec<BlockSet>, Stop> {
-        let total: u64 = sets.iter().map(BlockSet::bytes).sum();
-        let mut left = total;
+    /// Sends sets of blocks, and looks now and then at what the guest writes meanwhile. What it
+    /// writes before its turn comes is not sent twice.
+    fn send_round(&mut self, sets: &[BlockSet]) -> Result<Left, Stop> {
+        let mut left: u64 = sets.iter().map(BlockSet::bytes).sum();
         let mut buffer = Vec::new();
-        let mut unread = Vec::with_capacity(sets.len());
+        let mut watch = Watch::new(sets);
         let mut reported = Instant::now();
-        for (at, set) in sets.iter().enumerate() {
+        let mut broke_off = false;
+        'devices: for (at, set) in sets.iter().enumerate() {
             let device = Arc::clone(&self.devices[at]);
+            // What has not arrived here cannot be sent on; it stays in the set.
             let mut absent = device.missing();
             absent.intersect_with(set);
             let mut readable = set.clone();
             readable.subtract(&absent);
-            unread.push(absent);
             for range in readable.ranges() {
                 for piece in range.chunks(MAX_RUN) {
                     if self.cancelled() {
@@ -113,21 +127,37 @@ impl Session<'_> {
                     let before = self.main.sent();
                     let number = DeviceNumber(at as u8);
                     send_run(&mut self.main, number, device.as_ref(), piece, &mut buffer)?;
-                    let sent = self.main.sent() - before;
-                    self.pacer.sent(sent);
+                    self.pacer.sent(self.main.sent() - before);
                     left -= piece.bytes();
+                    watch.sent(at, piece);
                     if reported.elapsed() > Duration::from_millis(50) {
                         reported = Instant::now();
                         self.drain()?;
                         self.progress(Phase::PreCopy, left);
                     }
+                    if watch.is_due() {
+                        for number in 0..sets.len() {
+                            watch.wrote(number, self.take_if_tracked(number)?);
+                        }
+                        // Where writes cannot be tracked every move is post-copy.
+                        broke_off = watch.outpaced() && self.planner_mode == Mode::Hybrid;
+                        if broke_off {
+                            break 'devices;
+                        }
+                    }
                 }
             }
         }
-        self.main.write(&Frame::RoundEnd(number))?;
+        self.end_round()?;
+        Ok(watch.left(broke_off))
+    }
+
+    /// Ends a batch of frames, and waits until it is in place (see [`Session::wait_applied`]).
+    fn end_round(&mut self) -> Result<(), Stop> {
+        self.batch += 1;
+        self.main.write(&Frame::RoundEnd(self.batch))?;
         self.main.flush()?;
-        self.wait_applied(number)?;
-        Ok(unread)
+        self.wait_applied(self.batch)
     }
 
     /// Waits until a round is in place, or, on a long line, until it has left this host: then the
@@ -172,5 +202,116 @@ impl Session<'_> {
             }
         }
         Ok(!waited)
+    }
+}
+
+/// What a round leaves.
+struct Left {
+    sets: Vec<BlockSet>,
+    /// Bytes of blocks that it sent.
+    sent: u64,
+    broke_off: bool,
+}
+
+/// Keeps what a round has still to send and what has been written behind it.
+struct Watch {
+    /// To be sent, or written after it was sent.
+    due: Vec<BlockSet>,
+    sent: u64,
+    looked: Instant,
+    sent_then: u64,
+    written: u64,
+    /// Looks in a row at which the guest wrote too fast.
+    fast: u32,
+}
+
+impl Watch {
+    fn new(sets: &[BlockSet]) -> Self {
+        Self {
+            due: sets.to_vec(),
+            sent: 0,
+            looked: Instant::now(),
+            sent_then: 0,
+            written: 0,
+            fast: 0,
+        }
+    }
+
+    fn sent(&mut self, device: usize, piece: BlockRange) {
+        self.due[device].remove_range(piece);
+        self.sent += piece.bytes();
+    }
+
+    fn is_due(&self) -> bool {
+        self.looked.elapsed() >= LOOK
+    }
+
+    /// What the guest has written since the last look.
+    fn wrote(&mut self, device: usize, blocks: BlockSet) {
+        self.written += blocks.bytes();
+        self.due[device].union_with(&blocks);
+    }
+
+    /// Ends a look. Whether the guest has been writing too fast for two looks in a row.
+    fn outpaced(&mut self) -> bool {
+        let sent = self.sent - self.sent_then;
+        let fast = self.written as f64 > sent as f64 * OUTPACED;
+        self.fast = if fast { self.fast + 1 } else { 0 };
+        (self.looked, self.sent_then, self.written) = (Instant::now(), self.sent, 0);
+        self.fast >= 2
+    }
+
+    fn left(self, broke_off: bool) -> Left {
+        Left { sets: self.due, sent: self.sent, broke_off }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use silo::block::BlockIndex;
+
+    fn written(blocks: impl IntoIterator<Item = u64>) -> BlockSet {
+        let mut set = BlockSet::new(1000);
+        for block in blocks {
+            set.insert(BlockIndex(block));
+        }
+        set
+    }
+
+    #[test]
+    fn what_is_written_before_its_turn_is_sent_once_and_what_is_written_after_it_stays_due() {
+        let mut watch = Watch::new(&[written(0..10)]);
+        watch.sent(0, BlockRange::new(0, 5));
+        // Behind the round, ahead of it, and outside it.
+        watch.wrote(0, written([2, 7, 500]));
+        watch.sent(0, BlockRange::new(5, 5));
+        let left = watch.left(false);
+        assert_eq!(left.sets[0], written([2, 500]));
+        assert_eq!(left.sent, 10 * 4096);
+    }
+
+    #[test]
+    fn a_round_that_is_broken_off_leaves_what_it_did_not_send() {
+        let mut watch = Watch::new(&[written(0..10)]);
+        watch.sent(0, BlockRange::new(0, 3));
+        watch.wrote(0, written([1]));
+        let left = watch.left(true);
+        assert!(left.broke_off);
+        assert_eq!(left.sets[0], written([1, 3, 4, 5, 6, 7, 8, 9]));
+    }
+
+    #[test]
+    fn a_guest_outpaces_the_line_only_if_it_does_so_at_two_looks_in_a_row() {
+        let mut watch = Watch::new(&[written(0..1000)]);
+        let mut look = |sent: std::ops::Range<u64>, wrote: u64| {
+            watch.sent(0, BlockRange::new(sent.start, sent.end - sent.start));
+            watch.wrote(0, written(0..wrote));
+            watch.outpaced()
+        };
+        assert!(!look(0..100, 50));
+        assert!(!look(100..200, 10), "a burst alone is none");
+        assert!(!look(200..300, 50));
+        assert!(look(300..400, 50));
     }
 }
