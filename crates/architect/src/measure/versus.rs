@@ -113,8 +113,10 @@ impl Pair {
                 self.ours.go(bed, Mode::Hybrid, &mut setting.journal, &setting.abandon)?;
             }
             std::thread::sleep(Duration::from_millis(5500));
-            let out =
-                self.ours.exec(bed, &["/bin/cat", "/tmp/spin.json"], Duration::from_secs(10))?;
+            // A shell is in the package; the tools that one is used to are not.
+            let read =
+                "while read -r line || [ -n \"$line\" ]; do echo \"$line\"; done </tmp/spin.json";
+            let out = self.ours.exec(bed, &["/bin/dash", "-c", read], Duration::from_secs(10))?;
             let json: serde_json::Value = serde_json::from_str(&out)?;
             json["mean_share"].as_f64().context("the oracle's answer lacks mean_share")
         };
