@@ -56,18 +56,23 @@ impl ScriptedDestination {
         Self { listener, security: security(stage, 1), host: host.name.clone(), address }
     }
 
-    fn channel(&self) -> Channel {
+    fn channel(&self) -> (Role, Channel) {
         let (socket, _) = self.listener.accept().unwrap();
         let stream = Stream::server(socket, &self.security, CONNECT_LIMIT).unwrap();
-        let (channel, _) = Channel::accept(stream, &self.security).unwrap();
+        let (channel, preamble) = Channel::accept(stream, &self.security).unwrap();
         channel.control.set_read_timeout(Some(PATIENCE));
-        channel
+        (preamble.role, channel)
     }
 
     /// Takes a source's two connections and its request.
     #[must_use]
     pub fn accept(&self) -> Visit {
-        let (mut main, fault) = (self.channel(), self.channel());
+        // A source opens them side by side.
+        let (mut main, fault) = match (self.channel(), self.channel()) {
+            ((Role::Main, main), (Role::Fault, fault)) => (main, fault),
+            ((Role::Fault, fault), (Role::Main, main)) => (main, fault),
+            ((one, _), (other, _)) => panic!("a source opened {one:?} and {other:?}"),
+        };
         let Frame::Prepare(json) = main.incoming.read().unwrap() else {
             panic!("a source begins with its request")
         };

@@ -2,7 +2,11 @@
 //! connection, not the oracle that knows what memory and disk must hold.
 #![allow(clippy::unwrap_used, reason = "a test ends by panicking")]
 
-use drafter::migrate::{messages::Mode, planner::Budgets};
+use drafter::migrate::{
+    messages::Mode,
+    planner::{Budgets, Reason},
+    timings::MoveReport,
+};
 use e2e::{
     Stage,
     busy::{Busy, Work},
@@ -10,9 +14,10 @@ use e2e::{
 };
 use std::time::Duration;
 
-/// Ten moves of a machine of 256 MiB under every load there is.
-fn ten_moves(mode: Mode, budgets: Budgets) {
-    let Some(mut stage) = Stage::open() else { return };
+/// Ten moves of a machine of 256 MiB under every load there is; their reports, if this computer
+/// can have machines.
+fn ten_moves(mode: Mode, budgets: Budgets) -> Option<Vec<MoveReport>> {
+    let mut stage = Stage::open()?;
     let (a, b) = stage.pair(&stage.spec("redis", 1));
     let busy = Busy::start(&stage, stage.fleet.runner(a), 1, Work::default());
     let (end, reports) = there_and_back(&stage.fleet, (a, b), 10, mode, budgets);
@@ -24,6 +29,7 @@ fn ten_moves(mode: Mode, budgets: Budgets) {
         "blackout median {:.1} ms, maximum {:.1} ms; {} operations, longest silence {:.0} ms; {} pages checked",
         blackouts[4], blackouts[9], load.operations, load.longest_gap_ms, oracle.pages_checked
     );
+    Some(reports)
 }
 
 #[test]
@@ -40,4 +46,16 @@ fn ten_post_copy_moves_under_load_lose_nothing() {
 #[test]
 fn ten_hybrid_moves_under_load_lose_nothing() {
     ten_moves(Mode::Hybrid, budgets());
+}
+
+#[test]
+fn a_guest_that_outpaces_the_line_is_handed_over_in_the_middle_of_a_round_and_loses_nothing() {
+    // The oracle writes more than a quarter of this, and a whole move takes seconds.
+    let narrow = Budgets { bandwidth: Some(60_000_000), ..budgets() };
+    let Some(reports) = ten_moves(Mode::Hybrid, narrow) else { return };
+    assert_eq!(reports[0].reason, Reason::Outpaced, "{:?}", reports[0].rounds);
+    assert!(reports[0].faults.demanded > 0, "most of it came after the switchover");
+    for report in &reports {
+        assert_eq!((report.late_writes, report.early_faults), (0, 0));
+    }
 }

@@ -11,6 +11,8 @@ use std::{
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
 const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+/// `_IOR(0xaa, 1, struct uffdio_range)` of linux/userfaultfd.h.
+const UFFDIO_UNREGISTER: libc::c_ulong = 0x8010_aa01;
 const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
 const UFFD_FEATURE_MISSING_SHMEM: u64 = 1 << 5;
 
@@ -35,6 +37,15 @@ pub(super) fn register_missing(memory: &MemoryHandle) -> io::Result<()> {
     let mut register = [memory.address, memory.length, 1, 0]; // mode: missing
     // SAFETY: struct uffdio_register is four 64-bit words.
     check(unsafe { libc::ioctl(descriptor, UFFDIO_REGISTER, register.as_mut_ptr()) })
+}
+
+/// Nobody waits for absent pages any more: they are zero, as ever.
+pub(super) fn unregister(memory: &MemoryHandle) -> io::Result<()> {
+    let mut range = [memory.address, memory.length];
+    // SAFETY: struct uffdio_range is two 64-bit words.
+    check(unsafe {
+        libc::ioctl(memory.userfaultfd.as_raw_fd(), UFFDIO_UNREGISTER, range.as_mut_ptr())
+    })
 }
 
 /// Fills absent pages.
