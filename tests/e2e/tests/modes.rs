@@ -10,7 +10,7 @@ use drafter::migrate::{
 use e2e::{
     Stage,
     busy::{Busy, Work},
-    moves::{budgets, there_and_back},
+    moves::{budgets, settled, there_and_back},
 };
 use std::time::Duration;
 
@@ -58,4 +58,23 @@ fn a_guest_that_outpaces_the_line_is_handed_over_in_the_middle_of_a_round_and_lo
     for report in &reports {
         assert_eq!((report.late_writes, report.early_faults), (0, 0));
     }
+}
+
+#[test]
+fn hosts_that_cannot_track_writes_move_by_post_copy_alone_and_lose_nothing() {
+    // As on a kernel before 6.7, which has neither WP_ASYNC nor PAGEMAP_SCAN.
+    let Some(mut stage) = Stage::open() else { return };
+    let mut spec = stage.spec("redis", 1);
+    spec.extra.push("--no-tracking".into());
+    let (mut from, mut to) = stage.pair(&spec);
+    let busy = Busy::start(&stage, stage.fleet.runner(from), 1, Work::default());
+    for _ in 0..4 {
+        let report = stage.fleet.migrate(from, to, Mode::Hybrid, budgets(), |_| {}).unwrap();
+        assert_eq!(report.mode, Mode::PostCopy, "{report}");
+        assert!(report.rounds.is_empty(), "{report}");
+        assert_eq!(report.early_faults, 0, "{report}");
+        settled(&stage.fleet, to);
+        (from, to) = (to, from);
+    }
+    busy.finish(stage.fleet.runner(from));
 }

@@ -47,6 +47,9 @@ pub(super) struct HostArgs {
     /// Memory to keep of a machine that moved away, so that it comes back quickly, in MiB; 0 keeps none
     #[arg(long, default_value_t = 16384)]
     keep_stay_mib: u64,
+    /// Track no writes to memory, as on Linux before 6.7: every move away is post-copy
+    #[arg(long)]
+    no_tracking: bool,
     /// Return when the machine runs; it goes on in the background
     #[arg(long)]
     detach: bool,
@@ -172,6 +175,7 @@ fn config(
         },
         accelerator: on.accelerator,
         keep_stay_bytes: on.keep_stay_mib << 20,
+        track: !on.no_tracking,
         packages,
     })
 }

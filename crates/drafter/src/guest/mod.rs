@@ -14,6 +14,9 @@
 //!   says nonsense or floods: lines have a bound, and output is handed on through a queue of
 //!   [`OUTPUT_QUEUE`] messages; who does not take it stops the reader, and so the guest.
 //!
+//! * Around a move the guest sees no change: [`GuestChannel::hush`] before the pause,
+//!   [`GuestChannel::attach`] before the load, [`GuestChannel::speak_in`] after the run.
+//!
 //! ```text
 //!  worker thread:  connect ──hello──► greeted ──answers──► callers' queues
 //!                     ▲                  │ hang-up, broken line, new version

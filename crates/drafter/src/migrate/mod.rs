@@ -9,8 +9,9 @@
 //!   Blocks, Zero, RoundEnd ────────────────────────────▶  stored
 //!           ◀──────────────────────────── RoundApplied    (rounds repeat)
 //!   lease: handing-to(n)
+//!   a last short round, or Missing lists, RoundEnd ────▶  stored, or dropped
 //!   pause ─ frames flip to the destination
-//!   ┌ hot Blocks, Missing lists, Token(n, k, state) ───▶  arm, load, run, take the lease
+//!   ┌ Missing lists, hot Blocks, Token(n, k, state) ───▶  arm, load, run, take the lease
 //!   │ one flight                                          frames leave when the lease is won
 //!   └ SourceDurable ───────────────────────────────────▶  and the source's flushes are durable
 //!           ◀────────────────────────────── Confirmed

@@ -23,7 +23,8 @@ use std::{
 use twox_hash::XxHash3_64;
 
 /// Version of this wire format; both ends must speak the same.
-pub const VERSION: u16 = 1;
+/// Version 1 knew lists in the flight only.
+pub const VERSION: u16 = 2;
 /// Largest payload of a frame, in bytes.
 pub const MAX_PAYLOAD: u32 = 16 << 20;
 /// Blocks in one frame at most: 256 KiB of data.
@@ -146,11 +147,12 @@ pub enum Frame {
         /// Which.
         range: BlockRange,
     },
-    /// S→D. A round of pre-copy ends here.
+    /// S→D. A batch ends here: a round of pre-copy, or the lists before the pause.
     RoundEnd(u64),
     /// D→S. Everything before that `RoundEnd` is in place.
     RoundApplied(u64),
-    /// S→D, in the flight. Blocks whose latest content has not been sent.
+    /// S→D, before the token. Blocks whose latest content has not been sent. One that is sent after
+    /// it was listed, and before the token, is not missing any more.
     Missing {
         /// Of which device.
         device: DeviceNumber,
@@ -554,9 +556,9 @@ mod tests {
     }
 
     #[test]
-    fn golden_bytes_of_version_1() {
+    fn golden_bytes_of_version_2() {
         let preamble = Preamble { role: Role::Fault, session: SessionId([0xab; 16]) };
-        let mut expected = b"DRFT\x01\x00\x01\x00".to_vec();
+        let mut expected = b"DRFT\x02\x00\x01\x00".to_vec();
         expected.extend([0xab; 16]);
         assert_eq!(preamble.encode().to_vec(), expected);
 

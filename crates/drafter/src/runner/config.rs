@@ -28,6 +28,9 @@ pub struct RunnerConfig {
     pub accelerator: AcceleratorChoice,
     /// Bytes of an earlier stay's memory that this host keeps at most; 0 keeps none.
     pub keep_stay_bytes: u64,
+    /// Whether writes to memory are tracked where the kernel can; without, every move away is
+    /// post-copy, as on a kernel before 6.7.
+    pub track: bool,
     /// Packages, or directories of packages, that a machine may arrive with.
     pub packages: Vec<PathBuf>,
 }

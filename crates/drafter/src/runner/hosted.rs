@@ -71,6 +71,8 @@ pub(super) struct Site<'a> {
     pub path: &'a Arc<dyn DataPath>,
     /// For sockets and logs.
     pub run_dir: &'a Path,
+    /// Whether writes to memory are tracked, where the kernel can.
+    pub track: bool,
 }
 
 /// See the module.
@@ -256,7 +258,7 @@ impl Hosted {
             net,
             content,
         };
-        if let Err(error) = hosted.attach(start) {
+        if let Err(error) = hosted.attach(start, site.track) {
             hosted.tear_down();
             return Err(error);
         }
@@ -289,6 +291,7 @@ impl Hosted {
                 address: handle.address,
                 incoming: arrived,
                 adopted: true,
+                track: site.track,
             })
             .map_err(fail)?;
         let tap = held.tap.map(|fd| {
@@ -311,7 +314,7 @@ impl Hosted {
         })
     }
 
-    fn attach(&mut self, start: Start) -> Result<(), MachineError> {
+    fn attach(&mut self, start: Start, track: bool) -> Result<(), MachineError> {
         let handle = self.vm.memory().map_err(fail)?;
         let incoming = start == Start::Incoming;
         self.tracking = self
@@ -323,6 +326,7 @@ impl Hosted {
                 address: handle.address,
                 incoming,
                 adopted: false,
+                track,
             })
             .map_err(fail)?;
         if incoming {

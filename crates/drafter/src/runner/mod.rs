@@ -286,7 +286,7 @@ impl Runner {
     }
 
     fn site(&self) -> SitePaths {
-        SitePaths { run: self.dir.run(), disks: self.dir.disks() }
+        SitePaths { track: self.config.track, run: self.dir.run(), disks: self.dir.disks() }
     }
 
     /// A package by path: opened and checked.
@@ -633,12 +633,13 @@ fn nonces() -> crate::migrate::switchover::Nonces {
 }
 
 struct SitePaths {
+    track: bool,
     run: PathBuf,
     disks: PathBuf,
 }
 
 impl SitePaths {
     fn site<'a>(&'a self, driver: &'a dyn Driver, path: &'a Arc<dyn DataPath>) -> Site<'a> {
-        Site { driver, path, run_dir: &self.run }
+        Site { driver, path, run_dir: &self.run, track: self.track }
     }
 }

@@ -61,6 +61,8 @@ pub struct Mapping {
     pub incoming: bool,
     /// The userfaultfd was set up by a process that is gone, as `incoming` says.
     pub adopted: bool,
+    /// Whether to track writes, where the kernel can.
+    pub track: bool,
 }
 
 /// Whether this kernel can track writes, by trying.
@@ -179,18 +181,23 @@ impl Memory {
             | feature::WP_ASYNC;
         // UFFDIO_API can be called once; a refused call (EINVAL) leaves the descriptor as it was.
         let duplicate = mapping.userfaultfd.try_clone().map_err(|e| error("duplicate", e))?;
-        let (userfault, tracking) = if mapping.adopted {
+        let plain = |descriptor| {
+            Userfault::new(descriptor, feature::MISSING_SHMEM)
+                .map(|plain| (plain, Tracking::None))
+                .map_err(|e| error("UFFDIO_API", e))
+        };
+        let (userfault, tracking) = if mapping.adopted && !mapping.track {
+            (Userfault::adopt(mapping.userfaultfd), Tracking::None)
+        } else if mapping.adopted {
             // What the other process got, this kernel still gives: ask with a fresh descriptor.
             let tracking = probe_tracking().map_err(|e| error("open /dev/userfaultfd", e))?;
             (Userfault::adopt(mapping.userfaultfd), tracking)
+        } else if !mapping.track {
+            plain(mapping.userfaultfd)?
         } else {
             match Userfault::new(mapping.userfaultfd, tracking_features) {
                 Ok(userfault) => (userfault, Tracking::WriteProtect),
-                Err(refused) if refused.raw_os_error() == Some(libc::EINVAL) => {
-                    let plain = Userfault::new(duplicate, feature::MISSING_SHMEM)
-                        .map_err(|e| error("UFFDIO_API", e))?;
-                    (plain, Tracking::None)
-                }
+                Err(refused) if refused.raw_os_error() == Some(libc::EINVAL) => plain(duplicate)?,
                 Err(other) => return Err(error("UFFDIO_API", other)),
             }
         };

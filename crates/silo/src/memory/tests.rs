@@ -46,6 +46,7 @@ impl Guest {
                 address: base.as_ptr() as u64,
                 incoming,
                 adopted: false,
+                track: true,
             })
             .unwrap();
         assert_eq!(tracking, Tracking::WriteProtect, "these tests need Linux 6.7 or newer");
@@ -310,6 +311,7 @@ fn a_memory_whose_owner_is_gone_is_adopted_with_its_waiting_guest() {
             address: base,
             incoming: true,
             adopted: true,
+            track: true,
         })
         .unwrap();
     // The new owner knows of nothing missing, so what is not there is zero.

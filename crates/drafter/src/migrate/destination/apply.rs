@@ -160,7 +160,7 @@ impl Applier {
     }
 
     /// Waits until all blocks so far are in place.
-    fn settle(&mut self) -> Result<(), ApplyError> {
+    pub(super) fn settle(&mut self) -> Result<(), ApplyError> {
         self.run = 0;
         self.helper.as_mut().map_or(Ok(()), Helper::settle)
     }

@@ -318,3 +318,7 @@ impl<M: DestinationMachine + 'static> Desk<M> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "desk_tests.rs"]
+mod tests;

@@ -340,6 +340,10 @@ impl<M: DestinationMachine + 'static> Session<M> {
     }
 
     fn end(&mut self, reason: String, last_report: &Mutex<String>) -> Fate {
+        // What has come counts, also if the connection ended right behind it.
+        if let Err(error) = self.applier.settle() {
+            tracing::warn!(%error, "the last blocks could not be put in place");
+        }
         self.desk.event(DestinationEvent::PeerLost);
         let undecided = |state| {
             matches!(state, DestinationState::Unconfirmed | DestinationState::FrozenUnconfirmed)

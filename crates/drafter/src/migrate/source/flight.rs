@@ -85,13 +85,15 @@ impl Session<'_> {
                 }
                 parts.scan_ms = ms(scan.elapsed());
                 let dirty_bytes = dirty.iter().map(BlockSet::bytes).sum();
-                let hot = hot_sets(&dirty, state_blocks, budget);
+                // What was written last is what will be touched first.
+                let mut fresh = dirty.clone();
+                fresh.iter_mut().zip(told).for_each(|(set, told)| set.subtract(told));
+                let hot = hot_sets(&dirty, &fresh, state_blocks, budget);
                 // The lists first: the destination drops what is stale while the state is saved.
                 for (at, set) in dirty.iter_mut().enumerate() {
                     set.subtract(&hot[at]);
-                    let mut news = set.clone();
-                    news.subtract(&told[at]);
-                    main.missing(DeviceNumber(at as u8), &news)?;
+                    fresh[at].subtract(&hot[at]);
+                    main.missing(DeviceNumber(at as u8), &fresh[at])?;
                 }
                 main.flush()?;
                 send_hot(main, devices, &hot)?;
@@ -163,11 +165,12 @@ fn send_zeros_as_data(
     Ok(bytes)
 }
 
-/// Which dirty blocks travel in the flight: those that loading reads, whatever the budget, then
-/// disks (their metadata is small and touched at once), then memory in
-/// ascending order.
+/// Which dirty blocks travel in the flight: those that loading reads, whatever the budget, then of
+/// the `fresh` ones disks (their metadata is small and touched at once), then memory in ascending
+/// order.
 fn hot_sets(
     dirty: &[BlockSet],
+    fresh: &[BlockSet],
     state_blocks: &[(DeviceNumber, BlockRange)],
     budget: u64,
 ) -> Vec<BlockSet> {
@@ -183,13 +186,13 @@ fn hot_sets(
         set.intersect_with(dirty);
         used += set.bytes();
     }
-    for (set, dirty) in hot.iter_mut().zip(dirty).rev() {
-        if used + dirty.bytes() <= budget {
-            used += dirty.bytes();
-            set.union_with(dirty);
+    for (set, fresh) in hot.iter_mut().zip(fresh).rev() {
+        if used + fresh.bytes() <= budget {
+            used += fresh.bytes();
+            set.union_with(fresh);
             continue;
         }
-        for range in dirty.ranges() {
+        for range in fresh.ranges() {
             for piece in range.chunks(MAX_RUN) {
                 if used + piece.bytes() > budget {
                     return hot;
@@ -213,13 +216,13 @@ mod tests {
         let dirty = vec![memory, BlockSet::full(10)];
         let rings =
             [(DeviceNumber(0), BlockRange::new(7, 2)), (DeviceNumber(0), BlockRange::new(900, 1))];
-        let hot = hot_sets(&dirty, &rings, 0);
+        let hot = hot_sets(&dirty, &dirty, &rings, 0);
         assert_eq!(hot[0].ranges().collect::<Vec<_>>(), [BlockRange::new(7, 2)]);
         assert!(hot[1].is_empty());
-        let hot = hot_sets(&dirty, &rings, 20 * 4096);
+        let hot = hot_sets(&dirty, &dirty, &rings, 20 * 4096);
         assert_eq!(hot[1].len(), 10, "the disk first");
         assert!(hot[0].len() + hot[1].len() <= 20);
-        let hot = hot_sets(&dirty, &rings, u64::MAX);
+        let hot = hot_sets(&dirty, &dirty, &rings, u64::MAX);
         assert_eq!(hot, dirty);
     }
 }

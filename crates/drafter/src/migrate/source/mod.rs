@@ -267,7 +267,11 @@ pub fn run<'a>(plan: &'a Plan, around: Surroundings<'a>) -> Result<Moved, MoveEr
     let devices = around.machine.devices();
     let taken = devices.iter().map(|d| BlockSet::new(d.blocks())).collect();
     let mut mode = plan.mode;
-    if !plan.can_track {
+    if !plan.can_track && mode != Mode::PostCopy {
+        tracing::warn!(
+            asked = %mode,
+            "writes to memory are not tracked here (Linux 6.7 can): this move is post-copy"
+        );
         mode = Mode::PostCopy;
     }
     let mut session = Session {

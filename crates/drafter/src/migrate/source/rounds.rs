@@ -23,6 +23,8 @@ const LOOK: Duration = Duration::from_millis(200);
 /// A guest that writes this share of what the line carries makes every round send much again: its
 /// blocks are better sent once, after the switchover.
 const OUTPACED: f64 = 0.25;
+/// Looks before that is believed.
+const LOOKS: u32 = 2;
 
 /// A closing round that would take longer dirties about as much as it sends.
 const CLOSING_LIMIT: Duration = Duration::from_millis(25);
@@ -137,7 +139,7 @@ impl Session<'_> {
                     }
                     if watch.is_due() {
                         for number in 0..sets.len() {
-                            watch.wrote(number, self.take_if_tracked(number)?);
+                            watch.wrote(number, &self.take_if_tracked(number)?);
                         }
                         // Where writes cannot be tracked every move is post-copy.
                         broke_off = watch.outpaced() && self.planner_mode == Mode::Hybrid;
@@ -217,23 +219,23 @@ struct Left {
 struct Watch {
     /// To be sent, or written after it was sent.
     due: Vec<BlockSet>,
+    /// Everything that was seen to be written during the round.
+    written: Vec<BlockSet>,
+    total: u64,
     sent: u64,
     looked: Instant,
-    sent_then: u64,
-    written: u64,
-    /// Looks in a row at which the guest wrote too fast.
-    fast: u32,
+    looks: u32,
 }
 
 impl Watch {
     fn new(sets: &[BlockSet]) -> Self {
         Self {
             due: sets.to_vec(),
+            written: sets.iter().map(|set| BlockSet::new(set.device_blocks())).collect(),
+            total: sets.iter().map(BlockSet::bytes).sum(),
             sent: 0,
             looked: Instant::now(),
-            sent_then: 0,
-            written: 0,
-            fast: 0,
+            looks: 0,
         }
     }
 
@@ -247,18 +249,20 @@ impl Watch {
     }
 
     /// What the guest has written since the last look.
-    fn wrote(&mut self, device: usize, blocks: BlockSet) {
-        self.written += blocks.bytes();
-        self.due[device].union_with(&blocks);
+    fn wrote(&mut self, device: usize, blocks: &BlockSet) {
+        self.due[device].union_with(blocks);
+        self.written[device].union_with(blocks);
     }
 
-    /// Ends a look. Whether the guest has been writing too fast for two looks in a row.
+    /// Ends a look. Whether the guest has been writing too fast over the whole round, of which
+    /// enough is left to make a difference.
     fn outpaced(&mut self) -> bool {
-        let sent = self.sent - self.sent_then;
-        let fast = self.written as f64 > sent as f64 * OUTPACED;
-        self.fast = if fast { self.fast + 1 } else { 0 };
-        (self.looked, self.sent_then, self.written) = (Instant::now(), self.sent, 0);
-        self.fast >= 2
+        self.looks += 1;
+        self.looked = Instant::now();
+        let written: u64 = self.written.iter().map(BlockSet::bytes).sum();
+        let fast = written as f64 > self.sent as f64 * OUTPACED;
+        let early = self.sent < self.total / 4 * 3;
+        fast && early && self.looks >= LOOKS
     }
 
     fn left(self, broke_off: bool) -> Left {
@@ -284,7 +288,7 @@ mod tests {
         let mut watch = Watch::new(&[written(0..10)]);
         watch.sent(0, BlockRange::new(0, 5));
         // Behind the round, ahead of it, and outside it.
-        watch.wrote(0, written([2, 7, 500]));
+        watch.wrote(0, &written([2, 7, 500]));
         watch.sent(0, BlockRange::new(5, 5));
         let left = watch.left(false);
         assert_eq!(left.sets[0], written([2, 500]));
@@ -295,23 +299,39 @@ mod tests {
     fn a_round_that_is_broken_off_leaves_what_it_did_not_send() {
         let mut watch = Watch::new(&[written(0..10)]);
         watch.sent(0, BlockRange::new(0, 3));
-        watch.wrote(0, written([1]));
+        watch.wrote(0, &written([1]));
         let left = watch.left(true);
         assert!(left.broke_off);
         assert_eq!(left.sets[0], written([1, 3, 4, 5, 6, 7, 8, 9]));
     }
 
     #[test]
-    fn a_guest_outpaces_the_line_only_if_it_does_so_at_two_looks_in_a_row() {
-        let mut watch = Watch::new(&[written(0..1000)]);
-        let mut look = |sent: std::ops::Range<u64>, wrote: u64| {
-            watch.sent(0, BlockRange::new(sent.start, sent.end - sent.start));
-            watch.wrote(0, written(0..wrote));
-            watch.outpaced()
+    fn a_guest_outpaces_the_line_over_the_whole_round_and_only_while_much_of_it_is_left() {
+        let looks = |looks: &[(u64, u64)]| {
+            let mut watch = Watch::new(&[written(0..1000)]);
+            let (mut at, mut fresh) = (0, 0);
+            let mut said = Vec::new();
+            for &(sent, wrote) in looks {
+                watch.sent(0, BlockRange::new(at, sent));
+                watch.wrote(0, &written(fresh..fresh + wrote));
+                (at, fresh) = (at + sent, fresh + wrote);
+                said.push(watch.outpaced());
+            }
+            said
         };
-        assert!(!look(0..100, 50));
-        assert!(!look(100..200, 10), "a burst alone is none");
-        assert!(!look(200..300, 50));
-        assert!(look(300..400, 50));
+        assert_eq!(looks(&[(100, 50), (100, 50)]), [false, true]);
+        assert_eq!(looks(&[(100, 10), (100, 10), (100, 60)]), [false, false, true]);
+        assert_eq!(looks(&[(300, 10), (100, 60), (100, 40)]), [false; 3], "a burst alone is none");
+        assert_eq!(looks(&[(700, 10), (100, 400)]), [false; 2], "the round is almost over");
+    }
+
+    #[test]
+    fn a_guest_that_writes_the_same_blocks_again_and_again_outpaces_nothing() {
+        let mut watch = Watch::new(&[written(0..1000)]);
+        for look in 0..7 {
+            watch.sent(0, BlockRange::new(look * 100, 100));
+            watch.wrote(0, &written(0..20));
+            assert!(!watch.outpaced(), "look {look}");
+        }
     }
 }
