@@ -69,8 +69,8 @@ impl ScriptedDestination {
     pub fn accept(&self) -> Visit {
         // A source opens them side by side.
         let (mut main, fault) = match (self.channel(), self.channel()) {
-            ((Role::Main, main), (Role::Fault, fault)) => (main, fault),
-            ((Role::Fault, fault), (Role::Main, main)) => (main, fault),
+            ((Role::Main, main), (Role::Fault, fault))
+            | ((Role::Fault, fault), (Role::Main, main)) => (main, fault),
             ((one, _), (other, _)) => panic!("a source opened {one:?} and {other:?}"),
         };
         let Frame::Prepare(json) = main.incoming.read().unwrap() else {
