@@ -187,11 +187,12 @@ impl Memory {
                 .map_err(|e| error("UFFDIO_API", e))
         };
         let (userfault, tracking) = if mapping.adopted && !mapping.track {
-            (Userfault::adopt(mapping.userfaultfd), Tracking::None)
+            (Userfault::adopt(mapping.userfaultfd, false), Tracking::None)
         } else if mapping.adopted {
             // What the other process got, this kernel still gives: ask with a fresh descriptor.
             let tracking = probe_tracking().map_err(|e| error("open /dev/userfaultfd", e))?;
-            (Userfault::adopt(mapping.userfaultfd), tracking)
+            let protects = tracking == Tracking::WriteProtect;
+            (Userfault::adopt(mapping.userfaultfd, protects), tracking)
         } else if !mapping.track {
             plain(mapping.userfaultfd)?
         } else {

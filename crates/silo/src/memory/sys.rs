@@ -9,6 +9,7 @@ use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     ptr,
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
@@ -158,6 +159,8 @@ pub enum CopyOutcome {
 #[derive(Debug)]
 pub struct Userfault {
     fd: OwnedFd,
+    /// Whether the range is registered for write protection: only then can a copy be protected.
+    protects: AtomicBool,
 }
 
 impl Userfault {
@@ -165,12 +168,13 @@ impl Userfault {
     pub fn new(fd: OwnedFd, features: u64) -> io::Result<Self> {
         let mut arg = ApiArg { api: UFFD_API, features, ioctls: 0 };
         ioctl(fd.as_raw_fd(), UFFDIO_API, &mut arg)?;
-        Ok(Self { fd })
+        Ok(Self { fd, protects: AtomicBool::new(false) })
     }
 
-    /// One whose features another process has negotiated.
-    pub fn adopt(fd: OwnedFd) -> Self {
-        Self { fd }
+    /// One whose features another process has negotiated. `protects`: its range is registered for
+    /// write protection.
+    pub fn adopt(fd: OwnedFd, protects: bool) -> Self {
+        Self { fd, protects: AtomicBool::new(protects) }
     }
 
     /// The descriptor, for poll.
@@ -182,7 +186,9 @@ impl Userfault {
     /// Registers `[start, start + len)` for the modes.
     pub fn register(&self, start: u64, len: u64, mode: u64) -> io::Result<()> {
         let mut arg = RegisterArg { start, len, mode, ioctls: 0 };
-        ioctl(self.fd.as_raw_fd(), UFFDIO_REGISTER, &mut arg).map(drop)
+        ioctl(self.fd.as_raw_fd(), UFFDIO_REGISTER, &mut arg)?;
+        self.protects.store(mode & REGISTER_WP != 0, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Protects `[start, start + len)`: the next write to each page is seen by [`scan_written`].
@@ -209,7 +215,7 @@ impl Userfault {
             dst: address,
             src: data.as_ptr() as u64,
             len: data.len() as u64,
-            mode: COPY_MODE_WP,
+            mode: if self.protects.load(Ordering::Relaxed) { COPY_MODE_WP } else { 0 },
             copy: 0,
         };
         let Err(error) = ioctl(self.fd.as_raw_fd(), UFFDIO_COPY, &mut arg) else {
