@@ -1,7 +1,6 @@
 //! Architect: the parts of the command people type.
 
 pub mod baseline;
-pub mod bench;
 pub mod demo;
 pub mod doctor;
 pub mod fleet;

@@ -1,6 +1,6 @@
 //! The `architect` command: its own subcommands, and those of `drafter` about machines.
 
-use architect::{bench, demo, doctor, measure};
+use architect::{demo, doctor, measure};
 use clap::{Args as _, CommandFactory, FromArgMatches, Parser, Subcommand};
 use drafter::cli::{self, StateArgs};
 use std::{path::PathBuf, process::ExitCode};

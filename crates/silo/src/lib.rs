@@ -2,12 +2,18 @@
 //!
 //! A [`device`] is a named byte range made of [`block`]s: a machine's memory, a disk. Silo tracks
 //! which blocks change, serves blocks that have not arrived yet, layers a disk over a read-only
-//! base, and speaks NBD to whoever wants to mount it. It knows nothing of machines, of QEMU, or of
-//! how blocks travel between hosts: the `drafter` crate above it moves them.
+//! base, backs it up, moves it while it is in use, and speaks NBD, vhost-user-blk and FUSE to
+//! whoever wants to mount it. It knows nothing of machines and of QEMU.
+//!
+//! This crate has the devices and the `silo` command, and is the one door to the smaller crates,
+//! which can be used alone; `docs/silo.md` says how they fit together.
 
-pub mod block;
-pub mod device;
+pub use silo_block::{block, device, hash, io};
+pub use silo_expose as expose;
+pub use silo_expose::nbd;
+pub use silo_memory as mapped;
+pub use silo_memory::machine as memory;
+pub use silo_move as moving;
+pub use silo_store as store;
+
 pub mod disk;
-pub mod hash;
-pub mod memory;
-pub mod nbd;

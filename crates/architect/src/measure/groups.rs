@@ -7,8 +7,8 @@ use super::{
     ours::{Bed, Machine, SETTLE, Sample},
     versus,
 };
-use crate::bench::{Row, Samples, Target};
 use anyhow::{Context, ensure};
+use bench::{Row, Samples, Target};
 use drafter::migrate::messages::Mode;
 
 /// Megabytes, as in memory.

@@ -16,8 +16,8 @@ mod ours;
 mod stock;
 mod versus;
 
-use crate::bench::{Results, Row};
 use anyhow::{Context, bail, ensure};
+use bench::{Results, Row};
 use drafter::package::{
     Cache,
     build::{self, BuildRequest, recipe::AddedFile, recipe::Recipe, recipe::Root},

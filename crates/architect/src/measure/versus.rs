@@ -9,11 +9,9 @@ use super::{
     ours::{Bed, Machine, SETTLE, Sample},
     stock::{self, Moved, Stock},
 };
-use crate::{
-    baseline,
-    bench::{Row, Samples, Target},
-};
+use crate::baseline;
 use anyhow::Context;
+use bench::{Row, Samples, Target};
 use drafter::migrate::messages::Mode;
 use std::time::Duration;
 

@@ -1,38 +1,12 @@
-//! A block server: NBD over a unix socket, for QEMU and for everything else that speaks it.
-//!
-//! Who calls it: the runner starts one [`NbdServer`] per disk and gives its socket to the driver;
-//! `silo serve` does the same by hand. A vhost-user-blk server comes later behind the same
-//! [`BlockDevice`].
-//!
-//! What holds:
-//! - Fixed newstyle handshake (`GO`, `INFO`, `EXPORT_NAME`, `LIST`, `ABORT`), simple replies;
-//!   read, write, flush, FUA, trim, write zeroes. Structured replies are declined.
-//! - Several connections at once; a flush on one covers what was answered on any other.
-//! - Requests of one connection run at the same time: one that waits for a block that has not
-//!   arrived holds up none of the others.
-//! - Nothing that a client sends makes it panic, allocate more than [`MAX_PAYLOAD`] per request in
-//!   hand, or wait without end in the middle of a message.
-//! - It answers before the device has its content. What reads return then is the device's affair:
-//!   QEMU reads 512 bytes at offset 0 as soon as it connects, also with `-incoming defer`, and a
-//!   [`Disk`](crate::disk::Disk) returns whatever is there before it is armed.
-
-mod connection;
-mod handshake;
-mod protocol;
-mod server;
-
-pub use server::{NbdError, NbdOptions, NbdServer};
+//! Byte-addressed access to a device: what block servers serve, and what layers and sources are
+//! made of. (How blocks of a device move is [`device`](crate::device).)
 
 use std::io;
 
-/// Longest read or write, in bytes; clients that ask are told, and split theirs.
-pub const MAX_PAYLOAD: u32 = 2 << 20;
-const MIN_BLOCK: u32 = 1;
-const PREFERRED_BLOCK: u32 = crate::block::BLOCK_SIZE as u32;
-
-/// Something that can be served as a disk. Every method may be called from many threads at once.
+/// Something that is read and written like a disk. Every method may be called from many threads at
+/// once.
 ///
-/// The kind of an error decides what the guest sees: `InvalidInput` EINVAL, `StorageFull` ENOSPC,
+/// The kind of an error decides what a client sees: `InvalidInput` EINVAL, `StorageFull` ENOSPC,
 /// `PermissionDenied` EPERM, `NotConnected` ESHUTDOWN (the device was handed over), others EIO.
 pub trait BlockDevice: Send + Sync {
     /// Size in bytes; does not change while the device is served.

@@ -1,5 +1,6 @@
 //! The `silo` command: disks that move, by hand. See `silo --help`.
 
+mod bench;
 mod cli;
 
 use clap::Parser;
@@ -9,7 +10,8 @@ fn main() -> ExitCode {
     let cli = cli::Cli::parse();
     cli::log_to_stderr();
     match cli.run() {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("silo: {error:#}");
             ExitCode::FAILURE

@@ -43,6 +43,8 @@ enum Command {
         /// The disk's folder
         overlay: PathBuf,
     },
+    /// Measure silo next to other programs that do the same
+    Bench(crate::bench::Args),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -129,10 +131,18 @@ fn options() -> DiskOptions {
 }
 
 impl Cli {
-    /// Does what was asked.
-    pub(crate) fn run(self) -> Result<()> {
+    /// Does what was asked. False if a promise was not kept, which was said already.
+    pub(crate) fn run(self) -> Result<bool> {
+        if let Command::Bench(args) = &self.command {
+            return crate::bench::run(args);
+        }
+        self.act().map(|()| true)
+    }
+
+    fn act(self) -> Result<()> {
         let json = self.json;
         match self.command {
+            Command::Bench(_) => unreachable!("run has taken it"),
             Command::Hash { file } => {
                 let hash = hash::hash_file(&file)
                     .with_context(|| format!("could not hash {}", file.display()))?;

@@ -22,7 +22,7 @@ mod tests;
 
 pub use faults::{FaultStats, FaultSummary};
 
-use crate::{
+use silo_block::{
     block::{BLOCK_SIZE, BlockIndex, BlockRange, BlockSet},
     device::{Demand, Device, DeviceError, DeviceName, Result},
 };

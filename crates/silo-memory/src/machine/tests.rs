@@ -229,7 +229,7 @@ fn only_what_holds_content_is_allocated_and_reading_allocates_nothing() {
     assert_eq!(guest.memory.allocated().unwrap(), expected);
     let mut buffer = vec![9; BLOCK_SIZE * 64];
     guest.memory.read(BlockIndex(512), &mut buffer).unwrap();
-    assert!(crate::block::is_zero(&buffer));
+    assert!(silo_block::block::is_zero(&buffer));
     assert_eq!(guest.memory.allocated().unwrap(), expected);
     guest.memory.store_zero(BlockRange::new(0, 2)).unwrap();
     assert_eq!(guest.memory.allocated().unwrap(), set([2, 1000, BLOCKS - 1]));

@@ -1,16 +1,16 @@
 //! The fault thread of one machine's memory: takes page faults from the userfaultfd, serves zero
 //! blocks itself and asks for missing ones. It never waits for anything but the next fault.
 
+use super::sys::CopyOutcome;
 use super::{Shared, sys::Userfault};
-use crate::{
-    block::{BLOCK_SIZE, BlockIndex, BlockRange},
-    device::DeviceName,
-    memory::sys::CopyOutcome,
-};
 use hdrhistogram::Histogram;
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::EventFd,
+};
+use silo_block::{
+    block::{BLOCK_SIZE, BlockIndex, BlockRange},
+    device::DeviceName,
 };
 use std::{
     io,

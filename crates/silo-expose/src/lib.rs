@@ -1,0 +1,4 @@
+//! Block devices for others to use. Every front end serves a
+//! [`BlockDevice`](silo_block::io::BlockDevice) and knows nothing of what is behind it.
+
+pub mod nbd;

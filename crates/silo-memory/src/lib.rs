@@ -1,0 +1,3 @@
+//! Memory that faults: a machine's memory that moves, and mounts of devices that are elsewhere.
+
+pub mod machine;

@@ -1,0 +1,1 @@
+//! Devices on the move between hosts.

@@ -1,0 +1,1 @@
+//! Continuous backup of devices to an object store.
