@@ -3,6 +3,26 @@
 
 use std::io;
 
+/// What a run of bytes is made of, as `BLOCK_STATUS` and `SEEK_DATA` report it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allocation {
+    /// Content that may be anything.
+    Data,
+    /// Reads as zeros, and room for it is held.
+    Zero,
+    /// Reads as zeros, and takes no room.
+    Hole,
+}
+
+/// A run of bytes of one kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// In bytes; never 0.
+    pub length: u64,
+    /// What it is made of.
+    pub allocation: Allocation,
+}
+
 /// Something that is read and written like a disk. Every method may be called from many threads at
 /// once.
 ///
@@ -59,4 +79,23 @@ pub trait BlockDevice: Send + Sync {
 
     /// Makes calls that wait return an error soon: the server stops.
     fn interrupt(&self) {}
+
+    /// What `length` bytes from `offset` are made of, in order, without waiting for content; the
+    /// runs together cover the range, or its beginning (at least one run) if there are very many.
+    ///
+    /// # Errors
+    /// Past the end, or if the backend cannot tell.
+    fn extents(&self, offset: u64, length: u64) -> io::Result<Vec<Extent>> {
+        let _ = offset;
+        Ok(if length == 0 {
+            Vec::new()
+        } else {
+            vec![Extent { length, allocation: Allocation::Data }]
+        })
+    }
+
+    /// Whether writes are refused, always.
+    fn is_read_only(&self) -> bool {
+        false
+    }
 }
