@@ -8,6 +8,7 @@
 //!   that an expired or mismatched file is found at start and not in the middle of a move.
 //! * [`Stream`]: a duplex byte stream between two hosts for plain threads: one thread reads while
 //!   another writes. Mutual TLS 1.3, or plaintext by explicit choice ([`Security`]).
+//!   [`TlsServer`] and [`TlsClient`] make one inside another protocol (NBD's STARTTLS).
 //!
 //! Callers: drafter's runner and commands. What must hold: under [`Security::Mutual`] no byte of a
 //! caller is sent or delivered before both ends have proved a name that the same authority signed;
@@ -24,7 +25,9 @@ mod tls;
 pub use authority::{Authority, Validity};
 pub use error::Error;
 pub use name::HostName;
-pub use stream::{Control, GREETING_BYTES, Reader, Security, Stream, Writer};
+pub use stream::{
+    Control, GREETING_BYTES, PeerCheck, Reader, Security, Stream, TlsClient, TlsServer, Writer,
+};
 pub use tls::Identity;
 
 /// Short form for results of this crate.

@@ -18,6 +18,11 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+/// The authority's certificate in a folder of PEM files as QEMU, nbdkit and libnbd use them.
+pub(crate) const PEM_AUTHORITY: &str = "ca-cert.pem";
+const PEM_HINT: &str = "QEMU, nbdkit and libnbd call the files in such a folder ca-cert.pem, \
+                        server-cert.pem, server-key.pem, client-cert.pem and client-key.pem";
+
 const HINT: &str = "issue one with the authority and copy it here";
 
 /// One host's certificate, private key and trusted authority. Cheap to clone.
@@ -58,17 +63,9 @@ impl Identity {
         let certificate = dir.join(format!("{name}.crt"));
         let key_file = dir.join(format!("{name}.key"));
 
-        let mut roots = RootCertStore::empty();
-        for root in read_certificates(&authority, "authority certificate")? {
-            roots.add(root).map_err(|e| Error::BadFile {
-                path: authority.clone(),
-                expected: "an authority's certificate",
-                detail: e.to_string(),
-            })?;
-        }
-        let roots = Arc::new(roots);
-        let chain = read_certificates(&certificate, "certificate")?;
-        let key = read_private_key(&key_file)?;
+        let roots = Arc::new(read_roots(&authority, HINT)?);
+        let chain = read_certificates(&certificate, "certificate", HINT)?;
+        let key = read_private_key(&key_file, HINT)?;
 
         let provider = Arc::new(provider());
         let who = certificate.display().to_string();
@@ -80,18 +77,12 @@ impl Identity {
             .verify_server_cert(&chain[0], &chain[1..], &server_name(name), &[], now)
             .map_err(|e| translate(&e, &who, &authority, at))?;
 
-        let mismatch = |e: rustls::Error| match e {
-            rustls::Error::InconsistentKeys(_) => {
-                Error::KeyMismatch { certificate: certificate.clone(), key: key_file.clone() }
-            }
-            other => bad_certificate(&who, &other),
-        };
         let mut client = ClientConfig::builder_with_provider(provider.clone())
             .with_protocol_versions(&[&TLS13])
             .map_err(|e| bad_certificate(&who, &e))?
             .with_webpki_verifier(verifier)
             .with_client_auth_cert(chain.clone(), key.clone_key())
-            .map_err(mismatch)?;
+            .map_err(|e| mismatch(&e, &certificate, &key_file))?;
         client.resumption = Resumption::disabled();
 
         let peers = WebPkiClientVerifier::builder_with_provider(roots, provider.clone())
@@ -102,7 +93,7 @@ impl Identity {
             .map_err(|e| bad_certificate(&who, &e))?
             .with_client_cert_verifier(peers)
             .with_single_cert(chain, key)
-            .map_err(mismatch)?;
+            .map_err(|e| mismatch(&e, &certificate, &key_file))?;
         server.session_storage = Arc::new(NoServerSessionStorage {});
         server.send_tls13_tickets = 0;
         server.max_early_data_size = 0;
@@ -180,8 +171,86 @@ pub(crate) fn peer_name(certificate: &CertificateDer<'_>, who: &str) -> Result<H
     HostName::new(name)
 }
 
-fn read_certificates(path: &Path, what: &'static str) -> Result<Vec<CertificateDer<'static>>> {
-    let text = files::read(path, what, HINT)?;
+/// A server's settings from a folder of PEM files.
+pub(crate) fn pem_server(dir: &Path, check_clients: bool) -> Result<ServerConfig> {
+    let authority = dir.join(PEM_AUTHORITY);
+    let (certificate, key_file) = (dir.join("server-cert.pem"), dir.join("server-key.pem"));
+    let who = certificate.display().to_string();
+    let provider = Arc::new(provider());
+    let builder = ServerConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(&[&TLS13])
+        .map_err(|e| bad_certificate(&who, &e))?;
+    let builder = if check_clients {
+        let roots = Arc::new(read_roots(&authority, PEM_HINT)?);
+        let peers = WebPkiClientVerifier::builder_with_provider(roots, provider)
+            .build()
+            .map_err(|e| bad_certificate(&authority.display().to_string(), &e))?;
+        builder.with_client_cert_verifier(peers)
+    } else {
+        builder.with_no_client_auth()
+    };
+    let mut server = builder
+        .with_single_cert(
+            read_certificates(&certificate, "certificate", PEM_HINT)?,
+            read_private_key(&key_file, PEM_HINT)?,
+        )
+        .map_err(|e| mismatch(&e, &certificate, &key_file))?;
+    server.session_storage = Arc::new(NoServerSessionStorage {});
+    server.send_tls13_tickets = 0;
+    server.max_early_data_size = 0;
+    Ok(server)
+}
+
+/// A client's settings from a folder of PEM files; its own certificate is there or not.
+pub(crate) fn pem_client(dir: &Path) -> Result<ClientConfig> {
+    let authority = dir.join(PEM_AUTHORITY);
+    let (certificate, key_file) = (dir.join("client-cert.pem"), dir.join("client-key.pem"));
+    let who = authority.display().to_string();
+    let builder = ClientConfig::builder_with_provider(Arc::new(provider()))
+        .with_protocol_versions(&[&TLS13])
+        .map_err(|e| bad_certificate(&who, &e))?
+        .with_root_certificates(read_roots(&authority, PEM_HINT)?);
+    let mut client = if certificate.exists() || key_file.exists() {
+        builder
+            .with_client_auth_cert(
+                read_certificates(&certificate, "certificate", PEM_HINT)?,
+                read_private_key(&key_file, PEM_HINT)?,
+            )
+            .map_err(|e| mismatch(&e, &certificate, &key_file))?
+    } else {
+        builder.with_no_client_auth()
+    };
+    client.resumption = Resumption::disabled();
+    Ok(client)
+}
+
+fn mismatch(e: &rustls::Error, certificate: &Path, key: &Path) -> Error {
+    match e {
+        rustls::Error::InconsistentKeys(_) => {
+            Error::KeyMismatch { certificate: certificate.to_owned(), key: key.to_owned() }
+        }
+        other => bad_certificate(&certificate.display().to_string(), other),
+    }
+}
+
+fn read_roots(path: &Path, hint: &'static str) -> Result<RootCertStore> {
+    let mut roots = RootCertStore::empty();
+    for root in read_certificates(path, "authority certificate", hint)? {
+        roots.add(root).map_err(|e| Error::BadFile {
+            path: path.to_owned(),
+            expected: "an authority's certificate",
+            detail: e.to_string(),
+        })?;
+    }
+    Ok(roots)
+}
+
+fn read_certificates(
+    path: &Path,
+    what: &'static str,
+    hint: &'static str,
+) -> Result<Vec<CertificateDer<'static>>> {
+    let text = files::read(path, what, hint)?;
     let bad = |detail: String| Error::BadFile {
         path: path.to_owned(),
         expected: "a certificate in PEM",
@@ -196,8 +265,8 @@ fn read_certificates(path: &Path, what: &'static str) -> Result<Vec<CertificateD
     Ok(found)
 }
 
-fn read_private_key(path: &Path) -> Result<PrivateKeyDer<'static>> {
-    let text = files::read_key(path, HINT)?;
+fn read_private_key(path: &Path, hint: &'static str) -> Result<PrivateKeyDer<'static>> {
+    let text = files::read_key(path, hint)?;
     PrivateKeyDer::from_pem_slice(text.as_bytes()).map_err(|e| Error::BadFile {
         path: path.to_owned(),
         expected: "a private key in PEM",

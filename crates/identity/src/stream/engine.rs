@@ -14,7 +14,7 @@ use rustls::{
 };
 use std::{
     io::{self, IoSlice},
-    net::TcpStream,
+    os::fd::OwnedFd,
     sync::{Mutex, MutexGuard, PoisonError, TryLockError},
     time::Duration,
 };
@@ -173,7 +173,7 @@ impl Engine {
     }
 
     /// Takes what the socket has, without waiting. `None`: it has nothing. `Some(0)`: it has ended.
-    pub(super) fn receive(&mut self, socket: &TcpStream) -> io::Result<Option<usize>> {
+    pub(super) fn receive(&mut self, socket: &OwnedFd) -> io::Result<Option<usize>> {
         if self.start > 0 && self.input.len() - self.end < PORTION {
             self.input.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
@@ -320,7 +320,7 @@ impl Secure {
 
     pub(super) fn read(
         &self,
-        socket: &TcpStream,
+        socket: &OwnedFd,
         buf: &mut [u8],
         spill: &mut Spill,
         limit: Option<Duration>,
@@ -367,7 +367,7 @@ impl Secure {
 
     pub(super) fn write(
         &self,
-        socket: &TcpStream,
+        socket: &OwnedFd,
         bufs: &[IoSlice<'_>],
         limit: Option<Duration>,
     ) -> io::Result<usize> {
@@ -393,11 +393,7 @@ impl Secure {
         Ok(taken)
     }
 
-    pub(super) fn say_goodbye(
-        &self,
-        socket: &TcpStream,
-        limit: Option<Duration>,
-    ) -> io::Result<()> {
+    pub(super) fn say_goodbye(&self, socket: &OwnedFd, limit: Option<Duration>) -> io::Result<()> {
         drop(self.send_side()?);
         self.engine().queue_goodbye();
         let mut send = self.send_side()?;
@@ -415,7 +411,7 @@ impl Secure {
 
     /// Sends what rustls wants sent, unless a writer is busy: then that writer does, here, after
     /// it has let go of the send lock. What fails here fails again for whoever writes or reads.
-    pub(super) fn send_outbox(&self, socket: &TcpStream, limit: Option<Duration>) {
+    pub(super) fn send_outbox(&self, socket: &OwnedFd, limit: Option<Duration>) {
         while !self.engine().outbox.is_empty() {
             let mut send = match self.send.try_lock() {
                 Ok(send) => send,
@@ -431,7 +427,7 @@ impl Secure {
     fn send_now(
         &self,
         send: &mut SendSide,
-        socket: &TcpStream,
+        socket: &OwnedFd,
         limit: Option<Duration>,
     ) -> io::Result<()> {
         let end = self.engine().drain_outbox(&mut send.out, 0);

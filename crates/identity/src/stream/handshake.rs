@@ -19,12 +19,14 @@ use super::{
     engine::{Connection, Engine, Rest},
     plain, socket_failed,
 };
-use crate::{Error, HostName, Identity, Result, tls};
+use crate::{Error, HostName, Result, tls};
 use nix::poll::PollFlags;
 use rustls::{client::UnbufferedClientConnection, server::UnbufferedServerConnection};
 use std::{
     io::{self, IoSlice},
     net::{SocketAddr, TcpStream},
+    os::fd::OwnedFd,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -40,13 +42,13 @@ const PLAIN_GREETING: &[u8; GREETING_BYTES] = b"architect raw/1\n";
 const TLS_FIRST: [u8; 2] = [22, 21];
 const TLS_MAJOR: u8 = 3;
 
-struct Deadline {
+pub(super) struct Deadline {
     end: Instant,
     limit: Duration,
 }
 
 impl Deadline {
-    fn new(limit: Duration) -> Self {
+    pub(super) fn new(limit: Duration) -> Self {
         Self { end: Instant::now() + limit, limit }
     }
 
@@ -56,10 +58,12 @@ impl Deadline {
 }
 
 /// One handshake in progress.
-struct Attempt<'a> {
-    socket: &'a TcpStream,
-    who: String,
-    deadline: Deadline,
+pub(super) struct Attempt<'a> {
+    pub(super) socket: &'a OwnedFd,
+    pub(super) who: String,
+    pub(super) deadline: Deadline,
+    /// The file of the authority that we trust, for messages.
+    pub(super) authority: &'a Path,
 }
 
 pub(super) fn connect(
@@ -70,7 +74,7 @@ pub(super) fn connect(
 ) -> Result<Stream> {
     let started = Instant::now();
     let socket = TcpStream::connect_timeout(&address, limit).map_err(|source| Error::Connect {
-        who: describe(address, Some(peer)),
+        who: describe(Some(address), Some(peer)),
         limit,
         source,
     })?;
@@ -83,37 +87,45 @@ pub(super) fn client(
     security: &Security,
     limit: Duration,
 ) -> Result<Stream> {
-    let address = prepare(&socket)?;
+    let (socket, address) = prepare(socket)?;
     let who = describe(address, Some(peer));
-    let attempt = Attempt { socket: &socket, who, deadline: Deadline::new(limit) };
+    let authority = match security {
+        Security::Mutual(identity) => identity.authority(),
+        Security::Plaintext => Path::new(""),
+    };
+    let attempt = Attempt { socket: &socket, who, deadline: Deadline::new(limit), authority };
     let Security::Mutual(identity) = security else {
         let spill = attempt.greet_plain()?;
         return Ok(finish(socket, address, None, None, spill));
     };
     let connection = UnbufferedClientConnection::new(identity.client(), tls::server_name(peer))
-        .map_err(|e| attempt.translate(&e, identity))?;
+        .map_err(|e| attempt.translate(&e))?;
     let secure = Secure::new(Engine::new(Connection::Client(Box::new(connection))));
     let mut spill = Spill::default();
-    attempt.shake_hands(&secure, &mut spill, identity)?;
-    attempt.hear_greeting(&secure, &mut spill, identity)?;
+    attempt.shake_hands(&secure, &mut spill)?;
+    attempt.hear_greeting(&secure, &mut spill)?;
     attempt.say_greeting(&secure)?;
     // rustls has checked that the certificate there is for this name.
     Ok(finish(socket, address, Some(peer.clone()), Some(secure), spill))
 }
 
 pub(super) fn server(socket: TcpStream, security: &Security, limit: Duration) -> Result<Stream> {
-    let address = prepare(&socket)?;
+    let (socket, address) = prepare(socket)?;
     let who = describe(address, None);
-    let attempt = Attempt { socket: &socket, who, deadline: Deadline::new(limit) };
+    let authority = match security {
+        Security::Mutual(identity) => identity.authority(),
+        Security::Plaintext => Path::new(""),
+    };
+    let attempt = Attempt { socket: &socket, who, deadline: Deadline::new(limit), authority };
     let Security::Mutual(identity) = security else {
         let spill = attempt.greet_plain()?;
         return Ok(finish(socket, address, None, None, spill));
     };
-    let connection = UnbufferedServerConnection::new(identity.server())
-        .map_err(|e| attempt.translate(&e, identity))?;
+    let connection =
+        UnbufferedServerConnection::new(identity.server()).map_err(|e| attempt.translate(&e))?;
     let secure = Secure::new(Engine::new(Connection::Server(Box::new(connection))));
     let mut spill = Spill::default();
-    attempt.shake_hands(&secure, &mut spill, identity)?;
+    attempt.shake_hands(&secure, &mut spill)?;
     let name = {
         let engine = secure.engine();
         let certificate = engine.peer_certificate().ok_or_else(|| Error::BadCertificate {
@@ -123,21 +135,21 @@ pub(super) fn server(socket: TcpStream, security: &Security, limit: Duration) ->
         tls::peer_name(certificate, &attempt.who)?
     };
     attempt.say_greeting(&secure)?;
-    attempt.hear_greeting(&secure, &mut spill, identity)?;
+    attempt.hear_greeting(&secure, &mut spill)?;
     Ok(finish(socket, address, Some(name), Some(secure), spill))
 }
 
-fn prepare(socket: &TcpStream) -> Result<SocketAddr> {
+fn prepare(socket: TcpStream) -> Result<(OwnedFd, Option<SocketAddr>)> {
     let address = socket.peer_addr().map_err(socket_failed("a peer", "look at the address"))?;
-    let who = describe(address, None);
+    let who = describe(Some(address), None);
     socket.set_nodelay(true).map_err(socket_failed(&who, "set TCP_NODELAY"))?;
     socket.set_nonblocking(false).map_err(socket_failed(&who, "set the mode"))?;
-    Ok(address)
+    Ok((socket.into(), Some(address)))
 }
 
-fn finish(
-    socket: TcpStream,
-    peer_address: SocketAddr,
+pub(super) fn finish(
+    socket: OwnedFd,
+    peer_address: Option<SocketAddr>,
     peer_name: Option<HostName>,
     secure: Option<Secure>,
     spill: Spill,
@@ -154,14 +166,14 @@ fn finish(
 }
 
 impl Attempt<'_> {
-    fn shake_hands(&self, secure: &Secure, spill: &mut Spill, identity: &Identity) -> Result<()> {
+    pub(super) fn shake_hands(&self, secure: &Secure, spill: &mut Spill) -> Result<()> {
         let done = |rest: Rest, _: &Spill| rest == Rest::Ready;
-        self.drive(secure, spill, identity, "the TLS handshake", done)
+        self.drive(secure, spill, "the TLS handshake", done)
     }
 
-    fn hear_greeting(&self, secure: &Secure, spill: &mut Spill, id: &Identity) -> Result<()> {
+    fn hear_greeting(&self, secure: &Secure, spill: &mut Spill) -> Result<()> {
         let done = |_: Rest, spill: &Spill| spill.len() >= GREETING_BYTES;
-        self.drive(secure, spill, id, "its greeting", done)?;
+        self.drive(secure, spill, "its greeting", done)?;
         let mut found = [0; GREETING_BYTES];
         spill.take(&mut found);
         self.check_greeting(found, SECURE_GREETING)
@@ -178,7 +190,6 @@ impl Attempt<'_> {
         &self,
         secure: &Secure,
         spill: &mut Spill,
-        identity: &Identity,
         phase: &'static str,
         done: impl Fn(Rest, &Spill) -> bool,
     ) -> Result<()> {
@@ -189,7 +200,7 @@ impl Attempt<'_> {
                 (received, engine.pump(&mut |bytes| spill.bytes.extend_from_slice(bytes)))
             };
             secure.send_outbox(self.socket, Some(self.deadline.left()));
-            let rest = rest.map_err(|e| self.translate(&e, identity))?;
+            let rest = rest.map_err(|e| self.translate(&e))?;
             if done(rest, spill) {
                 return Ok(());
             }
@@ -246,8 +257,8 @@ impl Attempt<'_> {
         })
     }
 
-    fn translate(&self, e: &rustls::Error, identity: &Identity) -> Error {
-        tls::translate(e, &self.who, identity.authority(), SystemTime::now())
+    pub(super) fn translate(&self, e: &rustls::Error) -> Error {
+        tls::translate(e, &self.who, self.authority, SystemTime::now())
     }
 
     fn timed_out(&self, phase: &'static str) -> Error {

@@ -23,15 +23,17 @@
 mod engine;
 mod handshake;
 mod plain;
+mod starttls;
 #[cfg(test)]
 mod tests;
 
 use crate::{Error, HostName, Identity, Result};
 use engine::Secure;
+use nix::sys::socket::{self, Shutdown};
 use std::{
     io::{self, IoSlice, Read, Write},
-    net::{Shutdown, SocketAddr, TcpStream},
-    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -40,6 +42,7 @@ use std::{
 };
 
 pub use handshake::GREETING_BYTES;
+pub use starttls::{PeerCheck, TlsClient, TlsServer};
 
 /// How a stream is protected.
 #[derive(Clone, Debug)]
@@ -76,8 +79,9 @@ pub struct Control {
 }
 
 struct Shared {
-    socket: TcpStream,
-    peer_address: SocketAddr,
+    socket: OwnedFd,
+    /// None for a unix socket.
+    peer_address: Option<SocketAddr>,
     peer_name: Option<HostName>,
     secure: Option<Secure>,
     read_timeout: Timeout,
@@ -207,10 +211,10 @@ impl Control {
         self.shared.peer_name.as_ref()
     }
 
-    /// The peer's socket address.
+    /// The peer's socket address; `0.0.0.0:0` for a unix socket, which has none.
     #[must_use]
     pub fn peer_address(&self) -> SocketAddr {
-        self.shared.peer_address
+        self.shared.peer_address.unwrap_or(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0))
     }
 
     /// The longest that a read waits; then it fails with `TimedOut` and may be tried again, nothing
@@ -228,7 +232,7 @@ impl Control {
     /// Ends the connection now, both ways, and wakes whoever reads or writes.
     pub fn shutdown(&self) {
         // It fails only when the connection is gone already.
-        let _ = self.shared.socket.shutdown(Shutdown::Both);
+        let _ = socket::shutdown(self.shared.socket.as_raw_fd(), Shutdown::Both);
     }
 }
 
@@ -286,7 +290,7 @@ impl Writer {
         if let Some(secure) = &shared.secure {
             secure.say_goodbye(&shared.socket, shared.write_timeout.get())?;
         }
-        shared.socket.shutdown(Shutdown::Write)
+        Ok(socket::shutdown(shared.socket.as_raw_fd(), Shutdown::Write)?)
     }
 }
 
@@ -344,10 +348,12 @@ impl Shared {
     }
 }
 
-fn describe(address: SocketAddr, name: Option<&HostName>) -> String {
-    match name {
-        Some(name) => format!("{name} at {address}"),
-        None => format!("the peer at {address}"),
+fn describe(address: Option<SocketAddr>, name: Option<&HostName>) -> String {
+    match (name, address) {
+        (Some(name), Some(address)) => format!("{name} at {address}"),
+        (Some(name), None) => format!("{name} on a unix socket"),
+        (None, Some(address)) => format!("the peer at {address}"),
+        (None, None) => "the peer on a unix socket".to_owned(),
     }
 }
 

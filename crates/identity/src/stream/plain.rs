@@ -10,14 +10,13 @@ use nix::{
 };
 use std::{
     io::{self, IoSlice},
-    net::TcpStream,
-    os::fd::{AsFd, AsRawFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     time::{Duration, Instant},
 };
 
 /// Waits until the socket can be read (`POLLIN`) or written (`POLLOUT`), or has failed, which the
 /// next call on it reports.
-pub(super) fn wait(socket: &TcpStream, what: PollFlags, limit: Option<Duration>) -> io::Result<()> {
+pub(super) fn wait(socket: &OwnedFd, what: PollFlags, limit: Option<Duration>) -> io::Result<()> {
     let end = limit.map(|d| (Instant::now() + d, d));
     loop {
         let timeout = match end {
@@ -46,7 +45,7 @@ pub(super) fn wait(socket: &TcpStream, what: PollFlags, limit: Option<Duration>)
 }
 
 /// What is in the socket now, without waiting; `None` if nothing is.
-pub(super) fn try_read(socket: &TcpStream, buf: &mut [u8]) -> io::Result<Option<usize>> {
+pub(super) fn try_read(socket: &OwnedFd, buf: &mut [u8]) -> io::Result<Option<usize>> {
     loop {
         match recv(socket.as_raw_fd(), buf, MsgFlags::MSG_DONTWAIT) {
             Ok(n) => return Ok(Some(n)),
@@ -57,11 +56,7 @@ pub(super) fn try_read(socket: &TcpStream, buf: &mut [u8]) -> io::Result<Option<
     }
 }
 
-pub(super) fn read(
-    socket: &TcpStream,
-    buf: &mut [u8],
-    limit: Option<Duration>,
-) -> io::Result<usize> {
+pub(super) fn read(socket: &OwnedFd, buf: &mut [u8], limit: Option<Duration>) -> io::Result<usize> {
     loop {
         if let Some(n) = try_read(socket, buf)? {
             return Ok(n);
@@ -71,7 +66,7 @@ pub(super) fn read(
 }
 
 pub(super) fn write(
-    socket: &TcpStream,
+    socket: &OwnedFd,
     bufs: &[IoSlice<'_>],
     limit: Option<Duration>,
 ) -> io::Result<usize> {
@@ -92,7 +87,7 @@ pub(super) fn write(
 }
 
 pub(super) fn write_all(
-    socket: &TcpStream,
+    socket: &OwnedFd,
     mut bytes: &[u8],
     limit: Option<Duration>,
 ) -> io::Result<()> {

@@ -1,7 +1,8 @@
 use super::*;
 use crate::{Authority, Validity};
 use std::{
-    net::TcpListener,
+    net::{Shutdown, TcpListener},
+    os::unix::net::UnixStream,
     thread,
     time::{Instant, SystemTime},
 };
@@ -383,4 +384,50 @@ fn bytes_changed_on_the_way_are_never_delivered() {
     assert_eq!(e.kind(), io::ErrorKind::InvalidData, "{e}");
     drop(s);
     let _ = writer.join();
+}
+
+#[test]
+fn tls_inside_another_protocol_works_over_a_unix_socket_and_proves_names() {
+    let (dir, a, b) = hosts();
+    let (Security::Mutual(a), Security::Mutual(b)) = (a, b) else { unreachable!() };
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let server = thread::spawn(move || TlsServer::new(&b).accept(theirs, LIMIT));
+    let mut ours = TlsClient::new(&a, &name("b")).connect(ours, LIMIT).unwrap();
+    let mut theirs = server.join().unwrap().unwrap();
+    assert_eq!(theirs.peer_name(), Some(&name("a")));
+    ours.write_all(b"hello").unwrap();
+    ours.finish().unwrap();
+    let mut heard = Vec::new();
+    theirs.read_to_end(&mut heard).unwrap();
+    assert_eq!(heard, b"hello");
+
+    // The files that other programs use; a client without a certificate is refused or not.
+    let pem = tempfile::tempdir().unwrap();
+    for (from, to) in
+        [("ca.crt", "ca-cert.pem"), ("b.crt", "server-cert.pem"), ("b.key", "server-key.pem")]
+    {
+        std::fs::copy(dir.path().join(from), pem.path().join(to)).unwrap();
+    }
+    for check in [PeerCheck::Off, PeerCheck::Required] {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let server = TlsServer::load_pem(pem.path(), check).unwrap();
+        let server = thread::spawn(move || server.accept(theirs, LIMIT));
+        let client = TlsClient::load_pem(pem.path(), "b").unwrap();
+        let ours = client.connect(ours, LIMIT);
+        let accepted = server.join().unwrap();
+        assert_eq!(accepted.is_ok(), check == PeerCheck::Off);
+        let Err(refused) = accepted else { continue };
+        assert!(matches!(refused, Error::BadCertificate { .. }), "{refused}");
+        // The client learns it from its first read.
+        assert!(ours.unwrap().read(&mut [0; 16]).is_err());
+    }
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let server = TlsServer::load_pem(pem.path(), PeerCheck::Off).unwrap();
+    let server = thread::spawn(move || server.accept(theirs, LIMIT));
+    let wrong = TlsClient::load_pem(pem.path(), "c").unwrap().connect(ours, LIMIT).unwrap_err();
+    assert!(matches!(wrong, Error::WrongName { .. }), "{wrong}");
+    assert!(server.join().unwrap().is_err());
+    std::fs::remove_file(pem.path().join("ca-cert.pem")).unwrap();
+    let missing = TlsServer::load_pem(pem.path(), PeerCheck::Required).unwrap_err();
+    assert!(missing.to_string().contains("ca-cert.pem"), "{missing}");
 }
