@@ -1,1 +1,3 @@
 //! Devices on the move between hosts.
+
+pub mod codec;
