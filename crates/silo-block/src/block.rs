@@ -172,6 +172,66 @@ impl BlockSet {
         }
     }
 
+    /// Adds the blocks whose bits are set in `bits`, which stand for the 64 blocks from `word * 64`.
+    pub(crate) fn insert_word(&mut self, word: usize, bits: u64) {
+        if bits == 0 || word >= self.words.len() {
+            return;
+        }
+        let left = self.blocks - word as u64 * 64;
+        let inside = if left >= 64 { u64::MAX } else { (1 << left) - 1 };
+        let before = self.words[word];
+        self.words[word] |= bits & inside;
+        self.count += u64::from((self.words[word] ^ before).count_ones());
+    }
+
+    /// How many blocks of `range` are in the set.
+    #[must_use]
+    pub fn count_in(&self, range: BlockRange) -> u64 {
+        self.parts(range).map(|(word, mask)| u64::from((word & mask).count_ones())).sum()
+    }
+
+    /// Whether a block of `range` is in the set.
+    #[must_use]
+    pub fn intersects(&self, range: BlockRange) -> bool {
+        self.parts(range).any(|(word, mask)| word & mask != 0)
+    }
+
+    /// Whether all blocks of `range` are in the set; false if it reaches past the device.
+    #[must_use]
+    pub fn contains_range(&self, range: BlockRange) -> bool {
+        range.end() <= self.blocks && self.parts(range).all(|(word, mask)| word & mask == mask)
+    }
+
+    /// The blocks of `range` that are in the set, as runs in ascending order.
+    pub fn ranges_in(&self, range: BlockRange) -> impl Iterator<Item = BlockRange> + '_ {
+        let (mut at, stop) = (range.start.0, range.end().min(self.blocks));
+        std::iter::from_fn(move || {
+            if at >= stop {
+                return None;
+            }
+            let start = self.next_in_state(at, true).filter(|start| *start < stop)?;
+            let end = self.next_in_state(start, false).unwrap_or(self.blocks).min(stop);
+            at = end;
+            Some(BlockRange::new(start, end - start))
+        })
+    }
+
+    /// The words that `range` touches, each with the mask of the range in it.
+    fn parts(&self, range: BlockRange) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let (mut at, end) = (range.start.0, range.end().min(self.blocks));
+        std::iter::from_fn(move || {
+            if at >= end {
+                return None;
+            }
+            let stop = (at / 64 * 64 + 64).min(end);
+            let bits = stop - at;
+            let mask = if bits == 64 { u64::MAX } else { ((1 << bits) - 1) << (at % 64) };
+            let word = self.words[(at / 64) as usize];
+            at = stop;
+            Some((word, mask))
+        })
+    }
+
     /// Adds all blocks of `other`, a set over a device of the same size.
     pub fn union_with(&mut self, other: &Self) {
         self.zip(other, |a, b| a | b);
@@ -273,7 +333,16 @@ mod tests {
                 prop_assert_eq!(set.len(), model.len() as u64);
             }
             let listed: Vec<u64> = set.ranges().flat_map(|r| r.start.0..r.end()).collect();
-            prop_assert_eq!(listed, model.into_iter().collect::<Vec<_>>());
+            prop_assert_eq!(listed, model.iter().copied().collect::<Vec<_>>());
+            for (from, count) in [(0, 64), (63, 2), (10, 200), (64, 64), (299, 5), (0, blocks)] {
+                let window = BlockRange::new(from, count);
+                let inside: Vec<u64> = (from..from + count).filter(|b| model.contains(b)).collect();
+                let found: Vec<u64> = set.ranges_in(window).flat_map(|r| r.start.0..r.end()).collect();
+                prop_assert_eq!(set.count_in(window), inside.len() as u64);
+                prop_assert_eq!(set.intersects(window), !inside.is_empty());
+                prop_assert_eq!(set.contains_range(window), inside.len() as u64 == count);
+                prop_assert_eq!(found, inside);
+            }
             let mut last = None;
             for range in set.ranges() {
                 prop_assert!(range.count > 0);

@@ -6,3 +6,4 @@ pub mod device;
 pub mod geometry;
 pub mod hash;
 pub mod io;
+pub mod rounds;
