@@ -2,6 +2,8 @@
 
 mod bench;
 mod cli;
+mod config;
+mod metrics;
 
 use clap::Parser;
 use std::process::ExitCode;

@@ -1,7 +1,11 @@
 //! The subcommands. Each prints a few lines for people, or one JSON object with `--json`.
 
+mod config;
+mod progress;
 mod serve;
+mod stop;
 
+use crate::config::ByteSize;
 use anyhow::{Context, Result};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use serde::Serialize;
@@ -13,7 +17,6 @@ use silo::{
 use std::{
     io::{self, IsTerminal, Write},
     path::PathBuf,
-    str::FromStr,
 };
 
 /// Data that moves: disks over a read-only base, served over NBD, durable through crashes.
@@ -43,6 +46,9 @@ enum Command {
         /// The disk's folder
         overlay: PathBuf,
     },
+    /// Check a config file, or print the schema of config files
+    #[command(subcommand)]
+    Config(config::ConfigCommand),
     /// Measure silo next to other programs that do the same
     Bench(crate::bench::Args),
     /// Print a completion script for a shell
@@ -62,46 +68,7 @@ struct CreateArgs {
     overlay: PathBuf,
     /// Size, as in 512M or 10G; without it that of the base
     #[arg(long, default_value = "0")]
-    size: Size,
-}
-
-/// A size in bytes as people write it: a number and perhaps K, M, G or T (powers of 1024).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Size(u64);
-
-impl FromStr for Size {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let lower = text.trim().to_ascii_lowercase();
-        let lower = lower.strip_suffix("ib").unwrap_or(&lower);
-        let (digits, shift) = match lower.chars().last() {
-            Some('k') => (&lower[..lower.len() - 1], 10),
-            Some('m') => (&lower[..lower.len() - 1], 20),
-            Some('g') => (&lower[..lower.len() - 1], 30),
-            Some('t') => (&lower[..lower.len() - 1], 40),
-            _ => (lower, 0),
-        };
-        let number: u64 = digits
-            .trim()
-            .parse()
-            .map_err(|_| format!("\"{text}\" is not a size; write 4096, 512M or 10G"))?;
-        number
-            .checked_mul(1 << shift)
-            .map(Self)
-            .ok_or_else(|| format!("{text} is more than this computer can count"))
-    }
-}
-
-fn human(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = bytes as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit < UNITS.len() - 1 {
-        value /= 1024.0;
-        unit += 1;
-    }
-    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+    size: ByteSize,
 }
 
 /// Logs go to stderr, by `RUST_LOG`, warnings by default.
@@ -113,6 +80,11 @@ pub(crate) fn log_to_stderr() {
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
         .init();
+}
+
+/// Bytes for people.
+fn human(bytes: u64) -> ByteSize {
+    ByteSize(bytes)
 }
 
 fn print(json: bool, value: &impl Serialize, text: &str) -> Result<()> {
@@ -157,6 +129,7 @@ impl Cli {
                 let text = format!("created {} ({})", args.overlay.display(), human(disk.size()));
                 print(json, &value, &text)
             }
+            Command::Config(command) => config::run(&command, json),
             Command::Serve(args) => serve::run(&args, json),
             Command::Inspect { overlay } => {
                 let seen = disk::inspect(&overlay)?;
@@ -215,18 +188,6 @@ fn describe(seen: &disk::Inspection) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes_are_read_as_people_write_them() {
-        for (text, bytes) in
-            [("0", 0), ("4096", 4096), ("4k", 4096), ("512M", 512 << 20), ("10GiB", 10 << 30)]
-        {
-            assert_eq!(text.parse(), Ok(Size(bytes)), "{text}");
-        }
-        for bad in ["", "G", "-1", "1.5G", "10X", "99999999999T"] {
-            assert!(bad.parse::<Size>().is_err(), "{bad}");
-        }
-    }
 
     #[test]
     fn the_command_line_is_consistent() {

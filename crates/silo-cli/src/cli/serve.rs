@@ -1,6 +1,7 @@
 //! `silo serve`: one disk on one socket, until it is told to stop.
 
-use super::{Size, human, options, print};
+use super::{human, options, print};
+use crate::config::ByteSize;
 use anyhow::{Context, Result};
 use clap::Args;
 use signal_hook::{
@@ -32,7 +33,7 @@ pub(super) struct ServeArgs {
     create: bool,
     /// Size of a disk that is created; without it that of the base
     #[arg(long, default_value = "0", requires = "create")]
-    size: Size,
+    size: ByteSize,
     /// The export's name; clients that ask for "" get the disk too
     #[arg(long, default_value = "")]
     export: String,

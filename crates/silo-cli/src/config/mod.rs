@@ -1,0 +1,525 @@
+//! The config file: devices, what they are made of, and what happens to them.
+//!
+//! `silo serve --config FILE` and its like read it; [`stack`](crate::stack) builds devices from it.
+//! `docs/silo-config.md` shows every key; the schema beside it is made from these types.
+//!
+//! What must hold: a key that is not known is an error that says where it stands and which key was
+//! perhaps meant; nothing is opened, made or connected to before the whole file has been checked;
+//! no secret can be written into it.
+
+mod check;
+mod problem;
+mod values;
+
+#[cfg(test)]
+mod tests;
+
+pub(crate) use problem::ConfigError;
+pub(crate) use values::{ByteSize, Secret, Span};
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+/// A file of devices that silo serves, backs up and moves.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+#[schemars(title = "silo config")]
+pub(crate) struct Config {
+    /// Devices by name: lower-case letters, digits and dashes
+    #[serde(default)]
+    pub(crate) device: BTreeMap<String, DeviceConfig>,
+    /// Devices that move and are backed up together, at one moment; all in one group if there is none
+    #[serde(default)]
+    pub(crate) group: BTreeMap<String, GroupConfig>,
+    /// Who this host is to others: certificates for mutual TLS
+    pub(crate) identity: Option<IdentityConfig>,
+    /// Continuous backup to an object store
+    pub(crate) backup: Option<BackupConfig>,
+    /// Moving devices to and from other hosts
+    pub(crate) migrate: Option<MigrateConfig>,
+    /// Prometheus endpoint
+    pub(crate) metrics: Option<MetricsConfig>,
+}
+
+/// One device.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct DeviceConfig {
+    /// Size in bytes; needed where the source does not say (memory, new files)
+    pub(crate) size: Option<ByteSize>,
+    /// Granularity of tracking, moving and backup: a power of two from 512 to 1M
+    #[serde(default = "DeviceConfig::default_block_size")]
+    pub(crate) block_size: ByteSize,
+    /// Where its bytes are
+    pub(crate) source: SourceConfig,
+    /// BLAKE3 root that the source must have (`silo hash`); checked before anything is served
+    pub(crate) hash: Option<String>,
+    /// Folders of copy-on-write layers over the source, the lowest first; the last takes the writes
+    #[serde(default)]
+    pub(crate) overlays: Vec<PathBuf>,
+    /// Refuse writes
+    #[serde(default)]
+    pub(crate) read_only: bool,
+    /// Keep written blocks in memory and write them back later (a flush writes them all)
+    pub(crate) write_cache: Option<WriteCacheConfig>,
+    /// Drop bytes of writes that the device has already
+    pub(crate) filter: Option<FilterConfig>,
+    /// Record what is written, to replay it elsewhere
+    pub(crate) binlog: Option<BinlogConfig>,
+    /// What happens when the source fails
+    #[serde(default)]
+    pub(crate) on_error: ErrorPolicyConfig,
+    /// How others reach it
+    #[serde(default)]
+    pub(crate) expose: ExposeConfig,
+}
+
+impl DeviceConfig {
+    /// 4 KiB: what memory and file systems work in.
+    fn default_block_size() -> ByteSize {
+        ByteSize(4096)
+    }
+}
+
+/// Where the bytes of a device are: one of these.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) enum SourceConfig {
+    /// Memory of this process, zeros at first; `size` says how much
+    Memory,
+    /// A disk folder made by `silo create`, over a read-only base or none; survives crashes
+    #[serde(rename_all = "kebab-case")]
+    Disk {
+        /// The folder
+        dir: PathBuf,
+        /// The read-only file below it
+        base: Option<PathBuf>,
+        /// Make it if there is none; `size` says how big, else the base does
+        #[serde(default)]
+        create: bool,
+    },
+    /// A plain file or block device
+    #[serde(rename_all = "kebab-case")]
+    File {
+        /// The file
+        path: PathBuf,
+        /// Make it, of `size` bytes, if there is none
+        #[serde(default)]
+        create: bool,
+    },
+    /// A log file that holds only blocks that were written
+    #[serde(rename_all = "kebab-case")]
+    Sparse {
+        /// The file
+        path: PathBuf,
+    },
+    /// A folder with one file for each piece
+    #[serde(rename_all = "kebab-case")]
+    Directory {
+        /// The folder
+        path: PathBuf,
+        /// Bytes of a piece, a multiple of the block size
+        #[serde(default = "SourceConfig::default_piece")]
+        piece: ByteSize,
+    },
+    /// An object store, one object for each piece
+    #[serde(rename_all = "kebab-case")]
+    Object {
+        /// The store
+        store: StoreConfig,
+        /// Bytes of an object, a multiple of the block size
+        #[serde(default = "SourceConfig::default_piece")]
+        piece: ByteSize,
+    },
+    /// Another silo, or any NBD server
+    #[serde(rename_all = "kebab-case")]
+    Silo {
+        /// `nbd://host:port/export`, `nbds://…` for TLS, or `nbd+unix:///export?socket=PATH`
+        url: String,
+        /// Connections to it
+        #[serde(default = "SourceConfig::default_connections")]
+        connections: usize,
+    },
+    /// A file that a running process has mapped, read out of its memory
+    #[serde(rename_all = "kebab-case")]
+    Process {
+        /// Process id
+        pid: u32,
+        /// The path of the mapped file, as in /proc/PID/maps
+        mapping: String,
+    },
+}
+
+impl SourceConfig {
+    fn default_piece() -> ByteSize {
+        ByteSize(1 << 20)
+    }
+
+    fn default_connections() -> usize {
+        4
+    }
+}
+
+/// Devices that belong together.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct GroupConfig {
+    /// Names of devices
+    pub(crate) devices: Vec<String>,
+}
+
+/// A write-back cache.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct WriteCacheConfig {
+    /// Most bytes not yet written back; then writers are slowed
+    #[serde(default = "WriteCacheConfig::default_limit")]
+    pub(crate) limit: ByteSize,
+    /// Longest time that a write stays in the cache only
+    #[serde(default = "WriteCacheConfig::default_max_age")]
+    pub(crate) max_age: Span,
+}
+
+impl WriteCacheConfig {
+    fn default_limit() -> ByteSize {
+        ByteSize(64 << 20)
+    }
+
+    fn default_max_age() -> Span {
+        Span(std::time::Duration::from_secs(1))
+    }
+}
+
+/// A filter of writes that change nothing.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct FilterConfig {
+    /// Up to this many unchanged bytes between two changed ones are written all the same
+    #[serde(default)]
+    pub(crate) allowance: usize,
+}
+
+/// A record of what is written.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct BinlogConfig {
+    /// The file; it must not exist
+    pub(crate) path: PathBuf,
+    /// Record reads too
+    #[serde(default)]
+    pub(crate) reads: bool,
+}
+
+/// What a device does when its source fails.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct ErrorPolicyConfig {
+    /// A read fails
+    #[serde(default)]
+    pub(crate) read: OnError,
+    /// A write or a flush fails
+    #[serde(default)]
+    pub(crate) write: OnError,
+    /// There is no room
+    #[serde(default)]
+    pub(crate) full: OnError,
+}
+
+/// One answer to an error.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum OnError {
+    /// The client gets the error
+    #[default]
+    Eio,
+    /// The request waits and is tried again until it succeeds
+    Pause,
+    /// The device takes nothing any more
+    Stop,
+}
+
+/// How a device is reached; several at once are possible.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct ExposeConfig {
+    /// Network block device
+    pub(crate) nbd: Option<NbdConfig>,
+    /// For virtual machines: a vhost-user-blk socket
+    pub(crate) vhost_user_blk: Option<VhostConfig>,
+    /// A file in a folder, by FUSE
+    pub(crate) fuse: Option<FuseConfig>,
+    /// A block device of this kernel, by nbd-client
+    pub(crate) attach: Option<AttachConfig>,
+}
+
+/// An NBD export.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct NbdConfig {
+    /// A unix socket to listen on
+    pub(crate) unix: Option<PathBuf>,
+    /// An address to listen on, as in 127.0.0.1:10809
+    pub(crate) tcp: Option<SocketAddr>,
+    /// Allow TCP clients without TLS; only for a network that is trusted as a whole
+    #[serde(default)]
+    pub(crate) plaintext: bool,
+    /// The export's name; the device's name if not given
+    pub(crate) export: Option<String>,
+    /// Refuse writes of these clients
+    #[serde(default)]
+    pub(crate) read_only: bool,
+    /// Most clients at a time
+    #[serde(default = "NbdConfig::default_connections")]
+    pub(crate) max_connections: usize,
+}
+
+impl NbdConfig {
+    fn default_connections() -> usize {
+        16
+    }
+}
+
+/// A vhost-user-blk socket.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct VhostConfig {
+    /// The unix socket to listen on
+    pub(crate) socket: PathBuf,
+    /// Number of queues
+    #[serde(default = "VhostConfig::default_queues")]
+    pub(crate) queues: usize,
+}
+
+impl VhostConfig {
+    fn default_queues() -> usize {
+        1
+    }
+}
+
+/// A FUSE mount with one file in it, named as the device.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct FuseConfig {
+    /// An empty folder
+    pub(crate) mount: PathBuf,
+}
+
+/// A kernel block device.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct AttachConfig {
+    /// The device to attach to, as in /dev/nbd0
+    pub(crate) device: PathBuf,
+}
+
+/// Certificates of this host, as `silo tls` makes them.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct IdentityConfig {
+    /// The folder with ca.crt, NAME.crt and NAME.key
+    pub(crate) dir: PathBuf,
+    /// This host's name
+    pub(crate) name: String,
+}
+
+/// An object store.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct StoreConfig {
+    /// `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix`, `file:///folder`
+    pub(crate) url: String,
+    /// The service's address, where it is not the provider's own
+    pub(crate) endpoint: Option<String>,
+    /// The region, where the provider has them
+    pub(crate) region: Option<String>,
+    /// Allow an endpoint without TLS (blocks are encrypted all the same)
+    #[serde(default)]
+    pub(crate) allow_http: bool,
+    /// Where the access key is; else the provider's usual environment variables count
+    pub(crate) access_key: Option<Secret>,
+    /// Where the secret key is
+    pub(crate) secret_key: Option<Secret>,
+}
+
+/// Continuous backup.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct BackupConfig {
+    /// The group; may be left out where there is one
+    pub(crate) group: Option<String>,
+    /// Where to
+    pub(crate) store: StoreConfig,
+    /// The name of whoever owns these backups; blocks are shared inside a tenant only
+    pub(crate) tenant: String,
+    /// Where the tenant's keys are: the ring that `silo keys create` made
+    pub(crate) keys: Secret,
+    /// A write is in a generation at most this long after it was made
+    #[serde(default = "BackupConfig::default_max_age")]
+    pub(crate) max_age: Span,
+    /// Most bytes a second to the store
+    pub(crate) bandwidth: Option<ByteSize>,
+    /// Which generations `silo prune` keeps
+    #[serde(default)]
+    pub(crate) retention: RetentionConfig,
+}
+
+impl BackupConfig {
+    fn default_max_age() -> Span {
+        Span(std::time::Duration::from_secs(60))
+    }
+}
+
+/// Which generations are kept: the union of these.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct RetentionConfig {
+    /// The newest ones
+    pub(crate) last: Option<usize>,
+    /// The newest of each of so many hours
+    pub(crate) hourly: Option<usize>,
+    /// The newest of each of so many days
+    pub(crate) daily: Option<usize>,
+    /// The newest of each of so many weeks
+    pub(crate) weekly: Option<usize>,
+}
+
+/// Moving.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct MigrateConfig {
+    /// The group; may be left out where there is one
+    pub(crate) group: Option<String>,
+    /// Where a source waits for its destination
+    pub(crate) listen: Option<SocketAddr>,
+    /// Where a destination finds its source, as in host-a:5170
+    pub(crate) peer: Option<String>,
+    /// The peer's name in its certificate; no other is accepted
+    pub(crate) peer_name: Option<String>,
+    /// Move without TLS; only on a network that is trusted as a whole
+    #[serde(default)]
+    pub(crate) plaintext: bool,
+    /// Connections for bulk data
+    #[serde(default = "MigrateConfig::default_connections")]
+    pub(crate) connections: usize,
+    /// Most bytes on the way
+    #[serde(default = "MigrateConfig::default_in_flight")]
+    pub(crate) in_flight: ByteSize,
+    /// Most bytes a second
+    pub(crate) bandwidth: Option<ByteSize>,
+    /// Hand over when the rest can be sent in this time
+    #[serde(default = "MigrateConfig::default_blackout")]
+    pub(crate) blackout: Span,
+}
+
+impl MigrateConfig {
+    fn default_connections() -> usize {
+        4
+    }
+
+    fn default_in_flight() -> ByteSize {
+        ByteSize(64 << 20)
+    }
+
+    fn default_blackout() -> Span {
+        Span(std::time::Duration::from_millis(50))
+    }
+}
+
+/// Where metrics are served.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct MetricsConfig {
+    /// The address, as in 127.0.0.1:9618; /metrics and /health are answered
+    pub(crate) listen: SocketAddr,
+}
+
+impl Config {
+    /// Reads and checks a file. Relative paths in it count from its folder.
+    ///
+    /// # Errors
+    /// All problems that were found, each with its place.
+    pub(crate) fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+        let mut config = Self::parse(&text, path)?;
+        if let Some(folder) = path.parent() {
+            config.resolve(folder);
+        }
+        Ok(config)
+    }
+
+    /// Reads and checks a text; `path` is only for messages.
+    ///
+    /// # Errors
+    /// All problems that were found, each with its place.
+    pub(crate) fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let config: Self =
+            toml::from_str(text).map_err(|error| problem::of_parser(path, text, &error))?;
+        let problems = check::all(&config);
+        if problems.is_empty() { Ok(config) } else { Err(problem::of_checks(path, text, problems)) }
+    }
+
+    /// The JSON schema of a config file.
+    pub(crate) fn schema() -> schemars::Schema {
+        schemars::schema_for!(Self)
+    }
+
+    /// The devices of a group; of all devices without groups.
+    pub(crate) fn members(&self, group: Option<&str>) -> Option<(String, Vec<String>)> {
+        match group {
+            Some(name) => {
+                self.group.get(name).map(|group| (name.to_owned(), group.devices.clone()))
+            }
+            None if self.group.is_empty() => {
+                Some(("all".to_owned(), self.device.keys().cloned().collect()))
+            }
+            None if self.group.len() == 1 => {
+                self.group.iter().next().map(|(name, group)| (name.clone(), group.devices.clone()))
+            }
+            None => None,
+        }
+    }
+
+    /// Makes relative paths relative to `folder`.
+    fn resolve(&mut self, folder: &Path) {
+        let at = |path: &mut PathBuf| *path = folder.join(&*path);
+        let secret = |secret: &mut Secret| {
+            if let Secret::File(path) = secret {
+                *path = folder.join(&*path);
+            }
+        };
+        let store = |store: &mut StoreConfig| {
+            store.access_key.iter_mut().chain(&mut store.secret_key).for_each(secret);
+        };
+        for device in self.device.values_mut() {
+            match &mut device.source {
+                SourceConfig::Disk { dir, base, .. } => {
+                    at(dir);
+                    base.iter_mut().for_each(at);
+                }
+                SourceConfig::File { path, .. }
+                | SourceConfig::Sparse { path }
+                | SourceConfig::Directory { path, .. } => at(path),
+                SourceConfig::Object { store: of, .. } => store(of),
+                SourceConfig::Memory | SourceConfig::Silo { .. } | SourceConfig::Process { .. } => {
+                }
+            }
+            device.overlays.iter_mut().for_each(at);
+            device.binlog.iter_mut().for_each(|binlog| at(&mut binlog.path));
+            let expose = &mut device.expose;
+            expose.nbd.iter_mut().filter_map(|nbd| nbd.unix.as_mut()).for_each(at);
+            expose.vhost_user_blk.iter_mut().for_each(|vhost| at(&mut vhost.socket));
+            expose.fuse.iter_mut().for_each(|fuse| at(&mut fuse.mount));
+        }
+        self.identity.iter_mut().for_each(|identity| at(&mut identity.dir));
+        if let Some(backup) = &mut self.backup {
+            store(&mut backup.store);
+            secret(&mut backup.keys);
+        }
+    }
+}
