@@ -55,7 +55,6 @@ mod runtime;
 mod state;
 mod store;
 mod sync;
-mod sys;
 
 #[cfg(test)]
 mod tests;

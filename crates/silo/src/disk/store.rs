@@ -7,7 +7,6 @@ use super::{
     journal::{self, Journal, JournalHeader, Run},
     runtime::{Runtime, RuntimeContent},
     state::{AtomicBits, BlockState, DiskStatus, StateMap},
-    sys,
 };
 use crate::block::{BLOCK_SIZE, BlockRange, BlockSet};
 use std::{
@@ -313,7 +312,7 @@ impl Store {
             _ => (&self.data, 0),
         };
         if length > 0 && self.cache_reads.load(Ordering::Relaxed) {
-            match sys::read_cached(file, offset, &mut buf[..length]) {
+            match crate::files::read_cached(file, offset, &mut buf[..length]) {
                 Ok(Some(count)) if count == length => {
                     buf[length..].fill(0);
                     return Ok(true);

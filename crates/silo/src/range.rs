@@ -1,0 +1,40 @@
+//! Checks and constants that every device needs: an access past the end is refused with one
+//! sentence, and zeros are written from one place.
+
+use std::io;
+
+/// Zeros to write from.
+pub(crate) static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
+/// An access that reaches past the end.
+#[derive(Debug, thiserror::Error)]
+#[error("{length} bytes at {offset} reach past the end of a device of {size} bytes")]
+struct OutOfRange {
+    offset: u64,
+    length: u64,
+    size: u64,
+}
+
+/// Refuses an access that reaches past the end.
+///
+/// # Errors
+/// `InvalidInput`, which clients see as EINVAL.
+pub(crate) fn check(size: u64, offset: u64, length: u64) -> io::Result<()> {
+    match offset.checked_add(length) {
+        Some(end) if end <= size => Ok(()),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidInput, OutOfRange { offset, length, size })),
+    }
+}
+
+/// Refuses a write to a device that takes none.
+///
+/// # Errors
+/// Always `PermissionDenied`, which clients see as EPERM.
+pub(crate) fn refuse_write<T>(device: &str) -> io::Result<T> {
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("{device} is read-only")))
+}
+
+/// The same error again, for another caller that waited for the same work.
+pub(crate) fn same_error(error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), error.to_string())
+}
