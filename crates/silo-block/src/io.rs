@@ -1,7 +1,7 @@
 //! Byte-addressed access to a device: what block servers serve, and what layers and sources are
 //! made of. (How blocks of a device move is [`device`](crate::device).)
 
-use std::io;
+use std::{io, os::fd::BorrowedFd};
 
 /// What a run of bytes is made of, as `BLOCK_STATUS` and `SEEK_DATA` report it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +53,14 @@ pub trait BlockDevice: Send + Sync {
         true
     }
 
+    /// Where these bytes lie in a file, if an access may go there directly: nothing has to be
+    /// waited for, tracked or translated, and the place stays as long as the device lives. With
+    /// `write`, bytes may be written there, and [`BlockDevice::flush`] makes them durable.
+    fn file_range(&self, offset: u64, length: u64, write: bool) -> Option<(BorrowedFd<'_>, u64)> {
+        let _ = (offset, length, write);
+        None
+    }
+
     /// Writes; the bytes are readable when this returns, and durable after a flush.
     ///
     /// # Errors
@@ -92,6 +100,21 @@ pub trait BlockDevice: Send + Sync {
         } else {
             vec![Extent { length, allocation: Allocation::Data }]
         })
+    }
+
+    /// Whether [`BlockDevice::zero`] is always faster than writing zeros: it changes maps and
+    /// writes none.
+    fn zeroes_fast(&self) -> bool {
+        false
+    }
+
+    /// These bytes will be read soon: a hint, which may return at once and need not be taken.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::read_at`]; nothing has to be done about one.
+    fn prefetch(&self, offset: u64, length: u64) -> io::Result<()> {
+        let _ = (offset, length);
+        Ok(())
     }
 
     /// Whether writes are refused, always.

@@ -6,4 +6,6 @@ pub mod device;
 pub mod geometry;
 pub mod hash;
 pub mod io;
+pub mod order;
 pub mod rounds;
+pub mod session;
