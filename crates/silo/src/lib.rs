@@ -21,6 +21,8 @@ pub mod filter;
 pub mod source;
 
 mod files;
+mod locks;
+mod map;
 mod range;
 mod shared_sync;
 

@@ -1,10 +1,8 @@
 //! Waiting for blocks that have not arrived: asks for each of them once, and sleeps until they are
 //! filled, overwritten, called off, or too late.
 
-use super::{
-    error::DiskError,
-    state::{AtomicBits, BlockState, StateMap},
-};
+use super::error::DiskError;
+use crate::map::{AtomicBits, BlockState, StateMap};
 use crate::{
     block::{BlockIndex, BlockRange},
     device::Demand,

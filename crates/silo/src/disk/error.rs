@@ -1,6 +1,6 @@
 //! What can go wrong with a disk, as sentences for people.
 
-use crate::block::BlockRange;
+use crate::{block::BlockRange, locks::LockError, map::MapError};
 use std::{
     io,
     path::{Path, PathBuf},
@@ -158,6 +158,29 @@ impl DiskError {
     pub(super) fn io(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { operation, path, source }
+    }
+}
+
+impl From<MapError> for DiskError {
+    fn from(error: MapError) -> Self {
+        match error {
+            MapError::Io { operation, path, source } => Self::Io { operation, path, source },
+            MapError::NotThere { path } => {
+                Self::NotADisk { path: path.parent().unwrap_or(&path).to_owned() }
+            }
+            MapError::Version { path, found, known } => Self::Version { path, found, known },
+            MapError::Corrupt { path, at, detail } => Self::Corrupt { path, at, detail },
+            MapError::SyncLost { cause } => Self::SyncLost { cause },
+        }
+    }
+}
+
+impl From<LockError> for DiskError {
+    fn from(error: LockError) -> Self {
+        match error {
+            LockError::Frozen => Self::Frozen,
+            LockError::Timeout { what, limit } => Self::Timeout { what, limit },
+        }
     }
 }
 

@@ -1,19 +1,16 @@
 //! What the guest does: reads, writes, zeros. No allocation, one system call where one is enough.
 
-use super::{
-    Disk, DiskError,
-    locks::Who,
-    state::{BlockState, DiskStatus},
-};
+use super::{Disk, DiskError};
 use crate::{
     block::{BLOCK_SIZE, BlockRange},
-    nbd::BlockDevice,
+    io::BlockDevice,
+    locks::Who,
+    map::{BlockState, DiskStatus},
+    range::ZEROS,
 };
 use std::io;
 
 const BLOCK: u64 = BLOCK_SIZE as u64;
-
-static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// The blocks that an access touches.
 fn touched(offset: u64, length: u64) -> BlockRange {
@@ -40,13 +37,13 @@ impl Disk {
         let end = offset + buf.len() as u64;
         let mut at = offset;
         while at < end {
-            let (state, stop) = self.store.states.run(at / BLOCK, range.end());
+            let (state, stop) = self.store.states().run(at / BLOCK, range.end());
             if state == BlockState::Missing {
                 // Ask for all of them, then wait for the first.
                 let rest = BlockRange::new(at / BLOCK, range.end() - at / BLOCK);
-                self.arrivals.ask(&self.store.states, rest)?;
+                self.arrivals.ask(self.store.states(), rest)?;
                 let first = BlockRange::new(at / BLOCK, stop - at / BLOCK);
-                self.arrivals.wait(&self.store.states, first)?;
+                self.arrivals.wait(self.store.states(), first)?;
                 continue;
             }
             let stop = end.min(stop * BLOCK);
@@ -64,7 +61,7 @@ impl Disk {
         let end = offset + buf.len() as u64;
         let mut at = offset;
         while at < end {
-            let (state, stop) = self.store.states.run(at / BLOCK, range.end());
+            let (state, stop) = self.store.states().run(at / BLOCK, range.end());
             let stop = end.min(stop * BLOCK);
             let part = &mut buf[(at - offset) as usize..(stop - offset) as usize];
             if state == BlockState::Missing || !self.store.read_cached(state, at, part)? {
@@ -87,7 +84,7 @@ impl Disk {
             self.check_running()?;
             if let Some(block) = self.missing_edge(range, offset, length) {
                 drop(guard);
-                self.arrivals.wait(&self.store.states, BlockRange::new(block, 1))?;
+                self.arrivals.wait(self.store.states(), BlockRange::new(block, 1))?;
                 continue;
             }
             let result = self.write_locked(range, offset, data);
@@ -111,12 +108,12 @@ impl Disk {
         let end = offset + length;
         let head = (!offset.is_multiple_of(BLOCK)).then_some(range.start.0);
         let tail = (!end.is_multiple_of(BLOCK)).then_some(range.end() - 1);
-        let missing = |block: &u64| self.store.states.get(*block) == BlockState::Missing;
+        let missing = |block: &u64| self.store.states().get(*block) == BlockState::Missing;
         head.filter(missing).or_else(|| tail.filter(missing))
     }
 
     fn write_locked(&self, range: BlockRange, offset: u64, data: &[u8]) -> Result<(), DiskError> {
-        let states = &self.store.states;
+        let states = self.store.states();
         let (first, last) = (range.start.0, range.end() - 1);
         let was_missing =
             self.status() == DiskStatus::Armed && states.any(range, BlockState::Missing);
@@ -149,7 +146,7 @@ impl Disk {
     /// Writes a block that is in the base or zero, with `part` put into it at `within`.
     fn write_merged(&self, block: u64, within: usize, part: &[u8]) -> Result<(), DiskError> {
         let mut whole = [0; BLOCK_SIZE];
-        self.store.read(self.store.states.get(block), block * BLOCK, &mut whole)?;
+        self.store.read(self.store.states().get(block), block * BLOCK, &mut whole)?;
         whole[within..within + part.len()].copy_from_slice(part);
         self.store.write(block * BLOCK, &whole)
     }
@@ -195,7 +192,7 @@ impl Disk {
     fn drop_blocks(&self, range: BlockRange) -> Result<(), DiskError> {
         let _guard = self.locks.lock(range, Who::Guest)?;
         self.check_running()?;
-        let had_data = self.store.states.any(range, BlockState::Data);
+        let had_data = self.store.states().any(range, BlockState::Data);
         let result = self.store.set_state(range, BlockState::Zero);
         self.dirty.insert(range);
         result?;
@@ -226,7 +223,7 @@ impl BlockDevice for Disk {
     fn may_wait(&self, offset: u64, length: u64) -> bool {
         self.status() == DiskStatus::Armed
             && matches!(self.check(offset, length), Ok(Some(range))
-                if self.store.states.any(range, BlockState::Missing))
+                if self.store.states().any(range, BlockState::Missing))
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {

@@ -1,10 +1,10 @@
 //! A look at a disk's files without opening it: for people, and for a host that takes stock.
 
-use super::{
-    BlockState, BootId, DiskError, DiskStatus, Identity, identity, journal::Journal,
-    runtime::Runtime,
+use super::{BlockState, BootId, DiskError, DiskStatus, Identity, identity};
+use crate::{
+    files::RealFolder,
+    map::{Journal, Runtime},
 };
-use crate::block::BLOCK_SIZE;
 use serde::Serialize;
 use std::{fs, os::unix::fs::MetadataExt, path::Path};
 
@@ -50,10 +50,13 @@ pub struct Inspection {
 /// # Errors
 /// If there is no disk, or a file is damaged.
 pub fn inspect(dir: &Path) -> Result<Inspection, DiskError> {
-    let (replayed, journal_bytes) = Journal::inspect(dir)?;
+    let folder = RealFolder::new(dir);
+    let (replayed, journal_bytes) = Journal::inspect(&*folder, "journal")?;
     let header = replayed.header;
-    let boot = BootId::current()?;
-    let current = Runtime::adopt(dir, header.blocks, header.instance, &boot)?;
+    let boot =
+        BootId::current().map_err(DiskError::io("ask the kernel for", Path::new("its boot id")))?;
+    let current =
+        Runtime::adopt(&*folder, "runtime", header.geometry.blocks(), header.instance, &boot)?;
     let up_to_date = current.is_some();
     let (states, status, frozen) = match current {
         Some((_, now)) => (now.states, now.status, now.frozen),
@@ -65,7 +68,7 @@ pub fn inspect(dir: &Path) -> Result<Inspection, DiskError> {
     let data = dir.join("data");
     let metadata = fs::metadata(&data).map_err(DiskError::io("inspect", &data))?;
     Ok(Inspection {
-        bytes: header.blocks * BLOCK_SIZE as u64,
+        bytes: header.geometry.bytes(),
         base_bytes: header.base_bytes,
         status,
         frozen,

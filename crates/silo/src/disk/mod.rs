@@ -48,31 +48,26 @@ mod error;
 mod guest;
 mod identity;
 mod inspect;
-mod journal;
-mod locks;
 mod moving;
-mod runtime;
-mod state;
 mod store;
 mod sync;
 
 #[cfg(test)]
 mod tests;
 
+pub use crate::map::{BlockState, BootId, DiskStatus};
 pub use error::DiskError;
 pub use identity::Identity;
 pub use inspect::{Inspection, inspect};
-pub use runtime::BootId;
-pub use state::{BlockState, DiskStatus};
 pub use sync::FlushPolicy;
 
 use crate::{
     device::{Device as _, DeviceName},
     hash::RootHash,
+    locks::RangeLocks,
+    map::AtomicBits,
 };
 use arrivals::Arrivals;
-use locks::RangeLocks;
-use state::AtomicBits;
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
@@ -82,7 +77,7 @@ use store::Store;
 use sync::Flusher;
 
 /// The most blocks that a disk may have: 1 TiB. The maps in memory cost a byte per block.
-pub const MAX_BLOCKS: u64 = 1 << 28;
+pub const MAX_BLOCKS: u64 = crate::map::MAX_BLOCKS;
 
 /// What a disk needs to know besides its files.
 #[derive(Clone, Debug)]

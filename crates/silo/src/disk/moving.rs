@@ -1,13 +1,11 @@
 //! The disk as a device that moves: see [`Device`] for what each call promises.
 
-use super::{
-    Disk, DiskError,
-    locks::Who,
-    state::{BlockState, DiskStatus},
-};
+use super::{Disk, DiskError};
 use crate::{
     block::{BLOCK_SIZE, BlockIndex, BlockRange, BlockSet},
     device::{Demand, Device, DeviceError, DeviceName, Result},
+    locks::Who,
+    map::{BlockState, DiskStatus},
 };
 
 impl Disk {
@@ -76,7 +74,7 @@ impl Disk {
         let range = self.inside_range(range)?;
         self.receive("storing blocks")?;
         let _guard = self.locks.lock(range, Who::Mover)?;
-        let had_data = self.store.states.any(range, BlockState::Data);
+        let had_data = self.store.states().any(range, BlockState::Data);
         self.store.set_state(range, BlockState::Zero)?;
         if had_data {
             self.store.punch(range);
@@ -132,7 +130,7 @@ impl Disk {
     ) -> std::result::Result<u64, DiskError> {
         let _guard = self.locks.lock(range, Who::Mover)?;
         let mut taken = 0;
-        for (run, old) in self.store.states.runs(range) {
+        for (run, old) in self.store.states().runs(range) {
             if old != BlockState::Missing {
                 continue;
             }
@@ -204,11 +202,11 @@ impl Device for Disk {
     }
 
     fn allocated(&self) -> Result<BlockSet> {
-        let mut set = self.store.states.select(&[BlockState::Zero]);
+        let mut set = self.store.states().select(&[BlockState::Zero]);
         // Behind the base an untouched disk is zero too.
         let base = self.store.base_blocks().min(self.blocks());
         set.remove_range(BlockRange::new(base, self.blocks() - base));
-        set.union_with(&self.store.states.select(&[BlockState::Data, BlockState::Missing]));
+        set.union_with(&self.store.states().select(&[BlockState::Data, BlockState::Missing]));
         Ok(set)
     }
 
@@ -216,7 +214,7 @@ impl Device for Disk {
         let read = || {
             let range = self.inside(start, buf.len())?;
             let mut rest = buf;
-            for (run, state) in self.store.states.runs(range) {
+            for (run, state) in self.store.states().runs(range) {
                 if state == BlockState::Missing {
                     return Err(DiskError::NotArrived { range: run });
                 }
@@ -266,11 +264,11 @@ impl Device for Disk {
     }
 
     fn missing_blocks(&self) -> u64 {
-        self.store.states.count(BlockState::Missing)
+        self.store.states().count(BlockState::Missing)
     }
 
     fn missing(&self) -> BlockSet {
-        self.store.states.select(&[BlockState::Missing])
+        self.store.states().select(&[BlockState::Missing])
     }
 
     fn complete(&self) -> Result<()> {

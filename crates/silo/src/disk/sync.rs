@@ -9,10 +9,8 @@
 //! the guest cannot see the answer before the move is settled). [`Flusher::wait_durable`] tells
 //! when the syncs behind such answers are done; the runner releases nothing before that.
 
-use super::{
-    error::DiskError,
-    store::{Store, Tidy},
-};
+use super::{error::DiskError, store::Store};
+use crate::map::Tidy;
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::{self, JoinHandle},

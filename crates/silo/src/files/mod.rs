@@ -3,7 +3,8 @@
 //! apart, and after a crash tears it and brings it out of order.
 
 mod real;
-//SIM
+#[cfg(test)]
+pub(crate) mod sim;
 mod sys;
 
 pub(crate) use real::RealFolder;

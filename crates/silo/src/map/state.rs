@@ -19,7 +19,7 @@ pub enum BlockState {
 
 impl BlockState {
     /// From the byte that files hold; `None` for a value that no version ever wrote.
-    pub(super) const fn from_byte(byte: u8) -> Option<Self> {
+    pub(crate) const fn from_byte(byte: u8) -> Option<Self> {
         match byte {
             0 => Some(Self::Base),
             1 => Some(Self::Data),
@@ -56,7 +56,7 @@ pub enum DiskStatus {
 
 impl DiskStatus {
     /// From the byte that files hold.
-    pub(super) const fn from_byte(byte: u8) -> Option<Self> {
+    pub(crate) const fn from_byte(byte: u8) -> Option<Self> {
         match byte {
             0 => Some(Self::Whole),
             1 => Some(Self::Receiving),
@@ -70,33 +70,33 @@ impl DiskStatus {
 ///
 /// Whoever changes a state has made the content that it promises readable first (`Release`), so
 /// whoever sees the state may read the content (`Acquire`).
-pub(super) struct StateMap {
+pub(crate) struct StateMap {
     states: Box<[AtomicU8]>,
 }
 
 impl StateMap {
     /// From bytes that were all checked by [`BlockState::from_byte`].
-    pub(super) fn new(bytes: Vec<u8>) -> Self {
+    pub(crate) fn new(bytes: Vec<u8>) -> Self {
         debug_assert!(bytes.iter().all(|byte| BlockState::from_byte(*byte).is_some()));
         Self { states: bytes.into_iter().map(AtomicU8::new).collect() }
     }
 
-    pub(super) fn blocks(&self) -> u64 {
+    pub(crate) fn blocks(&self) -> u64 {
         self.states.len() as u64
     }
 
-    pub(super) fn get(&self, block: u64) -> BlockState {
+    pub(crate) fn get(&self, block: u64) -> BlockState {
         BlockState::trusted(self.states[block as usize].load(Ordering::Acquire))
     }
 
-    pub(super) fn set(&self, range: BlockRange, state: BlockState) {
+    pub(crate) fn set(&self, range: BlockRange, state: BlockState) {
         for slot in &self.states[range.start.0 as usize..range.end() as usize] {
             slot.store(state as u8, Ordering::Release);
         }
     }
 
     /// The state of `from` and the end of the run of blocks that share it, at most `limit`.
-    pub(super) fn run(&self, from: u64, limit: u64) -> (BlockState, u64) {
+    pub(crate) fn run(&self, from: u64, limit: u64) -> (BlockState, u64) {
         let state = self.get(from);
         let mut end = from + 1;
         while end < limit && self.get(end) == state {
@@ -106,7 +106,7 @@ impl StateMap {
     }
 
     /// The runs of equal state inside `range`.
-    pub(super) fn runs(
+    pub(crate) fn runs(
         &self,
         range: BlockRange,
     ) -> impl Iterator<Item = (BlockRange, BlockState)> + '_ {
@@ -123,20 +123,20 @@ impl StateMap {
     }
 
     /// Whether any block of `range` has `state`.
-    pub(super) fn any(&self, range: BlockRange, state: BlockState) -> bool {
+    pub(crate) fn any(&self, range: BlockRange, state: BlockState) -> bool {
         self.states[range.start.0 as usize..range.end() as usize]
             .iter()
             .any(|slot| slot.load(Ordering::Acquire) == state as u8)
     }
 
     /// How many blocks have `state`.
-    pub(super) fn count(&self, state: BlockState) -> u64 {
+    pub(crate) fn count(&self, state: BlockState) -> u64 {
         let wanted = state as u8;
         self.states.iter().filter(|slot| slot.load(Ordering::Acquire) == wanted).count() as u64
     }
 
     /// The blocks in one of `wanted`.
-    pub(super) fn select(&self, wanted: &[BlockState]) -> BlockSet {
+    pub(crate) fn select(&self, wanted: &[BlockState]) -> BlockSet {
         let mut set = BlockSet::new(self.blocks());
         for (run, state) in self.runs(BlockRange::new(0, self.blocks())) {
             if wanted.contains(&state) {
@@ -147,7 +147,7 @@ impl StateMap {
     }
 
     /// A copy of all states, for a file.
-    pub(super) fn to_bytes(&self, range: BlockRange) -> Vec<u8> {
+    pub(crate) fn to_bytes(&self, range: BlockRange) -> Vec<u8> {
         self.states[range.start.0 as usize..range.end() as usize]
             .iter()
             .map(|slot| slot.load(Ordering::Acquire))
@@ -159,37 +159,37 @@ impl StateMap {
 ///
 /// Adding is `Release` and taking is `Acquire`: what a thread wrote before it marked a block is
 /// visible to the thread that takes the mark.
-pub(super) struct AtomicBits {
+pub(crate) struct AtomicBits {
     words: Box<[AtomicU64]>,
     blocks: u64,
 }
 
 impl AtomicBits {
-    pub(super) fn new(blocks: u64) -> Self {
+    pub(crate) fn new(blocks: u64) -> Self {
         let words = (0..blocks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         Self { words, blocks }
     }
 
-    pub(super) fn insert(&self, range: BlockRange) {
+    pub(crate) fn insert(&self, range: BlockRange) {
         self.for_words(range, |word, mask| {
             word.fetch_or(mask, Ordering::AcqRel);
         });
     }
 
     /// Adds one block; true if it was not in the set.
-    pub(super) fn insert_one(&self, block: BlockIndex) -> bool {
+    pub(crate) fn insert_one(&self, block: BlockIndex) -> bool {
         let mask = 1 << (block.0 % 64);
         self.words[(block.0 / 64) as usize].fetch_or(mask, Ordering::AcqRel) & mask == 0
     }
 
-    pub(super) fn insert_set(&self, set: &BlockSet) {
+    pub(crate) fn insert_set(&self, set: &BlockSet) {
         for range in set.ranges() {
             self.insert(range);
         }
     }
 
     /// Takes all blocks out.
-    pub(super) fn take(&self) -> BlockSet {
+    pub(crate) fn take(&self) -> BlockSet {
         let mut set = BlockSet::new(self.blocks);
         for (index, word) in self.words.iter().enumerate() {
             // Most words are empty: do not write to their cache lines.
@@ -211,7 +211,7 @@ impl AtomicBits {
         set
     }
 
-    pub(super) fn clear(&self) {
+    pub(crate) fn clear(&self) {
         for word in &self.words {
             word.store(0, Ordering::Release);
         }

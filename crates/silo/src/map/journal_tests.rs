@@ -1,7 +1,17 @@
 use super::*;
+use crate::files::RealFolder;
+use std::sync::LazyLock;
 
-const HEADER_FOR_TESTS: JournalHeader =
-    JournalHeader { blocks: 10, base_bytes: 40_000, instance: 0x1122, generation: 1 };
+static HEADER_FOR_TESTS: LazyLock<JournalHeader> = LazyLock::new(|| JournalHeader {
+    geometry: Geometry::new(40_960, 4096).unwrap(),
+    base_bytes: 40_000,
+    instance: 0x1122,
+    generation: 1,
+});
+
+fn folder(dir: &tempfile::TempDir) -> Arc<dyn Folder> {
+    RealFolder::new(dir.path())
+}
 
 fn run(start: u64, count: u64, state: BlockState) -> Run {
     (BlockRange::new(start, count), state)
@@ -132,13 +142,14 @@ fn records_with_good_checksums_and_impossible_content_are_refused() {
 fn a_rewritten_journal_says_the_same_and_starts_a_generation() {
     let dir = tempfile::tempdir().unwrap();
     let mut journal =
-        Journal::create(dir.path(), HEADER_FOR_TESTS, DiskStatus::Whole, &[0; 10]).unwrap();
+        Journal::create(&folder(&dir), "journal", *HEADER_FOR_TESTS, DiskStatus::Whole, &[0; 10])
+            .unwrap();
     journal.append(DiskStatus::Whole, [run(2, 5, BlockState::Data)]).unwrap();
-    let (before, _) = Journal::inspect(dir.path()).unwrap();
+    let (before, _) = Journal::inspect(&*folder(&dir), "journal").unwrap();
     journal.rewrite(DiskStatus::Whole, &before.states).unwrap();
     journal.append(DiskStatus::Armed, [run(3, 1, BlockState::Zero)]).unwrap();
     drop(journal);
-    let (journal, after) = Journal::open(dir.path()).unwrap();
+    let (journal, after) = Journal::open(&folder(&dir), "journal").unwrap();
     assert_eq!(after.states, [0, 0, 1, 2, 1, 1, 1, 0, 0, 0]);
     assert_eq!((after.header.generation, after.sequence), (2, 2));
     assert_eq!(journal.status(), DiskStatus::Armed);

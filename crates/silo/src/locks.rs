@@ -1,9 +1,9 @@
-//! Range locks: two changes of the same blocks never overlap in time, and a frozen disk takes no
+//! Range locks: two changes of the same blocks never overlap in time, and a frozen device takes no
 //! change from its guest. Reads take no lock.
 
-use super::error::DiskError;
 use crate::block::BlockRange;
 use std::{
+    io,
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -12,9 +12,30 @@ use std::{
 /// file's device hangs.
 const LIMIT: Duration = Duration::from_secs(300);
 
+/// A lock that was not had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum LockError {
+    /// The device is frozen.
+    #[error("the device is frozen: nothing may write here")]
+    Frozen,
+    /// Somebody else held it for too long.
+    #[error("{what} did not end within {limit:?}")]
+    Timeout { what: &'static str, limit: Duration },
+}
+
+impl From<LockError> for io::Error {
+    fn from(error: LockError) -> Self {
+        let kind = match error {
+            LockError::Frozen => io::ErrorKind::NotConnected,
+            LockError::Timeout { .. } => io::ErrorKind::TimedOut,
+        };
+        Self::new(kind, error)
+    }
+}
+
 /// Who changes blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Who {
+pub(crate) enum Who {
     /// The guest: refused while frozen.
     Guest,
     /// A block that arrives from another host.
@@ -28,13 +49,13 @@ struct Held {
     frozen: bool,
 }
 
-pub(super) struct RangeLocks {
+pub(crate) struct RangeLocks {
     held: Mutex<Held>,
     freed: Condvar,
 }
 
 /// Blocks that nobody else changes while this lives.
-pub(super) struct RangeGuard<'a> {
+pub(crate) struct RangeGuard<'a> {
     locks: &'a RangeLocks,
     range: BlockRange,
     who: Who,
@@ -45,7 +66,7 @@ fn overlap(a: BlockRange, b: BlockRange) -> bool {
 }
 
 impl RangeLocks {
-    pub(super) fn new(frozen: bool) -> Self {
+    pub(crate) fn new(frozen: bool) -> Self {
         let held = Held { frozen, ..Held::default() };
         Self { held: Mutex::new(held), freed: Condvar::new() }
     }
@@ -56,19 +77,19 @@ impl RangeLocks {
     }
 
     /// Waits until nobody changes blocks of `range`, and keeps others from it.
-    pub(super) fn lock(&self, range: BlockRange, who: Who) -> Result<RangeGuard<'_>, DiskError> {
+    pub(crate) fn lock(&self, range: BlockRange, who: Who) -> Result<RangeGuard<'_>, LockError> {
         let mut held = self.held();
         let mut deadline = None;
         loop {
             if held.frozen && who == Who::Guest {
-                return Err(DiskError::Frozen);
+                return Err(LockError::Frozen);
             }
             if !held.ranges.iter().any(|(other, _)| overlap(*other, range)) {
                 held.ranges.push((range, who));
                 return Ok(RangeGuard { locks: self, range, who });
             }
             let until = *deadline.get_or_insert_with(|| Instant::now() + LIMIT);
-            held = self.wait(held, until).ok_or(DiskError::Timeout {
+            held = self.wait(held, until).ok_or(LockError::Timeout {
                 what: "another write of the same blocks",
                 limit: LIMIT,
             })?;
@@ -77,13 +98,13 @@ impl RangeLocks {
 
     /// Refuses the guest's changes from now on, and waits for those that are under way. If they do
     /// not end in time, the disk stays frozen all the same.
-    pub(super) fn freeze(&self, limit: Duration) -> Result<(), DiskError> {
+    pub(crate) fn freeze(&self, limit: Duration) -> Result<(), LockError> {
         let until = Instant::now() + limit;
         let mut held = self.held();
         held.frozen = true;
         self.freed.notify_all();
         while held.ranges.iter().any(|(_, who)| *who == Who::Guest) {
-            held = self.wait(held, until).ok_or(DiskError::Timeout {
+            held = self.wait(held, until).ok_or(LockError::Timeout {
                 what: "a write that was under way when the disk was frozen",
                 limit,
             })?;
@@ -91,11 +112,11 @@ impl RangeLocks {
         Ok(())
     }
 
-    pub(super) fn thaw(&self) {
+    pub(crate) fn thaw(&self) {
         self.held().frozen = false;
     }
 
-    pub(super) fn is_frozen(&self) -> bool {
+    pub(crate) fn is_frozen(&self) -> bool {
         self.held().frozen
     }
 
@@ -155,8 +176,8 @@ mod tests {
         thread::scope(|scope| {
             let queued = scope.spawn(|| locks.lock(BlockRange::new(0, 1), Who::Guest).err());
             let late = locks.freeze(Duration::from_millis(30));
-            assert!(matches!(late, Err(DiskError::Timeout { .. })));
-            assert!(matches!(queued.join().unwrap(), Some(DiskError::Frozen)));
+            assert!(matches!(late, Err(LockError::Timeout { .. })));
+            assert!(matches!(queued.join().unwrap(), Some(LockError::Frozen)));
             let frozen = scope.spawn(|| locks.freeze(Duration::from_secs(10)));
             drop(first);
             frozen.join().unwrap().unwrap();

@@ -20,7 +20,7 @@
 //! | 24 | 8 | bytes of the base, 0 without one |
 //! | 32 | 8 | instance: random, the same for the disk's life |
 //! | 40 | 8 | generation: 1, and one more for every rewrite |
-//! | 48 | 8 | zero |
+//! | 48 | 8 | bytes that the last block lacks |
 //! | 56 | 8 | XXH3-64 of bytes 0 to 56 |
 //!
 //! Record: 32 bytes and its payload. `SJRC`, payload length (4), sequence number (8, from 1), kind
@@ -30,16 +30,20 @@
 //! every block is in the base.
 
 use super::{
-    error::DiskError,
+    MAX_BLOCKS,
+    error::MapError,
     state::{BlockState, DiskStatus},
 };
-use crate::block::{BLOCK_SIZE, BlockRange};
+use crate::{
+    block::BlockRange,
+    files::{Folder, Stored, read_whole},
+    geometry::Geometry,
+};
 use std::{
-    fs::{self, File, OpenOptions},
     hash::Hasher,
     io,
-    os::unix::fs::FileExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 use twox_hash::XxHash3_64;
 
@@ -51,48 +55,48 @@ const RECORD: usize = 32;
 const RUN: usize = 16;
 const KIND_RUNS: u8 = 1;
 const KIND_MAP: u8 = 2;
-pub(super) const FILE_NAME: &str = "journal";
-const FRESH_NAME: &str = "journal.new";
+/// Longest journal that is read: the records since a snapshot of the largest map.
+const MAX_BYTES: u64 = 4 << 30;
 
 /// A journal is written anew when it is longer than this and than four of its snapshots.
 const REWRITE_BYTES: u64 = 256 << 10;
 
 /// What the file header says about the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct JournalHeader {
-    pub(super) blocks: u64,
-    pub(super) base_bytes: u64,
-    pub(super) instance: u64,
-    pub(super) generation: u64,
+pub(crate) struct JournalHeader {
+    pub(crate) geometry: Geometry,
+    pub(crate) base_bytes: u64,
+    pub(crate) instance: u64,
+    pub(crate) generation: u64,
 }
 
 /// What a journal says in the end.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Replay {
-    pub(super) header: JournalHeader,
-    pub(super) states: Vec<u8>,
-    pub(super) status: DiskStatus,
+pub(crate) struct Replay {
+    pub(crate) header: JournalHeader,
+    pub(crate) states: Vec<u8>,
+    pub(crate) status: DiskStatus,
     /// Sequence number of the last good record.
-    pub(super) sequence: u64,
+    pub(crate) sequence: u64,
     /// Length up to the end of the last good record; the rest was torn.
-    pub(super) good_bytes: u64,
+    pub(crate) good_bytes: u64,
     /// Length of the first record, the snapshot.
-    pub(super) snapshot_bytes: u64,
+    pub(crate) snapshot_bytes: u64,
 }
 
 /// Why a journal cannot be read.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Fault {
+pub(crate) enum Fault {
     Version(u32),
     Damage { at: u64, detail: &'static str },
 }
 
 impl Fault {
-    fn named(self, path: &Path) -> DiskError {
+    fn named(self, path: &Path) -> MapError {
         let path = path.to_owned();
         match self {
-            Self::Version(found) => DiskError::Version { path, found, known: VERSION },
-            Self::Damage { at, detail } => DiskError::Corrupt {
+            Self::Version(found) => MapError::Version { path, found, known: VERSION },
+            Self::Damage { at, detail } => MapError::Corrupt {
                 path,
                 at,
                 detail: format!("{detail}; restore the disk from its source or a backup"),
@@ -114,11 +118,13 @@ impl JournalHeader {
         let mut bytes = [0; HEADER];
         bytes[..8].copy_from_slice(MAGIC);
         bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
-        bytes[12..16].copy_from_slice(&(BLOCK_SIZE as u32).to_le_bytes());
-        bytes[16..24].copy_from_slice(&self.blocks.to_le_bytes());
+        bytes[12..16].copy_from_slice(&(self.geometry.block() as u32).to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.geometry.blocks().to_le_bytes());
         bytes[24..32].copy_from_slice(&self.base_bytes.to_le_bytes());
         bytes[32..40].copy_from_slice(&self.instance.to_le_bytes());
         bytes[40..48].copy_from_slice(&self.generation.to_le_bytes());
+        let lacks = self.geometry.blocks() * self.geometry.block() - self.geometry.bytes();
+        bytes[48..56].copy_from_slice(&lacks.to_le_bytes());
         let sum = XxHash3_64::oneshot(&bytes[..56]);
         bytes[56..].copy_from_slice(&sum.to_le_bytes());
         bytes
@@ -139,15 +145,17 @@ impl JournalHeader {
         if XxHash3_64::oneshot(&bytes[..56]) != u64_at(bytes, 56) {
             return Err(damage("the header's checksum does not match"));
         }
-        if u32_at(bytes, 12) != BLOCK_SIZE as u32 {
-            return Err(damage("the block size is not 4096"));
-        }
-        let blocks = u64_at(bytes, 16);
-        if blocks == 0 || blocks > super::MAX_BLOCKS {
+        let (block, blocks, lacks) = (u32_at(bytes, 12), u64_at(bytes, 16), u64_at(bytes, 48));
+        if blocks == 0 || blocks > MAX_BLOCKS {
             return Err(damage("the number of blocks is out of bounds"));
         }
+        if lacks >= u64::from(block) {
+            return Err(damage("the last block lacks more than it has"));
+        }
+        let geometry = Geometry::new(blocks * u64::from(block) - lacks, block)
+            .map_err(|_| damage("the block size is not possible"))?;
         Ok(Self {
-            blocks,
+            geometry,
             base_bytes: u64_at(bytes, 24),
             instance: u64_at(bytes, 32),
             generation: u64_at(bytes, 40),
@@ -226,9 +234,9 @@ fn apply_map(payload: &[u8], states: &mut [u8]) -> Result<(), &'static str> {
 }
 
 /// Reads a journal's bytes.
-pub(super) fn replay(bytes: &[u8]) -> Result<Replay, Fault> {
+pub(crate) fn replay(bytes: &[u8]) -> Result<Replay, Fault> {
     let header = JournalHeader::decode(bytes)?;
-    let mut states = vec![0; header.blocks as usize];
+    let mut states = vec![0; header.geometry.blocks() as usize];
     let Some(first) = Record::decode(&header, &bytes[HEADER..]) else {
         return Err(Fault::Damage { at: HEADER as u64, detail: "the snapshot is damaged" });
     };
@@ -257,7 +265,7 @@ pub(super) fn replay(bytes: &[u8]) -> Result<Replay, Fault> {
 }
 
 /// A run of blocks in one state, as a record holds it.
-pub(super) type Run = (BlockRange, BlockState);
+pub(crate) type Run = (BlockRange, BlockState);
 
 fn encode_record(
     header: &JournalHeader,
@@ -319,54 +327,64 @@ fn encode_snapshot(header: &JournalHeader, status: DiskStatus, states: &[u8]) ->
 }
 
 /// An open journal, positioned behind its last good record.
-#[derive(Debug)]
-pub(super) struct Journal {
-    dir: PathBuf,
-    path: PathBuf,
-    file: File,
+pub(crate) struct Journal {
+    folder: Arc<dyn Folder>,
+    name: String,
+    file: Arc<dyn Stored>,
     header: JournalHeader,
     end: u64,
     sequence: u64,
     snapshot_bytes: u64,
     status: DiskStatus,
-    /// Set when nobody can know any more what is durable; see [`DiskError::SyncLost`].
+    /// Set when nobody can know any more what is durable; see [`MapError::SyncLost`].
     lost: Option<String>,
 }
 
+impl std::fmt::Debug for Journal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Journal({}, {} records)", self.path().display(), self.sequence)
+    }
+}
+
 impl Journal {
-    /// Writes a new journal in `dir`, durable when this returns.
-    pub(super) fn create(
-        dir: &Path,
+    /// Writes a new journal in `folder`, durable when this returns.
+    pub(crate) fn create(
+        folder: &Arc<dyn Folder>,
+        name: &str,
         header: JournalHeader,
         status: DiskStatus,
         states: &[u8],
-    ) -> Result<Self, DiskError> {
-        let journal = Self::prepare(dir, header, status, states)?;
+    ) -> Result<Self, MapError> {
+        let journal = Self::prepare(folder, name, header, status, states)?;
         journal.publish()?;
         Ok(journal)
     }
 
+    fn path(&self) -> PathBuf {
+        self.folder.path().join(&self.name)
+    }
+
     /// Writes a new journal beside the one in use.
     fn prepare(
-        dir: &Path,
+        folder: &Arc<dyn Folder>,
+        name: &str,
         header: JournalHeader,
         status: DiskStatus,
         states: &[u8],
-    ) -> Result<Self, DiskError> {
-        let path = dir.join(FRESH_NAME);
+    ) -> Result<Self, MapError> {
+        let fresh = format!("{name}.new");
         let snapshot = encode_snapshot(&header, status, states);
-        let write = || -> io::Result<File> {
-            let mut options = OpenOptions::new();
-            let file = options.read(true).write(true).create(true).truncate(true).open(&path)?;
-            file.write_all_at(&header.encode(), 0)?;
-            file.write_all_at(&snapshot, HEADER as u64)?;
-            file.sync_all()?;
+        let write = || -> io::Result<Arc<dyn Stored>> {
+            let file = folder.create(&fresh)?;
+            file.write_at(&header.encode(), 0)?;
+            file.write_at(&snapshot, HEADER as u64)?;
+            file.sync()?;
             Ok(file)
         };
-        let file = write().map_err(DiskError::io("write", &path))?;
+        let file = write().map_err(MapError::io("write", &folder.path().join(&fresh)))?;
         Ok(Self {
-            dir: dir.to_owned(),
-            path: dir.join(FILE_NAME),
+            folder: folder.clone(),
+            name: name.to_owned(),
             file,
             header,
             end: (HEADER + snapshot.len()) as u64,
@@ -378,35 +396,27 @@ impl Journal {
     }
 
     /// Makes a prepared journal the one in use.
-    fn publish(&self) -> Result<(), DiskError> {
-        fs::rename(self.dir.join(FRESH_NAME), &self.path)
-            .and_then(|()| File::open(&self.dir)?.sync_all())
-            .map_err(DiskError::io("replace", &self.path))
+    fn publish(&self) -> Result<(), MapError> {
+        self.folder
+            .rename(&format!("{}.new", self.name), &self.name)
+            .and_then(|()| self.folder.sync())
+            .map_err(MapError::io("replace", &self.path()))
     }
 
-    /// Reads the journal of `dir` without changing anything.
-    pub(super) fn inspect(dir: &Path) -> Result<(Replay, u64), DiskError> {
-        let path = dir.join(FILE_NAME);
-        let bytes = match fs::read(&path) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(DiskError::NotADisk { path: dir.to_owned() });
-            }
-            Err(error) => return Err(DiskError::io("read", &path)(error)),
-        };
+    /// Reads a journal without changing anything.
+    pub(crate) fn inspect(folder: &dyn Folder, name: &str) -> Result<(Replay, u64), MapError> {
+        let path = folder.path().join(name);
+        let bytes = read_whole(folder, name, MAX_BYTES).map_err(MapError::io("read", &path))?;
+        let Some(bytes) = bytes else { return Err(MapError::NotThere { path }) };
         let replayed = replay(&bytes).map_err(|fault| fault.named(&path))?;
         Ok((replayed, bytes.len() as u64))
     }
 
-    /// Opens the journal of `dir` and cuts a torn tail off.
-    pub(super) fn open(dir: &Path) -> Result<(Self, Replay), DiskError> {
-        let (replayed, length) = Self::inspect(dir)?;
-        let path = dir.join(FILE_NAME);
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(&path)
-            .map_err(DiskError::io("open", &path))?;
+    /// Opens a journal and cuts a torn tail off.
+    pub(crate) fn open(folder: &Arc<dyn Folder>, name: &str) -> Result<(Self, Replay), MapError> {
+        let (replayed, length) = Self::inspect(&**folder, name)?;
+        let path = folder.path().join(name);
+        let file = folder.open(name).map_err(MapError::io("open", &path))?;
         if length > replayed.good_bytes {
             tracing::info!(
                 journal = %path.display(),
@@ -414,12 +424,12 @@ impl Journal {
                 "dropped the torn tail of a journal"
             );
             file.set_len(replayed.good_bytes)
-                .and_then(|()| file.sync_all())
-                .map_err(DiskError::io("cut the torn tail of", &path))?;
+                .and_then(|()| file.sync())
+                .map_err(MapError::io("cut the torn tail of", &path))?;
         }
         let journal = Self {
-            dir: dir.to_owned(),
-            path,
+            folder: folder.clone(),
+            name: name.to_owned(),
             file,
             header: replayed.header,
             end: replayed.good_bytes,
@@ -432,50 +442,50 @@ impl Journal {
     }
 
     /// The status that a crash of the host would leave.
-    pub(super) const fn status(&self) -> DiskStatus {
+    pub(crate) const fn status(&self) -> DiskStatus {
         self.status
     }
 
-    pub(super) const fn header(&self) -> &JournalHeader {
+    pub(crate) const fn header(&self) -> &JournalHeader {
         &self.header
     }
 
     /// Whether the file has grown enough to be written anew.
-    pub(super) const fn is_long(&self) -> bool {
+    pub(crate) const fn is_long(&self) -> bool {
         self.end > REWRITE_BYTES && self.end > 4 * self.snapshot_bytes
     }
 
     /// Fails if an earlier sync did.
-    pub(super) fn check(&self) -> Result<(), DiskError> {
+    pub(crate) fn check(&self) -> Result<(), MapError> {
         match &self.lost {
-            Some(cause) => Err(DiskError::SyncLost { cause: cause.clone() }),
+            Some(cause) => Err(MapError::SyncLost { cause: cause.clone() }),
             None => Ok(()),
         }
     }
 
     /// Remembers that a sync failed: the kernel has dropped what it could not write and the next
     /// sync would succeed without it.
-    pub(super) fn lose(&mut self, error: &DiskError) {
+    pub(crate) fn lose(&mut self, error: &MapError) {
         self.lost.get_or_insert_with(|| error.to_string());
     }
 
     /// Appends what changed; durable when this returns.
-    pub(super) fn append(
+    pub(crate) fn append(
         &mut self,
         status: DiskStatus,
         runs: impl IntoIterator<Item = Run>,
-    ) -> Result<(), DiskError> {
+    ) -> Result<(), MapError> {
         self.check()?;
         let bytes = encode_runs(&self.header, self.sequence + 1, status, runs);
-        if let Err(error) = self.file.write_all_at(&bytes, self.end) {
-            let error = DiskError::io("append to", &self.path)(error);
+        if let Err(error) = self.file.write_at(&bytes, self.end) {
+            let error = MapError::io("append to", &self.path())(error);
             if self.file.set_len(self.end).is_err() {
                 self.lose(&error);
             }
             return Err(error);
         }
-        if let Err(error) = self.file.sync_data() {
-            let error = DiskError::io("sync", &self.path)(error);
+        if let Err(error) = self.file.sync() {
+            let error = MapError::io("sync", &self.path())(error);
             self.lose(&error);
             return Err(error);
         }
@@ -487,10 +497,10 @@ impl Journal {
 
     /// Writes the journal anew with `states` as its snapshot; durable when this returns. If there
     /// is no room for a new one, the old one stays in use.
-    pub(super) fn rewrite(&mut self, status: DiskStatus, states: &[u8]) -> Result<(), DiskError> {
+    pub(crate) fn rewrite(&mut self, status: DiskStatus, states: &[u8]) -> Result<(), MapError> {
         self.check()?;
         let header = JournalHeader { generation: self.header.generation + 1, ..self.header };
-        let fresh = Self::prepare(&self.dir, header, status, states)?;
+        let fresh = Self::prepare(&self.folder, &self.name, header, status, states)?;
         if let Err(error) = fresh.publish() {
             // Nobody knows which of the two a crash would leave.
             self.lose(&error);
@@ -498,6 +508,14 @@ impl Journal {
         }
         *self = fresh;
         Ok(())
+    }
+}
+
+/// Reads any bytes as a journal; for a fuzzer. Only the first 1 MiB of blocks are believed, so that
+/// no time goes into maps that are large and say nothing.
+pub(crate) fn fuzz_journal(bytes: &[u8]) {
+    if bytes.get(16..24).is_some_and(|blocks| u64_at(blocks, 0) <= 1 << 20) {
+        let _ = replay(bytes);
     }
 }
 

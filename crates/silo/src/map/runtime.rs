@@ -24,24 +24,21 @@
 //! | 4096 | blocks | states |
 
 use super::{
-    error::DiskError,
+    error::MapError,
     state::{BlockState, DiskStatus, StateMap},
 };
-use crate::block::{BLOCK_SIZE, BlockRange};
-use std::{
-    fs::{self, File, OpenOptions},
-    io,
-    os::unix::fs::FileExt,
-    path::Path,
+use crate::{
+    block::BlockRange,
+    files::{Folder, Stored},
 };
+use std::{fs, io, path::Path, sync::Arc};
 use twox_hash::XxHash3_64;
 
 const MAGIC: &[u8; 8] = b"SILOMAP\0";
 const VERSION: u32 = 1;
 const STATUS_AT: u64 = 128;
 const FROZEN_AT: u64 = 129;
-const BODY_AT: u64 = BLOCK_SIZE as u64;
-const FILE_NAME: &str = "runtime";
+const BODY_AT: u64 = 4096;
 
 /// Which boot of which host this is: what the page cache's content is good for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,9 +59,9 @@ impl BootId {
     ///
     /// # Errors
     /// If /proc is not mounted.
-    pub fn current() -> Result<Self, DiskError> {
+    pub fn current() -> io::Result<Self> {
         let path = Path::new("/proc/sys/kernel/random/boot_id");
-        let text = fs::read_to_string(path).map_err(DiskError::io("read", path))?;
+        let text = fs::read_to_string(path).map_err(MapError::io("read", path))?;
         Ok(Self::new(text.trim()))
     }
 
@@ -76,17 +73,22 @@ impl BootId {
 }
 
 /// An open runtime map.
-#[derive(Debug)]
-pub(super) struct Runtime {
-    file: File,
+pub(crate) struct Runtime {
+    file: Arc<dyn Stored>,
+}
+
+impl std::fmt::Debug for Runtime {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Runtime")
+    }
 }
 
 /// What a runtime map that is still good says.
 #[derive(Debug)]
-pub(super) struct RuntimeContent {
-    pub(super) states: Vec<u8>,
-    pub(super) status: DiskStatus,
-    pub(super) frozen: bool,
+pub(crate) struct RuntimeContent {
+    pub(crate) states: Vec<u8>,
+    pub(crate) status: DiskStatus,
+    pub(crate) frozen: bool,
 }
 
 fn header(blocks: u64, instance: u64, boot: &BootId) -> [u8; 80] {
@@ -103,31 +105,33 @@ fn header(blocks: u64, instance: u64, boot: &BootId) -> [u8; 80] {
 
 impl Runtime {
     /// Makes the map anew, as a whole or not at all.
-    pub(super) fn create(
-        dir: &Path,
+    pub(crate) fn create(
+        folder: &dyn Folder,
+        name: &str,
         instance: u64,
         boot: &BootId,
         content: &RuntimeContent,
-    ) -> Result<Self, DiskError> {
-        let path = dir.join(FILE_NAME);
-        let fresh = dir.join("runtime.new");
-        let write = || -> io::Result<File> {
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .open(&fresh)?;
+    ) -> Result<Self, MapError> {
+        let path = folder.path().join(name);
+        let fresh = format!("{name}.new");
+        let write = || -> io::Result<Arc<dyn Stored>> {
+            let file = folder.create(&fresh)?;
             let length = BODY_AT + content.states.len() as u64;
+            file.set_len(length)?;
             // Reserved now, so that a full file system cannot refuse a change of state later.
-            nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, length as i64)?;
-            file.write_all_at(&header(content.states.len() as u64, instance, boot), 0)?;
-            file.write_all_at(&[content.status as u8, u8::from(content.frozen)], STATUS_AT)?;
-            file.write_all_at(&content.states, BODY_AT)?;
-            fs::rename(&fresh, &path)?;
+            file.allocate_zeros(0, length)?;
+            file.write_at(&header(content.states.len() as u64, instance, boot), 0)?;
+            file.write_at(&[content.status as u8, u8::from(content.frozen)], STATUS_AT)?;
+            // Zeros are there already: an empty map costs nothing to write.
+            for (index, part) in content.states.chunks(64 << 10).enumerate() {
+                if !crate::block::is_zero(part) {
+                    file.write_at(part, BODY_AT + (index as u64) * (64 << 10))?;
+                }
+            }
+            folder.rename(&fresh, name)?;
             Ok(file)
         };
-        Ok(Self { file: write().map_err(DiskError::io("write", &path))? })
+        Ok(Self { file: write().map_err(MapError::io("write", &path))? })
     }
 
     /// Opens the map and reads it, if it is of this boot and of this disk; `None` if not.
@@ -135,33 +139,34 @@ impl Runtime {
     /// # Errors
     /// If the map claims to be of this boot and of this disk, but is damaged: then writes that the
     /// guest was told of would be lost silently by going back to the journal.
-    pub(super) fn adopt(
-        dir: &Path,
+    pub(crate) fn adopt(
+        folder: &dyn Folder,
+        name: &str,
         blocks: u64,
         instance: u64,
         boot: &BootId,
-    ) -> Result<Option<(Self, RuntimeContent)>, DiskError> {
-        let path = dir.join(FILE_NAME);
-        let file = match OpenOptions::new().read(true).write(true).open(&path) {
+    ) -> Result<Option<(Self, RuntimeContent)>, MapError> {
+        let path = folder.path().join(name);
+        let file = match folder.open(name) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(DiskError::io("open", &path)(error)),
+            Err(error) => return Err(MapError::io("open", &path)(error)),
         };
         let mut found = [0; 80];
-        match file.read_exact_at(&mut found, 0) {
+        match file.read_at(&mut found, 0) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
-            Err(error) => return Err(DiskError::io("read", &path)(error)),
+            Err(error) => return Err(MapError::io("read", &path)(error)),
         }
         let ours = header(blocks, instance, boot);
         let version = u32::from_le_bytes([found[8], found[9], found[10], found[11]]);
         if found[..8] == *MAGIC && found[16..72] == ours[16..72] && version != VERSION {
-            return Err(DiskError::Version { path, found: version, known: VERSION });
+            return Err(MapError::Version { path, found: version, known: VERSION });
         }
         if found != ours {
             return Ok(None);
         }
-        let corrupt = |at, detail: &str| DiskError::Corrupt {
+        let corrupt = |at, detail: &str| MapError::Corrupt {
             path: path.clone(),
             at,
             detail: format!(
@@ -170,11 +175,11 @@ impl Runtime {
         };
         let mut flags = [0; 2];
         let mut states = vec![0; blocks as usize];
-        file.read_exact_at(&mut flags, STATUS_AT)
-            .and_then(|()| file.read_exact_at(&mut states, BODY_AT))
+        file.read_at(&mut flags, STATUS_AT)
+            .and_then(|()| file.read_at(&mut states, BODY_AT))
             .map_err(|error| match error.kind() {
                 io::ErrorKind::UnexpectedEof => corrupt(BODY_AT, "the file is too short"),
-                _ => DiskError::io("read", &path)(error),
+                _ => MapError::io("read", &path)(error),
             })?;
         let Some(status) = DiskStatus::from_byte(flags[0]) else {
             return Err(corrupt(STATUS_AT, "unknown status"));
@@ -186,35 +191,37 @@ impl Runtime {
     }
 
     /// Notes that all blocks of `range` have `state`.
-    pub(super) fn set(&self, range: BlockRange, state: BlockState) -> io::Result<()> {
+    pub(crate) fn set(&self, range: BlockRange, state: BlockState) -> io::Result<()> {
         const CHUNK: u64 = 4096;
         const BYTES: [[u8; CHUNK as usize]; 4] =
             [[0; CHUNK as usize], [1; CHUNK as usize], [2; CHUNK as usize], [3; CHUNK as usize]];
         static ROWS: [[u8; CHUNK as usize]; 4] = BYTES;
         for chunk in range.chunks(CHUNK) {
             let bytes = &ROWS[state as usize][..chunk.count as usize];
-            self.file.write_all_at(bytes, BODY_AT + chunk.start.0)?;
+            self.file.write_at(bytes, BODY_AT + chunk.start.0)?;
         }
         Ok(())
     }
 
     /// Notes all states of `range` with one write.
-    pub(super) fn copy(&self, range: BlockRange, states: &StateMap) -> io::Result<()> {
-        self.file.write_all_at(&states.to_bytes(range), BODY_AT + range.start.0)
+    pub(crate) fn copy(&self, range: BlockRange, states: &StateMap) -> io::Result<()> {
+        self.file.write_at(&states.to_bytes(range), BODY_AT + range.start.0)
     }
 
-    pub(super) fn set_status(&self, status: DiskStatus) -> io::Result<()> {
-        self.file.write_all_at(&[status as u8], STATUS_AT)
+    pub(crate) fn set_status(&self, status: DiskStatus) -> io::Result<()> {
+        self.file.write_at(&[status as u8], STATUS_AT)
     }
 
-    pub(super) fn set_frozen(&self, frozen: bool) -> io::Result<()> {
-        self.file.write_all_at(&[u8::from(frozen)], FROZEN_AT)
+    pub(crate) fn set_frozen(&self, frozen: bool) -> io::Result<()> {
+        self.file.write_at(&[u8::from(frozen)], FROZEN_AT)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    use crate::files::RealFolder;
 
     fn content() -> RuntimeContent {
         RuntimeContent { states: vec![0, 1, 2, 3, 1], status: DiskStatus::Armed, frozen: true }
@@ -235,32 +242,40 @@ mod tests {
     #[test]
     fn a_map_is_adopted_in_its_own_boot_by_its_own_disk_and_by_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
+        let folder = RealFolder::new(dir.path());
         let boot = BootId::new("this boot");
-        let map = Runtime::create(dir.path(), 7, &boot, &content()).unwrap();
+        let map = Runtime::create(&*folder, "runtime", 7, &boot, &content()).unwrap();
         map.set(BlockRange::new(3, 2), BlockState::Zero).unwrap();
         map.set_status(DiskStatus::Receiving).unwrap();
         map.set_frozen(false).unwrap();
-        let (_, read) = Runtime::adopt(dir.path(), 5, 7, &boot).unwrap().unwrap();
+        let (_, read) = Runtime::adopt(&*folder, "runtime", 5, 7, &boot).unwrap().unwrap();
         assert_eq!(read.states, [0, 1, 2, 2, 2]);
         assert_eq!((read.status, read.frozen), (DiskStatus::Receiving, false));
-        assert!(Runtime::adopt(dir.path(), 5, 8, &boot).unwrap().is_none(), "another disk");
-        assert!(Runtime::adopt(dir.path(), 6, 7, &boot).unwrap().is_none(), "another size");
+        assert!(
+            Runtime::adopt(&*folder, "runtime", 5, 8, &boot).unwrap().is_none(),
+            "another disk"
+        );
+        assert!(
+            Runtime::adopt(&*folder, "runtime", 6, 7, &boot).unwrap().is_none(),
+            "another size"
+        );
         let other = BootId::new("another boot");
-        assert!(Runtime::adopt(dir.path(), 5, 7, &other).unwrap().is_none());
+        assert!(Runtime::adopt(&*folder, "runtime", 5, 7, &other).unwrap().is_none());
     }
 
     #[test]
     fn a_damaged_map_of_this_boot_is_an_error_and_not_a_silent_step_back() {
         let dir = tempfile::tempdir().unwrap();
+        let folder = RealFolder::new(dir.path());
         let boot = BootId::new("b");
-        let map = Runtime::create(dir.path(), 7, &boot, &content()).unwrap();
-        map.file.write_all_at(&[9], BODY_AT + 2).unwrap();
-        let error = Runtime::adopt(dir.path(), 5, 7, &boot).unwrap_err();
-        assert!(matches!(error, DiskError::Corrupt { at, .. } if at == BODY_AT + 2), "{error}");
+        let map = Runtime::create(&*folder, "runtime", 7, &boot, &content()).unwrap();
+        map.file.write_at(&[9], BODY_AT + 2).unwrap();
+        let error = Runtime::adopt(&*folder, "runtime", 5, 7, &boot).unwrap_err();
+        assert!(matches!(error, MapError::Corrupt { at, .. } if at == BODY_AT + 2), "{error}");
         map.file.set_len(BODY_AT + 1).unwrap();
-        assert!(Runtime::adopt(dir.path(), 5, 7, &boot).is_err());
-        map.file.write_all_at(&[2], 8).unwrap();
-        let error = Runtime::adopt(dir.path(), 5, 7, &boot).unwrap_err();
-        assert!(matches!(error, DiskError::Version { found: 2, .. }), "{error}");
+        assert!(Runtime::adopt(&*folder, "runtime", 5, 7, &boot).is_err());
+        map.file.write_at(&[2], 8).unwrap();
+        let error = Runtime::adopt(&*folder, "runtime", 5, 7, &boot).unwrap_err();
+        assert!(matches!(error, MapError::Version { found: 2, .. }), "{error}");
     }
 }
