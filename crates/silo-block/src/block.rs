@@ -209,8 +209,8 @@ impl BlockSet {
             if at >= stop {
                 return None;
             }
-            let start = self.next_in_state(at, true).filter(|start| *start < stop)?;
-            let end = self.next_in_state(start, false).unwrap_or(self.blocks).min(stop);
+            let start = self.find(at, stop, true)?;
+            let end = self.find(start, stop, false).unwrap_or(stop);
             at = end;
             Some(BlockRange::new(start, end - start))
         })
@@ -260,8 +260,8 @@ impl BlockSet {
     pub fn ranges(&self) -> impl Iterator<Item = BlockRange> + '_ {
         let mut at = 0;
         std::iter::from_fn(move || {
-            let start = self.next_in_state(at, true)?;
-            let end = self.next_in_state(start, false).unwrap_or(self.blocks);
+            let start = self.find(at, self.blocks, true)?;
+            let end = self.find(start, self.blocks, false).unwrap_or(self.blocks);
             at = end;
             Some(BlockRange::new(start, end - start))
         })
@@ -270,21 +270,23 @@ impl BlockSet {
     /// The first range at or after `from`, at most `max` blocks long.
     #[must_use]
     pub fn next_range(&self, from: BlockIndex, max: u64) -> Option<BlockRange> {
-        let start = self.next_in_state(from.0, true)?;
-        let end = self.next_in_state(start, false).unwrap_or(self.blocks);
-        Some(BlockRange::new(start, (end - start).min(max)))
+        let start = self.find(from.0, self.blocks, true)?;
+        let stop = start.saturating_add(max).min(self.blocks);
+        let end = self.find(start, stop, false).unwrap_or(stop);
+        Some(BlockRange::new(start, end - start))
     }
 
-    /// The first index at or after `from` whose membership is `member`.
-    fn next_in_state(&self, from: u64, member: bool) -> Option<u64> {
+    /// The first index at or after `from` and before `stop` whose membership is `member`.
+    fn find(&self, from: u64, stop: u64, member: bool) -> Option<u64> {
         let mut index = (from / 64) as usize;
         let mut mask = u64::MAX << (from % 64);
-        while index < self.words.len() {
+        let last = self.words.len().min(stop.div_ceil(64) as usize);
+        while index < last {
             let word = if member { self.words[index] } else { !self.words[index] };
             let hit = word & mask;
             if hit != 0 {
                 let found = index as u64 * 64 + u64::from(hit.trailing_zeros());
-                return (found < self.blocks).then_some(found);
+                return (found < stop.min(self.blocks)).then_some(found);
             }
             index += 1;
             mask = u64::MAX;
