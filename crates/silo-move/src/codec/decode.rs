@@ -1,7 +1,7 @@
 //! From parcel to content. Every byte comes from outside.
 
-use super::{BlockHash, CHECK, COUNT, CodecError, HASH, PATTERN, SAME, SPAN, kind};
-use silo_block::block::BlockIndex;
+use super::{CHECK, COUNT, CodecError, HASH, MAX_CONTENT, PATTERN, SAME, SPAN, kind};
+use silo_block::{block::BlockIndex, session::messages::BlockHash};
 
 /// A part of a run, in order. Offsets are bytes from the run's start.
 #[derive(Debug, PartialEq, Eq)]
@@ -60,7 +60,7 @@ pub struct Decoder {
 
 struct Span {
     kind: u8,
-    blocks: u16,
+    blocks: u32,
     length: u32,
 }
 
@@ -83,7 +83,7 @@ impl Decoder {
         for span in spans {
             let (here, rest) = payload.split_at(span.length as usize);
             payload = rest;
-            let end = (offset + usize::from(span.blocks) * block).min(length);
+            let end = (offset + span.blocks as usize * block).min(length);
             self.span(&span, here, offset..end, block, &mut take)?;
             offset = end;
         }
@@ -116,11 +116,11 @@ impl Decoder {
                 let (earlier, hash) = payload.split_at(8);
                 let earlier = BlockIndex(u64::from_le_bytes(array(earlier)));
                 let length = bytes.len();
-                take(Piece::Same { offset, length, earlier, hash: array(hash) })
+                take(Piece::Same { offset, length, earlier, hash: BlockHash(array(hash)) })
             }
             kind::HELD => payload.chunks_exact(HASH).enumerate().try_for_each(|(index, hash)| {
                 let (offset, length) = cut(index);
-                take(Piece::Held { offset, length, hash: array(hash) })
+                take(Piece::Held { offset, length, hash: BlockHash(array(hash)) })
             }),
             kind::PLAIN => take(Piece::Data { offset, content: payload }),
             kind::LZ4 | kind::ZSTD => {
@@ -177,8 +177,8 @@ fn check(
     let (table, payload) = rest.split_at_checked(table).ok_or(CodecError::Short)?;
     let spans = table.chunks_exact(SPAN).map(|entry| Span {
         kind: entry[0],
-        blocks: u16::from_le_bytes(array(&entry[2..4])),
-        length: u32::from_le_bytes(array(&entry[4..8])),
+        blocks: u32::from_le_bytes(array(&entry[4..8])),
+        length: u32::from_le_bytes(array(&entry[8..12])),
     });
 
     let run = length.div_ceil(block) as u64;
@@ -194,6 +194,7 @@ fn check(
         let size = u64::from(given);
         let fits = match kind {
             kind::ZERO => size == 0,
+            _ if content > MAX_CONTENT => false,
             kind::FILL => size == PATTERN as u64,
             kind::SAME => blocks == 1 && size == SAME as u64,
             kind::HELD => size == u64::from(blocks) * HASH as u64,

@@ -1,10 +1,13 @@
 //! From content to parcel.
 
 use super::{
-    BlockHash, COUNT, Chooser, HASH, Method, PATTERN, SPAN, choose::entropy, kind,
-    repeats::Repeats, xor,
+    COUNT, Chooser, HASH, Method, Naming, PATTERN, SPAN, choose::entropy, kind, repeats::Repeats,
+    xor,
 };
-use silo_block::block::{BlockIndex, is_zero};
+use silo_block::{
+    block::{BlockIndex, is_zero},
+    session::messages::BlockHash,
+};
 use std::{io::IoSlice, ops::Range, time::Instant};
 use twox_hash::XxHash3_64;
 
@@ -130,6 +133,16 @@ enum Found {
     Other,
 }
 
+/// The parcel of `blocks` blocks that are known to be zero.
+#[must_use]
+pub fn zeros(blocks: u32) -> [u8; COUNT + SPAN] {
+    let mut parcel = [0; COUNT + SPAN];
+    parcel[0] = 1;
+    parcel[COUNT] = kind::ZERO;
+    parcel[COUNT + 4..COUNT + 8].copy_from_slice(&blocks.to_le_bytes());
+    parcel
+}
+
 /// Encodes the runs of one connection. Keeps its buffers.
 pub struct Encoder {
     chooser: Chooser,
@@ -146,6 +159,7 @@ pub struct Encoder {
     spans: u16,
     /// Forces one method, for measuring.
     forced: Option<Method>,
+    naming: Naming,
 }
 
 impl Default for Encoder {
@@ -172,7 +186,15 @@ impl Encoder {
             tally: Tally::default(),
             spans: 0,
             forced,
+            naming: Naming::Plain,
         }
+    }
+
+    /// How advertised hashes are made.
+    #[must_use]
+    pub fn with_naming(mut self, naming: Naming) -> Self {
+        self.naming = naming;
+        self
     }
 
     /// Where speeds are told.
@@ -255,9 +277,9 @@ impl Encoder {
             return content.first_chunk().map_or(Found::Other, |pattern| Found::Fill(*pattern));
         }
         if let Some(hash) = known.advertised(index)
-            && *blake3::hash(content).as_bytes() == hash
+            && self.naming.name(content) == hash
         {
-            made[..HASH].copy_from_slice(&hash);
+            made[..HASH].copy_from_slice(&hash.0);
             return Found::Held;
         }
         self.base.resize(content.len(), 0);
@@ -348,8 +370,8 @@ impl Encoder {
             None => 0,
             Some(Part::Content(range) | Part::Made(range)) => range.len(),
         };
-        self.table.extend_from_slice(&[kind, 0]);
-        self.table.extend_from_slice(&(blocks as u16).to_le_bytes());
+        self.table.extend_from_slice(&[kind, 0, 0, 0]);
+        self.table.extend_from_slice(&(blocks as u32).to_le_bytes());
         self.table.extend_from_slice(&(length as u32).to_le_bytes());
         self.parts.extend(part);
         self.spans += 1;

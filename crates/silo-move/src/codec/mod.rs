@@ -5,7 +5,7 @@
 //! *parcel*: a table of spans, then their payloads in order.
 //!
 //! ```text
-//!  count u16, count × { kind u8, zero u8, blocks u16, length u32 }, payloads
+//!  count u16, count × { kind u8, 0 u8, 0 u16, blocks u32, length u32 }, payloads
 //!
 //!  kind         payload
 //!  0 zero       –
@@ -19,10 +19,14 @@
 //!  8 delta zstd the same, zstd
 //! ```
 //!
+//! Only a span of zeros may be longer than [`MAX_BLOCKS`] or 16 MiB.
+//!
 //! What must hold: a parcel is never longer than its content by more than [`OVERHEAD`]; decoding
 //! writes no more than the content's length, which the receiver knows beforehand, and never
 //! panics; whatever refers to bytes that the destination should have (same, held, delta) names
 //! their hash, so that a wrong guess costs a round trip and never a wrong block.
+
+use silo_block::session::messages::BlockHash;
 
 mod choose;
 mod decode;
@@ -34,21 +38,51 @@ mod versions;
 
 pub use choose::{Chooser, Method};
 pub use decode::{Decoder, Piece, fuzz_decode};
-pub use encode::{Encoder, Known, NothingKnown, Parcel, Tally};
+pub use encode::{Encoder, Known, NothingKnown, Parcel, Tally, zeros};
 pub use versions::Versions;
 
-/// BLAKE3 of one block's content.
-pub type BlockHash = [u8; 32];
+/// How the content of a block is named: BLAKE3, plain, or keyed as the owner of a store says. Both
+/// ends of a session must be told the same by those who configure them; a key never travels.
+#[derive(Clone, Copy, Default)]
+pub enum Naming {
+    /// Plain BLAKE3.
+    #[default]
+    Plain,
+    /// Keyed.
+    Keyed([u8; 32]),
+}
+
+impl Naming {
+    /// The name of `content`.
+    #[must_use]
+    pub fn name(&self, content: &[u8]) -> BlockHash {
+        BlockHash(match self {
+            Self::Plain => *blake3::hash(content).as_bytes(),
+            Self::Keyed(key) => *blake3::keyed_hash(key, content).as_bytes(),
+        })
+    }
+}
+
+impl std::fmt::Debug for Naming {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Plain => "Plain",
+            Self::Keyed(_) => "Keyed(…)",
+        })
+    }
+}
 
 /// The most by which a parcel exceeds its content, in bytes: its table, when every block is plain.
 pub const OVERHEAD: usize = COUNT + 2 * SPAN;
-/// Blocks in one run at most: 512 KiB of the smallest blocks.
-pub const MAX_BLOCKS: usize = 1024;
+/// Blocks in one encoded run at most: a mebibyte of the smallest blocks. Zeros may be more.
+pub const MAX_BLOCKS: usize = 2048;
+/// The most content of a span that is not zeros, in bytes: one block of the largest size.
+const MAX_CONTENT: u64 = 16 << 20;
 
 /// Bytes of the count of spans.
 const COUNT: usize = 2;
 /// Bytes of one span in the table.
-const SPAN: usize = 8;
+const SPAN: usize = 12;
 /// Bytes of the pattern of a fill.
 const PATTERN: usize = 8;
 /// Bytes of a hash.
@@ -96,7 +130,7 @@ pub enum CodecError {
         /// The kind.
         kind: u8,
         /// Blocks.
-        blocks: u16,
+        blocks: u32,
         /// Bytes.
         length: u32,
     },

@@ -37,7 +37,7 @@ fn unpack(parcel: &[u8], length: usize, block: usize, other: &Other) -> Vec<u8> 
     let mut out = vec![0xee; length];
     let by_hash = |hash: &BlockHash| {
         let all = other.blocks.values().chain(other.versions.values());
-        all.into_iter().find(|b| blake3::hash(b).as_bytes() == hash).cloned()
+        all.into_iter().find(|b| Naming::Plain.name(b) == *hash).cloned()
     };
     Decoder::default()
         .decode(parcel, length, block, |piece| {
@@ -48,7 +48,7 @@ fn unpack(parcel: &[u8], length: usize, block: usize, other: &Other) -> Vec<u8> 
                 }
                 Piece::Same { offset, length, earlier, hash } => {
                     let content = &other.blocks[&earlier.0];
-                    assert_eq!(blake3::hash(content).as_bytes(), &hash);
+                    assert_eq!(Naming::Plain.name(content), hash);
                     out[offset..offset + length].copy_from_slice(content);
                 }
                 Piece::Held { offset, length, hash } => {
@@ -105,8 +105,8 @@ proptest! {
             let length = if at + 1 == blocks.len() as u64 { block - short.min(block - 1) } else { block };
             let here = block_of(*kind, seed * 77 + 3, length);
             match how {
-                0 => { other.advertised.insert(at, *blake3::hash(&here).as_bytes()); other.versions.insert(at, here.clone()); }
-                1 => { other.advertised.insert(at, [9; 32]); }
+                0 => { other.advertised.insert(at, Naming::Plain.name(&here)); other.versions.insert(at, here.clone()); }
+                1 => { other.advertised.insert(at, BlockHash([9; 32])); }
                 2 | 3 => {
                     let mut version = here.clone();
                     for byte in version.iter_mut().step_by(700) { *byte ^= 0x55; }
@@ -159,7 +159,7 @@ proptest! {
 fn check_14_only_the_hash_is_sent_while_the_content_has_it_and_the_content_once_it_changed() {
     let mut content = block_of(5, 1, 4096);
     let mut other = Other::default();
-    other.advertised.insert(7, *blake3::hash(&content).as_bytes());
+    other.advertised.insert(7, Naming::Plain.name(&content));
     let mut encoder = Encoder::default();
     let parcel = encoder.encode(0, BlockIndex(7), 4096, &content, &other);
     assert_eq!((parcel.tally.held, parcel.tally.plain), (1, 0));
@@ -181,13 +181,27 @@ fn a_parcel_has_these_bytes() {
     let bytes = encoder.encode(0, BlockIndex(0), 512, &content, &NothingKnown).to_vec();
     let head = [
         3, 0, //
-        0, 0, 2, 0, 0, 0, 0, 0, //
-        1, 0, 1, 0, 8, 0, 0, 0, //
-        4, 0, 2, 0, 3, 2, 0, 0, //
+        0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, //
+        1, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0, //
+        4, 0, 0, 0, 2, 0, 0, 0, 3, 2, 0, 0, //
         0xab, 0xab, 0xab, 0xab, 0xab, 0xab, 0xab, 0xab, //
     ];
     assert_eq!(bytes[..head.len()], head);
     assert_eq!(bytes[head.len()..], content[1536..]);
+}
+
+#[test]
+fn check_02_zeros_of_any_length_are_one_span() {
+    let parcel = zeros(1 << 30);
+    let mut seen = 0;
+    Decoder::default()
+        .decode(&parcel, 1 << 42, 4096, |piece| {
+            let Piece::Zero { offset: 0, length } = piece else { panic!("{piece:?}") };
+            seen = length;
+            Ok::<(), CodecError>(())
+        })
+        .unwrap();
+    assert_eq!((parcel.len(), seen), (14, 1 << 42));
 }
 
 #[test]
