@@ -1,9 +1,14 @@
-//! The `silo` command: disks that move, by hand. See `silo --help`.
+//! The `silo` command: devices that are layered, served, backed up and moved. See `silo --help`.
+//!
+//! Exit codes: 0 done; 1 failed; 2 wrong flags or a wrong config; 3 done, and what was checked is
+//! not as it should be; 130 ended by a second signal.
 
 mod bench;
 mod cli;
 mod config;
 mod metrics;
+mod service;
+mod stack;
 
 use clap::Parser;
 use std::process::ExitCode;
@@ -13,10 +18,11 @@ fn main() -> ExitCode {
     cli::log_to_stderr();
     match cli.run() {
         Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
+        Ok(false) => ExitCode::from(3),
         Err(error) => {
             eprintln!("silo: {error:#}");
-            ExitCode::FAILURE
+            let wrong_config = error.downcast_ref::<config::ConfigError>().is_some();
+            ExitCode::from(if wrong_config { 2 } else { 1 })
         }
     }
 }

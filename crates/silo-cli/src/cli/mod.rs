@@ -1,17 +1,18 @@
 //! The subcommands. Each prints a few lines for people, or one JSON object with `--json`.
 
+mod check;
 mod config;
-mod progress;
+pub(crate) mod progress;
 mod serve;
-mod stop;
+pub(crate) mod stop;
+mod tls;
 
-use crate::config::ByteSize;
+use crate::{config::ByteSize, stack::disk_options};
 use anyhow::{Context, Result};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use serde::Serialize;
 use silo::{
-    device::DeviceName,
-    disk::{self, Disk, DiskOptions, DiskStatus},
+    disk::{self, Disk, DiskStatus},
     hash,
 };
 use std::{
@@ -46,6 +47,11 @@ enum Command {
         /// The disk's folder
         overlay: PathBuf,
     },
+    /// Hash each block of an image, and tell in which blocks two images differ
+    Check(check::CheckArgs),
+    /// Make certificates for hosts
+    #[command(subcommand)]
+    Tls(tls::TlsCommand),
     /// Check a config file, or print the schema of config files
     #[command(subcommand)]
     Config(config::ConfigCommand),
@@ -98,23 +104,21 @@ fn print(json: bool, value: &impl Serialize, text: &str) -> Result<()> {
     written.and_then(|()| out.flush()).context("could not write to stdout")
 }
 
-fn options() -> DiskOptions {
-    DiskOptions::new(DeviceName::new("disk").expect("lower-case letters are a name"))
-}
-
 impl Cli {
     /// Does what was asked. False if a promise was not kept, which was said already.
     pub(crate) fn run(self) -> Result<bool> {
-        if let Command::Bench(args) = &self.command {
-            return crate::bench::run(args);
+        match &self.command {
+            Command::Bench(args) => crate::bench::run(args),
+            Command::Check(args) => check::run(args, self.json),
+            _ => self.act().map(|()| true),
         }
-        self.act().map(|()| true)
     }
 
     fn act(self) -> Result<()> {
         let json = self.json;
         match self.command {
-            Command::Bench(_) => unreachable!("run has taken it"),
+            Command::Bench(_) | Command::Check(_) => unreachable!("run has taken them"),
+            Command::Tls(command) => tls::run(&command, json),
             Command::Hash { file } => {
                 let hash = hash::hash_file(&file)
                     .with_context(|| format!("could not hash {}", file.display()))?;
@@ -123,8 +127,12 @@ impl Cli {
                 print(json, &value, &format!("{hash}  {}", file.display()))
             }
             Command::Create(args) => {
-                let disk =
-                    Disk::create(&args.overlay, args.base.as_deref(), args.size.0, &options())?;
+                let disk = Disk::create(
+                    &args.overlay,
+                    args.base.as_deref(),
+                    args.size.0,
+                    &disk_options("disk"),
+                )?;
                 let value = serde_json::json!({ "overlay": args.overlay, "bytes": disk.size() });
                 let text = format!("created {} ({})", args.overlay.display(), human(disk.size()));
                 print(json, &value, &text)

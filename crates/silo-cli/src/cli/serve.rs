@@ -1,63 +1,90 @@
-//! `silo serve`: one disk on one socket, until it is told to stop.
+//! `silo serve`: devices for others to use, until SIGTERM or SIGINT.
 
-use super::{human, options, print};
-use crate::config::ByteSize;
-use anyhow::{Context, Result};
+use super::{human, print, stop::Stop};
+use crate::{
+    config::{ByteSize, Config, DeviceConfig, ExposeConfig, NbdConfig, SourceConfig},
+    service::Service,
+};
+use anyhow::Result;
 use clap::Args;
-use signal_hook::{
-    consts::{SIGINT, SIGTERM},
-    iterator::Signals,
-};
-use silo::{
-    disk::{Disk, DiskError},
-    nbd::{NbdOptions, NbdServer},
-};
-use std::{path::PathBuf, sync::Arc, time::Duration};
-
-/// How long requests in hand may take after a signal.
-const STOP_LIMIT: Duration = Duration::from_secs(10);
+use std::path::PathBuf;
 
 #[derive(Args)]
+#[command(group = clap::ArgGroup::new("what").required(true).args(["config", "overlay"]))]
 pub(super) struct ServeArgs {
-    /// The read-only file below the disk, the one it was created over
-    #[arg(long)]
-    base: Option<PathBuf>,
+    /// Serve what this file describes; see docs/silo-config.md
+    #[arg(long, conflicts_with_all = ["base", "overlay", "socket", "create", "export"])]
+    config: Option<PathBuf>,
     /// The disk's folder
-    #[arg(long)]
-    overlay: PathBuf,
+    #[arg(long, requires = "socket")]
+    overlay: Option<PathBuf>,
+    /// The read-only file below the disk, the one it was created over
+    #[arg(long, requires = "overlay")]
+    base: Option<PathBuf>,
     /// The unix socket to listen on
     #[arg(long)]
-    socket: PathBuf,
+    socket: Option<PathBuf>,
     /// Create the disk if the folder holds none
     #[arg(long)]
     create: bool,
     /// Size of a disk that is created; without it that of the base
-    #[arg(long, default_value = "0", requires = "create")]
-    size: ByteSize,
+    #[arg(long, requires = "create")]
+    size: Option<ByteSize>,
     /// The export's name; clients that ask for "" get the disk too
     #[arg(long, default_value = "")]
     export: String,
 }
 
+impl ServeArgs {
+    /// The config, or what the flags say in its place.
+    fn config(&self) -> Result<Config> {
+        if let Some(path) = &self.config {
+            return Ok(Config::load(path)?);
+        }
+        let Some(dir) = self.overlay.clone() else { unreachable!("clap wants one of the two") };
+        let source = SourceConfig::Disk { dir, base: self.base.clone(), create: self.create };
+        let nbd = NbdConfig {
+            unix: self.socket.clone(),
+            export: Some(self.export.clone()),
+            ..NbdConfig::default()
+        };
+        let expose = ExposeConfig { nbd: Some(nbd), ..ExposeConfig::default() };
+        let device = DeviceConfig { expose, ..DeviceConfig::of(source, self.size) };
+        Ok(Config { device: [("disk".to_owned(), device)].into(), ..Config::default() })
+    }
+}
+
 pub(super) fn run(args: &ServeArgs, json: bool) -> Result<()> {
     // Before anything is served, so that a signal that comes early is not lost.
-    let mut signals = Signals::new([SIGTERM, SIGINT]).context("could not watch for signals")?;
-    let base = args.base.as_deref();
-    let disk = match Disk::open(&args.overlay, base, &options()) {
-        Err(DiskError::NotADisk { .. }) if args.create => {
-            Disk::create(&args.overlay, base, args.size.0, &options())?
-        }
-        other => other?,
+    let stop = Stop::on_signals()?;
+    let service = Service::start(&args.config()?)?;
+    announce(args, &service, json)?;
+    service.run(&stop);
+    service.stop()
+}
+
+/// Says where things are, once all of them answer.
+fn announce(args: &ServeArgs, service: &Service, json: bool) -> Result<()> {
+    let addresses = service.addresses();
+    let mut value = match (&args.config, addresses) {
+        (None, [one]) => serde_json::json!({ "socket": one.at, "bytes": one.bytes }),
+        _ => serde_json::json!({ "devices": addresses }),
     };
-    let disk = Arc::new(disk);
-    let nbd = NbdOptions { export: args.export.clone(), ..NbdOptions::default() };
-    let server = NbdServer::start(&args.socket, disk.clone(), nbd)?;
-    let value = serde_json::json!({ "socket": args.socket, "bytes": disk.size() });
-    let text = format!("serving {} on {}", human(disk.size()), args.socket.display());
-    print(json, &value, &text)?;
-    let signal = signals.forever().next();
-    tracing::info!(?signal, "stopping");
-    let stopped = server.stop(STOP_LIMIT);
-    disk.sync()?;
-    Ok(stopped?)
+    let mut lines: Vec<String> = addresses
+        .iter()
+        .map(|one| {
+            format!(
+                "serving {} ({}) by {} on {}",
+                one.device,
+                human(one.bytes),
+                one.protocol,
+                one.at
+            )
+        })
+        .collect();
+    if let Some(metrics) = service.metrics() {
+        value["metrics"] = metrics.to_string().into();
+        lines.push(format!("metrics on http://{metrics}/metrics"));
+    }
+    print(json, &value, &lines.join("\n"))
 }

@@ -80,6 +80,23 @@ pub(crate) struct DeviceConfig {
 }
 
 impl DeviceConfig {
+    /// A device over `source` and nothing else.
+    pub(crate) fn of(source: SourceConfig, size: Option<ByteSize>) -> Self {
+        Self {
+            size,
+            block_size: Self::default_block_size(),
+            source,
+            hash: None,
+            overlays: Vec::new(),
+            read_only: false,
+            write_cache: None,
+            filter: None,
+            binlog: None,
+            on_error: ErrorPolicyConfig::default(),
+            expose: ExposeConfig::default(),
+        }
+    }
+
     /// 4 KiB: what memory and file systems work in.
     fn default_block_size() -> ByteSize {
         ByteSize(4096)
@@ -216,18 +233,22 @@ pub(crate) struct BinlogConfig {
 }
 
 /// What a device does when its source fails.
-#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
 pub(crate) struct ErrorPolicyConfig {
     /// A read fails
-    #[serde(default)]
     pub(crate) read: OnError,
     /// A write or a flush fails
-    #[serde(default)]
     pub(crate) write: OnError,
     /// There is no room
-    #[serde(default)]
     pub(crate) full: OnError,
+}
+
+impl Default for ErrorPolicyConfig {
+    /// A machine sees a slow disk rather than a broken one when room runs out.
+    fn default() -> Self {
+        Self { read: OnError::Eio, write: OnError::Eio, full: OnError::Pause }
+    }
 }
 
 /// One answer to an error.
@@ -276,6 +297,19 @@ pub(crate) struct NbdConfig {
     /// Most clients at a time
     #[serde(default = "NbdConfig::default_connections")]
     pub(crate) max_connections: usize,
+}
+
+impl Default for NbdConfig {
+    fn default() -> Self {
+        Self {
+            unix: None,
+            tcp: None,
+            plaintext: false,
+            export: None,
+            read_only: false,
+            max_connections: Self::default_connections(),
+        }
+    }
 }
 
 impl NbdConfig {

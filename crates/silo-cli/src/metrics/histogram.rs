@@ -1,58 +1,25 @@
-//! Latencies, counted without a lock: a read of 4 KiB from memory takes well under a microsecond,
-//! and a lock for each would be seen in the figures it is there to give.
+//! Latencies as Prometheus wants them: the same few buckets always, so that rates can be taken.
 
-use std::{
-    sync::atomic::{AtomicU64, Ordering},
-    time::Duration,
-};
+use silo::filter::Histogram;
+use std::time::Duration;
 
-/// Upper ends of the buckets, in nanoseconds: 1 us to 4 s in steps of 4 and 2.5, then everything.
-const ENDS: [u64; 14] = [
-    1_000,
-    4_000,
-    10_000,
-    40_000,
-    100_000,
-    400_000,
-    1_000_000,
-    4_000_000,
-    10_000_000,
-    40_000_000,
-    100_000_000,
-    400_000_000,
-    1_000_000_000,
-    4_000_000_000,
+/// Upper ends of the buckets: 1 us to 4 s in steps of 4 and 2.5, then everything.
+const ENDS: [Duration; 14] = [
+    Duration::from_micros(1),
+    Duration::from_micros(4),
+    Duration::from_micros(10),
+    Duration::from_micros(40),
+    Duration::from_micros(100),
+    Duration::from_micros(400),
+    Duration::from_millis(1),
+    Duration::from_millis(4),
+    Duration::from_millis(10),
+    Duration::from_millis(40),
+    Duration::from_millis(100),
+    Duration::from_millis(400),
+    Duration::from_secs(1),
+    Duration::from_secs(4),
 ];
-
-/// How long operations took.
-#[derive(Debug, Default)]
-pub(crate) struct Latencies {
-    buckets: [AtomicU64; ENDS.len() + 1],
-    nanoseconds: AtomicU64,
-}
-
-impl Latencies {
-    /// Counts one.
-    pub(crate) fn add(&self, took: Duration) {
-        let nanoseconds = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
-        let bucket = ENDS.partition_point(|&end| end < nanoseconds);
-        // Each is a sum of its own; a scrape in between may miss the newest, never an older one.
-        self.buckets[bucket].fetch_add(1, Ordering::Relaxed);
-        self.nanoseconds.fetch_add(nanoseconds, Ordering::Relaxed);
-    }
-
-    /// What was counted so far.
-    pub(crate) fn read(&self) -> Spread {
-        let counts = self.buckets.iter().map(|bucket| bucket.load(Ordering::Relaxed));
-        let ends = ENDS.iter().map(|&end| end as f64 / 1e9).chain([f64::INFINITY]);
-        let buckets: Vec<(f64, u64)> = ends.zip(counts).collect();
-        Spread {
-            count: buckets.iter().map(|(_, count)| count).sum(),
-            sum: self.nanoseconds.load(Ordering::Relaxed) as f64 / 1e9,
-            buckets,
-        }
-    }
-}
 
 /// A histogram at one moment.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,22 +32,43 @@ pub(crate) struct Spread {
     pub(crate) buckets: Vec<(f64, u64)>,
 }
 
+impl Spread {
+    /// Of latencies that were counted in finer buckets, and their sum. One that may lie on either
+    /// side of an end is counted above it.
+    pub(crate) fn new(latencies: &Histogram, sum: Duration) -> Self {
+        Self::from_cumulative(latencies.cumulative(), sum)
+    }
+
+    /// Of upper bounds, each with how many are up to there.
+    pub(crate) fn from_cumulative(
+        bounds: impl IntoIterator<Item = (Duration, u64)>,
+        sum: Duration,
+    ) -> Self {
+        let mut counts = [0; ENDS.len() + 1];
+        let mut before = 0;
+        for (bound, seen) in bounds {
+            counts[ENDS.partition_point(|&end| end < bound)] += seen - before;
+            before = seen;
+        }
+        let ends = ENDS.iter().map(Duration::as_secs_f64).chain([f64::INFINITY]);
+        Self { count: before, sum: sum.as_secs_f64(), buckets: ends.zip(counts).collect() }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn each_latency_lies_in_the_bucket_whose_end_it_does_not_pass() {
-        let latencies = Latencies::default();
-        for nanoseconds in [0, 1000, 1001, 4_000_000_000, 4_000_000_001] {
-            latencies.add(Duration::from_nanos(nanoseconds));
-        }
-        latencies.add(Duration::MAX);
-        let read = latencies.read();
-        assert_eq!(read.count, 6);
-        assert_eq!(read.buckets[0], (1e-6, 2));
-        assert_eq!(read.buckets[1], (4e-6, 1));
-        assert_eq!(read.buckets[13], (4.0, 1));
-        assert_eq!(read.buckets[14], (f64::INFINITY, 2));
+        let bounds = [(1, 2), (1000, 3), (1001, 7), (4_000_000_000, 8), (u64::MAX, 10)];
+        let bounds = bounds.map(|(bound, seen)| (Duration::from_nanos(bound), seen));
+        let spread = Spread::from_cumulative(bounds, Duration::from_millis(1500));
+        assert_eq!((spread.count, spread.sum), (10, 1.5));
+        assert_eq!(spread.buckets[0], (1e-6, 3));
+        assert_eq!(spread.buckets[1], (4e-6, 4));
+        assert_eq!(spread.buckets[13], (4.0, 1));
+        assert_eq!(spread.buckets[14], (f64::INFINITY, 2));
+        assert_eq!(spread.buckets.iter().map(|(_, count)| count).sum::<u64>(), 10);
     }
 }

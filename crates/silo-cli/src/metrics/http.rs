@@ -113,9 +113,8 @@ async fn accept(listener: TcpListener, metrics: Metrics) -> anyhow::Error {
                 .header_read_timeout(REQUEST_LIMIT)
                 .max_buf_size(16 << 10)
                 .serve_connection(TokioIo::new(stream), service);
-            match tokio::time::timeout(CONNECTION_LIMIT, connection).await {
-                Ok(Err(error)) => tracing::debug!(%error, "a connection for metrics ended"),
-                Ok(Ok(())) | Err(_) => {}
+            if let Ok(Err(error)) = tokio::time::timeout(CONNECTION_LIMIT, connection).await {
+                tracing::debug!(%error, "a connection for metrics ended");
             }
             drop(slot);
         });

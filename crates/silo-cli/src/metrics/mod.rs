@@ -5,7 +5,7 @@
 //! it keeps anyway, so that nothing is computed between scrapes, and no scrape walks over blocks.
 //!
 //! ```text
-//!  Measured device ─┐
+//!  metered devices ─┐
 //!  move, backup …  ─┼─ Source::read ─► Readings ─► text ─► http
 //! ```
 //!
@@ -17,8 +17,8 @@ mod histogram;
 mod http;
 pub(crate) mod names;
 
-pub(crate) use device::Measured;
-pub(crate) use histogram::{Latencies, Spread};
+pub(crate) use device::DeviceFigures;
+pub(crate) use histogram::Spread;
 pub(crate) use http::Endpoint;
 
 use names::{Kind, Metric};
@@ -155,9 +155,9 @@ mod tests {
             readings.count(&names::DEVICE_READ_BYTES, &["root"], 7);
             readings.count(&names::DEVICE_READ_BYTES, &["da\"ta"], 8);
             readings.level(&names::DEVICE_SIZE, &["root"], 4096.0);
-            let latencies = Latencies::default();
-            latencies.add(Duration::from_millis(2));
-            readings.spread(&names::DEVICE_READ, &["root"], latencies.read());
+            let two = Duration::from_millis(2);
+            let spread = Spread::from_cumulative([(two, 1)], two);
+            readings.spread(&names::DEVICE_READ, &["root"], spread);
         }
     }
 

@@ -47,5 +47,5 @@ metrics! {
     DEVICE_ZERO_BYTES Counter "device_zero_bytes" ["device"] "Bytes made zero without being sent";
     DEVICE_TRIM_BYTES Counter "device_trim_bytes" ["device"] "Bytes that are no longer needed";
     DEVICE_ERRORS Counter "device_errors" ["device", "operation"]
-        "Operations that failed: read, write (with zero and trim) or flush";
+        "Operations that failed: read, write, flush, zero or trim";
 }

@@ -2,7 +2,9 @@
 
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test file uses a part of it")]
 
-use silo::{
+pub mod silo;
+
+use ::silo::{
     device::DeviceName,
     disk::{Disk, DiskOptions},
 };
