@@ -2,6 +2,7 @@
 
 mod check;
 mod config;
+mod device;
 pub(crate) mod progress;
 mod serve;
 pub(crate) mod stop;
@@ -40,8 +41,8 @@ enum Command {
     },
     /// Create a disk over a base, or a blank one
     Create(CreateArgs),
-    /// Serve a disk over NBD on a unix socket until SIGTERM or SIGINT
-    Serve(serve::ServeArgs),
+    /// Serve devices to others until SIGTERM or SIGINT: by NBD, vhost-user-blk or FUSE
+    Serve(Box<serve::ServeArgs>),
     /// Tell what the files of a disk say, without opening it
     Inspect {
         /// The disk's folder

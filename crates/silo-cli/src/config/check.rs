@@ -169,8 +169,11 @@ fn check_store(at: &mut At<'_>, store: &StoreConfig) {
     if store.access_key.is_some() != store.secret_key.is_some() {
         at.wrong("access-key", "access-key and secret-key go together");
     }
-    if store.endpoint.as_ref().is_some_and(|end| end.starts_with("http://")) && !store.allow_http {
-        at.wrong("endpoint", "is not encrypted; write allow-http = true if that is meant");
+    let schemes = ["http://", "https://"];
+    if let Some(endpoint) = &store.endpoint
+        && !schemes.iter().any(|scheme| endpoint.starts_with(scheme))
+    {
+        at.wrong("endpoint", "must begin with https:// or http://");
     }
 }
 

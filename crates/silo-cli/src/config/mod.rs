@@ -173,6 +173,16 @@ pub(crate) enum SourceConfig {
 }
 
 impl SourceConfig {
+    /// A folder of pieces of the usual size.
+    pub(crate) fn directory(path: PathBuf) -> Self {
+        Self::Directory { path, piece: Self::default_piece() }
+    }
+
+    /// Another silo, with the usual number of connections.
+    pub(crate) fn silo(url: String) -> Self {
+        Self::Silo { url, connections: Self::default_connections() }
+    }
+
     fn default_piece() -> ByteSize {
         ByteSize(1 << 20)
     }
@@ -330,6 +340,11 @@ pub(crate) struct VhostConfig {
 }
 
 impl VhostConfig {
+    /// On this socket, with the usual number of queues.
+    pub(crate) fn at(socket: PathBuf) -> Self {
+        Self { socket, queues: Self::default_queues() }
+    }
+
     fn default_queues() -> usize {
         1
     }
@@ -367,13 +382,11 @@ pub(crate) struct IdentityConfig {
 pub(crate) struct StoreConfig {
     /// `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix`, `file:///folder`
     pub(crate) url: String,
-    /// The service's address, where it is not the provider's own
+    /// The service's address, where it is not the provider's own; http:// is not encrypted
+    /// (content that is backed up is, by itself)
     pub(crate) endpoint: Option<String>,
     /// The region, where the provider has them
     pub(crate) region: Option<String>,
-    /// Allow an endpoint without TLS (blocks are encrypted all the same)
-    #[serde(default)]
-    pub(crate) allow_http: bool,
     /// Where the access key is; else the provider's usual environment variables count
     pub(crate) access_key: Option<Secret>,
     /// Where the secret key is
@@ -496,6 +509,17 @@ impl Config {
             toml::from_str(text).map_err(|error| problem::of_parser(path, text, &error))?;
         let problems = check::all(&config);
         if problems.is_empty() { Ok(config) } else { Err(problem::of_checks(path, text, problems)) }
+    }
+
+    /// Checks a config that was put together from flags.
+    ///
+    /// # Errors
+    /// All problems that were found.
+    pub(crate) fn check(&self) -> Result<(), ConfigError> {
+        match check::all(self) {
+            problems if problems.is_empty() => Ok(()),
+            problems => Err(problem::of_flags(problems)),
+        }
     }
 
     /// The JSON schema of a config file.

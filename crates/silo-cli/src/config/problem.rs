@@ -31,8 +31,8 @@ fn lines(problems: &[Problem]) -> String {
 /// One thing that is wrong, for people.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Problem {
-    /// The file.
-    path: PathBuf,
+    /// The file, if there is one.
+    path: Option<PathBuf>,
     /// Line and column, from 1.
     place: Option<(usize, usize)>,
     /// What is wrong there, and what to do.
@@ -43,7 +43,8 @@ pub(crate) struct Problem {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:", self.path.display())?;
+        let Some(path) = &self.path else { return f.write_str(&self.message) };
+        write!(f, "{}:", path.display())?;
         let Some((line, column)) = self.place else { return write!(f, " {}", self.message) };
         write!(f, "{line}:{column}: {}", self.message)?;
         let Some(source) = &self.source else { return Ok(()) };
@@ -73,7 +74,7 @@ pub(super) fn of_parser(path: &Path, text: &str, error: &toml::de::Error) -> Con
         None => (None, None),
     };
     let message = suggestion(message).unwrap_or_else(|| message.trim_end().to_owned());
-    ConfigError::Wrong(vec![Problem { path: path.to_owned(), place, message, source }])
+    ConfigError::Wrong(vec![Problem { path: Some(path.to_owned()), place, message, source }])
 }
 
 /// What the checks found, in the order of the file.
@@ -85,11 +86,20 @@ pub(super) fn of_checks(path: &Path, text: &str, findings: Vec<Finding>) -> Conf
             let span = table.as_ref().and_then(|table| span_of(table.get_ref(), &keys));
             let place = span.map(|span| position(text, &span).0);
             let message = format!("{}: {message}", keys.join("."));
-            Problem { path: path.to_owned(), place, message, source: None }
+            Problem { path: Some(path.to_owned()), place, message, source: None }
         })
         .collect();
     problems.sort_by_key(|problem| problem.place);
     ConfigError::Wrong(problems)
+}
+
+/// What the checks found in flags: there is no file, and no place in it.
+pub(super) fn of_flags(findings: Vec<Finding>) -> ConfigError {
+    let problems = findings.into_iter().map(|Finding { keys, message }| {
+        let key = keys.last().map_or("", String::as_str);
+        Problem { path: None, place: None, message: format!("{key}: {message}"), source: None }
+    });
+    ConfigError::Wrong(problems.collect())
 }
 
 /// Where a value stands, or the last of its parents that is there.
