@@ -1,0 +1,98 @@
+//! `silo serve` by config and by flags, as processes.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+mod common;
+
+use common::{
+    Client, FLUSH,
+    silo::{Running, silo},
+};
+use std::{fs, path::Path};
+
+const MIB: usize = 1 << 20;
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// A config file with this text.
+fn config(dir: &Path, text: &str) -> String {
+    let file = dir.join("silo.toml");
+    fs::write(&file, text).unwrap();
+    path(&file).to_owned()
+}
+
+#[test]
+fn devices_of_a_config_are_served_each_on_its_own_and_keep_what_was_flushed() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = config(
+        dir.path(),
+        "[device.one]\nsize = \"1M\"\nsource = { file = { path = \"one.raw\", create = true } }\n\
+         expose = { nbd = { unix = \"one.sock\" } }\n\
+         [device.two]\nsize = 5000\nsource = \"memory\"\nexpose = { nbd = { unix = \"two.sock\" } }\n",
+    );
+    let running = Running::start(["serve", "--config", &file]);
+    let devices = running.ready["devices"].as_array().unwrap();
+    assert_eq!(devices.len(), 2);
+    assert_eq!(devices[1]["bytes"], 5000);
+    assert_eq!(devices[1]["protocol"], "nbd");
+    let (mut one, size) = Client::go(&dir.path().join("one.sock")).unwrap();
+    assert_eq!(size, MIB as u64);
+    let (mut two, size) = Client::go(&dir.path().join("two.sock")).unwrap();
+    assert_eq!(size, 5000);
+    assert_eq!(one.write(1000, &[1; 9000], 0).unwrap(), 0);
+    assert_eq!(two.write(4000, &[2; 1000], 0).unwrap(), 0);
+    assert_eq!(one.call(FLUSH, 0, 0, 0).unwrap(), 0);
+    assert_eq!(two.read(3999, 1001).unwrap(), [&[0][..], &[2; 1000]].concat());
+
+    let raw = dir.path().join("one.raw");
+    let other = ["serve", "--file", path(&raw), "--socket", "s"];
+    silo(other).failed(1, "is open in another process");
+    drop((one, two));
+    running.stop().good();
+    let mut wanted = vec![0; MIB];
+    wanted[1000..10_000].fill(1);
+    assert_eq!(fs::read(&raw).unwrap(), wanted);
+}
+
+#[test]
+fn an_image_with_another_hash_or_size_is_refused_before_anything_is_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let (image, socket) = (dir.path().join("image"), dir.path().join("s"));
+    let content: Vec<u8> = (0..MIB + 100).map(|at| (at % 251) as u8).collect();
+    fs::write(&image, &content).unwrap();
+    let hash = blake3::hash(&content).to_hex().to_string();
+    let serve = |hash: &str, more: &[&str]| {
+        let image = path(&image).to_owned();
+        let mut arguments =
+            vec!["serve", "--file", &image, "--socket", path(&socket), "--read-only"];
+        arguments.extend(["--hash", hash]);
+        arguments.extend(more);
+        arguments.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    let wrong = hash.replace(|c: char| c.is_ascii_digit(), "0");
+    silo(serve(&wrong, &[])).failed(1, "device \"disk\": the content has hash");
+    silo(serve("abc", &[])).failed(2, "hash: a root hash is 64 hexadecimal digits");
+    silo(serve(&hash, &["--size", "1M"])).failed(1, "correct `size` or leave it out");
+    assert!(!socket.exists());
+
+    let running = Running::start(serve(&hash, &[]));
+    let (mut client, size) = Client::go(&socket).unwrap();
+    assert_eq!(size, content.len() as u64);
+    assert_eq!(client.read(1 << 20, 100).unwrap(), content[1 << 20..]);
+    // EPERM
+    assert_eq!(client.write(0, &[1], 0).unwrap(), 1);
+    drop(client);
+    running.stop().good();
+    assert_eq!(fs::read(&image).unwrap(), content);
+}
+
+#[test]
+fn flags_that_make_no_sense_together_are_refused() {
+    silo(["serve", "--memory", "1M"]).failed(1, "nobody could reach it; add --socket");
+    silo(["serve", "--memory", "1M", "--tcp", "127.0.0.1:0"]).failed(2, "tcp: needs TLS");
+    silo(["serve", "--memory", "1M", "--file", "x", "--socket", "s"]).failed(2, "cannot be used");
+    silo(["serve", "--memory", "0", "--socket", "s"]).failed(2, "size: a device has at least one");
+    silo(["serve", "--config", "x", "--socket", "s"]).failed(2, "cannot be used with");
+}
