@@ -6,6 +6,7 @@ pub mod device;
 pub mod geometry;
 pub mod hash;
 pub mod io;
+pub mod model;
 pub mod order;
 pub mod rounds;
 pub mod session;

@@ -126,6 +126,13 @@ impl Order {
         }
     }
 
+    /// What waits of `range` in a less urgent class will probably be needed soon.
+    pub fn promote(&mut self, range: BlockRange) {
+        let waiting: Vec<BlockRange> =
+            self.dirty.set.ranges_in(range).chain(self.bulk.set.ranges_in(range)).collect();
+        waiting.into_iter().for_each(|part| self.insert(Class::Prefetch, part));
+    }
+
     /// Takes blocks out, in whatever class they wait.
     pub fn remove(&mut self, range: BlockRange) {
         self.demand.set.remove_range(range);

@@ -238,6 +238,8 @@ pub enum ToSource {
         device: DeviceIndex,
         /// The blocks.
         range: BlockRange,
+        /// Lists were applied up to here when this was said: what a later list has is needed.
+        epoch: Epoch,
     },
     /// The token was received and this side runs.
     Running {

@@ -1,0 +1,368 @@
+//! The source's blocks: what is queued, what is on its way, what comes back.
+
+use super::{Action, Outgoing, Phase, Source, SourceDevice};
+use crate::{
+    block::{BlockIndex, BlockRange, BlockSet},
+    order::{Class, Order},
+    rounds::{Epoch, Holder},
+    session::messages::{
+        BlockHash, BlockHeader, DeviceIndex, Held, MAX_PROMISES, MAX_RANGES, MAX_RUN, ToDestination,
+    },
+};
+use std::time::Duration;
+
+impl Outgoing {
+    pub(super) fn new(device: SourceDevice) -> Self {
+        let blocks = device.geometry.blocks();
+        let set = || BlockSet::new(blocks);
+        Self {
+            name: device.name,
+            base: device.base,
+            geometry: device.geometry,
+            rounds: device.rounds,
+            history: device.history,
+            holder: None,
+            told: set(),
+            lists: 0,
+            first_done: false,
+            label: Epoch::BASE,
+            listed: None,
+            order: Order::new(blocks, device.heat),
+            flying: set(),
+            after: set(),
+            absent: device.absent,
+            awaited: set(),
+            promised: set(),
+            early: Vec::new(),
+        }
+    }
+
+    /// The newest round that is closed.
+    pub(super) fn closed(&self) -> Epoch {
+        Epoch(self.rounds.clock().0.saturating_sub(1))
+    }
+
+    /// No list has been made for the destination on this link.
+    pub(super) fn is_new(&self) -> bool {
+        self.holder.is_some() && self.lists == 0
+    }
+
+    /// Bytes not confirmed.
+    pub(super) fn remaining(&self) -> u64 {
+        let blocks = self.holder.as_ref().map_or(0, |holder| holder.exceptions().len());
+        blocks * self.geometry.block()
+    }
+
+    /// Longest run in one message, in blocks.
+    fn max_run(&self) -> u64 {
+        (MAX_RUN / self.geometry.block()).max(1)
+    }
+
+    /// A part of what is missing at the destination.
+    pub(super) fn missing(&mut self, blocks: &[BlockRange]) {
+        blocks.iter().for_each(|range| self.told.insert_range(*range));
+    }
+
+    /// The destination has said all that it has: what it misses is queued, as of what it knows.
+    pub(super) fn begin(&mut self, held: &Held) {
+        self.missing(&held.missing);
+        let missing = std::mem::replace(&mut self.told, BlockSet::new(self.geometry.blocks()));
+        self.order.remove(BlockRange::new(0, self.geometry.blocks()));
+        for range in missing.ranges() {
+            self.order.insert(Class::Bulk, range);
+        }
+        for range in self.promised.ranges() {
+            self.order.remove(range);
+        }
+        self.promised.intersect_with(&missing);
+        self.holder = Some(Holder::new(held.clock, missing));
+        self.label = held.clock;
+        self.listed = None;
+        self.lists = 0;
+    }
+
+    /// What was written up to `epoch` and has not been listed. It is not sent as of an older round
+    /// any more: that would be in vain.
+    pub(super) fn next_list(&mut self, epoch: Epoch) -> Option<BlockSet> {
+        let list = self.holder.as_mut()?.begin_new(&self.rounds, epoch);
+        for range in list.ranges() {
+            self.order.remove(range);
+            self.promised.remove_range(range);
+            self.awaited.remove_range(range);
+            self.after.remove_range(range);
+            if self.first_done {
+                self.order.wrote(range);
+            }
+        }
+        self.lists += 1;
+        Some(list)
+    }
+
+    /// As [`Outgoing::next_list`], for the token: nobody waits for a confirmation.
+    pub(super) fn last_list(&mut self, epoch: Epoch) -> BlockSet {
+        let pending = self.listed.take();
+        let list = self.next_list(epoch).unwrap_or(BlockSet::new(self.geometry.blocks()));
+        if let Some((_, pending)) = pending {
+            self.queue(&pending, Class::Dirty);
+        }
+        self.label = epoch;
+        list
+    }
+
+    pub(super) fn queue(&mut self, list: &BlockSet, class: Class) {
+        list.ranges().for_each(|range| self.order.insert(class, range));
+    }
+
+    /// The first part of a run that can be sent now; what cannot be is put where it waits.
+    fn sendable(&mut self, class: Class, range: BlockRange) -> Ready {
+        if !self.flying.intersects(range) && !self.absent.intersects(range) {
+            return Ready::Send(range);
+        }
+        let first = BlockRange::new(range.start.0, 1);
+        let part = |set: &BlockSet| set.ranges_in(range).next();
+        let (ready, end) = if self.flying.intersects(first) {
+            let run = part(&self.flying).unwrap_or(first);
+            self.after.insert_range(run);
+            (Ready::Nothing, run.end())
+        } else if self.absent.intersects(first) {
+            let run = part(&self.absent).unwrap_or(first);
+            self.awaited.insert_range(run);
+            (Ready::Pull(run), run.end())
+        } else {
+            let next = [part(&self.flying), part(&self.absent)].into_iter().flatten();
+            let end = next.map(|run| run.start.0).min().unwrap_or(range.end());
+            (Ready::Send(BlockRange::new(range.start.0, end - range.start.0)), end)
+        };
+        if end < range.end() {
+            self.order.insert(class, BlockRange::new(end, range.end() - end));
+        }
+        ready
+    }
+}
+
+enum Ready {
+    Send(BlockRange),
+    Pull(BlockRange),
+    Nothing,
+}
+
+impl Source {
+    /// The next run to send, if the budget has room for its class.
+    pub(super) fn next_blocks(&mut self) -> Option<Action> {
+        if self.is_over() {
+            return None;
+        }
+        let link = self.link.as_ref().filter(|link| link.ready)?.id;
+        loop {
+            let Some((at, _)) = self.choose()? else {
+                if self.hedge() {
+                    continue;
+                }
+                return None;
+            };
+            let device = &mut self.devices[at];
+            let (left, block) =
+                (device.order.len() * device.geometry.block(), device.geometry.block());
+            let (class, range) = device.order.next(device.max_run())?;
+            match device.sendable(class, range) {
+                Ready::Send(range) => {
+                    device.flying.insert_range(range);
+                    let bytes = range.count * block;
+                    self.in_flight += bytes;
+                    self.fair.took(at, bytes, left);
+                    self.counters.sent[class as usize] += range.count;
+                    let (device, epoch) = (DeviceIndex(at as u16), device.label);
+                    let header = BlockHeader { device, range, epoch, class };
+                    return Some(Action::Blocks(link, header));
+                }
+                Ready::Pull(range) => {
+                    return Some(Action::Pull(DeviceIndex(at as u16), range, class));
+                }
+                Ready::Nothing => {}
+            }
+        }
+    }
+
+    /// The device whose turn it is, among those with the most urgent class. `None` if the budget is
+    /// used up, `Some(None)` if nothing is queued.
+    #[expect(
+        clippy::option_option,
+        reason = "full and empty are different, and neither is an error"
+    )]
+    fn choose(&self) -> Option<Option<(usize, Class)>> {
+        let urgent = self.devices.iter().filter_map(|device| device.order.most_urgent()).min();
+        let Some(class) = urgent else { return Some(None) };
+        let demand = if class == Class::Demand { self.config.demand_window } else { 0 };
+        if self.in_flight >= self.config.window + demand {
+            return None;
+        }
+        let left = |device: &Outgoing| match device.order.most_urgent() {
+            Some(most) if most == class => device.order.len() * device.geometry.block(),
+            _ => 0,
+        };
+        self.fair.next(self.devices.iter().map(left)).map(|at| Some((at, class)))
+    }
+
+    /// Nothing else is left: what a store has promised goes too, so that a slow store delays
+    /// nobody. True if there was something.
+    fn hedge(&mut self) -> bool {
+        let mut some = false;
+        for device in self.devices.iter_mut().filter(|device| !device.promised.is_empty()) {
+            let blocks = device.geometry.blocks();
+            let promised = std::mem::replace(&mut device.promised, BlockSet::new(blocks));
+            device.queue(&promised, Class::Bulk);
+            some = true;
+        }
+        some
+    }
+
+    pub(super) fn receipt(
+        &mut self,
+        device: DeviceIndex,
+        range: BlockRange,
+        epoch: Epoch,
+        retry: &[BlockRange],
+    ) {
+        let urgent = !self.owns();
+        let Some(device) = self.devices.get_mut(device.0 as usize) else { return };
+        if range.count == 0 || range.end() > device.geometry.blocks() {
+            return;
+        }
+        if !device.flying.contains_range(range) {
+            return;
+        }
+        device.flying.remove_range(range);
+        let bytes = range.count * device.geometry.block();
+        self.in_flight = self.in_flight.saturating_sub(bytes);
+        self.pace.confirmed(bytes);
+        let again = if urgent { Class::Demand } else { Class::Dirty };
+        let held_back: Vec<BlockRange> = device.after.ranges_in(range).collect();
+        device.after.remove_range(range);
+        let Some(holder) = &mut device.holder else { return };
+        let inside = |part: &&BlockRange| part.start >= range.start && part.end() <= range.end();
+        let mut at = range.start.0;
+        for part in retry.iter().filter(inside) {
+            if part.start.0 > at {
+                holder.settle(&device.rounds, BlockRange::new(at, part.start.0 - at), epoch);
+            }
+            at = at.max(part.end());
+            self.counters.again += part.count;
+            device.order.insert(again, *part);
+        }
+        if at < range.end() {
+            holder.settle(&device.rounds, BlockRange::new(at, range.end() - at), epoch);
+        }
+        held_back.into_iter().for_each(|part| device.order.insert(again, part));
+    }
+
+    pub(super) fn needed(&mut self, device: DeviceIndex, range: BlockRange, class: Class) {
+        let Some(device) = self.devices.get_mut(device.0 as usize) else { return };
+        if range.end() > device.geometry.blocks() || range.count > device.max_run() {
+            return;
+        }
+        // What is on its way comes; what is in a list that is not confirmed is queued when it is.
+        let listed = device.listed.as_ref().map(|(_, list)| list);
+        let mut wanted = Vec::new();
+        for block in range.chunks(1) {
+            let waits = listed.is_some_and(|list| list.intersects(block));
+            if !waits && !device.flying.intersects(block) {
+                match wanted.last_mut() {
+                    Some(BlockRange { start, count }) if start.0 + *count == block.start.0 => {
+                        *count += 1;
+                    }
+                    _ => wanted.push(block),
+                }
+            }
+        }
+        for part in wanted {
+            device.promised.remove_range(part);
+            device.order.insert(class, part);
+            if let Some(holder) = &mut device.holder {
+                holder.put_back(part);
+            }
+        }
+    }
+
+    pub(super) fn not_needed(&mut self, device: DeviceIndex, range: BlockRange, epoch: Epoch) {
+        let Some(device) = self.devices.get_mut(device.0 as usize) else { return };
+        if range.end() > device.geometry.blocks() {
+            return;
+        }
+        let whole = !device.rounds.any_newer(range, epoch);
+        let size = if whole { range.count.max(1) } else { 1 };
+        let before = device.order.len() + device.promised.len();
+        for part in range.chunks(size) {
+            // A later list has it: the destination did not know that yet.
+            if !whole && device.rounds.any_newer(part, epoch) {
+                continue;
+            }
+            device.order.remove(part);
+            device.promised.remove_range(part);
+            device.awaited.remove_range(part);
+            device.after.remove_range(part);
+            if let Some(holder) = &mut device.holder {
+                holder.settle(&device.rounds, part, epoch);
+            }
+        }
+        self.counters.spared += before - device.order.len() - device.promised.len();
+    }
+
+    /// Blocks that this side was itself waiting for.
+    pub(super) fn arrived(&mut self, device: DeviceIndex, range: BlockRange) {
+        let class = if self.phase == Phase::Filling { Class::Bulk } else { Class::Demand };
+        let Some(device) = self.devices.get_mut(device.0 as usize) else { return };
+        device.absent.remove_range(range);
+        let wanted: Vec<BlockRange> = device.awaited.ranges_in(range).collect();
+        device.awaited.remove_range(range);
+        wanted.into_iter().for_each(|part| device.order.insert(class, part));
+    }
+
+    /// A store has blocks. Passed on for those that have not been written since and that the
+    /// destination misses; they are the last to go over the line.
+    pub(super) fn promised(
+        &mut self,
+        now: Duration,
+        index: DeviceIndex,
+        epoch: Epoch,
+        blocks: Vec<(BlockIndex, BlockHash)>,
+    ) {
+        if self.is_over() {
+            return;
+        }
+        let Some(device) = self.devices.get_mut(index.0 as usize) else { return };
+        if !device.first_done {
+            device.early.push((epoch, blocks));
+            return;
+        }
+        let Some(holder) = &device.holder else { return };
+        let listed = device.listed.as_ref().map(|(_, list)| list);
+        let wanted = |(block, _): &(BlockIndex, BlockHash)| {
+            holder.exceptions().contains(*block)
+                && device.rounds.epoch(*block) <= epoch
+                && !device.flying.contains(*block)
+                && listed.is_none_or(|list| !list.contains(*block))
+        };
+        let fit: Vec<(BlockIndex, BlockHash)> = blocks.into_iter().filter(wanted).collect();
+        let label = device.label;
+        for (block, _) in &fit {
+            let one = BlockRange::new(block.0, 1);
+            if device.order.class_of(*block).is_some_and(|class| class >= Class::Dirty) {
+                device.order.remove(one);
+                device.promised.insert(*block);
+            }
+        }
+        for part in fit.chunks(MAX_PROMISES) {
+            let blocks = part.to_vec();
+            self.say_if_ready(now, ToDestination::Promise { device: index, epoch: label, blocks });
+        }
+    }
+
+    pub(super) fn expected(&mut self, now: Duration, index: DeviceIndex, order: &[BlockRange]) {
+        let Some(device) = self.devices.get_mut(index.0 as usize) else { return };
+        order.iter().for_each(|range| device.order.promote(*range));
+        for part in order.chunks(MAX_RANGES) {
+            let order = part.to_vec();
+            self.say_if_ready(now, ToDestination::Expect { device: index, order });
+        }
+    }
+}

@@ -1,0 +1,642 @@
+//! The end of a move that gives devices away.
+//!
+//! ```text
+//!  FILLING ── CloseRound ⇄ RoundClosed, lists, blocks ──┐
+//!     │ Pace says: switch                                │ cut: stays, and goes on by Have
+//!     ▼                                                  │
+//!  QUIESCING ── Quiesce → Quiesced ──────────────────────┤
+//!     │ hybrid                  │ whole                  │
+//!     │                         ▼                        │
+//!     │                      DRAINING (all blocks first) │ any failure up to here: Resume, FAILED
+//!     ▼                         │
+//!  SWITCHED (token out) ◄───────┘     the source never runs again by itself from here on
+//!     │ Running            │ Refused, or Reclaimed by proof of the lease: Resume, FAILED
+//!     ▼
+//!  SERVING (frozen content) ── Durable ──► RELEASED
+//! ```
+//!
+//! The driver feeds events and the time, does what [`Source::poll`] says, and asks again after
+//! every event and at [`Source::wake`]. What must hold:
+//! - The token leaves only after `Quiesced`, by which the driver says: writers are paused, their
+//!   writes and flushes have ended or are named for re-issue, and it is noted durably (lease or
+//!   file) that authority leaves, so that not even a restart lets them run here.
+//! - Lists travel before the content of their epoch. Content is sent "as of" the newest round whose
+//!   list the destination has confirmed; after the token, as of the last one.
+//! - A block is on its way at most once; what is not confirmed is sent again after a cut.
+
+mod flow;
+mod speak;
+#[cfg(test)]
+mod tests;
+
+use super::{
+    link::{Customs, Link, LinkId, Patience},
+    messages::{
+        BlockHash, BlockHeader, Custom, DeviceIndex, DeviceInfo, MAX_CUSTOM, MAX_STATE, Reason,
+        SessionId, ToDestination, ToSource, Wait,
+    },
+    pace::{Finish, Next, Pace, Policy},
+};
+use crate::{
+    block::{BlockIndex, BlockRange, BlockSet},
+    device::DeviceName,
+    geometry::Geometry,
+    hash::RootHash,
+    model::{History, Replica},
+    order::{Class, Fair, Heat, Order},
+    rounds::{Epoch, Holder, Rounds},
+};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
+
+/// How a source behaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Bytes of blocks that may be on their way, not confirmed.
+    pub window: u64,
+    /// Bytes beyond the window for blocks that somebody waits for.
+    pub demand_window: u64,
+    /// Longest waits.
+    pub patience: Patience,
+    /// When rounds end.
+    pub policy: Policy,
+    /// A half-life of volatility.
+    pub half_life: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            window: 8 << 20,
+            demand_window: 4 << 20,
+            patience: Patience::default(),
+            policy: Policy::default(),
+            half_life: Duration::from_secs(1),
+        }
+    }
+}
+
+/// A device to give away.
+#[derive(Debug)]
+pub struct SourceDevice {
+    /// Its name in the group.
+    pub name: DeviceName,
+    /// What blocks at [`Epoch::BASE`] are.
+    pub base: Option<RootHash>,
+    /// Size and blocks.
+    pub geometry: Geometry,
+    /// Clock and epochs.
+    pub rounds: Arc<Rounds>,
+    /// Who owned it when.
+    pub history: History,
+    /// Blocks that have not come here themselves yet: this side is still filling.
+    pub absent: BlockSet,
+    /// How volatile its blocks are.
+    pub heat: Heat,
+}
+
+impl SourceDevice {
+    /// A device as its replica knows it now.
+    #[must_use]
+    pub fn new(name: DeviceName, base: Option<RootHash>, replica: &Replica) -> Self {
+        Self {
+            name,
+            base,
+            geometry: replica.geometry(),
+            rounds: Arc::clone(replica.rounds()),
+            history: replica.history().clone(),
+            absent: replica.absent().clone(),
+            heat: Heat::new(replica.geometry().blocks()),
+        }
+    }
+}
+
+/// What happens to a source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The transport has a new link to the destination; an older one is gone.
+    Connected(LinkId),
+    /// A link is cut.
+    Cut(LinkId),
+    /// A control message came.
+    Received(LinkId, ToSource),
+    /// The answer to [`Action::CloseRound`]: the rounds that are closed now, by device.
+    RoundClosed(Vec<Epoch>),
+    /// The answer to [`Action::Quiesce`]; see the module for what it promises.
+    Quiesced {
+        /// The number that came with the request.
+        ticket: u32,
+        /// The last rounds, by device.
+        epochs: Vec<Epoch>,
+        /// Flushes to be done again at the destination, by device.
+        flushes: Vec<Vec<u64>>,
+        /// What the layer above needs to run.
+        state: Vec<u8>,
+    },
+    /// A request of this machine cannot be fulfilled.
+    Unable(Reason),
+    /// Blocks that were absent here have come.
+    Arrived(DeviceIndex, BlockRange),
+    /// A store has these blocks, durably, with the contents of `epoch`, one of this device's rounds.
+    Promised {
+        /// Which device.
+        device: DeviceIndex,
+        /// As of which round.
+        epoch: Epoch,
+        /// The blocks.
+        blocks: Vec<(BlockIndex, BlockHash)>,
+    },
+    /// The recorded order of first use.
+    Expected(DeviceIndex, Vec<BlockRange>),
+    /// The layer above has something to say to its peer.
+    Custom {
+        /// What it is.
+        kind: u32,
+        /// At most [`MAX_CUSTOM`].
+        payload: Vec<u8>,
+    },
+    /// The layer above has handled a custom event.
+    CustomHandled(u32),
+    /// Hand over at the next chance: ends [`Policy::hold`].
+    Switch,
+    /// Stop, if that is still possible.
+    Cancel(String),
+    /// The lease shows that the destination does not own the devices and never will by this token.
+    Reclaimed,
+}
+
+/// What a source wants done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Send on the control connection, in order.
+    Send(LinkId, ToDestination),
+    /// Read these blocks, encode and send them, on any connection of the link. Without the content
+    /// there is no going on: answer with [`Event::Unable`] if it cannot be read.
+    Blocks(LinkId, BlockHeader),
+    /// Close a round of every device, mapped memory scanned before; then [`Event::RoundClosed`].
+    CloseRound,
+    /// Pause writers; then [`Event::Quiesced`] with this number.
+    Quiesce(u32),
+    /// Let writers go on here: takes back the last [`Action::Quiesce`], whether it was answered or
+    /// not, and the note that authority leaves. This side is the owner.
+    Resume,
+    /// These blocks are not here: have them sent, as urgent as the class says; then
+    /// [`Event::Arrived`].
+    Pull(DeviceIndex, BlockRange, Class),
+    /// The destination runs. Content must be kept, and be durable.
+    HandedOver,
+    /// The token is out and nobody answers: ask the lease who owns the devices. Then
+    /// [`Event::Reclaimed`], or wait on.
+    Undecided,
+    /// Something takes longer than it should; nothing is given up.
+    Overdue(Wait),
+    /// The destination does not need this side any more.
+    Released,
+    /// The move is over without success; see [`Action::Resume`] for whether this side goes on.
+    Failed(Reason),
+    /// Close this link; it is of no use.
+    Hangup(LinkId),
+    /// Something for the layer above; answer with [`Event::CustomHandled`].
+    Custom(Custom),
+}
+
+/// Where a source stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Rounds, while writers write.
+    Filling,
+    /// Writers are about to pause.
+    Quiescing,
+    /// Writers are paused; blocks go before the token.
+    Draining,
+    /// The token is out.
+    Switched,
+    /// The destination runs.
+    Serving,
+    /// Not needed any more.
+    Released,
+    /// Over.
+    Failed(Reason),
+}
+
+/// What was counted, in blocks where nothing else is said.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Sent, by class in the order of [`Class::ALL`].
+    pub sent: [u64; 4],
+    /// Sent again because the destination could not take them.
+    pub again: u64,
+    /// Not sent because they came to the destination otherwise.
+    pub spared: u64,
+    /// Links that were used.
+    pub links: u64,
+}
+
+/// The state towards one device of the destination.
+struct Outgoing {
+    name: DeviceName,
+    base: Option<RootHash>,
+    geometry: Geometry,
+    rounds: Arc<Rounds>,
+    history: History,
+    /// What the destination has; `None` before it has said so on this link.
+    holder: Option<Holder>,
+    /// What it has said so far that it misses.
+    told: BlockSet,
+    /// How many lists were made on this link.
+    lists: u32,
+    /// The first list of the session is confirmed: what comes later was written meanwhile.
+    first_done: bool,
+    /// The newest round whose list is confirmed: what content is sent as.
+    label: Epoch,
+    /// A list that is not confirmed yet.
+    listed: Option<(Epoch, BlockSet)>,
+    order: Order,
+    flying: BlockSet,
+    /// Were to be sent while they were on their way.
+    after: BlockSet,
+    absent: BlockSet,
+    /// Wanted, but absent here.
+    awaited: BlockSet,
+    /// A store has them: the last to be sent.
+    promised: BlockSet,
+    /// Promises that came before the list that they belong to was confirmed.
+    early: Vec<(Epoch, Vec<(BlockIndex, BlockHash)>)>,
+}
+
+struct HandOver {
+    epochs: Vec<Epoch>,
+    flushes: Vec<Vec<u64>>,
+    state: Vec<u8>,
+}
+
+/// A source; see the module.
+pub struct Source {
+    config: Config,
+    session: SessionId,
+    attempt: u32,
+    devices: Vec<Outgoing>,
+    phase: Phase,
+    hand_over: Option<HandOver>,
+    link: Option<Link>,
+    customs: Customs,
+    fair: Fair,
+    pace: Pace,
+    /// What the driver was asked for, and since when.
+    asked: Option<(Wait, Duration)>,
+    /// Since when there is no (ready) link.
+    alone: Duration,
+    /// The last time somebody was told that something is overdue.
+    told: Duration,
+    ticked: Duration,
+    in_flight: u64,
+    switch: bool,
+    ticket: u32,
+    actions: VecDeque<Action>,
+    counters: Counters,
+}
+
+impl Source {
+    /// A move that begins at `now`. `attempt` is the number of the try, as the lease has it.
+    #[must_use]
+    pub fn new(
+        config: Config,
+        session: SessionId,
+        attempt: u32,
+        devices: Vec<SourceDevice>,
+        now: Duration,
+    ) -> Self {
+        let size = devices.iter().map(|device| device.geometry.bytes()).sum();
+        let devices: Vec<Outgoing> = devices.into_iter().map(Outgoing::new).collect();
+        Self {
+            config,
+            session,
+            attempt,
+            fair: Fair::new(devices.len()),
+            pace: Pace::new(config.policy, size, now),
+            devices,
+            phase: Phase::Filling,
+            hand_over: None,
+            link: None,
+            customs: Customs::default(),
+            asked: None,
+            alone: now,
+            told: now,
+            ticked: now,
+            in_flight: 0,
+            switch: false,
+            ticket: 0,
+            actions: VecDeque::new(),
+            counters: Counters::default(),
+        }
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub fn phase(&self) -> &Phase {
+        &self.phase
+    }
+
+    /// Which move this is.
+    #[must_use]
+    pub fn session(&self) -> SessionId {
+        self.session
+    }
+
+    /// What was counted.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// Rounds closed so far, and how long the destination would wait if it took over now.
+    #[must_use]
+    pub fn forecast(&self, now: Duration) -> (u32, Duration) {
+        (self.pace.rounds(), self.pace.predicted(now))
+    }
+
+    /// Bytes that the destination has not confirmed, of those that were listed.
+    #[must_use]
+    pub fn remaining(&self) -> u64 {
+        self.devices.iter().map(Outgoing::remaining).sum()
+    }
+
+    /// Bytes on their way.
+    #[must_use]
+    pub fn in_flight(&self) -> u64 {
+        self.in_flight
+    }
+
+    /// Takes an event.
+    pub fn handle(&mut self, now: Duration, event: Event) {
+        match event {
+            Event::Connected(link) => self.connected(now, link),
+            Event::Cut(link) => self.cut(now, link),
+            Event::Received(link, message) => self.received(now, link, message),
+            Event::RoundClosed(epochs) => self.round_closed(now, &epochs),
+            Event::Quiesced { ticket, epochs, flushes, state } => {
+                // An answer to a request that was taken back says nothing about now.
+                if ticket == self.ticket {
+                    self.quiesced(now, HandOver { epochs, flushes, state });
+                }
+            }
+            Event::Unable(reason) => self.fail(reason),
+            Event::Arrived(device, range) => self.arrived(device, range),
+            Event::Promised { device, epoch, blocks } => self.promised(now, device, epoch, blocks),
+            Event::Expected(device, order) => self.expected(now, device, &order),
+            Event::Custom { kind, payload } => self.custom(now, kind, payload),
+            Event::CustomHandled(serial) => {
+                self.customs.handled(serial);
+                self.say(now, ToDestination::CustomDone { serial });
+            }
+            Event::Switch => self.switch = true,
+            Event::Cancel(why) => match self.phase {
+                Phase::Filling | Phase::Quiescing | Phase::Draining => {
+                    self.fail(Reason::Cancelled(why));
+                }
+                Phase::Switched => self.actions.push_back(Action::Undecided),
+                Phase::Serving | Phase::Released | Phase::Failed(_) => {}
+            },
+            Event::Reclaimed => {
+                if self.phase == Phase::Switched {
+                    self.take_back(Reason::Cancelled("taken back by the lease".into()));
+                }
+            }
+        }
+    }
+
+    /// The next thing to do; `None` until the next event or [`Source::wake`].
+    pub fn poll(&mut self, now: Duration) -> Option<Action> {
+        if let Some(action) = self.actions.pop_front() {
+            return Some(action);
+        }
+        self.look_at_the_clock(now);
+        self.decide(now);
+        self.actions.pop_front().or_else(|| self.next_blocks())
+    }
+
+    /// When to call [`Source::poll`] again if nothing happens before.
+    #[must_use]
+    pub fn wake(&self, now: Duration) -> Option<Duration> {
+        if matches!(self.phase, Phase::Released | Phase::Failed(_)) {
+            return None;
+        }
+        let patience = self.config.patience;
+        let mut at = self.told.max(self.alone) + patience.answer;
+        if let Some((_, since)) = self.asked {
+            at = at.min(since + patience.answer);
+        }
+        if let Some(link) = &self.link {
+            at = at.min(link.said + patience.silence / 3).min(link.heard + patience.silence);
+        }
+        if let Next::Later(then) = self.pace.next(now)
+            && self.is_idle()
+            && self.phase == Phase::Filling
+        {
+            at = at.min(then);
+        }
+        Some(at.max(now + Duration::from_micros(1)))
+    }
+
+    fn is_over(&self) -> bool {
+        matches!(self.phase, Phase::Released | Phase::Failed(_))
+    }
+
+    /// Whether the devices are still this side's.
+    fn owns(&self) -> bool {
+        matches!(self.phase, Phase::Filling | Phase::Quiescing | Phase::Draining)
+    }
+
+    /// Ends the move if that is still possible: nothing is lost and writers go on here.
+    fn fail(&mut self, reason: Reason) {
+        match self.phase {
+            Phase::Filling => {}
+            Phase::Quiescing | Phase::Draining => self.actions.push_back(Action::Resume),
+            Phase::Serving => {
+                // Too late to take anything back: the destination must know what it will not get.
+                self.tell_abort(&reason);
+                self.end(reason);
+                return;
+            }
+            Phase::Switched => {
+                self.actions.push_back(Action::Undecided);
+                return;
+            }
+            Phase::Released | Phase::Failed(_) => return,
+        }
+        self.tell_abort(&reason);
+        self.end(reason);
+    }
+
+    fn take_back(&mut self, reason: Reason) {
+        self.actions.push_back(Action::Resume);
+        self.end(reason);
+    }
+
+    fn end(&mut self, reason: Reason) {
+        self.actions.push_back(Action::Failed(reason.clone()));
+        self.phase = Phase::Failed(reason);
+        self.hand_over = None;
+        self.in_flight = 0;
+    }
+
+    fn look_at_the_clock(&mut self, now: Duration) {
+        if self.is_over() {
+            return;
+        }
+        let patience = self.config.patience;
+        while now >= self.ticked + self.config.half_life {
+            self.ticked += self.config.half_life;
+            if now > self.ticked + self.config.half_life * 64 {
+                self.ticked = now;
+            }
+            self.devices.iter_mut().for_each(|device| device.order.tick());
+        }
+        if let Some(link) = self.link.clone() {
+            if now >= link.heard + patience.silence {
+                self.actions.push_back(Action::Hangup(link.id));
+                self.cut(now, link.id);
+            } else if now >= link.said + patience.silence / 3 {
+                self.say(now, ToDestination::Alive);
+            }
+        }
+        if let Some((what, since)) = self.asked
+            && now >= since + patience.answer
+        {
+            self.asked = None;
+            self.fail(Reason::Deadline { what, after: patience.answer });
+            return;
+        }
+        let alone = self.link.as_ref().is_none_or(|link| !link.ready);
+        if now < self.told.max(self.alone) + patience.answer {
+            return;
+        }
+        self.told = now;
+        match self.phase {
+            Phase::Filling | Phase::Quiescing | Phase::Draining if alone => {
+                let what = if self.link.is_none() { Wait::Connection } else { Wait::Handshake };
+                self.fail(Reason::Deadline { what, after: patience.answer });
+            }
+            Phase::Switched => self.actions.push_back(Action::Undecided),
+            Phase::Serving => self.actions.push_back(Action::Overdue(Wait::Durable)),
+            _ => {}
+        }
+    }
+
+    /// Whether everything listed so far has been sent and confirmed.
+    fn is_idle(&self) -> bool {
+        self.in_flight == 0
+            && self.devices.iter().all(|device| {
+                device.listed.is_none() && device.order.is_empty() && device.awaited.is_empty()
+            })
+    }
+
+    /// What comes after what is done: another round, the pause, the token.
+    fn decide(&mut self, now: Duration) {
+        if self.asked.is_some() || self.link.as_ref().is_none_or(|link| !link.ready) {
+            return;
+        }
+        match self.phase {
+            Phase::Filling => {}
+            Phase::Draining => {
+                let all = self.devices.iter().all(|device| device.promised.is_empty());
+                if all && self.is_idle() {
+                    self.hand_over(now);
+                }
+                return;
+            }
+            _ => return,
+        }
+        let first = self.pace.rounds() == 0 || self.devices.iter().any(Outgoing::is_new);
+        let listing = self.devices.iter().any(|device| device.listed.is_some());
+        if first {
+            self.ask(now, Wait::Round, Action::CloseRound);
+            return;
+        }
+        let idle = self.is_idle();
+        if listing || !(idle || self.switch || self.pace.exhausted(now)) {
+            return;
+        }
+        if self.switch {
+            self.quiesce(now);
+            return;
+        }
+        match self.pace.next(now) {
+            Next::Round if idle => self.ask(now, Wait::Round, Action::CloseRound),
+            Next::Round | Next::Later(_) => {}
+            Next::Switch => self.quiesce(now),
+            Next::GiveUp => {
+                let (round, left) = (self.pace.rounds(), self.remaining());
+                self.fail(Reason::Outpaced { round, left });
+            }
+        }
+    }
+
+    fn quiesce(&mut self, now: Duration) {
+        self.phase = Phase::Quiescing;
+        self.ticket += 1;
+        self.ask(now, Wait::Quiesce, Action::Quiesce(self.ticket));
+    }
+
+    fn ask(&mut self, now: Duration, what: Wait, action: Action) {
+        self.asked = Some((what, now));
+        self.actions.push_back(action);
+    }
+
+    fn quiesced(&mut self, now: Duration, end: HandOver) {
+        if self.phase != Phase::Quiescing {
+            return;
+        }
+        self.asked = None;
+        let fits = end.epochs.len() == self.devices.len() && end.flushes.len() == end.epochs.len();
+        if !fits || end.state.len() > MAX_STATE {
+            self.fail(Reason::Protocol("the driver's answer does not fit the group".into()));
+            return;
+        }
+        let epochs = end.epochs.clone();
+        self.hand_over = Some(end);
+        match self.config.policy.finish {
+            Finish::Hybrid => self.hand_over(now),
+            Finish::Whole => {
+                self.phase = Phase::Draining;
+                self.list(now, &epochs);
+            }
+        }
+    }
+
+    /// A link that is cut while writers are paused: they go on, and rounds begin anew on the next.
+    fn unpause(&mut self) {
+        if matches!(self.phase, Phase::Quiescing | Phase::Draining) {
+            self.actions.push_back(Action::Resume);
+            self.phase = Phase::Filling;
+            (self.asked, self.hand_over) = (None, None);
+            self.ticket += 1;
+        }
+    }
+
+    /// The token goes out; from here on only the destination or the lease can say who runs.
+    fn hand_over(&mut self, now: Duration) {
+        (self.told, self.phase) = (now, Phase::Switched);
+        self.send_token(now);
+    }
+
+    fn custom(&mut self, now: Duration, kind: u32, payload: Vec<u8>) {
+        if payload.len() > MAX_CUSTOM || self.is_over() {
+            return;
+        }
+        match self.customs.post(kind, payload) {
+            Some(custom) => self.say_if_ready(now, ToDestination::Custom(custom)),
+            None => self.fail(Reason::Protocol("too many events wait for an answer".into())),
+        }
+    }
+
+    fn info(&self) -> Vec<DeviceInfo> {
+        let info = |device: &Outgoing| DeviceInfo {
+            name: device.name.clone(),
+            geometry: device.geometry,
+            base: device.base,
+            history: device.history.terms().to_vec(),
+            clock: device.closed(),
+        };
+        self.devices.iter().map(info).collect()
+    }
+}
