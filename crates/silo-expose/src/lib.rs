@@ -2,3 +2,4 @@
 //! [`BlockDevice`](silo_block::io::BlockDevice) and knows nothing of what is behind it.
 
 pub mod nbd;
+pub mod vhost;
