@@ -14,7 +14,10 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Seek as _},
-    os::unix::fs::FileExt,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::FileExt,
+    },
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
@@ -182,6 +185,11 @@ impl BlockDevice for FileDevice {
 
     fn may_wait(&self, _offset: u64, _length: u64) -> bool {
         false
+    }
+
+    fn file_range(&self, offset: u64, length: u64, write: bool) -> Option<(BorrowedFd<'_>, u64)> {
+        let allowed = !write || self.mode == FileMode::ReadWrite;
+        (allowed && check(self.bytes, offset, length).is_ok()).then(|| (self.file.as_fd(), offset))
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {

@@ -18,7 +18,10 @@ use std::{
     fs::File,
     io,
     num::NonZeroUsize,
-    os::unix::fs::{FileExt, MetadataExt},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::{FileExt, MetadataExt},
+    },
     sync::atomic::{AtomicU64, Ordering},
 };
 
@@ -119,6 +122,10 @@ impl BlockDevice for MemoryDevice {
 
     fn may_wait(&self, _offset: u64, _length: u64) -> bool {
         false
+    }
+
+    fn file_range(&self, offset: u64, length: u64, _write: bool) -> Option<(BorrowedFd<'_>, u64)> {
+        check(self.bytes, offset, length).ok().map(|()| (self.file.as_fd(), offset))
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
