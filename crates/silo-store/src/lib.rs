@@ -1,1 +1,23 @@
 //! Continuous backup of devices to an object store.
+
+pub mod capture;
+mod collect;
+mod error;
+mod format;
+mod keys;
+mod layout;
+mod log;
+mod remote;
+mod store;
+mod wire;
+mod writer;
+
+pub use collect::{Collected, Swept, fuzz_tombs};
+pub use error::StoreError;
+pub use format::{fuzz_map, fuzz_pack, fuzz_pack_index, fuzz_runs};
+pub use keys::{BlockName, DataKeyId, KeyError, KeyId, KeyRing, KeySource};
+pub use layout::LineName;
+pub use log::fuzz_entry;
+pub use remote::{Environment, Limits, Requests, StoreUrl};
+pub use store::{Access, GenerationInfo, Rotation, Store};
+pub use writer::{LineWriter, PackOptions, Stored, WriterOptions};
