@@ -18,6 +18,7 @@ pub use silo_store as store;
 
 pub mod disk;
 pub mod filter;
+pub mod layer;
 pub mod source;
 
 mod files;
@@ -25,6 +26,34 @@ mod locks;
 mod map;
 mod range;
 mod shared_sync;
+
+/// Entry points for a fuzzer: each reads any bytes as what its name says, and must return.
+pub mod fuzz {
+    /// An overlay's journal.
+    pub fn fuzz_journal(bytes: &[u8]) {
+        crate::map::fuzz_journal(bytes);
+    }
+
+    /// The manifest of a stack.
+    pub fn fuzz_manifest(bytes: &[u8]) {
+        crate::layer::fuzz_manifest(bytes);
+    }
+
+    /// The remembered hash of a base.
+    pub fn fuzz_base_cache(bytes: &[u8]) {
+        crate::layer::fuzz_cache(bytes);
+    }
+
+    /// A log of a device.
+    pub fn fuzz_binlog(bytes: &[u8]) {
+        crate::filter::binlog::fuzz_binlog(bytes);
+    }
+
+    /// The description of a directory device.
+    pub fn fuzz_directory(bytes: &[u8]) {
+        crate::source::fuzz_meta(bytes);
+    }
+}
 
 #[cfg(test)]
 mod tests;

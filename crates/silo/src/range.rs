@@ -1,6 +1,7 @@
 //! Checks and constants that every device needs: an access past the end is refused with one
 //! sentence, and zeros are written from one place.
 
+use crate::io::{Allocation, Extent};
 use std::io;
 
 /// Zeros to write from.
@@ -37,4 +38,19 @@ pub(crate) fn refuse_write<T>(device: &str) -> io::Result<T> {
 /// The same error again, for another caller that waited for the same work.
 pub(crate) fn same_error(error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), error.to_string())
+}
+
+/// The most runs that are told at once.
+pub(crate) const MOST_EXTENTS: usize = 4096;
+
+/// Adds a run, joined to the last one if that is alike; false if there are too many.
+pub(crate) fn add_extent(found: &mut Vec<Extent>, length: u64, allocation: Allocation) -> bool {
+    let full = found.len() >= MOST_EXTENTS;
+    match found.last_mut() {
+        _ if length == 0 => {}
+        Some(last) if last.allocation == allocation => last.length += length,
+        _ if full => return false,
+        _ => found.push(Extent { length, allocation }),
+    }
+    true
 }

@@ -160,21 +160,7 @@ impl SimFile {
     /// Some of what was not synced arrived: any sectors of any writes, in any order.
     fn crash(&self, random: &mut Random) -> Vec<u8> {
         let content = self.content();
-        let mut pieces = Vec::new();
-        for change in &content.pending {
-            match change {
-                Pending::Length(_) => pieces.push(change.clone()),
-                Pending::Write(offset, data) => {
-                    let mut at = 0;
-                    while at < data.len() {
-                        let place = *offset as usize + at;
-                        let stop = (at + SECTOR - place % SECTOR).min(data.len());
-                        pieces.push(Pending::Write(place as u64, data[at..stop].to_vec()));
-                        at = stop;
-                    }
-                }
-            }
-        }
+        let mut pieces = content.pending.clone();
         // All, none, or any of them; in order, or in any order.
         let (mode, shuffle) = (random.below(4), random.below(2) == 0);
         pieces.retain(|_| match mode {
@@ -206,7 +192,18 @@ impl SimFile {
         }
         let mut content = self.content();
         apply(&mut content.now, &change);
-        content.pending.push(change);
+        let Pending::Write(offset, data) = change else {
+            content.pending.push(change);
+            return Ok(());
+        };
+        // A disk takes whole sectors, as they are in the cache.
+        let (first, end) =
+            (offset as usize / SECTOR, (offset as usize + data.len()).div_ceil(SECTOR));
+        for sector in first..end {
+            let stop = (sector * SECTOR + SECTOR).min(content.now.len());
+            let bytes = content.now[sector * SECTOR..stop].to_vec();
+            content.pending.push(Pending::Write((sector * SECTOR) as u64, bytes));
+        }
         Ok(())
     }
 }

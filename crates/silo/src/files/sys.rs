@@ -1,12 +1,12 @@
 //! System calls on files that need more than the standard library has: what is in the page cache,
 //! where the holes are.
 
-use crate::io::{Allocation, Extent};
+use crate::{
+    io::{Allocation, Extent},
+    range::MOST_EXTENTS,
+};
 use nix::unistd::{Whence, lseek};
 use std::{fs::File, io, os::fd::AsRawFd};
-
-/// The most runs that are looked for at once.
-const MOST_EXTENTS: usize = 4096;
 
 /// Whether the file system does not know this kind of request.
 pub(crate) fn is_unsupported(error: &io::Error) -> bool {

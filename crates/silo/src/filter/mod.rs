@@ -51,14 +51,26 @@ macro_rules! forward {
     };
 }
 
+pub mod binlog;
+mod cache;
+mod combinator;
 mod delayed;
 mod faulty;
 mod metered;
+mod mirror;
 mod policied;
 mod read_only;
+mod redundant;
+mod tracked;
 
+pub use binlog::Recorder;
+pub use cache::{CacheOptions, CacheStatus, WriteCache};
+pub use combinator::{Combinator, Mark, Taken};
 pub use delayed::{Delayed, Delays};
 pub use faulty::{Fault, Faulty, Op};
 pub use metered::{Histogram, Measures, Metered, OpMeasures};
+pub use mirror::Mirror;
 pub use policied::{ErrorPolicy, OnError, Policied, Trouble};
 pub use read_only::ReadOnly;
+pub use redundant::{MAX_ALLOWANCE, RedundantWrites};
+pub use tracked::Tracked;

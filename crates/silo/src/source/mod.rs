@@ -12,14 +12,18 @@
 //! | [`ObjectDevice`] | in an object store, one object a block | zeros, no object | yes |
 //! | [`ProcessDevice`] | in the memory of a process that runs | – | no: memory |
 
+mod directory;
 mod error;
 mod file;
 mod memory;
 mod sys;
 
+pub use directory::DirectoryDevice;
 pub use error::SourceError;
 pub use file::{FileDevice, FileMode};
 pub use memory::MemoryDevice;
 
+pub(crate) use directory::fuzz_meta;
+
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -20,7 +20,7 @@ fn sizes(block: u64) -> Vec<u64> {
 /// Makes a device of so many bytes in blocks of so many, or opens it again.
 type Make<'a> = &'a dyn Fn(&Path, u64, u32) -> Arc<dyn BlockDevice>;
 
-pub(super) fn compare(device: &dyn BlockDevice, model: &[u8], context: &str) {
+pub(crate) fn compare(device: &dyn BlockDevice, model: &[u8], context: &str) {
     assert_eq!(device.size(), model.len() as u64, "{context}");
     let mut all = vec![0xEE; model.len()];
     device.read_at(0, &mut all).unwrap();
@@ -40,7 +40,7 @@ pub(super) fn compare(device: &dyn BlockDevice, model: &[u8], context: &str) {
 }
 
 /// Random accesses to a device and to a buffer.
-pub(super) fn exercise(
+pub(crate) fn exercise(
     device: &dyn BlockDevice,
     model: &mut [u8],
     random: &mut Random,
@@ -136,6 +136,19 @@ fn check_01_a_file_of_any_size_holds_what_was_written() {
         let device = match path.exists() {
             true => FileDevice::open(&path, FileMode::ReadWrite),
             false => FileDevice::create(&path, size),
+        };
+        Arc::new(device.unwrap())
+    };
+    matrix(&make, &BLOCKS, true);
+}
+
+#[test]
+fn check_01_a_directory_of_shards_of_any_size_holds_what_was_written() {
+    let make = |dir: &Path, size, block| -> Arc<dyn BlockDevice> {
+        let path = dir.join("disk");
+        let device = match path.exists() {
+            true => DirectoryDevice::open(&path),
+            false => DirectoryDevice::create(&path, size, block),
         };
         Arc::new(device.unwrap())
     };
