@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Who calls it: the `silo` command and front ends through
-//! [`BlockDevice`](crate::io::BlockDevice), backups through `StackGroup`.
+//! [`BlockDevice`](crate::io::BlockDevice), backups through [`StackGroup`].
 //!
 //! # What holds
 //!
@@ -27,6 +27,7 @@
 //!   other.
 
 mod base;
+mod capture;
 mod content;
 mod error;
 mod freeze;
@@ -37,6 +38,7 @@ mod stack;
 mod tests;
 
 pub use base::{Base, CACHE_SUFFIX};
+pub use capture::StackGroup;
 pub use error::LayerError;
 pub use freeze::View;
 pub use manifest::StackInfo;

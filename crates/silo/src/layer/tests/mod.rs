@@ -1,5 +1,6 @@
 //! Tests of stacks: content against a model, through pushes, merges and every kind of crash.
 
+mod capture;
 mod kill;
 mod power;
 mod stacks;
