@@ -1,8 +1,8 @@
 //! The fault thread of one machine's memory: takes page faults from the userfaultfd, serves zero
 //! blocks itself and asks for missing ones. It never waits for anything but the next fault.
 
-use super::sys::CopyOutcome;
-use super::{Shared, sys::Userfault};
+use super::Shared;
+use crate::sys::{CopyOutcome, Userfault};
 use hdrhistogram::Histogram;
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},

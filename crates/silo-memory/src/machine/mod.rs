@@ -14,12 +14,11 @@
 //! guest waits and `demand` is called) or *zero* (served at once, here). Zero memory therefore
 //! costs neither transfer nor room.
 
-pub mod sys;
-
 mod faults;
 #[cfg(test)]
 mod tests;
 
+pub use crate::sys;
 pub use faults::{FaultStats, FaultSummary};
 
 use silo_block::{

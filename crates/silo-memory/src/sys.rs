@@ -1,8 +1,8 @@
-//! The kernel interfaces that memory moves by: userfaultfd, PAGEMAP_SCAN, memfd.
+//! The kernel interfaces that memory moves by: userfaultfd, PAGEMAP_SCAN, memfd, mappings.
 //!
 //! Numbers and layouts are those of `include/uapi/linux/userfaultfd.h` and `include/uapi/linux/fs.h`
-//! (Linux 6.7). Every function here is checked against the running kernel by the tests of the
-//! parent module.
+//! (Linux 6.7). Every function here is checked against the running kernel by the tests of
+//! [`machine`](crate::machine) and [`mount`](crate::mount).
 
 use std::{
     fs::File,
@@ -17,6 +17,8 @@ const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
 const UFFDIO_WAKE: libc::c_ulong = 0x8010_aa02;
 const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
 const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
+const UFFDIO_CONTINUE: libc::c_ulong = 0xc020_aa07;
+const UFFDIO_POISON: libc::c_ulong = 0xc020_aa08;
 const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
 
@@ -27,10 +29,14 @@ const UFFD_EVENT_PAGEFAULT: u8 = 0x12;
 pub mod feature {
     /// Missing faults on shared memory (Linux 4.11).
     pub const MISSING_SHMEM: u64 = 1 << 5;
+    /// Faults on pages that are in the file and not in the mapping (5.14).
+    pub const MINOR_SHMEM: u64 = 1 << 10;
     /// Write protection on shared memory (5.19).
     pub const WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
     /// Write protection of pages that are not there yet (6.4).
     pub const WP_UNPOPULATED: u64 = 1 << 13;
+    /// Pages whose access fails with SIGBUS (6.6).
+    pub const POISON: u64 = 1 << 14;
     /// Write protection that the kernel lifts by itself: tracking without events (6.7).
     pub const WP_ASYNC: u64 = 1 << 15;
 }
@@ -39,9 +45,13 @@ pub mod feature {
 pub const REGISTER_MISSING: u64 = 1;
 /// `UFFDIO_REGISTER_MODE_WP`.
 pub const REGISTER_WP: u64 = 2;
+/// `UFFDIO_REGISTER_MODE_MINOR`.
+pub const REGISTER_MINOR: u64 = 4;
 
 const COPY_MODE_WP: u64 = 2;
+const CONTINUE_MODE_WP: u64 = 2;
 const WRITEPROTECT_MODE_WP: u64 = 1;
+const WRITEPROTECT_MODE_DONTWAKE: u64 = 2;
 const PM_SCAN_WP_MATCHING: u64 = 1;
 const PM_SCAN_CHECK_WPASYNC: u64 = 2;
 const PAGE_IS_WRITTEN: u64 = 2;
@@ -74,6 +84,15 @@ struct CopyArg {
     len: u64,
     mode: u64,
     copy: i64,
+}
+
+/// The argument of `UFFDIO_CONTINUE` and `UFFDIO_POISON`, which differ in the name of a field.
+#[repr(C)]
+struct PagesArg {
+    start: u64,
+    len: u64,
+    mode: u64,
+    done: i64,
 }
 
 #[repr(C)]
@@ -121,6 +140,7 @@ struct Message {
 const _: () = assert!(size_of::<ApiArg>() == 0x18);
 const _: () = assert!(size_of::<RegisterArg>() == 0x20);
 const _: () = assert!(size_of::<CopyArg>() == 0x28);
+const _: () = assert!(size_of::<PagesArg>() == 0x20);
 const _: () = assert!(size_of::<WriteProtectArg>() == 0x18);
 const _: () = assert!(size_of::<ScanArg>() == 0x60);
 const _: () = assert!(size_of::<Message>() == 32);
@@ -193,13 +213,21 @@ impl Userfault {
 
     /// Protects `[start, start + len)`: the next write to each page is seen by [`scan_written`].
     pub fn write_protect(&self, start: u64, len: u64) -> io::Result<()> {
+        self.protection(start, len, WRITEPROTECT_MODE_WP)
+    }
+
+    /// Lifts the protection, also where it stands for pages that are not there. Wakes nobody.
+    pub fn unprotect(&self, start: u64, len: u64) -> io::Result<()> {
+        self.protection(start, len, WRITEPROTECT_MODE_DONTWAKE)
+    }
+
+    fn protection(&self, start: u64, len: u64, mode: u64) -> io::Result<()> {
         // In pieces, so that the mapping's lock is free now and then.
         const PIECE: u64 = 64 << 20;
         let mut at = 0;
         while at < len {
             let piece = PIECE.min(len - at);
-            let mut arg =
-                WriteProtectArg { start: start + at, len: piece, mode: WRITEPROTECT_MODE_WP };
+            let mut arg = WriteProtectArg { start: start + at, len: piece, mode };
             match ioctl(self.fd.as_raw_fd(), UFFDIO_WRITEPROTECT, &mut arg) {
                 Ok(_) => at += piece,
                 Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {}
@@ -230,6 +258,31 @@ impl Userfault {
         }
     }
 
+    /// Maps pages that are in the file into `[start, start + len)`, protected as by
+    /// [`Userfault::copy`], and wakes whoever waits for them. `EFAULT`: a page is not in the file.
+    pub fn map_present(&self, start: u64, len: u64) -> io::Result<CopyOutcome> {
+        let mode = if self.protects.load(Ordering::Relaxed) { CONTINUE_MODE_WP } else { 0 };
+        self.pages(UFFDIO_CONTINUE, PagesArg { start, len, mode, done: 0 })
+    }
+
+    /// Makes every access to pages that are not mapped fail with SIGBUS, and wakes whoever waits.
+    /// A later [`Userfault::copy`] heals them.
+    pub fn poison(&self, start: u64, len: u64) -> io::Result<CopyOutcome> {
+        self.pages(UFFDIO_POISON, PagesArg { start, len, mode: 0, done: 0 })
+    }
+
+    fn pages(&self, request: libc::c_ulong, mut arg: PagesArg) -> io::Result<CopyOutcome> {
+        let Err(error) = ioctl(self.fd.as_raw_fd(), request, &mut arg) else {
+            return Ok(CopyOutcome::Done);
+        };
+        let done = u64::try_from(arg.done).unwrap_or(0);
+        match error.raw_os_error() {
+            Some(libc::EEXIST) => Ok(CopyOutcome::Present(0)),
+            Some(libc::EAGAIN) => Ok(CopyOutcome::Again(done)),
+            _ => Err(error),
+        }
+    }
+
     /// Wakes every thread that waits in the range.
     pub fn wake(&self, start: u64, len: u64) -> io::Result<()> {
         let mut arg = RangeArg { start, len };
@@ -237,6 +290,8 @@ impl Userfault {
     }
 
     /// Addresses that threads wait for, as many as fit; empty if none is pending.
+    ///
+    /// Blocks if the descriptor does; ours do not.
     pub fn faults(&self, addresses: &mut Vec<u64>) -> io::Result<()> {
         let mut messages = [Message::default(); 64];
         // SAFETY: the buffer is valid for its whole size, and any bytes make valid messages.
@@ -290,6 +345,72 @@ pub fn scan_written(
         at = arg.walk_end;
     }
     Ok(())
+}
+
+/// Whether this kernel has the features, by trying.
+///
+/// # Errors
+/// If `/dev/userfaultfd` cannot be opened, or the kernel fails otherwise.
+pub fn probe(features: u64) -> io::Result<bool> {
+    let device = File::options().read(true).write(true).open("/dev/userfaultfd")?;
+    match Userfault::new(new_userfaultfd(&device)?, features) {
+        Ok(_) => Ok(true),
+        Err(refused) if refused.raw_os_error() == Some(libc::EINVAL) => Ok(false),
+        Err(other) => Err(other),
+    }
+}
+
+/// A shared mapping of a whole file in this process; unmapped when dropped.
+#[derive(Debug)]
+pub struct SharedMap {
+    base: ptr::NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the struct owns the mapping and hands out only its address; what is done with that is up
+// to unsafe code elsewhere.
+unsafe impl Send for SharedMap {}
+// SAFETY: as above.
+unsafe impl Sync for SharedMap {}
+
+impl SharedMap {
+    /// Maps `len` bytes of `file`, which must be that long.
+    pub fn new(file: &File, len: usize, writable: bool) -> io::Result<Self> {
+        use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+        let size = std::num::NonZeroUsize::new(len)
+            .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let protection = if writable {
+            ProtFlags::PROT_READ | ProtFlags::PROT_WRITE
+        } else {
+            ProtFlags::PROT_READ
+        };
+        // SAFETY: a fresh mapping at a place that the kernel chooses touches nothing that exists.
+        let base = unsafe { mmap(None, size, protection, MapFlags::MAP_SHARED, file, 0) }?;
+        Ok(Self { base: base.cast(), len })
+    }
+
+    /// Leaves the mapping out of child processes, which would not fault on it, and out of core
+    /// dumps, which would fetch all of it.
+    pub fn keep_to_ourselves(&self) -> io::Result<()> {
+        use nix::sys::mman::{MmapAdvise, madvise};
+        for advice in [MmapAdvise::MADV_DONTFORK, MmapAdvise::MADV_DONTDUMP] {
+            // SAFETY: neither advice changes what this process sees at these addresses.
+            unsafe { madvise(self.base.cast(), self.len, advice) }?;
+        }
+        Ok(())
+    }
+
+    /// Where it begins.
+    pub fn base(&self) -> ptr::NonNull<u8> {
+        self.base
+    }
+}
+
+impl Drop for SharedMap {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new` with this length, and nobody may use the address any more.
+        let _ = unsafe { nix::sys::mman::munmap(self.base.cast(), self.len) };
+    }
 }
 
 /// A memfd of `len` bytes, sealed against change of size.
