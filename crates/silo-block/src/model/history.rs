@@ -4,7 +4,7 @@
 
 use crate::{
     rounds::Epoch,
-    session::messages::{MAX_TERMS, Term},
+    session::messages::{MAX_TERMS, SessionId, Term},
 };
 
 /// The terms of a device, oldest first; `first` rises.
@@ -37,6 +37,13 @@ impl History {
         self.0.push(term);
     }
 
+    /// The owner was set back to its durable state by a crash. What it gave to others since it
+    /// opened round `shared` may hold writes that are lost: nobody's knowledge from then on counts.
+    /// Whoever starts to share (a move, a backup) notes the open round durably before.
+    pub fn restart(&mut self, id: SessionId, shared: Epoch) {
+        self.push(Term { id, first: shared });
+    }
+
     /// The newest epoch up to which this history, at `clock`, and another, at `theirs`, are the
     /// same; [`Epoch::BASE`] if they share no term.
     #[must_use]
@@ -56,7 +63,6 @@ impl History {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::session::messages::SessionId;
 
     fn history(terms: &[(u8, u32)]) -> History {
         let term =

@@ -20,6 +20,9 @@
 //!   and the content of `e` is that of `k`. Older content is late, newer content is early: it would
 //!   come before its list.
 //! - Content never goes over a block that is here, being stored, or being written by this side.
+//! - A block that content came for has the epoch that it came as, not the one of its list: the
+//!   bytes may hold parts of later writes, and an owner that is set back by a crash asks for
+//!   everything that was shared since (see [`History::restart`]).
 
 mod history;
 #[cfg(test)]
@@ -29,7 +32,7 @@ use crate::{
     block::{BlockIndex, BlockRange, BlockSet},
     geometry::Geometry,
     rounds::{Epoch, RoundError, Rounds},
-    session::messages::Term,
+    session::messages::{SessionId, Term},
 };
 pub use history::History;
 use std::{sync::Arc, time::Duration};
@@ -52,6 +55,24 @@ pub struct Verdict {
     pub again: Vec<BlockRange>,
     /// How many blocks are not needed: late, doubled, or written here.
     pub late: u64,
+}
+
+/// What has to survive a restart of a device, beside its content. The bytes are made by whoever
+/// stores it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// Who may write.
+    pub owner: Owner,
+    /// Who owned it when.
+    pub history: History,
+    /// Lists are applied up to here.
+    pub clock: Epoch,
+    /// The round that was open.
+    pub open: Epoch,
+    /// Epochs of blocks, where not [`Epoch::BASE`].
+    pub epochs: Vec<(BlockRange, Epoch)>,
+    /// Blocks that are not here.
+    pub absent: Vec<BlockRange>,
 }
 
 /// A device as one side knows it.
@@ -95,18 +116,48 @@ impl Replica {
         }
     }
 
-    /// A device as it was noted durably: what was not certainly stored is absent.
+    /// A device from its durable record.
+    ///
+    /// # Errors
+    /// If the record's epochs are used up.
+    pub fn restored(geometry: Geometry, record: &Record) -> Result<Self, RoundError> {
+        let mut replica = Self::untouched(geometry);
+        for (range, epoch) in &record.epochs {
+            replica.rounds.set(*range, *epoch);
+        }
+        let last = Epoch(record.open.0.saturating_sub(1));
+        replica.rounds.continue_after(last, Duration::ZERO)?;
+        replica.absent.extend(record.absent.iter().copied());
+        replica.owner = record.owner;
+        replica.history = record.history.clone();
+        replica.clock = record.clock;
+        Ok(replica)
+    }
+
+    /// What is to be noted durably, beside the content. What is being stored or written right now
+    /// counts as absent.
     #[must_use]
-    pub fn restored(
-        geometry: Geometry,
-        rounds: Arc<Rounds>,
-        owner: Owner,
-        history: History,
-        clock: Epoch,
-        absent: BlockSet,
-    ) -> Self {
-        let arriving = BlockSet::new(geometry.blocks());
-        Self { geometry, rounds, owner, history, clock, absent, arriving, claims: Vec::new() }
+    pub fn record(&self) -> Record {
+        let mut epochs: Vec<(BlockRange, Epoch)> = Vec::new();
+        for range in self.rounds.newer_than(Epoch::BASE).ranges() {
+            for block in range.chunks(1) {
+                let epoch = self.rounds.epoch(block.start);
+                match epochs.last_mut() {
+                    Some((last, of)) if *of == epoch && last.end() == block.start.0 => {
+                        last.count += 1;
+                    }
+                    _ => epochs.push((block, epoch)),
+                }
+            }
+        }
+        Record {
+            owner: self.owner,
+            history: self.history.clone(),
+            clock: self.clock,
+            open: self.rounds.clock(),
+            epochs,
+            absent: self.absent.ranges().collect(),
+        }
     }
 
     /// Size and blocks.
@@ -245,6 +296,7 @@ impl Replica {
             return Vec::new();
         }
         if !self.rounds.any_newer(range, epoch) && self.absent.contains_range(range) {
+            self.rounds.set(range, epoch);
             self.absent.remove_range(range);
             return vec![range];
         }
@@ -252,6 +304,7 @@ impl Replica {
         for block in range.chunks(1) {
             // A newer list came while it was being stored: then it is absent still.
             if !self.rounds.any_newer(block, epoch) && self.absent.remove(block.start) {
+                self.rounds.set(block, epoch);
                 extend(&mut here, block);
             }
         }
@@ -279,6 +332,12 @@ impl Replica {
     pub fn give_away(&mut self, last: Epoch) {
         self.owner = Owner::Elsewhere;
         self.clock = last;
+    }
+
+    /// This side, the owner, was restarted without having ended cleanly: what it had shared with
+    /// others since round `shared` began may hold writes that are lost here.
+    pub fn restarted(&mut self, term: SessionId, shared: Epoch) {
+        self.history.restart(term, shared);
     }
 
     /// This side has proof that nobody else owns the device, although it was given away: a new term

@@ -28,7 +28,7 @@ use std::{
     cell::Cell,
     fmt,
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU32, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
@@ -112,6 +112,28 @@ impl Drop for WriteGuard<'_> {
     }
 }
 
+/// A [`WriteGuard`] that keeps its device alive: for writes that end on another thread or later.
+#[must_use = "the write is over when the guard is dropped"]
+pub struct OwnedWriteGuard {
+    rounds: Arc<Rounds>,
+    epoch: u32,
+    place: usize,
+}
+
+impl OwnedWriteGuard {
+    /// The round that the write is in.
+    #[must_use]
+    pub fn epoch(&self) -> Epoch {
+        Epoch(self.epoch)
+    }
+}
+
+impl Drop for OwnedWriteGuard {
+    fn drop(&mut self) {
+        self.rounds.core.gate.leave(self.epoch, self.place);
+    }
+}
+
 impl Rounds {
     /// A device of `blocks` blocks, all at [`Epoch::BASE`]; the first round is number 1.
     #[must_use]
@@ -138,6 +160,13 @@ impl Rounds {
         let (epoch, place) = self.core.gate.enter(thread_number());
         self.core.stamp(range, epoch);
         WriteGuard { rounds: self, epoch, place }
+    }
+
+    /// As [`Rounds::write`], with a guard that can be kept anywhere.
+    pub fn write_owned(self: &Arc<Self>, range: BlockRange) -> OwnedWriteGuard {
+        let (epoch, place) = self.core.gate.enter(thread_number());
+        self.core.stamp(range, epoch);
+        OwnedWriteGuard { rounds: Arc::clone(self), epoch, place }
     }
 
     /// Blocks that were found written after the fact, by a scan of mapped memory: they are in the

@@ -7,6 +7,7 @@
 use super::{Action, Destination, From, Incoming, Slot};
 use crate::{
     block::{BlockIndex, BlockRange, BlockSet},
+    model::Replica,
     order::{Class, Heat, Order},
     rounds::Epoch,
     session::messages::{BlockHash, DeviceIndex, MAX_RUN, Reason, ToSource},
@@ -47,11 +48,22 @@ pub(super) struct Fetching {
     promised: Option<BlockSet>,
     queue: Option<Order>,
     under_way: BTreeMap<u64, (BlockRange, Epoch)>,
+    /// Nothing is fetched before: the store has just failed, and there is nobody else.
+    pause: Duration,
 }
+
+/// How long a store is left alone that has failed when there is nobody else to ask.
+const PAUSE: Duration = Duration::from_secs(1);
 
 impl Fetching {
     pub(super) fn new(blocks: u64) -> Self {
-        Self { blocks, promised: None, queue: None, under_way: BTreeMap::new() }
+        Self {
+            blocks,
+            promised: None,
+            queue: None,
+            under_way: BTreeMap::new(),
+            pause: Duration::ZERO,
+        }
     }
 
     /// Whether a store has all of these.
@@ -67,6 +79,13 @@ impl Fetching {
             if queue.class_of(part.start).is_some() {
                 queue.insert(class, part);
             }
+        }
+    }
+
+    /// What is still promised of these is fetched again.
+    fn again(&mut self, range: BlockRange) {
+        if let (Some(promised), Some(queue)) = (&self.promised, &mut self.queue) {
+            promised.ranges_in(range).for_each(|part| queue.insert(Class::Bulk, part));
         }
     }
 
@@ -103,6 +122,12 @@ impl Fetching {
         useless
     }
 
+    /// Until when nothing is fetched, if that is still to come and there is something to fetch.
+    pub(super) fn paused(&self, now: Duration) -> Option<Duration> {
+        let waits = self.queue.as_ref().is_some_and(|queue| !queue.is_empty());
+        (waits && now < self.pause).then_some(self.pause)
+    }
+
     fn bytes_under_way(&self, block: u64) -> u64 {
         self.under_way.values().map(|(range, _)| range.count * block).sum()
     }
@@ -134,6 +159,24 @@ impl Destination {
         }
     }
 
+    /// What a store has of the blocks that are not here: to be noted durably with
+    /// [`Action::MakeDurable`], because the source may go on the strength of it.
+    #[must_use]
+    pub fn promised(&self, device: DeviceIndex) -> Vec<(BlockIndex, BlockHash)> {
+        let Some(incoming) = self.devices.get(device.0 as usize) else { return Vec::new() };
+        let Some(promised) = &incoming.fetching.promised else { return Vec::new() };
+        let blocks = promised.ranges().flat_map(|range| range.start.0..range.end());
+        let blocks = blocks.map(BlockIndex);
+        blocks.filter_map(|block| Some((block, self.hashes.get(device, block)?))).collect()
+    }
+
+    /// After a restart: what [`Destination::promised`] said when it was noted. Blocks that have
+    /// come since are left out.
+    pub fn remember(&mut self, device: DeviceIndex, blocks: &[(BlockIndex, BlockHash)]) {
+        let clock = self.replica(device).map(Replica::clock);
+        self.promise(device, clock.unwrap_or(Epoch::BASE), blocks);
+    }
+
     /// Blocks have a newer list: what a store has of them is old.
     pub(super) fn unpromise(&mut self, device: DeviceIndex, blocks: &[BlockRange]) {
         let Some(incoming) = self.devices.get_mut(device.0 as usize) else { return };
@@ -146,10 +189,13 @@ impl Destination {
     }
 
     /// The next fetch, if there is room for it; demands have a window of their own.
-    pub(super) fn next_fetch(&mut self) -> Option<Action> {
+    pub(super) fn next_fetch(&mut self, now: Duration) -> Option<Action> {
         let window = self.config.fetch_window;
         let used: u64 = self.devices.iter().map(Incoming::fetched_bytes).sum();
         for (at, incoming) in self.devices.iter_mut().enumerate() {
+            if now < incoming.fetching.pause {
+                continue;
+            }
             let Some(queue) = &mut incoming.fetching.queue else { continue };
             let Some(class) = queue.most_urgent() else { continue };
             let room = if class == Class::Demand { 2 * window } else { window };
@@ -222,7 +268,14 @@ impl Destination {
 
     /// A store does not have what was promised.
     fn ask_the_peer(&mut self, now: Duration, device: DeviceIndex, range: BlockRange) {
+        let gone = self.link.as_ref().is_none_or(|link| !link.ready);
         let incoming = &mut self.devices[device.0 as usize];
+        if gone {
+            // The source may have gone because of this promise: only the store can keep it.
+            incoming.fetching.pause = now + PAUSE;
+            incoming.fetching.again(range);
+            return;
+        }
         incoming.fetching.useless(range);
         let awaited = incoming.awaited().iter().any(|part| overlaps(*part, range));
         let class = if awaited { Class::Demand } else { Class::Dirty };

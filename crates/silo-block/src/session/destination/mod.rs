@@ -142,6 +142,10 @@ pub enum Event {
 pub enum Action {
     /// Send on the control connection, in order.
     Send(LinkId, ToSource),
+    /// Note durably what is absent of this device, and its epochs ([`Replica::record`]), before any
+    /// later [`Action::Store`] touches it: what is overwritten must not be taken for the old content
+    /// after a crash. Nothing to do for memory.
+    Note(DeviceIndex),
     /// Store these parts of the content in a slot, and free it; then [`Event::Stored`].
     Store {
         /// The content.
@@ -159,7 +163,8 @@ pub enum Action {
     Wake(Vec<WaiterId>),
     /// These accesses fail.
     Fail(Vec<WaiterId>, Reason),
-    /// Note durably that this side owns the devices, and let them be used; then [`Event::Ran`].
+    /// Note durably that this side owns the devices ([`Replica::record`] of each, session, try),
+    /// before any later [`Action::Store`], and let them be used; then [`Event::Ran`].
     Run {
         /// The try.
         attempt: u32,
@@ -427,7 +432,7 @@ impl Destination {
         }
         self.look_at_the_clock(now);
         self.decide();
-        self.actions.pop_front().or_else(|| self.next_fetch())
+        self.actions.pop_front().or_else(|| self.next_fetch(now))
     }
 
     /// When to call [`Destination::poll`] again if nothing happens before.
@@ -441,11 +446,19 @@ impl Destination {
         if let Some(link) = &self.link {
             at = at.min(link.said + patience.silence / 3).min(link.heard + patience.silence);
         }
+        for pause in self.devices.iter().filter_map(|device| device.fetching.paused(now)) {
+            at = at.min(pause);
+        }
         let waiters = self.devices.iter().flat_map(|device| &device.waiters);
         if let Some(since) = waiters.map(|waiter| waiter.since).min() {
             at = at.min(since + patience.answer);
         }
         Some(at.max(now + Duration::from_micros(1)))
+    }
+
+    /// The token has come, and was not refused.
+    fn has_token(&self) -> bool {
+        self.phase == Phase::Starting || self.runs()
     }
 
     fn runs(&self) -> bool {

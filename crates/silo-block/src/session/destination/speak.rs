@@ -130,16 +130,21 @@ impl Destination {
                     return;
                 };
                 incoming.replica.follow(&history, info.clock, incoming.base == info.base);
+                // Blocks at the base's epoch will be what the source's are.
+                incoming.base = info.base;
             }
+            let devices = (0..self.devices.len()).map(|at| DeviceIndex(at as u16));
+            self.actions.extend(devices.map(Action::Note));
         }
         if let Phase::Failed(reason) = self.phase.clone() {
             self.say(now, ToSource::Abort(reason));
         }
         let mut held = Vec::with_capacity(self.devices.len());
-        let runs = self.runs();
+        let runs = self.has_token();
         for at in 0..self.devices.len() {
             let (incoming, device) = (&self.devices[at], DeviceIndex(at as u16));
             let clock = if runs { incoming.moved(self.session) } else { incoming.replica.clock() };
+            let clock = clock.min(devices[at].clock);
             let ranges: Vec<BlockRange> = incoming.replica.absent().ranges().collect();
             let mut parts = ranges.chunks(MAX_RANGES).map(<[BlockRange]>::to_vec);
             let missing = parts.next().unwrap_or_default();
@@ -246,6 +251,7 @@ impl Destination {
             self.counters.lists += u64::from(last);
         }
         if last {
+            self.actions.push_back(Action::Note(device));
             self.say(now, ToSource::Applied { device, epoch });
         }
     }

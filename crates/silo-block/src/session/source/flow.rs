@@ -63,17 +63,12 @@ impl Outgoing {
         blocks.iter().for_each(|range| self.told.insert_range(*range));
     }
 
-    /// The destination has said all that it has: what it misses is queued, as of what it knows.
+    /// The destination has said all that it has. What it misses is queued with the first list on
+    /// this link, and sent as of that: content of now must not pass for content of an older round.
     pub(super) fn begin(&mut self, held: &Held) {
         self.missing(&held.missing);
         let missing = std::mem::replace(&mut self.told, BlockSet::new(self.geometry.blocks()));
         self.order.remove(BlockRange::new(0, self.geometry.blocks()));
-        for range in missing.ranges() {
-            self.order.insert(Class::Bulk, range);
-        }
-        for range in self.promised.ranges() {
-            self.order.remove(range);
-        }
         self.promised.intersect_with(&missing);
         self.holder = Some(Holder::new(held.clock, missing));
         self.label = held.clock;
@@ -106,7 +101,22 @@ impl Outgoing {
             self.queue(&pending, Class::Dirty);
         }
         self.label = epoch;
+        self.queue_missing(Class::Dirty);
         list
+    }
+
+    /// Queues all that the destination lacks, if that was not done on this link.
+    pub(super) fn queue_missing(&mut self, class: Class) {
+        if self.lists > 1 {
+            return;
+        }
+        let Some(holder) = &self.holder else { return };
+        for range in holder.exceptions().ranges() {
+            self.order.insert(class, range);
+        }
+        for range in self.promised.ranges() {
+            self.order.remove(range);
+        }
     }
 
     pub(super) fn queue(&mut self, list: &BlockSet, class: Class) {

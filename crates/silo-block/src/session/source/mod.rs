@@ -17,9 +17,11 @@
 //!
 //! The driver feeds events and the time, does what [`Source::poll`] says, and asks again after
 //! every event and at [`Source::wake`]. What must hold:
+//! - Before a source is made, the driver notes the open rounds of its devices durably: after a
+//!   restart that was not clean it calls `Replica::restarted` with them.
 //! - The token leaves only after `Quiesced`, by which the driver says: writers are paused, their
-//!   writes and flushes have ended or are named for re-issue, and it is noted durably (lease or
-//!   file) that authority leaves, so that not even a restart lets them run here.
+//!   writes have ended, flushes too or are named for re-issue, what was written is durable here,
+//!   and so is the note (lease or file) that authority leaves: not even a restart runs here again.
 //! - Lists travel before the content of their epoch. Content is sent "as of" the newest round whose
 //!   list the destination has confirmed; after the token, as of the last one.
 //! - A block is on its way at most once; what is not confirmed is sent again after a cut.
@@ -328,6 +330,22 @@ impl Source {
             actions: VecDeque::new(),
             counters: Counters::default(),
         }
+    }
+
+    /// A source after a restart that finds the note that authority left by this session: it serves
+    /// what it has, if the destination runs. If that has not got the token, it never will: the
+    /// layer above's state died with the process, and this side is told to [`Action::Resume`].
+    #[must_use]
+    pub fn restored(
+        config: Config,
+        session: SessionId,
+        attempt: u32,
+        devices: Vec<SourceDevice>,
+        now: Duration,
+    ) -> Self {
+        let mut source = Self::new(config, session, attempt, devices, now);
+        source.phase = Phase::Switched;
+        source
     }
 
     /// Where it stands.

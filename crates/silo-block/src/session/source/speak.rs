@@ -96,7 +96,7 @@ impl Source {
             ToSource::Have { devices, running } if !ready => self.have(now, &devices, running),
             ToSource::Abort(reason) => self.aborted(reason),
             ToSource::Refused { attempt, reason } if attempt == self.attempt => {
-                if self.phase == Phase::Switched {
+                if matches!(self.phase, Phase::Switched | Phase::Serving) {
                     self.take_back(reason);
                 }
             }
@@ -154,9 +154,23 @@ impl Source {
         }
         let current = self.devices.iter().all(|device| device.label == device.closed());
         match (&self.phase, running) {
-            (Phase::Switched, Some(attempt)) if attempt == self.attempt => self.running(now),
-            (Phase::Switched, _) => self.send_token(now),
-            (Phase::Serving, Some(attempt)) if attempt == self.attempt && current => {}
+            (Phase::Switched, Some(attempt)) if attempt == self.attempt && current => {
+                self.running(now);
+                self.devices.iter_mut().for_each(|device| device.queue_missing(Class::Bulk));
+            }
+            (Phase::Switched, Some(_)) => {
+                self.fail(Reason::Protocol("it runs by another token, or other lists".into()));
+            }
+            (Phase::Switched, None) if self.hand_over.is_some() => self.send_token(now),
+            (Phase::Switched, None) => {
+                // On this link no token was sent, and those of older links are not heard any more.
+                let reason = Reason::Cancelled("the source was restarted".into());
+                self.tell_abort(&reason);
+                self.take_back(reason);
+            }
+            (Phase::Serving, Some(attempt)) if attempt == self.attempt && current => {
+                self.devices.iter_mut().for_each(|device| device.queue_missing(Class::Bulk));
+            }
             (Phase::Serving, _) => {
                 self.fail(Reason::Protocol("it has forgotten that it runs, or with what".into()));
             }
@@ -209,6 +223,7 @@ impl Source {
         device.label = epoch;
         let class = if device.first_done { Class::Dirty } else { Class::Bulk };
         device.queue(&list, class);
+        device.queue_missing(class);
         device.first_done = true;
         for (epoch, blocks) in std::mem::take(&mut device.early) {
             self.promised(now, index, epoch, blocks);
