@@ -90,14 +90,14 @@ fn options_are_answered_as_the_protocol_says() {
     assert_eq!(client.option_reply(3).unwrap().0, 1);
     let too_long = vec![0; 100_000];
     for (option, data, error) in [
-        (8, &b""[..], 0x8000_0001_u32),         // structured replies
-        (5, b"", 0x8000_0001),                  // TLS
-        (10, b"\0\0\0\0\0\0\0\0", 0x8000_0001), // meta context
-        (4242, &[7; 3000], 0x8000_0001),        // of the future
-        (3, b"x", 0x8000_0003),                 // LIST with data
-        (7, b"\0\0\0\x05roo", 0x8000_0003),     // lengths
+        (8, &b"x"[..], 0x8000_0003_u32), // structured replies with data
+        (5, b"", 0x8000_0002),           // TLS, which is not set up
+        (10, b"\0\0\0\0\0\0\0\0", 0x8000_0003), // meta context before structured replies
+        (4242, &[7; 3000], 0x8000_0001), // of the future
+        (3, b"x", 0x8000_0003),          // LIST with data
+        (7, b"\0\0\0\x05roo", 0x8000_0003), // lengths
         (7, b"\0\0\0\x03hda\0\0", 0x8000_0006), // another export
-        (6, &too_long, 0x8000_0009),            // too long
+        (6, &too_long, 0x8000_0009),     // too long
     ] {
         client.option(option, data).unwrap();
         assert_eq!(client.option_reply(option).unwrap().0, error, "option {option}");
@@ -116,7 +116,7 @@ fn options_are_answered_as_the_protocol_says() {
         client.send(&flags.to_be_bytes()).unwrap();
         client.option(1, b"root").unwrap();
         let reply = client.read_data(10 + padding).unwrap();
-        assert_eq!(reply[..10], *b"\0\0\0\0\0\x04\0\0\x01\x6d");
+        assert_eq!(reply[..10], *b"\0\0\0\0\0\x04\0\0\x0d\x6d");
         assert_eq!(client.read(0, 4).unwrap(), base()[..4]);
     }
 }
@@ -180,11 +180,12 @@ fn requests_that_cannot_be_are_refused_and_the_connection_goes_on() {
         (TRIM, 0, size - 1, 2, invalid),
         (TRIM, 0, u64::MAX, u32::MAX, invalid),
         (WRITE_ZEROES, 0, size, 1, no_space),
-        (WRITE_ZEROES, 16, 0, 1, invalid),
+        (WRITE_ZEROES, 32, 0, 1, invalid),
         (READ, 4, 0, 1, invalid),
         (FLUSH, 0x8000, 0, 0, invalid),
         (7, 0, 0, 1, invalid),
-        (5, 0, 0, 1, invalid),
+        (5, 0, 0, 1, 0),
+        (5, 0, size, 1, invalid),
         (999, 0, 0, 1, invalid),
         (READ, 0, 0, 0, 0),
         (TRIM, 0, 0, 0, 0),

@@ -2,257 +2,211 @@
 //!
 //! The threads of a connection take turns: one *receives*, the others work or wait for the turn.
 //! The receiver does what it can do at once itself (a read from the page cache, a small write) and
-//! goes on receiving: at queue depth 1 there is one thread, and no hand-over between threads. A
-//! request that may take longer (a block that has not arrived, a flush, a read from the device)
-//! costs the turn: another thread receives while this one works. So a read that waits for a block
-//! holds up nobody, and at most [`MAX_WORKERS`] requests are in hand.
+//! goes on receiving: at queue depth 1 there is one thread, and no hand-over between threads. What
+//! several requests that came together lead to goes out together. A request that may take longer
+//! (a block that has not arrived, a flush, a read from the device) costs the turn: another thread
+//! receives while this one works. So a read that waits for a block holds up nobody, and at most
+//! [`MAX_WORKERS`] requests are in hand.
 
 use super::{
-    BlockDevice, MAX_PAYLOAD,
-    protocol::{Command, REPLY_BYTES, REQUEST_BYTES, Request, WireError, encode_reply},
-    server::ThreadGuard,
+    BlockDevice, Export, MAX_PAYLOAD,
+    handshake::Agreement,
+    line::{Input, Output},
+    protocol::{
+        CHUNK_BYTES, ChunkKind, Command, DATA_CHUNK_BYTES, MAX_RUNS, Position, REPLY_BYTES,
+        Request, WireError, encode_chunk, encode_data_chunk, encode_error_chunk, encode_hole_chunk,
+        encode_reply, encode_status,
+    },
+    receive::{End, Receiver, broken, stalled},
+    server::{Client, ThreadGuard},
 };
+use silo_block::io::{Allocation, Extent};
 use std::{
-    io::{self, Read, Write},
-    net::Shutdown,
-    os::unix::net::UnixStream,
+    io::{self, IoSlice},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
-    time::Duration,
 };
 
 /// Most requests of one connection in hand; QEMU sends at most 16 at a time.
 pub(super) const MAX_WORKERS: usize = 32;
 /// Requests up to this length are done by the receiver even when others wait behind them.
 const SMALL: u32 = 64 << 10;
+/// Answers wait for each other up to this many bytes, while more requests are at hand.
+const BATCH_BYTES: usize = 128 << 10;
 /// Longest payload that is skipped to answer that it is too long; beyond it the client is cut off.
 const MAX_SKIPPED: u32 = 64 << 20;
-const RECEIVE_BYTES: usize = 64 << 10;
+/// Reads from this length on leave out holes, where the client can be told of them.
+const HOLES_FROM: u32 = 128 << 10;
+/// Most pieces in which a read is answered.
+const MAX_PIECES: usize = 64;
 
 pub(super) struct Connection {
-    stream: Arc<UnixStream>,
-    device: Arc<dyn BlockDevice>,
+    client: Arc<Client>,
+    export: Arc<Export>,
+    structured: bool,
+    status: bool,
     receiver: Mutex<Receiver>,
-    sender: Mutex<()>,
-    closed: AtomicBool,
+    sender: Mutex<Output>,
+    /// Nothing is received any more; requests in hand are still answered.
+    ended: AtomicBool,
     workers: AtomicUsize,
     /// Workers that wait for the turn to receive.
     idle: AtomicUsize,
 }
 
-/// Why a connection ends.
-enum End {
-    /// The client hung up or said goodbye.
-    Closed,
-    /// The client broke the protocol, stalled, or the socket failed.
-    Broken(io::Error),
+/// A worker's buffers; they grow to the longest request and stay, so that requests allocate
+/// nothing.
+#[derive(Default)]
+struct Desk {
+    /// What is read or written.
+    data: Vec<u8>,
+    /// Answers that were not sent yet: its first `batched` bytes.
+    batch: Vec<u8>,
+    batched: usize,
 }
 
-impl From<io::Error> for End {
-    fn from(error: io::Error) -> Self {
-        match error.kind() {
-            io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => Self::Closed,
-            _ => Self::Broken(error),
-        }
-    }
-}
-
-fn broken(message: String) -> End {
-    End::Broken(io::Error::new(io::ErrorKind::InvalidData, message))
-}
-
-/// Bytes that came in and were not taken yet.
-struct Receiver {
-    buf: Box<[u8]>,
-    start: usize,
-    end: usize,
-}
-
-impl Receiver {
-    fn available(&self) -> usize {
-        self.end - self.start
-    }
-
-    /// Waits for the next request; silence between requests is no error.
-    fn next(&mut self, stream: &UnixStream) -> Result<Request, End> {
-        while self.available() < REQUEST_BYTES {
-            if self.start > 0 {
-                self.buf.copy_within(self.start..self.end, 0);
-                (self.start, self.end) = (0, self.end - self.start);
-            }
-            let idle = self.end == 0;
-            match (&mut &*stream).read(&mut self.buf[self.end..]) {
-                Ok(0) if idle => return Err(End::Closed),
-                Ok(0) => return Err(broken("the client hung up inside a request".to_owned())),
-                Ok(count) => self.end += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock && idle => {}
-                Err(error) => return Err(stalled(error, "inside a request's header")),
-            }
-        }
-        let header = &self.buf[self.start..self.start + REQUEST_BYTES];
-        let header = header.try_into().expect("a slice of the header's length");
-        let request = Request::decode(header)
-            .ok_or_else(|| broken("the client sent a request without its magic".to_owned()))?;
-        self.start += REQUEST_BYTES;
-        Ok(request)
-    }
-
-    /// The bytes that follow a request's header.
-    fn payload(&mut self, stream: &UnixStream, buf: &mut [u8]) -> Result<(), End> {
-        let ready = self.available().min(buf.len());
-        buf[..ready].copy_from_slice(&self.buf[self.start..self.start + ready]);
-        self.start += ready;
-        (&mut &*stream)
-            .read_exact(&mut buf[ready..])
-            .map_err(|error| stalled(error, "inside a write's data"))
-    }
-
-    fn skip(&mut self, stream: &UnixStream, mut length: usize) -> Result<(), End> {
-        let mut bin = [0; 4096];
-        while length > 0 {
-            let part = length.min(bin.len());
-            self.payload(stream, &mut bin[..part])?;
-            length -= part;
-        }
-        Ok(())
-    }
-}
-
-fn stalled(error: io::Error, place: &str) -> End {
-    if error.kind() == io::ErrorKind::WouldBlock {
-        return End::Broken(io::Error::new(
-            io::ErrorKind::TimedOut,
-            format!("the client stalled {place}"),
-        ));
-    }
-    error.into()
-}
-
-/// A worker's buffer: room for a reply's header, then data. It grows to the longest request and
-/// stays, so that requests allocate nothing.
-struct Scratch(Vec<u8>);
-
-impl Scratch {
+impl Desk {
     fn data(&mut self, length: u32) -> &mut [u8] {
-        let end = REPLY_BYTES + length as usize;
-        if self.0.len() < end {
-            self.0.resize(end, 0);
+        if self.data.len() < length as usize {
+            self.data.resize(length as usize, 0);
         }
-        &mut self.0[REPLY_BYTES..end]
+        &mut self.data[..length as usize]
     }
+
+    fn batch_space(&mut self, length: usize) -> &mut [u8] {
+        let end = self.batched + length;
+        if self.batch.len() < end {
+            self.batch.resize(end.max(BATCH_BYTES), 0);
+        }
+        &mut self.batch[self.batched..end]
+    }
+}
+
+/// What a request led to.
+enum Answer {
+    Done,
+    /// The desk's data.
+    Data,
+    /// The desk's data, less the holes.
+    Pieces(Vec<Extent>),
+    /// The payload of a status chunk.
+    Status(Vec<u8>),
 }
 
 /// What became of a request that the receiver looked at.
 enum Quick {
-    Done(Result<(), WireError>),
+    /// It is answered.
+    Answered,
     /// It may take longer.
     Later,
 }
 
 impl Connection {
-    /// `stall`: longest time that the client may take in the middle of a message.
     pub(super) fn new(
-        stream: Arc<UnixStream>,
-        device: Arc<dyn BlockDevice>,
-        stall: Duration,
-    ) -> io::Result<Self> {
-        stream.set_read_timeout(Some(stall))?;
-        stream.set_write_timeout(Some(stall))?;
-        let buf = vec![0; RECEIVE_BYTES].into_boxed_slice();
-        Ok(Self {
-            stream,
-            device,
-            receiver: Mutex::new(Receiver { buf, start: 0, end: 0 }),
-            sender: Mutex::new(()),
-            closed: AtomicBool::new(false),
+        client: Arc<Client>,
+        agreement: Agreement,
+        input: Input,
+        output: Output,
+    ) -> Self {
+        Self {
+            client,
+            export: agreement.export,
+            structured: agreement.structured,
+            status: agreement.status,
+            receiver: Mutex::new(Receiver::new(input)),
+            sender: Mutex::new(output),
+            ended: AtomicBool::new(false),
             workers: AtomicUsize::new(1),
             idle: AtomicUsize::new(0),
-        })
+        }
     }
 
-    /// Ends the connection: whoever receives or sends on it comes back.
-    fn close(&self) {
-        self.closed.store(true, Ordering::Release);
-        // It fails when the client is gone already.
-        let _ = self.stream.shutdown(Shutdown::Both);
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
     }
 
-    /// A worker's life: returns when the connection has ended. The first worker is the thread that
-    /// accepted the client.
+    /// A worker's life: returns when nothing more is to be received. The first worker is the thread
+    /// that accepted the client; the last one to leave hangs up.
     pub(super) fn work(self: &Arc<Self>, threads: &ThreadGuard) {
-        let mut scratch = Scratch(Vec::new());
-        while !self.closed.load(Ordering::Acquire) {
-            match self.turn(&mut scratch, threads) {
+        let mut desk = Desk::default();
+        while !self.has_ended() {
+            match self.turn(&mut desk, threads) {
                 Ok(()) => {}
-                Err(End::Closed) => self.close(),
+                Err(End::Closed) => self.ended.store(true, Ordering::Release),
                 Err(End::Broken(error)) => {
-                    // The first to notice tells; the others fail because it closed.
-                    if !self.closed.swap(true, Ordering::AcqRel) {
+                    // The first to notice tells; the others fail because it hung up.
+                    if !self.ended.swap(true, Ordering::AcqRel) && !self.client.is_draining() {
                         tracing::warn!(%error, "an NBD client was cut off");
                     }
-                    self.close();
+                    self.client.hang_up();
                 }
             }
         }
-        self.workers.fetch_sub(1, Ordering::AcqRel);
+        if self.workers.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.sender.lock().unwrap_or_else(PoisonError::into_inner).say_goodbye();
+            self.client.hang_up();
+        }
     }
 
     /// Waits for the turn, receives, and works on what costs the turn.
-    fn turn(self: &Arc<Self>, scratch: &mut Scratch, threads: &ThreadGuard) -> Result<(), End> {
+    fn turn(self: &Arc<Self>, desk: &mut Desk, threads: &ThreadGuard) -> Result<(), End> {
         self.idle.fetch_add(1, Ordering::AcqRel);
         let mut receiver = self.receiver.lock().unwrap_or_else(PoisonError::into_inner);
         self.idle.fetch_sub(1, Ordering::AcqRel);
-        while !self.closed.load(Ordering::Acquire) {
-            let request = receiver.next(&self.stream)?;
+        while !self.has_ended() {
+            if !receiver.has_whole_request() {
+                self.send_batch(desk)?;
+            }
+            let request = receiver.next()?;
             if request.command == Command::Disconnect {
+                self.send_batch(desk)?;
                 return Err(End::Closed);
             }
             if let Err(error) = self.admit(&request) {
-                self.refuse(&mut receiver, &request, error)?;
+                if request.payload() > MAX_SKIPPED {
+                    return Err(broken(format!("a write of {} bytes", request.length)));
+                }
+                receiver.skip(request.payload() as usize)?;
+                self.batch_result(&request, Err(error), desk)?;
                 continue;
             }
-            let data = scratch.data(if self.has_data(&request) { request.length } else { 0 });
-            if request.payload() > 0 {
-                receiver.payload(&self.stream, data)?;
-            }
-            let alone = receiver.available() == 0;
-            match self.try_quickly(&request, data, alone) {
-                Quick::Done(result) => self.reply(&request, result, scratch)?,
-                Quick::Later => {
-                    self.keep_receiving(threads);
-                    drop(receiver);
-                    let result = self.execute(&request, data);
-                    return self.reply(&request, result, scratch);
-                }
+            if let Quick::Later = self.try_quickly(&request, &mut receiver, desk)? {
+                self.send_batch(desk)?;
+                self.keep_receiving(threads);
+                drop(receiver);
+                let answer = self.execute(&request, desk);
+                return self.reply(&request, answer, desk);
             }
         }
-        Ok(())
-    }
-
-    const fn has_data(&self, request: &Request) -> bool {
-        matches!(request.command, Command::Read | Command::Write)
+        self.send_batch(desk)
     }
 
     /// Checks what can be checked before anything is done or allocated.
     fn admit(&self, request: &Request) -> Result<(), WireError> {
-        if let Command::Other(_) = request.command {
+        if self.client.is_draining() {
+            return Err(WireError::Shutdown);
+        }
+        let has_data = matches!(request.command, Command::Read | Command::Write);
+        let known = match request.command {
+            Command::Other(_) => false,
+            Command::BlockStatus => self.status && request.length > 0,
+            _ => true,
+        };
+        if !known || !request.flags_fit(self.structured) || has_data && request.length > MAX_PAYLOAD
+        {
             return Err(WireError::Invalid);
         }
-        if !request.flags_fit() {
-            return Err(WireError::Invalid);
-        }
-        if self.has_data(request) && request.length > MAX_PAYLOAD {
-            return Err(WireError::Invalid);
+        if request.command.writes() && self.export.is_read_only() {
+            return Err(WireError::NotPermitted);
         }
         if request.command == Command::Flush {
             return Ok(());
         }
         let end = request.offset.checked_add(u64::from(request.length));
-        if end.is_some_and(|end| end <= self.device.size()) {
+        if end.is_some_and(|end| end <= self.export.size()) {
             return Ok(());
         }
         // The protocol's own distinction: a write past the end is out of space.
@@ -262,92 +216,286 @@ impl Connection {
         }
     }
 
-    fn refuse(
+    /// Does what needs no waiting. A write's data is with the desk if this says "later".
+    fn try_quickly(
         &self,
-        receiver: &mut Receiver,
         request: &Request,
-        error: WireError,
-    ) -> Result<(), End> {
-        if request.payload() > MAX_SKIPPED {
-            return Err(broken(format!("the client sent a write of {} bytes", request.length)));
-        }
-        receiver.skip(&self.stream, request.payload() as usize)?;
-        self.send(&encode_reply(Err(error), request.cookie))
-    }
-
-    /// Does what needs no waiting.
-    fn try_quickly(&self, request: &Request, data: &mut [u8], alone: bool) -> Quick {
-        // Long ones are copied by several threads at a time, if there are several.
-        if request.length > SMALL && !alone {
-            return Quick::Later;
-        }
-        match request.command {
-            Command::Read => match self.device.try_read_at(request.offset, data) {
-                Ok(true) => Quick::Done(Ok(())),
-                Ok(false) => Quick::Later,
-                Err(error) => Quick::Done(Err(self.tell(request, &error))),
-            },
-            Command::Write
-                if request.flags & Request::FUA == 0
-                    && !self.device.may_wait(request.offset, u64::from(request.length)) =>
-            {
-                Quick::Done(self.execute(request, data))
-            }
-            _ => Quick::Later,
-        }
-    }
-
-    fn execute(&self, request: &Request, data: &mut [u8]) -> Result<(), WireError> {
-        let (device, offset, length) = (&self.device, request.offset, u64::from(request.length));
-        let done = match request.command {
-            Command::Read => device.read_at(offset, data),
-            Command::Write => device.write_at(offset, data),
-            Command::Flush => device.flush(),
-            Command::Trim => device.trim(offset, length),
-            Command::WriteZeroes => {
-                device.zero(offset, length, request.flags & Request::NO_HOLE != 0)
-            }
-            Command::Disconnect | Command::Other(_) => return Err(WireError::Invalid),
+        receiver: &mut Receiver,
+        desk: &mut Desk,
+    ) -> Result<Quick, End> {
+        let Some(hold) = self.export.hold(|| self.client.is_draining()) else {
+            receiver.skip(request.payload() as usize)?;
+            self.batch_result(request, Err(WireError::Shutdown), desk)?;
+            return Ok(Quick::Answered);
         };
-        let writes = !matches!(request.command, Command::Read | Command::Flush);
-        done.and_then(|()| {
-            if writes && request.flags & Request::FUA != 0 { device.flush() } else { Ok(()) }
-        })
-        .map_err(|error| self.tell(request, &error))
+        let (device, length) = (&*hold.device, request.length);
+        match request.command {
+            Command::Read if length <= SMALL => self.read_into_batch(request, device, desk),
+            Command::Read => {
+                if let Some(runs) = self.holes(request, device) {
+                    if runs.iter().any(|run| run.allocation == Allocation::Data) {
+                        return Ok(Quick::Later);
+                    }
+                    self.reply(request, Ok(Answer::Pieces(runs)), desk)?;
+                    return Ok(Quick::Answered);
+                }
+                // Long ones are copied by several threads at a time, if there are several.
+                if !receiver.is_empty() {
+                    return Ok(Quick::Later);
+                }
+                self.send_batch(desk)?;
+                match device.try_read_at(request.offset, desk.data(length)) {
+                    Ok(false) => return Ok(Quick::Later),
+                    Ok(true) => self.reply(request, Ok(Answer::Data), desk)?,
+                    Err(error) => self.reply(request, Err(tell(request, &error)), desk)?,
+                }
+                Ok(Quick::Answered)
+            }
+            Command::Write => {
+                let quick = !request.has(Request::FUA)
+                    && !device.may_wait(request.offset, u64::from(length));
+                // From where it was received, if it is all there.
+                let written = receiver.with_payload(length as usize, |data| {
+                    quick.then(|| device.write_at(request.offset, data))
+                });
+                let written = match written {
+                    Some(written) => written,
+                    None => {
+                        let data = desk.data(length);
+                        receiver.payload(data)?;
+                        if !quick || length > SMALL && !receiver.is_empty() {
+                            return Ok(Quick::Later);
+                        }
+                        device.write_at(request.offset, data)
+                    }
+                };
+                let result = written.map_err(|error| tell(request, &error));
+                self.batch_result(request, result, desk)?;
+                Ok(Quick::Answered)
+            }
+            _ => Ok(Quick::Later),
+        }
     }
 
-    /// The guest gets a number; the sentence goes to the log.
-    fn tell(&self, request: &Request, error: &io::Error) -> WireError {
-        tracing::warn!(
-            command = ?request.command,
-            offset = request.offset,
-            length = request.length,
-            %error,
-            "a request failed"
-        );
-        WireError::from(error)
+    fn read_into_batch(
+        &self,
+        request: &Request,
+        device: &dyn BlockDevice,
+        desk: &mut Desk,
+    ) -> Result<Quick, End> {
+        let head = if self.structured { DATA_CHUNK_BYTES } else { REPLY_BYTES };
+        let whole = head + request.length as usize;
+        self.make_room(whole, desk)?;
+        let space = desk.batch_space(whole);
+        match device.try_read_at(request.offset, &mut space[head..]) {
+            Ok(false) => return Ok(Quick::Later),
+            Ok(true) => {
+                if self.structured && request.length == 0 {
+                    // A data chunk is never empty.
+                    self.batch_result(request, Ok(()), desk)?;
+                } else {
+                    self.encode_head(request, &mut space[..head]);
+                    desk.batched += whole;
+                }
+            }
+            Err(error) => self.batch_result(request, Err(tell(request, &error)), desk)?,
+        }
+        Ok(Quick::Answered)
     }
 
+    /// What stands before data that was read in one piece.
+    fn encode_head(&self, request: &Request, head: &mut [u8]) {
+        let cookie = request.cookie;
+        if self.structured {
+            let (offset, length) = (request.offset, request.length);
+            let chunk = encode_data_chunk(Position::Last, cookie, offset, length);
+            head.copy_from_slice(&chunk);
+        } else {
+            head.copy_from_slice(&encode_reply(Ok(()), cookie));
+        }
+    }
+
+    /// The runs of a read that has holes worth leaving out, if the client understands that.
+    fn holes(&self, request: &Request, device: &dyn BlockDevice) -> Option<Vec<Extent>> {
+        if !self.structured || request.length < HOLES_FROM || request.has(Request::DONT_FRAGMENT) {
+            return None;
+        }
+        let extents = device.extents(request.offset, u64::from(request.length)).ok()?;
+        let mut runs: Vec<Extent> = Vec::new();
+        for extent in extents {
+            // Zeros are zeros on the wire, whatever room they take.
+            let allocation = match extent.allocation {
+                Allocation::Data => Allocation::Data,
+                Allocation::Zero | Allocation::Hole => Allocation::Hole,
+            };
+            let count = runs.len();
+            match runs.last_mut() {
+                Some(run) if run.allocation == allocation => run.length += extent.length,
+                _ if count == MAX_PIECES => return None,
+                _ => runs.push(Extent { length: extent.length, allocation }),
+            }
+        }
+        let covered: u64 = runs.iter().map(|run| run.length).sum();
+        let any = runs.iter().any(|run| run.allocation == Allocation::Hole);
+        (any && covered == u64::from(request.length)).then_some(runs)
+    }
+
+    /// Does a request, waiting for what it needs.
+    fn execute(&self, request: &Request, desk: &mut Desk) -> Result<Answer, WireError> {
+        let Some(hold) = self.export.hold(|| self.client.is_draining()) else {
+            return Err(WireError::Shutdown);
+        };
+        self.execute_on(&*hold.device, request, desk).map_err(|error| tell(request, &error))
+    }
+
+    fn execute_on(
+        &self,
+        device: &dyn BlockDevice,
+        request: &Request,
+        desk: &mut Desk,
+    ) -> io::Result<Answer> {
+        let (offset, length) = (request.offset, u64::from(request.length));
+        match request.command {
+            Command::Read => {
+                if let Some(runs) = self.holes(request, device) {
+                    read_pieces(device, offset, &runs, desk.data(request.length))?;
+                    return Ok(Answer::Pieces(runs));
+                }
+                device.read_at(offset, desk.data(request.length))?;
+                return Ok(Answer::Data);
+            }
+            Command::BlockStatus => {
+                let one = request.has(Request::REQUEST_ONE);
+                let most = if one { 1 } else { MAX_RUNS };
+                let extents = device.extents(offset, length)?;
+                let status = encode_status(&extents, length, most);
+                return status.map(Answer::Status).ok_or_else(|| {
+                    io::Error::other("the device tells nothing of the bytes that were asked for")
+                });
+            }
+            Command::Write => device.write_at(offset, desk.data(request.length))?,
+            Command::Flush => device.flush()?,
+            Command::Trim => device.trim(offset, length)?,
+            Command::Cache => device.prefetch(offset, length)?,
+            Command::WriteZeroes => {
+                if request.has(Request::FAST_ZERO) && !device.zeroes_fast() {
+                    return Err(io::ErrorKind::Unsupported.into());
+                }
+                device.zero(offset, length, request.has(Request::NO_HOLE))?;
+            }
+            Command::Disconnect | Command::Other(_) => {
+                return Err(io::ErrorKind::InvalidInput.into());
+            }
+        }
+        if request.command.writes() && request.has(Request::FUA) {
+            device.flush()?;
+        }
+        Ok(Answer::Done)
+    }
+
+    /// Sends what a request led to.
     fn reply(
         &self,
         request: &Request,
-        result: Result<(), WireError>,
-        scratch: &mut Scratch,
+        answer: Result<Answer, WireError>,
+        desk: &mut Desk,
     ) -> Result<(), End> {
-        let data = match (request.command, result) {
-            (Command::Read, Ok(())) => request.length as usize,
-            _ => 0,
-        };
-        let message = &mut scratch.0[..REPLY_BYTES + data];
-        message[..REPLY_BYTES].copy_from_slice(&encode_reply(result, request.cookie));
-        self.send(message)
+        let cookie = request.cookie;
+        match answer {
+            Ok(Answer::Data) if request.length > 0 => {
+                let mut head = [0; DATA_CHUNK_BYTES];
+                let head = if self.structured { &mut head } else { &mut head[..REPLY_BYTES] };
+                self.encode_head(request, head);
+                let data = &desk.data[..request.length as usize];
+                self.send(&mut [IoSlice::new(head), IoSlice::new(data)])
+            }
+            Ok(Answer::Pieces(runs)) => self.send_pieces(request, &runs, &desk.data),
+            Ok(Answer::Status(status)) => {
+                let length = status.len() as u32;
+                let head = encode_chunk(ChunkKind::Status, Position::Last, cookie, length);
+                self.send(&mut [IoSlice::new(&head), IoSlice::new(&status)])
+            }
+            Ok(Answer::Done | Answer::Data) => {
+                self.batch_result(request, Ok(()), desk)?;
+                self.send_batch(desk)
+            }
+            Err(error) => {
+                self.batch_result(request, Err(error), desk)?;
+                self.send_batch(desk)
+            }
+        }
     }
 
-    fn send(&self, message: &[u8]) -> Result<(), End> {
-        let _turn = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
-        (&mut &*self.stream)
-            .write_all(message)
-            .map_err(|error| stalled(error, "and does not take its replies"))
+    fn send_pieces(&self, request: &Request, runs: &[Extent], data: &[u8]) -> Result<(), End> {
+        let mut heads = Vec::with_capacity(runs.len());
+        let mut at = 0;
+        for (index, run) in runs.iter().enumerate() {
+            let last = index + 1 == runs.len();
+            let position = if last { Position::Last } else { Position::Inner };
+            // A read is at most MAX_PAYLOAD long, and so is each of its runs.
+            let (offset, length) = (request.offset + at, run.length as u32);
+            heads.push(match run.allocation {
+                Allocation::Data => {
+                    encode_data_chunk(position, request.cookie, offset, length).to_vec()
+                }
+                _ => encode_hole_chunk(position, request.cookie, offset, length).to_vec(),
+            });
+            at += run.length;
+        }
+        let mut parts = Vec::with_capacity(runs.len() * 2);
+        let mut at = 0;
+        for (head, run) in heads.iter().zip(runs) {
+            let end = at + run.length as usize;
+            parts.push(IoSlice::new(head));
+            if run.allocation == Allocation::Data {
+                parts.push(IoSlice::new(&data[at..end]));
+            }
+            at = end;
+        }
+        self.send(&mut parts)
+    }
+
+    /// Adds an answer without data to those that go out together.
+    fn batch_result(
+        &self,
+        request: &Request,
+        result: Result<(), WireError>,
+        desk: &mut Desk,
+    ) -> Result<(), End> {
+        let wants_chunks =
+            self.structured && matches!(request.command, Command::Read | Command::BlockStatus);
+        let mut put = |bytes: &[u8]| {
+            self.make_room(bytes.len(), desk)?;
+            desk.batch_space(bytes.len()).copy_from_slice(bytes);
+            desk.batched += bytes.len();
+            Ok(())
+        };
+        match result {
+            Err(error) if wants_chunks => put(&encode_error_chunk(error, request.cookie)),
+            Ok(()) if wants_chunks => {
+                let chunk: [u8; CHUNK_BYTES] =
+                    encode_chunk(ChunkKind::None, Position::Last, request.cookie, 0);
+                put(&chunk)
+            }
+            result => put(&encode_reply(result, request.cookie)),
+        }
+    }
+
+    fn make_room(&self, length: usize, desk: &mut Desk) -> Result<(), End> {
+        if desk.batched + length > BATCH_BYTES { self.send_batch(desk) } else { Ok(()) }
+    }
+
+    fn send_batch(&self, desk: &mut Desk) -> Result<(), End> {
+        let batched = std::mem::take(&mut desk.batched);
+        if batched == 0 {
+            return Ok(());
+        }
+        self.send(&mut [IoSlice::new(&desk.batch[..batched])])
+    }
+
+    fn send(&self, parts: &mut [IoSlice<'_>]) -> Result<(), End> {
+        let mut sender = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
+        sender.send(parts).map_err(|error| stalled(error, "and does not take its replies"))
     }
 
     /// Sees to it that somebody receives while this thread works.
@@ -371,4 +519,37 @@ impl Connection {
             tracing::warn!(%error, "no thread for an NBD connection; it goes on with fewer");
         }
     }
+}
+
+/// Reads what is not a hole, to where it belongs in `data`.
+fn read_pieces(
+    device: &dyn BlockDevice,
+    offset: u64,
+    runs: &[Extent],
+    data: &mut [u8],
+) -> io::Result<()> {
+    let mut at = 0;
+    for run in runs {
+        let end = at + run.length as usize;
+        if run.allocation == Allocation::Data {
+            device.read_at(offset + at as u64, &mut data[at..end])?;
+        }
+        at = end;
+    }
+    Ok(())
+}
+
+/// The client gets a number; the sentence goes to the log.
+fn tell(request: &Request, error: &io::Error) -> WireError {
+    // A client that asks for fast zeros asks whether they are fast.
+    if !request.has(Request::FAST_ZERO) || error.kind() != io::ErrorKind::Unsupported {
+        tracing::warn!(
+            command = ?request.command,
+            offset = request.offset,
+            length = request.length,
+            %error,
+            "a request failed"
+        );
+    }
+    WireError::from(error)
 }

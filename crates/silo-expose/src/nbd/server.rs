@@ -1,9 +1,10 @@
 //! The listening end: accepts clients, counts their threads, stops them all.
 
 use super::{
-    BlockDevice,
+    BlockDevice, Endpoint, ExportOptions, Exports, NbdError,
     connection::Connection,
-    handshake::{self, Handshake},
+    handshake::{self, Handshake, NbdSecurity},
+    line::{Channel, Line, Socket, is_gone},
 };
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -11,21 +12,28 @@ use nix::{
 };
 use std::{
     fs, io,
-    net::Shutdown,
+    net::{SocketAddr, TcpListener},
     os::{
-        fd::AsFd,
+        fd::{AsFd, BorrowedFd},
         unix::net::{UnixListener, UnixStream},
     },
-    path::{Path, PathBuf},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
+    path::Path,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU8, Ordering},
+    },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
+/// How long clients get to take the last answers when the server stops.
+const LAST_ANSWERS: Duration = Duration::from_millis(500);
+
 /// How a server behaves.
 #[derive(Clone, Debug)]
 pub struct NbdOptions {
-    /// The export's name; clients that ask for the default export ("") get it too.
+    /// The export's name, for [`NbdServer::start`]; clients that ask for the default export ("")
+    /// get it too.
     pub export: String,
     /// How long a handshake may take.
     pub handshake_limit: Duration,
@@ -34,6 +42,8 @@ pub struct NbdOptions {
     pub stall_limit: Duration,
     /// Most connections at a time; more are turned away.
     pub max_connections: usize,
+    /// Whether the line is protected.
+    pub security: NbdSecurity,
 }
 
 impl Default for NbdOptions {
@@ -42,46 +52,59 @@ impl Default for NbdOptions {
             export: String::new(),
             handshake_limit: Duration::from_secs(10),
             stall_limit: Duration::from_secs(600),
-            max_connections: 16,
+            max_connections: 64,
+            security: NbdSecurity::Plain,
         }
     }
 }
 
-/// What a server could not do.
-#[derive(Debug, thiserror::Error)]
-pub enum NbdError {
-    /// The socket cannot be made.
-    #[error("could not listen on {}: {source}", path.display())]
-    Listen {
-        /// Where.
-        path: PathBuf,
-        /// The cause.
-        source: io::Error,
-    },
-    /// Another process serves there.
-    #[error("another server answers on {}; stop it, or choose another path", path.display())]
-    Taken {
-        /// Where.
-        path: PathBuf,
-    },
-    /// Requests did not end in time.
-    #[error("{threads} threads of the block server on {} were still at work after {limit:?}", path.display())]
-    StillWorking {
-        /// Where.
-        path: PathBuf,
-        /// How many.
-        threads: usize,
-        /// How long was waited.
-        limit: Duration,
-    },
+/// What a client is at.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum Stage {
+    Shaking,
+    Asking,
+    /// The server stops: requests in hand are answered, new ones are refused.
+    Draining,
+}
+
+/// One connection, as others see it.
+pub(super) struct Client {
+    line: Line,
+    stage: AtomicU8,
+}
+
+impl Client {
+    pub(super) fn is_draining(&self) -> bool {
+        self.stage.load(Ordering::Acquire) == Stage::Draining as u8
+    }
+
+    pub(super) fn hang_up(&self) {
+        self.line.hang_up();
+    }
+
+    /// The handshake is over. False if the server stops.
+    fn begin_asking(&self) -> bool {
+        let (from, to) = (Stage::Shaking as u8, Stage::Asking as u8);
+        self.stage.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+
+    fn drain(&self) {
+        let before = self.stage.swap(Stage::Draining as u8, Ordering::AcqRel);
+        if before == Stage::Shaking as u8 {
+            self.line.hang_up();
+        } else {
+            self.line.stop_reading();
+        }
+    }
 }
 
 #[derive(Default)]
 struct Clients {
     threads: usize,
-    streams: Vec<Weak<UnixStream>>,
+    clients: Vec<Weak<Client>>,
     /// Threads with a client, handshake included.
-    clients: usize,
+    connected: usize,
     stopping: bool,
 }
 
@@ -121,19 +144,73 @@ impl Drop for ThreadGuard {
     }
 }
 
+enum Listener {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    fn bind(endpoint: &Endpoint) -> Result<Self, NbdError> {
+        let failed = |source| NbdError::Listen { endpoint: endpoint.clone(), source };
+        let listener = match endpoint {
+            Endpoint::Unix(path) => {
+                match UnixStream::connect(path) {
+                    Ok(_) => return Err(NbdError::Taken { endpoint: endpoint.clone() }),
+                    Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                        fs::remove_file(path).map_err(failed)?;
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    Err(error) => return Err(failed(error)),
+                }
+                Self::Unix(UnixListener::bind(path).map_err(failed)?)
+            }
+            Endpoint::Tcp(address) => Self::Tcp(TcpListener::bind(address).map_err(failed)?),
+        };
+        // A client that gives up between poll and accept must not block the thread.
+        match &listener {
+            Self::Unix(listener) => listener.set_nonblocking(true),
+            Self::Tcp(listener) => listener.set_nonblocking(true),
+        }
+        .map_err(failed)?;
+        Ok(listener)
+    }
+
+    fn accept(&self) -> io::Result<Socket> {
+        match self {
+            Self::Unix(listener) => {
+                let (stream, _) = listener.accept()?;
+                stream.set_nonblocking(false)?;
+                Ok(stream.into())
+            }
+            Self::Tcp(listener) => {
+                let (stream, _) = listener.accept()?;
+                stream.set_nonblocking(false)?;
+                Ok(stream.into())
+            }
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Unix(listener) => listener.as_fd(),
+            Self::Tcp(listener) => listener.as_fd(),
+        }
+    }
+}
+
 /// A running server. Dropping it stops it.
 pub struct NbdServer {
-    path: PathBuf,
-    device: Arc<dyn BlockDevice>,
+    endpoint: Endpoint,
+    exports: Arc<Exports>,
     shared: Arc<Shared>,
     wake: Arc<EventFd>,
     accept: Option<JoinHandle<()>>,
 }
 
 impl NbdServer {
-    /// Serves `device` on the unix socket `path`. A socket file that nobody serves any more is
-    /// replaced. The file has mode 0666 less the process's umask: who may connect is decided by
-    /// its folder, or by its owner and mode, which the caller may change once this has returned.
+    /// Serves `device` alone on the unix socket `path`, as [`NbdServer::serve`] does.
     ///
     /// # Errors
     /// If the path cannot be bound, or another server answers there.
@@ -142,24 +219,35 @@ impl NbdServer {
         device: Arc<dyn BlockDevice>,
         options: NbdOptions,
     ) -> Result<Self, NbdError> {
-        let failed = |source| NbdError::Listen { path: path.to_owned(), source };
-        match UnixStream::connect(path) {
-            Ok(_) => return Err(NbdError::Taken { path: path.to_owned() }),
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                fs::remove_file(path).map_err(failed)?;
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(failed(error)),
-        }
-        let listener = UnixListener::bind(path).map_err(failed)?;
-        // A client that gives up between poll and accept must not block the thread.
-        listener.set_nonblocking(true).map_err(failed)?;
+        let exports = Arc::new(Exports::new());
+        exports.add(&options.export, device, ExportOptions::default())?;
+        Self::serve(&Endpoint::unix(path), exports, options)
+    }
+
+    /// Serves `exports` on `endpoint`. A socket file that nobody serves any more is replaced. The
+    /// file has mode 0666 less the process's umask: who may connect is decided by its folder, or by
+    /// its owner and mode, which the caller may change once this has returned.
+    ///
+    /// # Errors
+    /// If the endpoint cannot be bound, or another server answers there.
+    pub fn serve(
+        endpoint: &Endpoint,
+        exports: Arc<Exports>,
+        options: NbdOptions,
+    ) -> Result<Self, NbdError> {
+        let listener = Listener::bind(endpoint)?;
+        let failed = |source| NbdError::Listen { endpoint: endpoint.clone(), source };
+        let endpoint = match &listener {
+            Listener::Unix(_) => endpoint.clone(),
+            // The port that was chosen, where 0 was asked for.
+            Listener::Tcp(tcp) => Endpoint::Tcp(tcp.local_addr().map_err(failed)?),
+        };
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|errno| failed(errno.into()))?;
         let (wake, shared) = (Arc::new(wake), Arc::new(Shared::default()));
         let acceptor = Acceptor {
             listener,
-            device: device.clone(),
+            exports: exports.clone(),
             shared: shared.clone(),
             wake: wake.clone(),
             options: Arc::new(options),
@@ -168,23 +256,49 @@ impl NbdServer {
             .name("silo-nbd-accept".to_owned())
             .spawn(move || acceptor.run())
             .map_err(failed)?;
-        Ok(Self { path: path.to_owned(), device, shared, wake, accept: Some(accept) })
+        Ok(Self { endpoint, exports, shared, wake, accept: Some(accept) })
     }
 
     /// Where it listens.
     #[must_use]
+    pub const fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    /// The unix socket on which it listens; the empty path for a TCP port.
+    #[must_use]
     pub fn path(&self) -> &Path {
-        &self.path
+        match &self.endpoint {
+            Endpoint::Unix(path) => path,
+            Endpoint::Tcp(_) => Path::new(""),
+        }
+    }
+
+    /// The TCP port on which it listens.
+    #[must_use]
+    pub const fn address(&self) -> Option<SocketAddr> {
+        match self.endpoint {
+            Endpoint::Unix(_) => None,
+            Endpoint::Tcp(address) => Some(address),
+        }
+    }
+
+    /// What it offers.
+    #[must_use]
+    pub const fn exports(&self) -> &Arc<Exports> {
+        &self.exports
     }
 
     /// Clients connected now.
     #[must_use]
     pub fn connections(&self) -> usize {
-        self.shared.clients().clients
+        self.shared.clients().connected
     }
 
-    /// Hangs up on all clients, ends waits for missing blocks with an error, and waits for the
-    /// requests in hand. No request touches the device once this has returned `Ok`.
+    /// Takes no more requests, ends waits for missing blocks with an error, answers the requests in
+    /// hand, and hangs up. Clients get half a second for that; then it hangs up on them whatever
+    /// the devices do. No request touches a device once this has returned `Ok`. What was written
+    /// and not flushed is as durable as before.
     ///
     /// # Errors
     /// If requests are still in hand after `limit`.
@@ -192,27 +306,53 @@ impl NbdServer {
         self.shut(limit)
     }
 
+    /// As [`NbdServer::stop`], and then flushes every device: what clients wrote is durable before
+    /// whoever owns the device closes it.
+    ///
+    /// # Errors
+    /// As [`NbdServer::stop`], or if a device cannot be flushed.
+    pub fn stop_and_flush(mut self, limit: Duration) -> Result<(), NbdError> {
+        self.shut(limit)?;
+        for export in self.exports.all() {
+            let device = export.device();
+            if !device.is_read_only() {
+                device.flush().map_err(|source| NbdError::LastFlush {
+                    export: export.name().to_owned(),
+                    source,
+                })?;
+            }
+        }
+        Ok(())
+    }
+
     fn shut(&mut self, limit: Duration) -> Result<(), NbdError> {
         let Some(accept) = self.accept.take() else { return Ok(()) };
-        let deadline = Instant::now() + limit;
+        let start = Instant::now();
         self.shared.clients().stopping = true;
         if let Err(error) = self.wake.write(1) {
             tracing::warn!(%error, "cannot wake the block server's listener");
         }
         // It polls, and does nothing else that takes time.
         let _ = accept.join();
-        // Another server may have taken the path over; then its file stays.
-        let _ = fs::remove_file(&self.path);
+        if let Endpoint::Unix(path) = &self.endpoint {
+            // Another server may have taken the path over; then its file stays.
+            let _ = fs::remove_file(path);
+        }
         let mut clients = self.shared.clients();
         while clients.threads > 0 {
-            for stream in clients.streams.iter().filter_map(Weak::upgrade) {
-                // It fails when the client is gone already.
-                let _ = stream.shutdown(Shutdown::Both);
+            let waited = start.elapsed();
+            for client in clients.clients.iter().filter_map(Weak::upgrade) {
+                client.drain();
+                if waited >= LAST_ANSWERS.min(limit / 2) {
+                    client.hang_up();
+                }
             }
-            self.device.interrupt();
-            if Instant::now() >= deadline {
+            for export in self.exports.all() {
+                export.device().interrupt();
+            }
+            if waited >= limit {
                 return Err(NbdError::StillWorking {
-                    path: self.path.clone(),
+                    endpoint: self.endpoint.clone(),
                     threads: clients.threads,
                     limit,
                 });
@@ -235,8 +375,8 @@ impl Drop for NbdServer {
 }
 
 struct Acceptor {
-    listener: UnixListener,
-    device: Arc<dyn BlockDevice>,
+    listener: Listener,
+    exports: Arc<Exports>,
     shared: Arc<Shared>,
     wake: Arc<EventFd>,
     options: Arc<NbdOptions>,
@@ -260,40 +400,42 @@ impl Acceptor {
             if self.shared.clients().stopping {
                 return;
             }
-            match self.listener.accept() {
-                Ok((stream, _)) => self.admit(stream),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => {
-                    // Out of descriptors, most likely: the client waits in the queue meanwhile.
-                    tracing::warn!(%error, "cannot accept an NBD client; trying again");
-                    thread::sleep(Duration::from_millis(100));
-                }
+            let admitted = match self.listener.accept() {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                accepted => accepted.and_then(|socket| self.admit(socket)),
+            };
+            if let Err(error) = admitted {
+                // Out of descriptors, most likely: the next client waits in the queue meanwhile.
+                tracing::warn!(%error, "cannot take an NBD client; trying again");
+                thread::sleep(Duration::from_millis(100));
             }
         }
     }
 
-    fn admit(&self, stream: UnixStream) {
-        let stream = Arc::new(stream);
+    fn admit(&self, socket: Socket) -> io::Result<()> {
+        let stage = AtomicU8::new(Stage::Shaking as u8);
+        let client = Arc::new(Client { line: socket.line()?, stage });
         {
             let mut clients = self.shared.clients();
-            if clients.clients >= self.options.max_connections {
+            if clients.connected >= self.options.max_connections {
                 tracing::warn!(limit = self.options.max_connections, "too many NBD clients");
-                return;
+                return Ok(());
             }
-            clients.clients += 1;
-            clients.streams.retain(|other| other.strong_count() > 0);
-            clients.streams.push(Arc::downgrade(&stream));
+            clients.connected += 1;
+            clients.clients.retain(|other| other.strong_count() > 0);
+            clients.clients.push(Arc::downgrade(&client));
         }
-        let client = ClientGuard(self.shared.clone());
+        let counted = ClientGuard(self.shared.clone());
         let guard = ThreadGuard::new(self.shared.clone());
-        let (device, options) = (self.device.clone(), self.options.clone());
-        let spawned = thread::Builder::new()
+        let (exports, options) = (self.exports.clone(), self.options.clone());
+        thread::Builder::new()
             .name("silo-nbd".to_owned())
             .stack_size(256 << 10)
-            .spawn(move || serve(stream, device, &options, client, &guard));
-        if let Err(error) = spawned {
-            tracing::warn!(%error, "no thread for an NBD client");
-        }
+            .spawn(move || {
+                serve(client, socket, &exports, &options, &guard);
+                drop(counted);
+            })
+            .map(drop)
     }
 }
 
@@ -302,46 +444,53 @@ struct ClientGuard(Arc<Shared>);
 
 impl Drop for ClientGuard {
     fn drop(&mut self) {
-        self.0.clients().clients -= 1;
+        self.0.clients().connected -= 1;
     }
 }
 
 fn serve(
-    stream: Arc<UnixStream>,
-    device: Arc<dyn BlockDevice>,
+    client: Arc<Client>,
+    socket: Socket,
+    exports: &Exports,
     options: &NbdOptions,
-    client: ClientGuard,
     guard: &ThreadGuard,
 ) {
-    let shaken = stream.set_nonblocking(false).and_then(|()| {
-        handshake::shake(&stream, &options.export, device.size(), options.handshake_limit)
-    });
-    match shaken {
-        Ok(Handshake::Transmission) => {}
+    let late = "the client did not finish the handshake in time";
+    let channel = Channel::new(socket, options.handshake_limit, late);
+    let (agreement, channel) = match handshake::shake(channel, exports, &options.security) {
+        Ok(Handshake::Transmission(agreement, channel)) => (agreement, channel),
         Ok(Handshake::Done) => return,
         // It hung up: somebody looked whether there is a server.
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::UnexpectedEof
-                    | io::ErrorKind::ConnectionReset
-                    | io::ErrorKind::BrokenPipe
-            ) =>
-        {
-            return;
-        }
+        Err(error) if is_gone(&error) => return,
         Err(error) => {
             tracing::warn!(%error, "an NBD handshake failed");
             return;
         }
-    }
-    let connection = match Connection::new(stream, device, options.stall_limit) {
-        Ok(connection) => Arc::new(connection),
+    };
+    let stall = Some(options.stall_limit);
+    let (input, output) = match channel.split(stall, stall) {
+        Ok(halves) => halves,
         Err(error) => {
             tracing::warn!(%error, "an NBD client's socket cannot be set up");
             return;
         }
     };
-    connection.work(guard);
-    drop(client);
+    if client.begin_asking() {
+        Arc::new(Connection::new(client, agreement, input, output)).work(guard);
+    }
+}
+
+/// Serves one client until it is through, on this thread and those that it needs. For fuzzing.
+pub(super) fn serve_one(socket: Socket, exports: &Exports) {
+    let Ok(line) = socket.line() else { return };
+    let stage = AtomicU8::new(Stage::Shaking as u8);
+    let client = Arc::new(Client { line, stage });
+    let shared = Arc::new(Shared::default());
+    let guard = ThreadGuard::new(shared.clone());
+    serve(client, socket, exports, &NbdOptions::default(), &guard);
+    drop(guard);
+    let mut clients = shared.clients();
+    while clients.threads > 0 {
+        clients = shared.ended.wait(clients).unwrap_or_else(PoisonError::into_inner);
+    }
 }
