@@ -55,6 +55,7 @@ const WRITEPROTECT_MODE_DONTWAKE: u64 = 2;
 const PM_SCAN_WP_MATCHING: u64 = 1;
 const PM_SCAN_CHECK_WPASYNC: u64 = 2;
 const PAGE_IS_WRITTEN: u64 = 2;
+const PAGE_IS_PRESENT: u64 = 8;
 
 #[repr(C)]
 struct ApiArg {
@@ -318,6 +319,29 @@ pub fn scan_written(
     end: u64,
     mut found: impl FnMut(u64, u64),
 ) -> io::Result<()> {
+    scan(pagemap, start, end, PAGE_IS_WRITTEN, |region| found(region.start, region.end))
+}
+
+/// As [`scan_written`], somewhat slower: `found(start, end, mapped)` also tells pages that are not
+/// mapped, which may or may not have been written while they were, from those that are.
+pub fn scan_written_mapped(
+    pagemap: &File,
+    start: u64,
+    end: u64,
+    mut found: impl FnMut(u64, u64, bool),
+) -> io::Result<()> {
+    scan(pagemap, start, end, PAGE_IS_WRITTEN | PAGE_IS_PRESENT, |region| {
+        found(region.start, region.end, region.categories & PAGE_IS_PRESENT != 0);
+    })
+}
+
+fn scan(
+    pagemap: &File,
+    start: u64,
+    end: u64,
+    return_mask: u64,
+    mut found: impl FnMut(&PageRegion),
+) -> io::Result<()> {
     let mut regions = vec![PageRegion::default(); 4096];
     let mut at = start;
     while at < end {
@@ -333,11 +357,11 @@ pub fn scan_written(
             category_inverted: 0,
             category_mask: PAGE_IS_WRITTEN,
             category_anyof_mask: 0,
-            return_mask: PAGE_IS_WRITTEN,
+            return_mask,
         };
         let count = ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &mut arg)? as usize;
         for region in &regions[..count.min(regions.len())] {
-            found(region.start, region.end);
+            found(region);
         }
         if arg.walk_end <= at {
             return Err(io::Error::other("PAGEMAP_SCAN made no progress"));

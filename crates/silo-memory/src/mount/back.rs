@@ -32,15 +32,16 @@ impl Shared {
             return Ok(());
         }
         let blocks = self.size.div_ceil(BLOCK_SIZE as u64);
+        let tell = !self.lock().table.absent().is_empty();
         let mut found = Vec::new();
         let mut result = Ok(());
         for view in std::iter::once(Arc::clone(&self.local)).chain(self.foreign()) {
-            let scanned = view.scan(blocks, |range| found.push(range));
+            let scanned = view.scan(blocks, tell, |range, mapped| found.push((range, mapped)));
             result = result.and(scanned);
         }
         // What was found is protected again, so it is kept even if a scan failed later.
         let mut state = self.lock();
-        found.into_iter().for_each(|range| state.table.scanned(range));
+        found.into_iter().for_each(|(range, mapped)| state.table.scanned(range, mapped));
         result
     }
 

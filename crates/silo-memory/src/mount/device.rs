@@ -168,6 +168,9 @@ impl BlockDevice for Mount {
         self.check_writable(offset, length)?;
         // What is not a whole block keeps its bytes: trimming is a hint.
         let covered = self.covered(offset, length);
+        if covered.count == 0 {
+            return Ok(());
+        }
         let bytes = self.shared.bytes_of(covered) as u64;
         self.change(covered.start.offset(), &Change::Zeros(bytes))
     }

@@ -244,6 +244,9 @@ impl Shared {
             if now >= deadline || (asked && state.table.failed().intersects(range)) {
                 return Err(self.unavailable(&state, range, began.elapsed()));
             }
+            if !asked {
+                state.table.forgive(range);
+            }
             self.demand(&mut state, range);
             asked = true;
             state = Self::wait_on(&self.news, state, deadline - now);

@@ -168,6 +168,11 @@ impl Table {
         self.take_waits(range).into_iter().map(|(block, _)| block).collect()
     }
 
+    /// Somebody asks again: earlier failures do not count, also of requests that are still out.
+    pub(super) fn forgive(&mut self, range: BlockRange) {
+        self.failed.remove_range(range);
+    }
+
     fn take_waits(&mut self, range: BlockRange) -> Vec<(u64, Instant)> {
         if self.waiting.is_empty() {
             return Vec::new();
@@ -190,9 +195,9 @@ impl Table {
         }
     }
 
-    /// A scan found these written, or not mapped: what cannot have been written is left out. A busy
-    /// block may be mapped already and written, though it has not landed yet.
-    pub(super) fn scanned(&mut self, range: BlockRange) {
+    /// A scan found these written, or not mapped: what cannot have been written is left out. A block
+    /// that has not landed yet may be mapped already and written.
+    pub(super) fn scanned(&mut self, range: BlockRange, mapped: bool) {
         if !self.absent.intersects(range) {
             return self.written(range);
         }
@@ -200,8 +205,10 @@ impl Table {
         let absent: Vec<_> = self.absent.ranges_in(range).collect();
         for hole in absent {
             self.written(BlockRange::new(at, hole.start.0 - at));
-            let busy: Vec<_> = self.busy.ranges_in(hole).collect();
-            busy.into_iter().for_each(|piece| self.written(piece));
+            if mapped {
+                let busy: Vec<_> = self.busy.ranges_in(hole).collect();
+                busy.into_iter().for_each(|piece| self.written(piece));
+            }
             at = hole.end();
         }
         self.written(BlockRange::new(at, range.end() - at));
@@ -309,7 +316,9 @@ mod tests {
         table.want(range(0, 20));
         table.begin(range(0, 10));
         table.landed(range(0, 5));
-        table.scanned(range(0, 100));
+        table.scanned(range(0, 100), false);
+        assert_eq!(table.dirty().ranges().collect::<Vec<_>>(), [range(0, 5)]);
+        table.scanned(range(0, 100), true);
         assert_eq!(table.dirty().ranges().collect::<Vec<_>>(), [range(0, 10)]);
         let taken = table.take_dirty();
         assert_eq!(taken.ranges().collect::<Vec<_>>(), [range(0, 5)], "what is here");

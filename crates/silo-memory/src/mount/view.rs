@@ -183,16 +183,27 @@ impl View {
         Ok(())
     }
 
-    /// Calls `found` for every run of blocks that may have been written through this mapping since
-    /// the last call, and tracks them anew. Blocks that are not mapped may be among them.
-    pub(super) fn scan(&self, blocks: u64, mut found: impl FnMut(BlockRange)) -> io::Result<()> {
+    /// Calls `found(blocks, mapped)` for every run of blocks that may have been written through this
+    /// mapping since the last call, and tracks them anew. Blocks that are not mapped may be among
+    /// them; with `tell` they are told apart.
+    pub(super) fn scan(
+        &self,
+        blocks: u64,
+        tell: bool,
+        mut found: impl FnMut(BlockRange, bool),
+    ) -> io::Result<()> {
         if !self.writable || blocks == 0 {
             return Ok(());
         }
         let (start, end) = (self.address, self.address_of(blocks));
-        let scanned = sys::scan_written(&self.pagemap, start, end, |from, to| {
-            found(BlockRange::new((from - start) / PAGE, (to - from) / PAGE));
-        });
+        let range = |from, to| BlockRange::new((from - start) / PAGE, (to - from) / PAGE);
+        let scanned = if tell {
+            sys::scan_written_mapped(&self.pagemap, start, end, |from, to, mapped| {
+                found(range(from, to), mapped);
+            })
+        } else {
+            sys::scan_written(&self.pagemap, start, end, |from, to| found(range(from, to), true))
+        };
         match scanned {
             Err(gone) if is_gone(&gone) => Ok(()),
             other => other,

@@ -30,6 +30,9 @@ fn marks_of_read_ahead_are_not_taken_for_writes() {
         peek(&mount, block * BLOCK, 1);
     }
     assert!(mount.status().ahead_bytes > 0);
+    mount.shared.scan().unwrap();
+    let dirty = mount.shared.lock().table.dirty().clone();
+    assert!(dirty.is_empty(), "{:?}", dirty.ranges().collect::<Vec<_>>());
     mount.sync().unwrap();
     assert_eq!(far.writes.load(Ordering::Relaxed), 0);
 }
