@@ -1,9 +1,12 @@
 //! Continuous backup of devices to an object store.
 
+mod backup;
 pub mod capture;
 mod collect;
+mod copy;
 mod error;
 mod format;
+mod generation;
 mod keys;
 mod layout;
 mod log;
@@ -12,9 +15,14 @@ mod store;
 mod wire;
 mod writer;
 
+pub use backup::{Backup, BackupOptions, BackupStatus, Pace, Policy};
 pub use collect::{Collected, Swept, fuzz_tombs};
+pub use copy::{CopyBeforeWrite, CopyGroup, ScratchOptions};
 pub use error::StoreError;
 pub use format::{fuzz_map, fuzz_pack, fuzz_pack_index, fuzz_runs};
+pub use generation::{
+    Generation, GenerationDevice, RestoreOptions, Restored, StoredDevice, Which,
+};
 pub use keys::{BlockName, DataKeyId, KeyError, KeyId, KeyRing, KeySource};
 pub use layout::LineName;
 pub use log::fuzz_entry;

@@ -8,7 +8,7 @@
 //! kind 1, opened: a writer takes the line; its epoch is one more than that of the entry before
 //! kind 2, commit: keys v, for each: tenant, data key (wrapped)
 //!     | data key that seals the rest [16] | salt [16] | packs v, id of each [32]
-//!     | map: 0, or 1 and id [32], length v, packs v, hash of head [32], salt [16]
+//!     | map: 0, or 1 and id [32], length v, packs v, hash of head [32], salt [16], data key [16]
 //!     | length v and sealed zstd of: label, parent line, parent number v, for each pack above:
 //!       its record; devices v, for each: name, bytes v, block size u8, root: 0 or 1 and hash [32],
 //!       leaves v and their lengths v, runs that differ from the map
@@ -72,7 +72,8 @@ pub(crate) struct Refers {
     pub(crate) sealed_with: DataKeyId,
     salt: [u8; 16],
     pub(crate) packs: Vec<ObjectId>,
-    pub(crate) map: Option<(MapRef, [u8; 16])>,
+    /// The map, its salt, and the data key that it is sealed with.
+    pub(crate) map: Option<(MapRef, [u8; 16], DataKeyId)>,
 }
 
 /// Which kind of entry.
@@ -152,7 +153,7 @@ pub(crate) fn encode_commit(
     line: &LineName,
     head: &Head,
     keys: &[KeyEntry],
-    map: Option<(MapRef, [u8; 16])>,
+    map: Option<(MapRef, [u8; 16], DataKeyId)>,
     body: &Body,
     key: &DataKey,
 ) -> Result<Vec<u8>> {
@@ -169,10 +170,11 @@ pub(crate) fn encode_commit(
     body.packs.iter().for_each(|pack| out.extend_from_slice(&pack.id.0));
     match &map {
         None => out.push(0),
-        Some((map, salt)) => {
+        Some((map, salt, key)) => {
             out.push(1);
             map.encode(&mut out);
             out.extend_from_slice(salt);
+            out.extend_from_slice(&key.0);
         }
     }
     let packed = zstd::bulk::compress(&encode_body(body), 3)
@@ -335,7 +337,7 @@ impl Entry {
         let packs = (0..count).map(|_| reader.array().map(ObjectId)).collect::<Result<_, _>>()?;
         let map = match reader.u8()? {
             0 => None,
-            1 => Some((MapRef::decode(reader)?, reader.array()?)),
+            1 => Some((MapRef::decode(reader)?, reader.array()?, DataKeyId(reader.array()?))),
             _ => return Err("its map is neither there nor not"),
         };
         Ok(Refers { keys, sealed_with, salt, packs, map })
@@ -409,7 +411,7 @@ mod tests {
         let map = MapRef { id: ObjectId([6; 32]), length: 1000, packs: 2, head: [7; 32] };
         let keys = [KeyEntry { tenant: "acme".into(), wrapped }];
         let bytes =
-            encode_commit(&line, &head(7), &keys, Some((map, [1; 16])), &body, &key).unwrap();
+            encode_commit(&line, &head(7), &keys, Some((map, [1; 16], key.id)), &body, &key).unwrap();
         (line, bytes, body, key)
     }
 

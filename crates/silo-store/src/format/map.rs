@@ -77,8 +77,6 @@ impl MapRef {
 /// The part of a map that is in the clear.
 #[derive(Debug)]
 pub(crate) struct Head {
-    pub(crate) key: DataKeyId,
-    salt: [u8; 16],
     pub(crate) packs: Vec<ObjectId>,
 }
 
@@ -91,14 +89,14 @@ impl Head {
         if reader.u16()? != VERSION {
             return Err("it is a map of another version than 1");
         }
-        let key = DataKeyId(reader.array()?);
-        let salt = reader.array()?;
+        // Data key and salt are in the entry, too.
+        reader.bytes(32)?;
         let count = reader.u32()? as usize;
         if reader.left() != count.saturating_mul(32) {
             return Err("its list of packs has another length than it says");
         }
         let packs = (0..count).map(|_| reader.array().map(ObjectId)).collect::<Result<_, _>>()?;
-        Ok(Self { key, salt, packs })
+        Ok(Self { packs })
     }
 
     /// The head, checked against what refers to it.
@@ -279,8 +277,8 @@ mod tests {
         let (map, bytes, lengths) = sample();
         let head = Head::checked(&map, &bytes[..map.head_length() as usize]).unwrap();
         assert_eq!(head.packs, [ObjectId([10; 32]), ObjectId([12; 32])]);
-        assert_eq!((head.salt, lengths[1]), (salt_of(&bytes), 0));
-        let opener = Opener::new(map, head.salt, &DataKey::fixed(1));
+        assert_eq!((salt_of(&bytes), lengths[1]), ([4; 16], 0));
+        let opener = Opener::new(map, [4; 16], &DataKey::fixed(1));
         let from = map.head_length() as usize + lengths[0] as usize;
         let mut runs = Vec::new();
         let packs = opener

@@ -24,6 +24,8 @@ mod open;
 mod places;
 mod upload;
 
+pub(crate) use open::find_key;
+pub(crate) use places::{from_word, to_word};
 pub use upload::PackOptions;
 
 use crate::{
@@ -536,7 +538,6 @@ impl LineWriter {
             made: now(),
             last_commit: self.last_commit,
         };
-        let map = map.map(|(reference, salt, _)| (reference, salt));
         let bytes = log::encode_commit(&self.line, &head, &keys, map, &body, &self.key)?;
         Ok((bytes, all))
     }

@@ -198,11 +198,9 @@ impl LineWriter {
         let table: Vec<u32> = body.packs.iter().map(|pack| self.number_of(pack)).collect();
         let opener = match &refers.map {
             None => None,
-            Some((map, salt)) => {
-                let head = self.store.remote.get_range(&map.id.map(), 0..map.head_length())?;
-                let head = crate::format::map::Head::checked(map, &head)?;
-                let key = find_key(&self.store, &object, refers, head.key, keys)?;
-                self.map = Some((*map, *salt, head.key));
+            Some((map, salt, id)) => {
+                let key = find_key(&self.store, &object, refers, *id, keys)?;
+                self.map = Some((*map, *salt, *id));
                 Some(Opener::new(*map, *salt, &key))
             }
         };

@@ -1,0 +1,272 @@
+//! Restoring a whole device: packs are fetched several at a time and decoded on several threads, each
+//! block checked against its name before it is written.
+
+use super::Generation;
+use crate::{
+    StoreError,
+    error::Result,
+    format::{
+        map::LEAF_BLOCKS,
+        pack::{Opened, PackRef},
+        runs::Content,
+    },
+    remote::Pending,
+    writer::from_word,
+};
+use bytes::Bytes;
+use silo_block::io::BlockDevice;
+use std::{
+    collections::VecDeque,
+    ops::Range,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+/// How a device is restored.
+#[derive(Clone, Copy, Debug)]
+pub struct RestoreOptions {
+    /// Threads that decode.
+    pub threads: usize,
+    /// Requests under way for each of them; memory is bounded by as many packs, and one more.
+    pub in_flight: usize,
+    /// The target is all zeros: zeros are not written.
+    pub target_is_zero: bool,
+}
+
+impl Default for RestoreOptions {
+    fn default() -> Self {
+        Self { threads: 2, in_flight: 3, target_is_zero: false }
+    }
+}
+
+/// What restoring did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Restored {
+    /// Bytes of the device.
+    pub bytes: u64,
+    /// Of these, bytes that are zeros.
+    pub zeros: u64,
+    /// How long it took.
+    pub took: Duration,
+}
+
+/// Neighbouring blocks that are neighbours in a pack too.
+#[derive(Clone, Copy)]
+struct Piece {
+    pack: u32,
+    slot: u32,
+    block: u32,
+    count: u32,
+}
+
+/// The pieces of one pack.
+struct Job {
+    pack: u32,
+    pieces: Range<usize>,
+    /// Bytes of the object to fetch; the pack's end is at their end.
+    range: Range<u64>,
+}
+
+struct Work<'a> {
+    generation: &'a Generation,
+    name: &'a str,
+    device: usize,
+    target: &'a dyn BlockDevice,
+    pieces: &'a [Piece],
+    jobs: Mutex<VecDeque<Job>>,
+    failed: Mutex<Option<StoreError>>,
+    stop: &'a AtomicBool,
+    done: &'a AtomicU64,
+}
+
+impl Generation {
+    /// Writes a whole device to `target`, and flushes. `done` counts bytes on the way, `stop` ends it.
+    ///
+    /// # Errors
+    /// If the target is smaller, the store cannot be read, or something is damaged: then the target
+    /// holds some of the content.
+    pub fn restore(
+        &self,
+        name: &str,
+        target: &dyn BlockDevice,
+        options: RestoreOptions,
+        done: &AtomicU64,
+        stop: &AtomicBool,
+    ) -> Result<Restored> {
+        let (device, start) = (self.find(name)?, Instant::now());
+        let geometry = self.parts[device].entry.geometry;
+        if target.size() < geometry.bytes() {
+            let (bytes, target) = (geometry.bytes(), target.size());
+            return Err(StoreError::Size { device: name.to_owned(), bytes, target });
+        }
+        let failed = |operation, offset| {
+            move |source| StoreError::Device { operation, device: name.to_owned(), offset, source }
+        };
+        let (mut pieces, mut zeros) = (Vec::<Piece>::new(), 0);
+        for leaf in 0..geometry.blocks().div_ceil(LEAF_BLOCKS) {
+            // Not by way of the cache: each is needed once.
+            let words = self.read_leaf(device, leaf)?;
+            let mut empty = 0u64;
+            for (at, word) in words.iter().enumerate() {
+                let block = leaf * LEAF_BLOCKS + at as u64;
+                match from_word(*word) {
+                    Content::Zero => empty += 1,
+                    Content::At { pack, slot } => match pieces.last_mut() {
+                        Some(last)
+                            if last.pack == pack
+                                && last.slot + last.count == slot
+                                && u64::from(last.block + last.count) == block =>
+                        {
+                            last.count += 1;
+                        }
+                        _ => pieces.push(Piece { pack, slot, block: block as u32, count: 1 }),
+                    },
+                }
+                let ends = at + 1 == words.len() || from_word(words[at + 1]) != Content::Zero;
+                if empty > 0 && ends {
+                    let from = (block + 1 - empty) * geometry.block();
+                    let length = (empty * geometry.block()).min(geometry.bytes() - from);
+                    if !options.target_is_zero {
+                        target.zero(from, length, false).map_err(failed("zero", from))?;
+                    }
+                    zeros += length;
+                    done.fetch_add(length, Ordering::Relaxed);
+                    empty = 0;
+                }
+            }
+        }
+        pieces.sort_unstable_by_key(|piece| (piece.pack, piece.slot));
+        let jobs = self.jobs(&pieces);
+        let work = Work {
+            generation: self,
+            name,
+            device,
+            target,
+            pieces: &pieces,
+            jobs: Mutex::new(jobs),
+            failed: Mutex::default(),
+            stop,
+            done,
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..options.threads.max(1) {
+                scope.spawn(|| work.run(options.in_flight.max(1)));
+            }
+        });
+        if let Some(error) = work.failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            return Err(error);
+        }
+        target.flush().map_err(failed("flush", 0))?;
+        Ok(Restored { bytes: geometry.bytes(), zeros, took: start.elapsed() })
+    }
+
+    /// One job for each pack.
+    fn jobs(&self, pieces: &[Piece]) -> VecDeque<Job> {
+        let mut jobs = VecDeque::new();
+        let mut from = 0;
+        while from < pieces.len() {
+            let pack = pieces[from].pack;
+            let to = from + pieces[from..].partition_point(|piece| piece.pack == pack);
+            let blocks: u64 = pieces[from..to].iter().map(|piece| u64::from(piece.count)).sum();
+            let reference = self.pack(pack);
+            let length = u64::from(reference.length);
+            // Where little of it is needed, the index first, and then what is needed.
+            let whole = (blocks << reference.shift) >= length / 4;
+            let range = if whole { 0..length } else { reference.tail() };
+            jobs.push_back(Job { pack, pieces: from..to, range });
+            from = to;
+        }
+        jobs
+    }
+}
+
+impl Work<'_> {
+    fn next(&self) -> Option<Job> {
+        let stopped = self.failed.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        if stopped {
+            return None;
+        }
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+
+    fn run(&self, in_flight: usize) {
+        let mut pending: VecDeque<(Job, PackRef, Pending<Bytes>)> = VecDeque::new();
+        loop {
+            while pending.len() < in_flight {
+                let Some(job) = self.next() else { break };
+                let pack = self.generation.pack(job.pack);
+                let get = self.generation.store.remote.start_get(&pack.id.pack(), job.range.clone());
+                pending.push_back((job, pack, get));
+            }
+            let Some((job, pack, get)) = pending.pop_front() else { return };
+            let result = if self.stop.load(Ordering::Relaxed) {
+                Err(StoreError::Stopped)
+            } else {
+                get.wait().and_then(|bytes| self.decode(&job, &pack, Vec::from(bytes)))
+            };
+            if let Err(error) = result {
+                let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+                failed.get_or_insert(error);
+                return;
+            }
+        }
+    }
+
+    fn decode(&self, job: &Job, pack: &PackRef, mut bytes: Vec<u8>) -> Result<()> {
+        let key = self.generation.key(pack.key)?;
+        let tail = pack.tail();
+        let tail = (tail.start - job.range.start) as usize..(tail.end - job.range.start) as usize;
+        let opened = Opened::new(pack, &bytes[tail], key)?;
+        let pieces = &self.pieces[job.pieces.clone()];
+        let (mut room, mut next) = (Vec::new(), 0);
+        let geometry = self.generation.parts[self.device].entry.geometry;
+        for chunk in &opened.index.chunks {
+            let end = chunk.first + chunk.blocks;
+            // Pieces are in order of slots; one may reach over several chunks, and several blocks of
+            // the device may be one block of the pack.
+            while next < pieces.len() && pieces[next].slot + pieces[next].count <= chunk.first {
+                next += 1;
+            }
+            let ours = || pieces[next..].iter().take_while(|piece| piece.slot < end);
+            let needed = |piece: &&Piece| piece.slot + piece.count > chunk.first;
+            if !ours().any(|piece| needed(&piece)) {
+                continue;
+            }
+            let range = chunk.range();
+            let mut fetched;
+            let sealed = if job.range.start == 0 {
+                &mut bytes[range.start as usize..range.end as usize]
+            } else {
+                fetched =
+                    Vec::from(self.generation.store.remote.get_range(&pack.id.pack(), range)?);
+                &mut fetched[..]
+            };
+            let content = opened.chunk(chunk, sealed, &mut room)?;
+            opened.check(chunk, content, key)?;
+            for piece in ours().filter(needed) {
+                let from = piece.slot.max(chunk.first);
+                let to = (piece.slot + piece.count).min(end);
+                let block = u64::from(piece.block + (from - piece.slot));
+                let offset = block * geometry.block();
+                let start = ((from - chunk.first) as usize) << pack.shift;
+                let length = (u64::from(to - from) << pack.shift).min(geometry.bytes() - offset);
+                let part = &content[start..start + length as usize];
+                self.target.write_at(offset, part).map_err(|source| StoreError::Device {
+                    operation: "write",
+                    device: self.name.to_owned(),
+                    offset,
+                    source,
+                })?;
+                self.done.fetch_add(length, Ordering::Relaxed);
+            }
+        }
+        let last = opened.index.names.len() as u32;
+        if let Some(piece) = pieces.iter().find(|piece| piece.slot + piece.count > last) {
+            return Err(self.generation.no_slot(&opened, piece.slot));
+        }
+        Ok(())
+    }
+}
