@@ -166,6 +166,14 @@ impl Decoder {
     }
 }
 
+/// Whether a parcel has a span that refers to bytes outside of it.
+pub(crate) fn refers(parcel: &[u8]) -> bool {
+    let Some((count, rest)) = parcel.split_first_chunk::<COUNT>() else { return false };
+    let table = usize::from(u16::from_le_bytes(*count)) * SPAN;
+    let own = [kind::ZERO, kind::FILL, kind::PLAIN, kind::LZ4, kind::ZSTD];
+    rest.chunks_exact(SPAN).take(table / SPAN).any(|entry| !own.contains(&entry[0]))
+}
+
 /// Checks the whole table against the run before anything is used.
 fn check(
     parcel: &[u8],

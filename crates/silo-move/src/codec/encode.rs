@@ -61,6 +61,8 @@ pub struct Tally {
     pub delta: u64,
     /// Length of the parcels.
     pub bytes: u64,
+    /// Length of the content, in bytes of the device.
+    pub content: u64,
 }
 
 impl std::ops::AddAssign for Tally {
@@ -73,6 +75,7 @@ impl std::ops::AddAssign for Tally {
         self.packed += other.packed;
         self.delta += other.delta;
         self.bytes += other.bytes;
+        self.content += other.content;
     }
 }
 

@@ -37,6 +37,7 @@ mod tests;
 mod versions;
 
 pub use choose::{Chooser, Method};
+pub(crate) use decode::refers;
 pub use decode::{Decoder, Piece, fuzz_decode};
 pub use encode::{Encoder, Known, NothingKnown, Parcel, Tally, zeros};
 pub use versions::Versions;
@@ -77,7 +78,7 @@ pub const OVERHEAD: usize = COUNT + 2 * SPAN;
 /// Blocks in one encoded run at most: a mebibyte of the smallest blocks. Zeros may be more.
 pub const MAX_BLOCKS: usize = 2048;
 /// The most content of a span that is not zeros, in bytes: one block of the largest size.
-const MAX_CONTENT: u64 = 16 << 20;
+pub(crate) const MAX_CONTENT: u64 = 16 << 20;
 
 /// Bytes of the count of spans.
 const COUNT: usize = 2;

@@ -4,37 +4,37 @@ use super::WireError;
 
 /// Writes.
 #[derive(Default)]
-pub(super) struct Put(pub(super) Vec<u8>);
+pub(crate) struct Put(pub(crate) Vec<u8>);
 
 impl Put {
-    pub(super) fn u8(&mut self, value: u8) {
+    pub(crate) fn u8(&mut self, value: u8) {
         self.0.push(value);
     }
 
-    pub(super) fn u16(&mut self, value: u16) {
+    pub(crate) fn u16(&mut self, value: u16) {
         self.0.extend_from_slice(&value.to_le_bytes());
     }
 
-    pub(super) fn u32(&mut self, value: u32) {
+    pub(crate) fn u32(&mut self, value: u32) {
         self.0.extend_from_slice(&value.to_le_bytes());
     }
 
-    pub(super) fn u64(&mut self, value: u64) {
+    pub(crate) fn u64(&mut self, value: u64) {
         self.0.extend_from_slice(&value.to_le_bytes());
     }
 
-    pub(super) fn raw(&mut self, bytes: &[u8]) {
+    pub(crate) fn raw(&mut self, bytes: &[u8]) {
         self.0.extend_from_slice(bytes);
     }
 
     /// A length and bytes.
-    pub(super) fn bytes(&mut self, bytes: &[u8]) {
+    pub(crate) fn bytes(&mut self, bytes: &[u8]) {
         self.u32(bytes.len() as u32);
         self.raw(bytes);
     }
 
     /// A text, cut at `most` bytes (at a character).
-    pub(super) fn text(&mut self, text: &str, most: usize) {
+    pub(crate) fn text(&mut self, text: &str, most: usize) {
         let mut end = text.len().min(most);
         while !text.is_char_boundary(end) {
             end -= 1;
@@ -43,17 +43,17 @@ impl Put {
     }
 
     /// A count and items.
-    pub(super) fn list<T>(&mut self, items: &[T], mut put: impl FnMut(&mut Self, &T)) {
+    pub(crate) fn list<T>(&mut self, items: &[T], mut put: impl FnMut(&mut Self, &T)) {
         self.u32(items.len() as u32);
         items.iter().for_each(|item| put(self, item));
     }
 }
 
 /// Reads what [`Put`] wrote, or anything else.
-pub(super) struct Take<'a>(pub(super) &'a [u8]);
+pub(crate) struct Take<'a>(pub(crate) &'a [u8]);
 
 impl<'a> Take<'a> {
-    pub(super) fn raw(&mut self, length: usize) -> Result<&'a [u8], WireError> {
+    pub(crate) fn raw(&mut self, length: usize) -> Result<&'a [u8], WireError> {
         let (head, rest) = self
             .0
             .split_at_checked(length)
@@ -66,31 +66,31 @@ impl<'a> Take<'a> {
         self.raw(N).map(super::array)
     }
 
-    pub(super) fn u8(&mut self) -> Result<u8, WireError> {
+    pub(crate) fn u8(&mut self) -> Result<u8, WireError> {
         self.array::<1>().map(|[byte]| byte)
     }
 
-    pub(super) fn u16(&mut self) -> Result<u16, WireError> {
+    pub(crate) fn u16(&mut self) -> Result<u16, WireError> {
         self.array().map(u16::from_le_bytes)
     }
 
-    pub(super) fn u32(&mut self) -> Result<u32, WireError> {
+    pub(crate) fn u32(&mut self) -> Result<u32, WireError> {
         self.array().map(u32::from_le_bytes)
     }
 
-    pub(super) fn u64(&mut self) -> Result<u64, WireError> {
+    pub(crate) fn u64(&mut self) -> Result<u64, WireError> {
         self.array().map(u64::from_le_bytes)
     }
 
-    pub(super) fn hash(&mut self) -> Result<[u8; 32], WireError> {
+    pub(crate) fn hash(&mut self) -> Result<[u8; 32], WireError> {
         self.array()
     }
 
-    pub(super) fn id(&mut self) -> Result<[u8; 16], WireError> {
+    pub(crate) fn id(&mut self) -> Result<[u8; 16], WireError> {
         self.array()
     }
 
-    pub(super) fn flag(&mut self) -> Result<bool, WireError> {
+    pub(crate) fn flag(&mut self) -> Result<bool, WireError> {
         match self.u8()? {
             0 => Ok(false),
             1 => Ok(true),
@@ -99,7 +99,7 @@ impl<'a> Take<'a> {
     }
 
     /// A length and bytes, at most `most`.
-    pub(super) fn bytes(&mut self, most: usize) -> Result<&'a [u8], WireError> {
+    pub(crate) fn bytes(&mut self, most: usize) -> Result<&'a [u8], WireError> {
         let length = self.u32()? as usize;
         if length > most {
             return Err(WireError::Invalid(format!("{length} bytes where {most} are allowed")));
@@ -107,13 +107,13 @@ impl<'a> Take<'a> {
         self.raw(length)
     }
 
-    pub(super) fn text(&mut self, most: usize) -> Result<String, WireError> {
+    pub(crate) fn text(&mut self, most: usize) -> Result<String, WireError> {
         let text = std::str::from_utf8(self.bytes(most)?);
         text.map(str::to_owned).map_err(|_| WireError::Invalid("a text that is not UTF-8".into()))
     }
 
     /// A count of at most `most`, and items of at least `size` bytes each.
-    pub(super) fn list<T>(
+    pub(crate) fn list<T>(
         &mut self,
         most: usize,
         size: usize,
@@ -131,7 +131,7 @@ impl<'a> Take<'a> {
     }
 
     /// Nothing may be left.
-    pub(super) fn end(self) -> Result<(), WireError> {
+    pub(crate) fn end(self) -> Result<(), WireError> {
         if self.0.is_empty() {
             return Ok(());
         }

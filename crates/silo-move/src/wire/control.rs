@@ -247,9 +247,10 @@ fn put_to_source(put: &mut Put, message: &ToSource) -> u8 {
             put.u8(class_number(*class));
             kind::NEED
         }
-        ToSource::DontNeed { device, range } => {
+        ToSource::DontNeed { device, range, epoch } => {
             put.u16(device.0);
             put_range(put, range);
+            put.u32(epoch.0);
             kind::DONT_NEED
         }
         ToSource::Running { attempt } => {
@@ -312,8 +313,8 @@ fn take_to_source(take: &mut Take<'_>, kind: u8) -> Result<Option<ToSource>, Wir
             ToSource::Need { device, range, class: class_of(take.u8()?)? }
         }
         kind::DONT_NEED => {
-            let device = DeviceIndex(take.u16()?);
-            ToSource::DontNeed { device, range: take_range(take)? }
+            let (device, range) = (DeviceIndex(take.u16()?), take_range(take)?);
+            ToSource::DontNeed { device, range, epoch: Epoch(take.u32()?) }
         }
         kind::RUNNING => ToSource::Running { attempt: take.u32()? },
         kind::REFUSED => {

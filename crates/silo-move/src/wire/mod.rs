@@ -22,6 +22,7 @@ mod preamble;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use bytes::{Put, Take};
 pub use control::{
     fuzz_to_destination, fuzz_to_source, read_to_destination, read_to_source, write_to_destination,
     write_to_source,

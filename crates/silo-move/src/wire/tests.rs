@@ -87,7 +87,7 @@ fn all_to_source() -> Vec<ToSource> {
         ToSource::Applied { device, epoch: Epoch(1) },
         ToSource::Receipt { device, range, epoch: Epoch(1), retry: vec![range] },
         ToSource::Need { device, range, class: Class::Demand },
-        ToSource::DontNeed { device, range },
+        ToSource::DontNeed { device, range, epoch: Epoch(3) },
         ToSource::Running { attempt: 1 },
         ToSource::Durable { epochs: vec![Epoch(1), Epoch(2)] },
         ToSource::Custom(Custom { serial: 1, kind: 2, payload: vec![3] }),

@@ -1,0 +1,687 @@
+//! The end that receives devices: drives [`silo_block::session::destination`] over real
+//! connections.
+//!
+//! ```text
+//!  receivers (one a connection) ─ decode, offer, store ─┐
+//!  readers and writers of volumes ─ wait, claim ────────┼─► the machine, under one lock
+//!  fetchers (stores, peers) ────────────────────────────┘        │ everything that is said
+//!                                                                ▼
+//!  chores thread: run, make durable  ◄── driver thread ──► control connection
+//! ```
+//!
+//! What must hold: the machine is touched under its lock only, and nothing waits under that lock;
+//! messages leave in the order in which the machine gave them; content is stored by the thread that
+//! holds it, outside of the lock; whoever waits for a block is woken by the thread that stored it.
+
+mod access;
+mod chores;
+mod fetch;
+mod receive;
+mod server;
+
+pub use server::{Accepted, Offer, Reception, Server};
+
+use crate::{
+    assist::{Assist, Counts, Fetch, Lookup, Policy},
+    codec::Naming,
+    lane::{Lane, WireCount, lock},
+    ledger::Ledger,
+    peer::Link,
+    report::{End, MoveError, Phase, Progress, Rate, Timings, WireBytes},
+    volume::{Hub, Volume},
+    waits::{WaitSummary, Waits},
+    wire,
+};
+use access::Parker;
+use fetch::Fetches;
+use silo_block::{
+    block::BlockRange,
+    device::DeviceName,
+    session::{
+        LinkId,
+        destination::{
+            Action, Config, Counters, Destination, DestinationDevice, Event, Phase as Step,
+            WaiterId,
+        },
+        messages::{DeviceIndex, Reason, SessionId, ToSource},
+    },
+};
+use std::{
+    collections::{HashMap, VecDeque},
+    io,
+    sync::{
+        Arc, Condvar, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
+    },
+    thread::{Builder, JoinHandle},
+    time::{Duration, Instant},
+};
+
+/// What the destination asks of whoever is to use the devices. Called on a thread of its own, one
+/// call at a time.
+pub trait DestinationHost: Send + Sync {
+    /// Everything that is needed to run is here; the volumes are open and owned by this host, and
+    /// it is noted durably that they are (by the ledger of the session; whoever has a lease takes
+    /// it here). Blocks that are missing come when they are touched. Returns when it runs.
+    ///
+    /// # Errors
+    /// A sentence for people: it does not run and never will by this attempt.
+    fn run(&self, attempt: u32, state: Vec<u8>, flushes: Vec<Vec<u64>>) -> Result<(), String>;
+
+    /// Everything up to the token is durable here: the source may go.
+    fn durable(&self) {}
+
+    /// Everything is here.
+    fn complete(&self) {}
+
+    /// Something of the layer above came from the source.
+    fn custom(&self, kind: u32, payload: &[u8]) {
+        let _ = (kind, payload);
+    }
+
+    /// A block cannot be had or stored while it is in use here: its readers get errors.
+    fn trouble(&self, what: &str) {
+        let _ = what;
+    }
+
+    /// Something takes longer than it should; nothing is given up.
+    fn overdue(&self, what: &str) {
+        let _ = what;
+    }
+}
+
+/// How a destination behaves.
+#[derive(Clone, Default)]
+pub struct Options {
+    /// Of the session.
+    pub session: Config,
+    /// How hashes are made that the source names blocks by.
+    pub naming: Naming,
+    /// Where blocks may be fetched that the source names by hash, in the order to ask.
+    pub places: Vec<Arc<dyn Fetch>>,
+    /// How to ask them.
+    pub policy: Policy,
+    /// Content of this host by hash, asked first and at once.
+    pub local: Option<Arc<dyn Lookup>>,
+    /// Where what must survive this process is noted; nothing survives without.
+    pub ledger: Option<Arc<dyn Ledger>>,
+}
+
+/// A move that went well, as the destination saw it.
+#[derive(Clone, Debug)]
+pub struct DestinationReport {
+    /// The session.
+    pub session: SessionId,
+    /// The peer.
+    pub peer: String,
+    /// Phases: `filling` until the token came, `switch` until it ran here.
+    pub timings: Timings,
+    /// What was counted.
+    pub counters: Counters,
+    /// How stores and peers answered.
+    pub places: Counts,
+    /// Bytes of frames.
+    pub wire: WireBytes,
+    /// How long accesses waited for blocks.
+    pub waits: WaitSummary,
+}
+
+struct Core {
+    /// None when the session is over and its devices have been given back.
+    machine: Option<Destination>,
+    /// What the driver's thread is to do, in order.
+    pending: VecDeque<Action>,
+    /// Notes that have to be durable before anything more is stored.
+    notes: usize,
+    /// Why a note could not be made: nothing more is stored.
+    note_failed: Option<String>,
+}
+
+struct Clockwork {
+    phase: Phase,
+    since: Duration,
+    timings: Timings,
+}
+
+pub(crate) struct Shared {
+    session: SessionId,
+    core: Mutex<Core>,
+    changed: Condvar,
+    /// A note was made.
+    noted: Condvar,
+    began: Instant,
+    /// In the order of the group.
+    volumes: Vec<Arc<Volume>>,
+    host: Arc<dyn DestinationHost>,
+    options: Options,
+    lane: Mutex<Option<Lane>>,
+    slots: AtomicU64,
+    waiters: Mutex<HashMap<WaiterId, Arc<Parker>>>,
+    next_waiter: AtomicU64,
+    fetches: Fetches,
+    assist: Mutex<Option<Assist>>,
+    clockwork: Mutex<Clockwork>,
+    peer: Mutex<String>,
+    trouble: Mutex<Option<String>>,
+    wire: WireCount,
+    waits: Waits,
+    stored: AtomicU64,
+    rate: Mutex<Rate>,
+    attempt: AtomicU64,
+    over: AtomicBool,
+}
+
+/// A move under way, at its destination.
+pub struct Inbound {
+    shared: Arc<Shared>,
+    driver: Mutex<Option<JoinHandle<Result<DestinationReport, MoveError>>>>,
+}
+
+/// What a session starts from.
+enum Start {
+    New,
+    /// It ran already before this process did, by this attempt.
+    Running(u32),
+}
+
+impl Inbound {
+    /// A session that receives `volumes`, which are in the order of the source's group.
+    ///
+    /// # Errors
+    /// If a volume is in use, or there is no thread.
+    pub fn new(
+        session: SessionId,
+        volumes: Vec<Arc<Volume>>,
+        host: Arc<dyn DestinationHost>,
+        options: Options,
+    ) -> io::Result<Self> {
+        Self::start(session, volumes, host, options, &Start::New)
+    }
+
+    /// A session whose token came before this process was started again: the volumes are as they
+    /// were noted, and opened at once.
+    ///
+    /// # Errors
+    /// If a volume is in use, or there is no thread.
+    pub fn running(
+        session: SessionId,
+        attempt: u32,
+        volumes: Vec<Arc<Volume>>,
+        host: Arc<dyn DestinationHost>,
+        options: Options,
+    ) -> io::Result<Self> {
+        Self::start(session, volumes, host, options, &Start::Running(attempt))
+    }
+
+    fn start(
+        session: SessionId,
+        volumes: Vec<Arc<Volume>>,
+        host: Arc<dyn DestinationHost>,
+        options: Options,
+        start: &Start,
+    ) -> io::Result<Self> {
+        let clockwork = Clockwork {
+            phase: Phase::Connecting,
+            since: Duration::ZERO,
+            timings: Timings::default(),
+        };
+        let shared = Arc::new(Shared {
+            session,
+            core: Mutex::new(Core {
+                machine: None,
+                pending: VecDeque::new(),
+                notes: 0,
+                note_failed: None,
+            }),
+            changed: Condvar::new(),
+            noted: Condvar::new(),
+            began: Instant::now(),
+            volumes,
+            host,
+            options,
+            lane: Mutex::new(None),
+            slots: AtomicU64::new(1),
+            waiters: Mutex::default(),
+            next_waiter: AtomicU64::new(1),
+            fetches: Fetches::default(),
+            assist: Mutex::new(None),
+            clockwork: Mutex::new(clockwork),
+            peer: Mutex::new("a peer that has not connected".to_owned()),
+            trouble: Mutex::new(None),
+            wire: WireCount::default(),
+            waits: Waits::default(),
+            stored: AtomicU64::new(0),
+            rate: Mutex::default(),
+            attempt: AtomicU64::new(0),
+            over: AtomicBool::new(false),
+        });
+        let mut devices = Vec::with_capacity(shared.volumes.len());
+        for (at, volume) in shared.volumes.iter().enumerate() {
+            let hub: Arc<dyn Hub> = shared.clone();
+            match volume.arrive(hub, at as u16) {
+                Ok(replica) => devices.push(DestinationDevice {
+                    name: volume.name().clone(),
+                    base: volume.base(),
+                    replica,
+                }),
+                Err(error) => {
+                    give_back(&shared.volumes, devices);
+                    return Err(error);
+                }
+            }
+        }
+        let hashes = Box::new(shared.fetches.hashes());
+        let config = shared.options.session;
+        let machine = match start {
+            Start::New => Destination::new(config, session, devices, hashes, Duration::ZERO),
+            Start::Running(attempt) => {
+                for (volume, device) in shared.volumes.iter().zip(&devices) {
+                    volume.open(device.replica.absent(), device.replica.rounds());
+                }
+                shared.attempt.store(u64::from(*attempt), Ordering::Release);
+                lock(&shared.clockwork).phase = Phase::Following;
+                Destination::restored(config, session, devices, hashes, *attempt, Duration::ZERO)
+            }
+        };
+        lock(&shared.core).machine = Some(machine);
+        shared.start_assist()?;
+        let (chores, jobs) = mpsc::channel();
+        let for_chores = shared.clone();
+        Builder::new().name("silo-chores".to_owned()).spawn(move || for_chores.do_chores(&jobs))?;
+        let for_driver = shared.clone();
+        let driver = Builder::new()
+            .name("silo-destination".to_owned())
+            .spawn(move || for_driver.drive(&chores))?;
+        Ok(Self { shared, driver: Mutex::new(Some(driver)) })
+    }
+
+    /// Which move this is.
+    #[must_use]
+    pub fn session(&self) -> SessionId {
+        self.shared.session
+    }
+
+    /// Puts a link to use; an older one is given up.
+    pub fn attach(&self, link: Link) {
+        self.shared.attach(link, Vec::new());
+    }
+
+    /// Says something to the layer above at the source; delivered once, in order.
+    pub fn custom(&self, kind: u32, payload: Vec<u8>) {
+        self.shared.tell(Event::Custom { kind, payload });
+    }
+
+    /// Stops the move, if the token has not come.
+    pub fn cancel(&self, why: &str) {
+        self.shared.tell(Event::Cancel(why.to_owned()));
+    }
+
+    /// How far it is.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        self.shared.progress()
+    }
+
+    /// How long accesses have waited for blocks so far.
+    #[must_use]
+    pub fn waits(&self) -> WaitSummary {
+        self.shared.waits.summary()
+    }
+
+    /// Whether it is over.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        lock(&self.driver).as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Waits for the end: everything here, or a failure. For one caller.
+    ///
+    /// # Errors
+    /// Why it failed, and who owns the devices.
+    ///
+    /// # Panics
+    /// If somebody waited before.
+    pub fn wait(&self) -> Result<DestinationReport, MoveError> {
+        let driver = lock(&self.driver).take().expect("waited for once");
+        driver.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+}
+
+impl Drop for Inbound {
+    /// Cancels a session that has not got the token; one that runs goes on by itself.
+    fn drop(&mut self) {
+        if lock(&self.driver).is_some() {
+            self.shared.tell(Event::Cancel("the session was dropped".to_owned()));
+        }
+    }
+}
+
+fn give_back(volumes: &[Arc<Volume>], devices: Vec<DestinationDevice>) {
+    for device in devices {
+        let name: &DeviceName = &device.name;
+        if let Some(volume) = volumes.iter().find(|volume| volume.name() == name) {
+            volume.settle(device.replica);
+        }
+    }
+}
+
+impl Shared {
+    fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// Feeds the machine; what is to be done is left to the driver.
+    fn tell(&self, event: Event) {
+        self.feed(event, None);
+    }
+
+    /// Feeds the machine. Does at once what concerns this host's readers; gives back what is to be
+    /// done with the content in `slot`, if that is said now.
+    fn feed(&self, event: Event, slot: Option<u64>) -> Option<Action> {
+        self.with_machine(slot, |machine, now| machine.handle(now, event)).1
+    }
+
+    /// As [`Shared::feed`], for any call. None if the session is over.
+    fn with_machine<R>(
+        &self,
+        slot: Option<u64>,
+        call: impl FnOnce(&mut Destination, Duration) -> R,
+    ) -> (Option<R>, Option<Action>) {
+        let mut core = lock(&self.core);
+        let noting = self.options.ledger.is_some();
+        let Core { machine, pending, notes, .. } = &mut *core;
+        let Some(machine) = machine else { return (None, None) };
+        let now = self.now();
+        let result = call(machine, now);
+        let (mut own, mut local) = (None, Vec::new());
+        while let Some(action) = machine.poll(now) {
+            match &action {
+                Action::Store { slot: of, .. } | Action::Discard(of) if Some(*of) == slot => {
+                    own = Some(action);
+                }
+                Action::Here(..) | Action::Wake(_) | Action::Fail(..) => local.push(action),
+                _ => {
+                    let note = matches!(action, Action::Note(_) | Action::Run { .. });
+                    *notes += usize::from(note && noting);
+                    pending.push_back(action);
+                }
+            }
+        }
+        let more = !pending.is_empty();
+        drop(core);
+        if more {
+            self.changed.notify_all();
+        }
+        for action in local {
+            self.perform_local(action);
+        }
+        (Some(result), own)
+    }
+
+    /// Waits until everything is noted that must be before content is stored.
+    fn wait_for_notes(&self) -> Result<(), String> {
+        let core = lock(&self.core);
+        let open = |core: &mut Core| core.notes > 0 && core.note_failed.is_none();
+        let core = self.noted.wait_while(core, open).unwrap_or_else(PoisonError::into_inner);
+        core.note_failed.clone().map_or(Ok(()), Err)
+    }
+
+    fn perform_local(&self, action: Action) {
+        match action {
+            Action::Here(device, ranges) => {
+                let at = usize::from(device.0);
+                for range in ranges {
+                    self.volumes[at].tell_arrived(range);
+                    self.drop_fetches(device.0, range);
+                }
+            }
+            Action::Wake(waiters) => self.wake(&waiters, Ok(())),
+            Action::Fail(waiters, reason) => {
+                let text = self.describe(&reason);
+                self.wake(&waiters, Err(text));
+            }
+            other => unreachable!("{other:?} is not for the thread that fed the machine"),
+        }
+    }
+
+    fn drive(
+        self: &Arc<Self>,
+        chores: &mpsc::Sender<chores::Job>,
+    ) -> Result<DestinationReport, MoveError> {
+        let end = loop {
+            // Polls, so that deadlines are kept, and does what concerns readers.
+            self.with_machine(None, |_, _| ());
+            let mut core = lock(&self.core);
+            if core.pending.is_empty() {
+                let now = self.now();
+                let wake = core.machine.as_ref().and_then(|machine| machine.wake(now));
+                let wait = wake.map_or(Duration::from_secs(1), |wake| wake.saturating_sub(now));
+                let empty = |core: &mut Core| core.pending.is_empty();
+                let waited = self.changed.wait_timeout_while(core, wait, empty);
+                drop(waited.unwrap_or_else(PoisonError::into_inner));
+                continue;
+            }
+            let actions: Vec<Action> = core.pending.drain(..).collect();
+            let step = core.machine.as_ref().map(|machine| machine.phase().clone());
+            drop(core);
+            if let Some(step) = step {
+                self.note_phase(&step);
+            }
+            // One note says all that several would.
+            let notes = actions.iter().filter(|action| matches!(action, Action::Note(_))).count();
+            if notes > 0 && self.options.ledger.is_some() {
+                let _ = chores.send(chores::Job::Note(notes));
+            }
+            let mut end = None;
+            for action in actions {
+                end = self.perform(action, chores).or(end);
+            }
+            self.flush();
+            if let Some(end) = end {
+                break end;
+            }
+        };
+        let (done, waited) = mpsc::channel();
+        let _ = chores.send(chores::Job::Stop(done));
+        let _ = waited.recv();
+        self.finish(end)
+    }
+
+    fn perform(
+        self: &Arc<Self>,
+        action: Action,
+        chores: &mpsc::Sender<chores::Job>,
+    ) -> Option<Result<(), Reason>> {
+        let job = match action {
+            Action::Send(link, message) => {
+                self.send(link, &message);
+                return None;
+            }
+            Action::Hangup(link) => {
+                self.hang_up(link, None);
+                return None;
+            }
+            Action::Fetch { ticket, device, range, class, .. } => {
+                self.fetch(ticket, device, range, class);
+                return None;
+            }
+            Action::CancelFetch(ticket) => {
+                self.cancel_fetch(ticket);
+                return None;
+            }
+            // Answered to the thread that has the content; sent before the others.
+            Action::Store { .. } | Action::Discard(_) | Action::Note(_) => return None,
+            Action::Here(..) | Action::Wake(_) | Action::Fail(..) => {
+                self.perform_local(action);
+                return None;
+            }
+            Action::Run { attempt, state, flushes } => chores::Job::Run { attempt, state, flushes },
+            Action::MakeDurable => chores::Job::MakeDurable,
+            Action::Overdue(wait) => chores::Job::Overdue(wait.to_string()),
+            Action::Trouble(reason) => chores::Job::Trouble(self.describe(&reason)),
+            Action::Custom(custom) => chores::Job::Custom(custom),
+            Action::Complete => return Some(Ok(())),
+            Action::Failed(reason) => return Some(Err(reason)),
+        };
+        // The thread ends after this one.
+        let _ = chores.send(job);
+        None
+    }
+
+    fn send(&self, link: LinkId, message: &ToSource) {
+        let mut lane = lock(&self.lane);
+        let Some(current) = lane.as_mut().filter(|lane| lane.id == link) else { return };
+        let result = wire::write_to_source(&mut current.control, message);
+        drop(lane);
+        if let Err(error) = result {
+            self.hang_up(link, Some(format!("the control connection: {error}")));
+        }
+    }
+
+    fn flush(&self) {
+        let mut lane = lock(&self.lane);
+        let Some(current) = lane.as_mut() else { return };
+        let (id, result) = (current.id, current.control.flush());
+        let sent = current.control.sent();
+        self.wire.control_sent.fetch_add(sent - current.counted, Ordering::Relaxed);
+        current.counted = sent;
+        drop(lane);
+        if let Err(error) = result {
+            self.hang_up(id, Some(format!("the control connection: {error}")));
+        }
+    }
+
+    fn hang_up(&self, link: LinkId, trouble: Option<String>) {
+        let mut lane = lock(&self.lane);
+        let Some(mut current) = lane.take_if(|lane| lane.id == link) else { return };
+        // What was said last (why it is refused) should arrive.
+        let _ = current.control.flush();
+        let _ = current.control.inner().finish();
+        current.close();
+        drop(lane);
+        if let Some(trouble) = trouble {
+            tracing::info!(session = %self.session, trouble, "a link was cut");
+            *lock(&self.trouble) = Some(trouble);
+        }
+        self.tell(Event::Cut(link));
+    }
+
+    fn note_phase(&self, step: &Step) {
+        let phase = match step {
+            Step::Receiving | Step::Failed(_) => return,
+            Step::Starting => Phase::Switching,
+            Step::Running => Phase::Following,
+            Step::Durable | Step::Complete => Phase::Durable,
+        };
+        self.enter(phase);
+    }
+
+    fn enter(&self, phase: Phase) {
+        let mut clockwork = lock(&self.clockwork);
+        if phase <= clockwork.phase {
+            return;
+        }
+        let now = self.now();
+        let spent = now - clockwork.since;
+        let Clockwork { phase: left, timings, .. } = &mut *clockwork;
+        match *left {
+            Phase::Connecting => timings.connect += spent,
+            Phase::Filling => timings.filling += spent,
+            Phase::Quiescing => timings.quiesce += spent,
+            Phase::Switching => timings.switch += spent,
+            Phase::Following | Phase::Durable => timings.following += spent,
+        }
+        timings.total = now;
+        (clockwork.phase, clockwork.since) = (phase, now);
+        tracing::info!(session = %self.session, %phase, "a move enters a phase");
+    }
+
+    fn finish(&self, end: Result<(), Reason>) -> Result<DestinationReport, MoveError> {
+        self.over.store(true, Ordering::Release);
+        let machine = lock(&self.core).machine.take();
+        let counters = machine.as_ref().map(Destination::counters).unwrap_or_default();
+        if let Some(machine) = machine {
+            give_back(&self.volumes, machine.into_devices());
+        }
+        // Whoever waited finds the volumes settled.
+        let waiters: Vec<WaiterId> = lock(&self.waiters).keys().copied().collect();
+        self.wake(&waiters, Ok(()));
+        let places = lock(&self.assist).as_ref().map(Assist::counts).unwrap_or_default();
+        // Its threads end here, and wait for nobody who holds a lock of this session.
+        let assist = lock(&self.assist).take();
+        drop(assist);
+        if let Some(mut lane) = lock(&self.lane).take() {
+            let _ = lane.control.flush();
+            let _ = lane.control.inner().finish();
+            let deadline = Instant::now() + Duration::from_secs(1);
+            while !lane.hangup.is_done() && Instant::now() < deadline {
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+            lane.close();
+        }
+        let reached = lock(&self.clockwork).phase;
+        match end {
+            Ok(()) => {
+                self.enter(Phase::Durable);
+                let mut clockwork = lock(&self.clockwork);
+                clockwork.timings.total = self.now();
+                Ok(DestinationReport {
+                    session: self.session,
+                    peer: lock(&self.peer).clone(),
+                    timings: clockwork.timings,
+                    counters,
+                    places,
+                    wire: self.wire.read(),
+                    waits: self.waits.summary(),
+                })
+            }
+            Err(reason) => Err(self.error(reason, reached)),
+        }
+    }
+
+    fn error(&self, reason: Reason, phase: Phase) -> MoveError {
+        MoveError {
+            end: End::Destination,
+            devices: self.volumes.iter().map(|volume| volume.name().clone()).collect(),
+            phase,
+            peer: lock(&self.peer).clone(),
+            reason,
+            link: lock(&self.trouble).clone(),
+            owned: self.volumes.iter().all(|volume| volume.is_owned()),
+        }
+    }
+
+    fn describe(&self, reason: &Reason) -> String {
+        let phase = lock(&self.clockwork).phase;
+        self.error(reason.clone(), phase).to_string()
+    }
+
+    fn progress(&self) -> Progress {
+        let remaining = {
+            let core = lock(&self.core);
+            core.machine.as_ref().map_or(0, Destination::missing)
+        };
+        let rate = lock(&self.rate).update(self.now(), self.stored.load(Ordering::Relaxed));
+        let left = (rate > 0.0).then(|| remaining as f64 / rate);
+        Progress {
+            phase: lock(&self.clockwork).phase,
+            size: self.volumes.iter().map(|volume| volume.geometry().bytes()).sum(),
+            remaining,
+            rounds: 0,
+            rate,
+            left: left.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
+            wire: self.wire.read(),
+        }
+    }
+
+    fn drop_fetches(&self, device: u16, range: BlockRange) {
+        if !self.fetches.is_empty() {
+            self.fetches_arrived(device, range);
+        }
+    }
+
+    fn device_of(&self, device: DeviceIndex) -> Option<&Arc<Volume>> {
+        self.volumes.get(usize::from(device.0))
+    }
+}

@@ -1,0 +1,350 @@
+//! What must survive the death of a process: who owns the devices, and what is here of them.
+//!
+//! A note is small next to its device (runs of blocks of one epoch), and replaces the one before as
+//! a whole. What must hold: after [`Ledger::save`] returned, [`Ledger::load`] gives that note or a
+//! later one, whatever was torn; a note never says that a block is here that was not made durable
+//! before.
+
+use crate::wire::{Put, Take, WireError};
+use silo_block::{
+    block::BlockRange,
+    device::DeviceName,
+    geometry::Geometry,
+    model::{History, Owner, Record, Replica},
+    rounds::Epoch,
+    session::messages::{MAX_DEVICES, MAX_TERMS, SessionId, Term},
+};
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    sync::Mutex,
+};
+use twox_hash::XxHash3_64;
+
+const MAGIC: [u8; 8] = *b"silonote";
+const VERSION: u32 = 1;
+
+/// Where this host stands towards a group of devices.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It owns them.
+    Here,
+    /// They are coming, and are not this host's.
+    Receiving {
+        /// By this session.
+        session: SessionId,
+    },
+    /// It owns them by the token of this session; some blocks may still be coming.
+    Owner {
+        /// The session.
+        session: SessionId,
+        /// The try.
+        attempt: u32,
+    },
+    /// Authority leaves, or has left: nobody may run here unless the other end has refused, or a
+    /// lease proves that it never will.
+    Leaving {
+        /// By this session.
+        session: SessionId,
+        /// The try.
+        attempt: u32,
+    },
+    /// Another host has them, and needs this one no more.
+    Away {
+        /// By this session.
+        session: SessionId,
+    },
+}
+
+/// A device in a note.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceNote {
+    /// Its name.
+    pub name: DeviceName,
+    /// Size and blocks.
+    pub geometry: Geometry,
+    /// What is known of its blocks.
+    pub record: Record,
+}
+
+/// Everything that is noted of a group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Note {
+    /// Where this host stands.
+    pub standing: Standing,
+    /// The devices, in the order of the group.
+    pub devices: Vec<DeviceNote>,
+}
+
+/// Keeps the note of one group.
+pub trait Ledger: Send + Sync {
+    /// Replaces the note. Durable when this returns.
+    ///
+    /// # Errors
+    /// If it could not be made durable; then the old note or the new one is there.
+    fn save(&self, note: &Note) -> io::Result<()>;
+
+    /// The note, if there is one.
+    ///
+    /// # Errors
+    /// If it cannot be read, or is not a note.
+    fn load(&self) -> io::Result<Option<Note>>;
+}
+
+impl DeviceNote {
+    /// What a replica knows now.
+    #[must_use]
+    pub fn of(name: DeviceName, replica: &Replica) -> Self {
+        Self { name, geometry: replica.geometry(), record: replica.record() }
+    }
+
+    /// The replica that goes on from this note.
+    ///
+    /// # Errors
+    /// If its rounds are used up.
+    pub fn replica(&self) -> io::Result<Replica> {
+        Replica::restored(self.geometry, &self.record)
+            .map_err(|error| io::Error::other(error.to_string()))
+    }
+}
+
+impl Note {
+    /// As bytes, with a check at the end.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut put = Put::default();
+        put.raw(&MAGIC);
+        put.u32(VERSION);
+        match &self.standing {
+            Standing::Here => put.u8(0),
+            Standing::Receiving { session } => {
+                put.u8(1);
+                put.raw(&session.0);
+            }
+            Standing::Owner { session, attempt } => {
+                put.u8(2);
+                put.raw(&session.0);
+                put.u32(*attempt);
+            }
+            Standing::Leaving { session, attempt } => {
+                put.u8(3);
+                put.raw(&session.0);
+                put.u32(*attempt);
+            }
+            Standing::Away { session } => {
+                put.u8(4);
+                put.raw(&session.0);
+            }
+        }
+        put.list(&self.devices, put_device);
+        let check = XxHash3_64::oneshot(&put.0);
+        put.u64(check);
+        put.0
+    }
+
+    /// Reads what [`Note::encode`] made.
+    ///
+    /// # Errors
+    /// Anything else.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let invalid = |text: &str| WireError::Invalid(text.to_owned());
+        let (body, check) =
+            bytes.split_last_chunk::<8>().ok_or_else(|| invalid("a note that is cut short"))?;
+        if XxHash3_64::oneshot(body) != u64::from_le_bytes(*check) {
+            return Err(WireError::Damaged);
+        }
+        let mut take = Take(body);
+        if take.raw(MAGIC.len())? != MAGIC {
+            return Err(invalid("a file that is no note"));
+        }
+        let version = take.u32()?;
+        if version != VERSION {
+            let text = format!("a note of version {version}, this is version {VERSION}");
+            return Err(WireError::Invalid(text));
+        }
+        let standing = match take.u8()? {
+            0 => Standing::Here,
+            1 => Standing::Receiving { session: SessionId(take.id()?) },
+            2 => Standing::Owner { session: SessionId(take.id()?), attempt: take.u32()? },
+            3 => Standing::Leaving { session: SessionId(take.id()?), attempt: take.u32()? },
+            4 => Standing::Away { session: SessionId(take.id()?) },
+            other => return Err(WireError::Invalid(format!("standing {other}"))),
+        };
+        let devices = take.list(MAX_DEVICES, 29, take_device)?;
+        take.end()?;
+        Ok(Self { standing, devices })
+    }
+}
+
+fn put_device(put: &mut Put, device: &DeviceNote) {
+    put.text(device.name.as_str(), 64);
+    put.u64(device.geometry.bytes());
+    put.u32(device.geometry.block() as u32);
+    let record = &device.record;
+    put.u8(u8::from(record.owner == Owner::Here));
+    put.list(record.history.terms(), |put, term| {
+        put.raw(&term.id.0);
+        put.u32(term.first.0);
+    });
+    put.u32(record.clock.0);
+    put.u32(record.open.0);
+    put.list(&record.epochs, |put, (range, epoch)| {
+        put_range(put, *range);
+        put.u32(epoch.0);
+    });
+    put.list(&record.absent, |put, range| put_range(put, *range));
+}
+
+fn put_range(put: &mut Put, range: BlockRange) {
+    put.u32(range.start.0 as u32);
+    put.u32(range.count as u32);
+}
+
+fn take_device(take: &mut Take<'_>) -> Result<DeviceNote, WireError> {
+    let invalid = |text: String| WireError::Invalid(text);
+    let name = DeviceName::new(&take.text(64)?);
+    let name = name.ok_or_else(|| invalid("a device with an invalid name".to_owned()))?;
+    let (bytes, block) = (take.u64()?, take.u32()?);
+    let geometry = Geometry::new(bytes, block).map_err(|error| invalid(error.to_string()))?;
+    let owner = if take.flag()? { Owner::Here } else { Owner::Elsewhere };
+    let terms = take.list(MAX_TERMS, 20, |take| {
+        Ok(Term { id: SessionId(take.id()?), first: Epoch(take.u32()?) })
+    })?;
+    let history = History::new(terms);
+    let history = history.ok_or_else(|| invalid("a history that makes no sense".to_owned()))?;
+    let (clock, open) = (Epoch(take.u32()?), Epoch(take.u32()?));
+    let blocks = geometry.blocks();
+    let range = |take: &mut Take<'_>| -> Result<BlockRange, WireError> {
+        let range = BlockRange::new(u64::from(take.u32()?), u64::from(take.u32()?));
+        if range.count == 0 || range.end() > blocks {
+            return Err(WireError::Invalid(format!("{range:?} of {blocks} blocks")));
+        }
+        Ok(range)
+    };
+    let epochs = take.list(blocks as usize, 12, |take| Ok((range(take)?, Epoch(take.u32()?))))?;
+    let absent = take.list(blocks as usize, 8, range)?;
+    let record = Record { owner, history, clock, open, epochs, absent };
+    Ok(DeviceNote { name, geometry, record })
+}
+
+/// For fuzzing: a note, with a right check so that the rest is reached.
+pub fn fuzz_note(bytes: &[u8]) {
+    let mut whole = bytes.to_vec();
+    whole.extend_from_slice(&XxHash3_64::oneshot(bytes).to_le_bytes());
+    if whole.len() < 1 << 20
+        && let Ok(note) = Note::decode(&whole)
+    {
+        assert!(Note::decode(&note.encode()).is_ok_and(|again| again == note));
+    }
+}
+
+/// A note in a file, replaced as a whole. One process at a time.
+#[derive(Debug)]
+pub struct FileLedger {
+    path: PathBuf,
+    /// One save at a time, or two would write the same temporary file.
+    saving: Mutex<()>,
+}
+
+impl FileLedger {
+    /// The folder must exist.
+    #[must_use]
+    pub fn new(path: PathBuf) -> Self {
+        Self { path, saving: Mutex::new(()) }
+    }
+
+    fn folder(&self) -> &Path {
+        self.path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+    }
+}
+
+impl Ledger for FileLedger {
+    fn save(&self, note: &Note) -> io::Result<()> {
+        let _one = crate::lane::lock(&self.saving);
+        let fresh = self.path.with_extension("new");
+        let mut options = fs::OpenOptions::new();
+        let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
+        file.write_all(&note.encode())?;
+        file.sync_all()?;
+        fs::rename(&fresh, &self.path)?;
+        File::open(self.folder())?.sync_all()
+    }
+
+    fn load(&self) -> io::Result<Option<Note>> {
+        let bytes = match fs::read(&self.path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let note = Note::decode(&bytes).map_err(|error| {
+            let text = format!("the note {} cannot be read: {error}", self.path.display());
+            io::Error::new(io::ErrorKind::InvalidData, text)
+        })?;
+        Ok(Some(note))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use silo_block::block::BlockIndex;
+
+    fn note() -> Note {
+        let geometry = Geometry::new(40_000, 4096).unwrap();
+        let term = Term { id: SessionId([3; 16]), first: Epoch(1) };
+        let replica = Replica::owned(geometry, term);
+        drop(replica.rounds().write(BlockRange::new(2, 3)));
+        replica.rounds().advance(std::time::Duration::ZERO).unwrap();
+        drop(replica.rounds().write(BlockRange::new(4, 1)));
+        let mut device = DeviceNote::of(DeviceName::new("root").unwrap(), &replica);
+        device.record.absent.push(BlockRange::new(7, 2));
+        let standing = Standing::Leaving { session: SessionId([4; 16]), attempt: 2 };
+        Note { standing, devices: vec![device] }
+    }
+
+    #[test]
+    fn a_note_survives_its_file_and_a_torn_or_foreign_file_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = FileLedger::new(dir.path().join("note"));
+        assert_eq!(ledger.load().unwrap(), None);
+        ledger.save(&note()).unwrap();
+        assert_eq!(ledger.load().unwrap(), Some(note()));
+        let bytes = fs::read(&ledger.path).unwrap();
+        for cut in [0, 7, 40, bytes.len() - 1] {
+            fs::write(&ledger.path, &bytes[..cut]).unwrap();
+            let error = ledger.load().unwrap_err();
+            assert!(error.to_string().contains("cannot be read"), "{error}");
+        }
+        // A crash in the middle of a save leaves the old note.
+        fs::write(&ledger.path, &bytes).unwrap();
+        fs::write(ledger.path.with_extension("new"), &bytes[..20]).unwrap();
+        assert_eq!(ledger.load().unwrap(), Some(note()));
+    }
+
+    #[test]
+    fn a_replica_from_a_note_knows_epochs_and_what_is_absent() {
+        let replica = note().devices[0].replica().unwrap();
+        let epochs: Vec<u32> = (0..10).map(|b| replica.rounds().epoch(BlockIndex(b)).0).collect();
+        assert_eq!(epochs, [0, 0, 1, 1, 2, 0, 0, 0, 0, 0]);
+        assert_eq!(replica.rounds().clock(), Epoch(2), "a round that was open is open again");
+        assert_eq!(replica.absent().len(), 2);
+        assert_eq!(replica.owner(), Owner::Here);
+    }
+
+    proptest! {
+        #[test]
+        fn check_30_no_bytes_make_the_reader_of_notes_panic(
+            at in 0usize..400, value in any::<u8>(), cut in 0usize..400,
+        ) {
+            let mut bytes = note().encode();
+            bytes.truncate(bytes.len() - 8);
+            let place = at % bytes.len();
+            bytes[place] = value;
+            bytes.truncate(bytes.len() - cut % bytes.len() / 8);
+            fuzz_note(&bytes);
+        }
+    }
+}

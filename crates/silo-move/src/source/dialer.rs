@@ -1,0 +1,148 @@
+//! Opens the link of a session, and opens it again after a cut, for as long as the session lives.
+
+use super::Shared;
+use crate::{
+    lane::{Lane, Track, Work, lock},
+    peer::{Hangup, Incoming, Link, PeerError},
+    report::Phase,
+    wire::{self, WireError},
+};
+use silo_block::session::{
+    LinkId,
+    messages::{Reason, ToSource},
+    source::Event,
+};
+use std::{
+    sync::{Arc, PoisonError, atomic::Ordering},
+    time::Duration,
+};
+
+/// Between two tries: at first, and at most.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+
+impl Shared {
+    pub(super) fn keep_linked(self: &Arc<Self>) {
+        let (mut number, mut pause) = (0, PAUSES.0);
+        loop {
+            let lane = lock(&self.lane);
+            let free =
+                |lane: &mut Option<Lane>| lane.is_some() && !self.over.load(Ordering::Acquire);
+            let lane = self.wanted.wait_while(lane, free).unwrap_or_else(PoisonError::into_inner);
+            drop(lane);
+            if self.over.load(Ordering::Acquire) {
+                return;
+            }
+            number += 1;
+            match self.dial.link(self.session, number) {
+                Ok(link) => {
+                    pause = PAUSES.0;
+                    self.install(link);
+                    continue;
+                }
+                Err(error) => {
+                    tracing::debug!(session = %self.session, %error, "no link");
+                    *lock(&self.trouble) = Some(error.to_string());
+                    // What is wrong with who they are does not get better; a cut does.
+                    if number == 1 && is_final(&error) {
+                        self.tell(Event::Cancel(format!("no connection: {error}")));
+                    }
+                }
+            }
+            let lane = lock(&self.lane);
+            let over = |_: &mut Option<Lane>| !self.over.load(Ordering::Acquire);
+            let waited = self.wanted.wait_timeout_while(lane, pause, over);
+            drop(waited.unwrap_or_else(PoisonError::into_inner));
+            pause = (pause * 2).min(PAUSES.1);
+        }
+    }
+
+    /// Puts a link to use.
+    fn install(self: &Arc<Self>, link: Link) {
+        let id = LinkId(link.attempt);
+        let work = Arc::new(Work::default());
+        let hangup = link.hangup();
+        let lane = Lane {
+            id,
+            control: link.control.outgoing,
+            hangup: hangup.clone(),
+            work: work.clone(),
+            counted: 0,
+        };
+        *lock(&self.lane) = Some(lane);
+        if self.over.load(Ordering::Acquire) {
+            hangup.hang_up();
+            return;
+        }
+        let mut started = vec![{
+            let (incoming, ended) = (link.control.incoming, hangup.clone());
+            self.spawn("silo-control", move |shared| shared.listen(id, incoming, &ended))
+        }];
+        let connections = link.data.into_iter().map(|connection| (Track::Bulk, connection));
+        for (track, connection) in connections.chain([(Track::Demand, link.demand)]) {
+            let work = work.clone();
+            started.push(self.spawn("silo-send", move |shared| {
+                shared.send_blocks(id, track, connection.outgoing, &work);
+            }));
+        }
+        if let Some(error) = started.into_iter().find_map(Result::err) {
+            self.hang_up(id, Some(format!("no thread for a connection: {error}")));
+            return;
+        }
+        self.tell(Event::Connected(id));
+    }
+
+    /// Reads the control connection of one link.
+    fn listen(&self, id: LinkId, mut incoming: Incoming, ended: &Hangup) {
+        let (mut counted, mut heard) = (0, false);
+        let trouble = loop {
+            let message = match incoming.read() {
+                Ok(frame) => wire::read_to_source(&frame),
+                Err(error) => break error,
+            };
+            let received = incoming.received();
+            self.wire.control_received.fetch_add(received - counted, Ordering::Relaxed);
+            counted = received;
+            match message {
+                Ok(Some(message)) => {
+                    if !heard && matches!(message, ToSource::Have { .. }) {
+                        heard = true;
+                        let mut clockwork = lock(&self.clockwork);
+                        self.enter(&mut clockwork, Phase::Filling);
+                    }
+                    if let ToSource::Receipt { device, range, epoch, retry } = &message
+                        && let Some(versions) = self.versions.get(usize::from(device.0))
+                    {
+                        versions.acknowledge(*range, *epoch);
+                        for range in retry {
+                            versions.forget(*range);
+                            lock(&self.refused[usize::from(device.0)]).insert_range(*range);
+                        }
+                    }
+                    self.tell(Event::Received(id, message));
+                }
+                Ok(None) => {}
+                Err(error) => break error,
+            }
+        };
+        if !matches!(trouble, WireError::Io(_)) {
+            self.tell(Event::Unable(Reason::Protocol(trouble.to_string())));
+        }
+        self.hang_up(id, Some(format!("the control connection: {trouble}")));
+        // Whoever ends the session waits for this.
+        ended.hang_up();
+    }
+}
+
+/// Whether trying again is in vain.
+fn is_final(error: &PeerError) -> bool {
+    use identity::Error;
+    match error {
+        PeerError::Identity(error) => !matches!(
+            error,
+            Error::Connect { .. } | Error::Socket { .. } | Error::HandshakeTimeout { .. }
+        ),
+        PeerError::Wire { source, .. } => !matches!(source, WireError::Io(_)),
+        PeerError::NotAllowed { .. } => true,
+        PeerError::Nobody(_) | PeerError::Here { .. } => false,
+    }
+}

@@ -1,0 +1,620 @@
+//! The end that gives devices away: drives [`silo_block::session::source`] over real connections.
+//!
+//! ```text
+//!  driver thread ─ poll / perform ─┬─ control connection
+//!    ▲    ▲                        ├─ work queue ─► senders: read, encode, send (one a connection)
+//!    │    └ reader of control      └─ chores thread: close rounds, pause writers, ask the lease
+//!    └ dialer: opens links, again after a cut
+//! ```
+//!
+//! What must hold: the machine is touched under its lock only, and nothing waits under that lock;
+//! control messages are written by the driver's thread alone, in the order in which the machine
+//! gave them; a thread of a link ends with the link; the host is asked on the chores thread, so
+//! that a slow host does not make this end look dead.
+
+mod chores;
+mod dialer;
+mod send;
+
+use crate::{
+    codec::{Method, Naming, Tally, Versions},
+    lane::{Lane, Track, WireCount, lock},
+    ledger::{DeviceNote, Ledger, Note, Standing},
+    peer::{Dial, Throttle},
+    report::{End, MoveError, Phase, Progress, Rate, SourceReport, Timings},
+    volume::Volume,
+    wire,
+};
+use silo_block::{
+    block::{BlockIndex, BlockRange, BlockSet},
+    order::Class,
+    rounds::Epoch,
+    session::{
+        LinkId,
+        messages::{BlockHash, DeviceIndex, Reason, SessionId, ToDestination},
+        source::{Action, Config, Event, Phase as Step, Source},
+    },
+};
+use std::{
+    io,
+    sync::{
+        Arc, Condvar, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    thread::{Builder, JoinHandle},
+    time::{Duration, Instant},
+};
+
+/// Actions that are done in one go, before the machine is asked again.
+const BATCH: usize = 128;
+
+/// What the source asks of whoever uses the devices. Called on a thread of its own, one call at a
+/// time; each may take as long as the patience of the session.
+pub trait SourceHost: Send + Sync {
+    /// A round is about to be closed: mapped memory is scanned and marked now.
+    ///
+    /// # Errors
+    /// A sentence for people; ends the move.
+    fn before_round(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// Pauses whoever writes, saves what the other end needs to run, and notes durably that
+    /// authority leaves by `attempt` of `session`: from the return of this call not even a restart
+    /// lets anybody run here before [`SourceHost::resume`]. Writes and flushes through the volumes
+    /// themselves are paused by the caller afterwards.
+    ///
+    /// # Errors
+    /// A sentence for people; the move fails and writers go on.
+    fn quiesce(&self, session: SessionId, attempt: u32) -> Result<Handover, String>;
+
+    /// The move failed and the devices are this side's: notes so durably, and lets writers go on.
+    fn resume(&self);
+
+    /// The destination runs. From here on nobody writes here.
+    fn handed_over(&self) {}
+
+    /// The token is out and nobody answers. True if there is proof (the lease) that the destination
+    /// does not own the devices and never will by this attempt.
+    fn reclaimed(&self) -> bool {
+        false
+    }
+
+    /// Something of the layer above came from the destination.
+    fn custom(&self, kind: u32, payload: &[u8]) {
+        let _ = (kind, payload);
+    }
+
+    /// Something takes longer than it should; nothing is given up.
+    fn overdue(&self, what: &str) {
+        let _ = what;
+    }
+}
+
+/// What goes with authority.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Handover {
+    /// What the layer above needs to run.
+    pub state: Vec<u8>,
+    /// Flushes that did not end and are to be done again at the destination, by device, by the
+    /// numbers that the front end gave them. Empty for none at all.
+    pub flushes: Vec<Vec<u64>>,
+}
+
+/// Hashes that somebody advertised for blocks (an image that others have, a store): a block whose
+/// content still has its hash travels as the hash only. Called for each block that is sent.
+pub trait Advertised: Send + Sync {
+    /// The hash of this block, if one is advertised.
+    fn hash(&self, device: usize, block: BlockIndex) -> Option<BlockHash>;
+}
+
+/// How a source behaves.
+#[derive(Clone)]
+pub struct Options {
+    /// Of the session.
+    pub session: Config,
+    /// Number of the try, as the lease has it.
+    pub attempt: u32,
+    /// Memory for last versions of blocks, in bytes, for all devices together.
+    pub versions: u64,
+    /// One compression for all blocks; chosen by measurement if none.
+    pub method: Option<Method>,
+    /// How advertised hashes are made.
+    pub naming: Naming,
+    /// Blocks that may travel as hashes.
+    pub advertised: Option<Arc<dyn Advertised>>,
+    /// Where what must survive this process is noted; nothing survives without.
+    pub ledger: Option<Arc<dyn Ledger>>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        let session = Config { window: 32 << 20, ..Config::default() };
+        Self {
+            session,
+            attempt: 1,
+            versions: 64 << 20,
+            method: None,
+            naming: Naming::Plain,
+            advertised: None,
+            ledger: None,
+        }
+    }
+}
+
+struct Clockwork {
+    phase: Phase,
+    since: Duration,
+    timings: Timings,
+}
+
+struct Shared {
+    machine: Mutex<Source>,
+    changed: Condvar,
+    began: Instant,
+    volumes: Vec<Arc<Volume>>,
+    versions: Vec<Versions>,
+    /// Blocks that came to nothing as a reference: they are sent as they are.
+    refused: Vec<Mutex<BlockSet>>,
+    options: Options,
+    dial: Dial,
+    host: Arc<dyn SourceHost>,
+    throttle: Throttle,
+    session: SessionId,
+    lane: Mutex<Option<Lane>>,
+    /// The dialer waits for this: a link is wanted.
+    wanted: Condvar,
+    over: AtomicBool,
+    clockwork: Mutex<Clockwork>,
+    trouble: Mutex<Option<String>>,
+    paths: Mutex<Tally>,
+    wire: WireCount,
+    rate: Mutex<Rate>,
+}
+
+/// A move under way, at its source.
+pub struct Outbound {
+    shared: Arc<Shared>,
+    driver: Option<JoinHandle<Result<SourceReport, MoveError>>>,
+}
+
+/// Draws the name of a new session.
+///
+/// # Errors
+/// If the system has no randomness.
+pub fn new_session() -> io::Result<SessionId> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|error| io::Error::other(error.to_string()))?;
+    Ok(SessionId(bytes))
+}
+
+impl Outbound {
+    /// Starts to move `volumes`, all or none of them, to the peer.
+    ///
+    /// # Errors
+    /// If there is no randomness or no thread, or a volume is not this side's.
+    pub fn start(
+        volumes: Vec<Arc<Volume>>,
+        dial: Dial,
+        host: Arc<dyn SourceHost>,
+        options: Options,
+    ) -> io::Result<Self> {
+        Self::begin(new_session()?, volumes, dial, host, options, false)
+    }
+
+    /// Goes on with a move whose token may be out, after a restart that found the note
+    /// [`Standing::Leaving`]: the volumes are [`Volume::leaving`]. Serves the destination if that
+    /// runs; if it never got the token, the devices are this host's again, and
+    /// [`SourceHost::resume`] says so.
+    ///
+    /// # Errors
+    /// If there is no thread.
+    pub fn restored(
+        session: SessionId,
+        volumes: Vec<Arc<Volume>>,
+        dial: Dial,
+        host: Arc<dyn SourceHost>,
+        options: Options,
+    ) -> io::Result<Self> {
+        Self::begin(session, volumes, dial, host, options, true)
+    }
+
+    fn begin(
+        session: SessionId,
+        volumes: Vec<Arc<Volume>>,
+        dial: Dial,
+        host: Arc<dyn SourceHost>,
+        options: Options,
+        restored: bool,
+    ) -> io::Result<Self> {
+        let began = Instant::now();
+        let devices = volumes.iter().map(|volume| volume.as_source()).collect::<io::Result<_>>()?;
+        let make = if restored { Source::restored } else { Source::new };
+        let machine = make(options.session, session, options.attempt, devices, Duration::ZERO);
+        let size: u64 = volumes.iter().map(|volume| volume.geometry().bytes()).sum();
+        let share = |volume: &Arc<Volume>| {
+            let bytes = u128::from(volume.geometry().bytes());
+            (u128::from(options.versions) * bytes / u128::from(size.max(1))) as u64
+        };
+        let versions =
+            |volume: &Arc<Volume>| Versions::new(share(volume), volume.geometry().block() as usize);
+        let clockwork = Clockwork {
+            phase: Phase::Connecting,
+            since: Duration::ZERO,
+            timings: Timings::default(),
+        };
+        let shared = Arc::new(Shared {
+            machine: Mutex::new(machine),
+            changed: Condvar::new(),
+            began,
+            versions: volumes.iter().map(versions).collect(),
+            refused: volumes
+                .iter()
+                .map(|volume| Mutex::new(BlockSet::new(volume.geometry().blocks())))
+                .collect(),
+            volumes,
+            throttle: Throttle::new(dial.limits().bandwidth),
+            options,
+            dial,
+            host,
+            session,
+            lane: Mutex::new(None),
+            wanted: Condvar::new(),
+            over: AtomicBool::new(false),
+            clockwork: Mutex::new(clockwork),
+            trouble: Mutex::new(None),
+            paths: Mutex::default(),
+            wire: WireCount::default(),
+            rate: Mutex::default(),
+        });
+        if !restored {
+            // What was shared from here on is known after a crash.
+            shared.note(Standing::Here)?;
+        }
+        let (chores, jobs) = mpsc::channel();
+        shared.spawn("silo-chores", move |shared| shared.do_chores(&jobs))?;
+        shared.spawn("silo-dial", Shared::keep_linked)?;
+        for (at, volume) in shared.volumes.iter().enumerate() {
+            let weak = Arc::downgrade(&shared);
+            volume.on_arrival(Box::new(move |range| {
+                let Some(shared) = weak.upgrade() else { return false };
+                shared.tell(Event::Arrived(DeviceIndex(at as u16), range));
+                true
+            }));
+        }
+        let for_driver = shared.clone();
+        let driver = Builder::new()
+            .name("silo-source".to_owned())
+            .spawn(move || for_driver.drive(&chores))?;
+        Ok(Self { shared, driver: Some(driver) })
+    }
+
+    /// Which move this is.
+    #[must_use]
+    pub fn session(&self) -> SessionId {
+        self.shared.session
+    }
+
+    /// Hands over at the next chance: ends a move that holds.
+    pub fn switch(&self) {
+        self.shared.tell(Event::Switch);
+    }
+
+    /// Stops the move, if that is still possible.
+    pub fn cancel(&self, why: &str) {
+        self.shared.tell(Event::Cancel(why.to_owned()));
+    }
+
+    /// Says something to the layer above at the destination; delivered once, in order.
+    pub fn custom(&self, kind: u32, payload: Vec<u8>) {
+        self.shared.tell(Event::Custom { kind, payload });
+    }
+
+    /// A store has these blocks, durably, with their contents as of `epoch`.
+    pub fn promise(&self, device: usize, epoch: Epoch, blocks: Vec<(BlockIndex, BlockHash)>) {
+        let device = DeviceIndex(device as u16);
+        self.shared.tell(Event::Promised { device, epoch, blocks });
+    }
+
+    /// The recorded order of first use of a device.
+    pub fn expect(&self, device: usize, order: Vec<BlockRange>) {
+        self.shared.tell(Event::Expected(DeviceIndex(device as u16), order));
+    }
+
+    /// Changes the limit on bytes per second.
+    pub fn set_bandwidth(&self, limit: Option<u64>) {
+        self.shared.throttle.set_rate(limit);
+    }
+
+    /// How far it is.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        self.shared.progress()
+    }
+
+    /// Waits for the end: everything durable at the destination, or a failure. A move ends by its
+    /// own deadlines as long as the devices can still be kept; once they were given away it goes
+    /// on until the destination answers.
+    ///
+    /// # Errors
+    /// Why it failed, and who owns the devices.
+    pub fn wait(mut self) -> Result<SourceReport, MoveError> {
+        let driver = self.driver.take().expect("waited for once");
+        driver.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
+    /// Whether it is over.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.driver.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+}
+
+impl Drop for Outbound {
+    /// Cancels what can be cancelled; once the token is out the move goes on by itself.
+    fn drop(&mut self) {
+        if self.driver.is_some() {
+            self.shared.tell(Event::Cancel("the move was dropped".to_owned()));
+        }
+    }
+}
+
+impl Shared {
+    fn spawn(
+        self: &Arc<Self>,
+        name: &str,
+        run: impl FnOnce(&Arc<Self>) + Send + 'static,
+    ) -> io::Result<()> {
+        let shared = self.clone();
+        Builder::new().name(name.to_owned()).spawn(move || run(&shared)).map(drop)
+    }
+
+    fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// Feeds the machine.
+    fn tell(&self, event: Event) {
+        lock(&self.machine).handle(self.now(), event);
+        self.changed.notify_all();
+    }
+
+    fn drive(
+        self: &Arc<Self>,
+        chores: &mpsc::Sender<chores::Job>,
+    ) -> Result<SourceReport, MoveError> {
+        let mut actions = Vec::with_capacity(BATCH);
+        let end = loop {
+            let mut machine = lock(&self.machine);
+            while actions.len() < BATCH {
+                let Some(action) = machine.poll(self.now()) else { break };
+                actions.push(action);
+            }
+            if actions.is_empty() {
+                let now = self.now();
+                let wake = machine.wake(now).unwrap_or(now + Duration::from_secs(1));
+                let (guard, _) = self
+                    .changed
+                    .wait_timeout(machine, wake.saturating_sub(now))
+                    .unwrap_or_else(PoisonError::into_inner);
+                drop(guard);
+                continue;
+            }
+            let step = machine.phase().clone();
+            drop(machine);
+            self.note_phase(&step);
+            let mut end = None;
+            for action in actions.drain(..) {
+                end = self.perform(action, chores).or(end);
+            }
+            self.flush();
+            if let Some(end) = end {
+                break end;
+            }
+        };
+        // The host is told what it must know before the caller is.
+        let (done, waited) = mpsc::channel();
+        let _ = chores.send(chores::Job::Stop(done));
+        let _ = waited.recv();
+        self.finish(end)
+    }
+
+    /// Does what the machine wants; gives the end of the move.
+    fn perform(
+        &self,
+        action: Action,
+        chores: &mpsc::Sender<chores::Job>,
+    ) -> Option<Result<(), Reason>> {
+        let job = match action {
+            Action::Send(link, message) => {
+                self.send(link, &message);
+                return None;
+            }
+            Action::Blocks(link, header) => {
+                let track = if header.class == Class::Demand { Track::Demand } else { Track::Bulk };
+                if let Some(lane) = lock(&self.lane).as_ref().filter(|lane| lane.id == link) {
+                    lane.work.push(track, header);
+                }
+                return None;
+            }
+            Action::Hangup(link) => {
+                self.hang_up(link, None);
+                return None;
+            }
+            Action::Pull(device, range, class) => {
+                self.volumes[usize::from(device.0)].pull(range, class);
+                return None;
+            }
+            Action::Overdue(wait) => chores::Job::Overdue(wait.to_string()),
+            Action::CloseRound => chores::Job::CloseRound,
+            Action::Quiesce(ticket) => chores::Job::Quiesce(ticket),
+            Action::Resume => chores::Job::Resume,
+            Action::HandedOver => chores::Job::HandedOver,
+            Action::Undecided => chores::Job::Undecided,
+            Action::Custom(custom) => chores::Job::Custom(custom),
+            Action::Released => {
+                let _ = chores.send(chores::Job::Released);
+                return Some(Ok(()));
+            }
+            Action::Failed(reason) => return Some(Err(reason)),
+        };
+        // The thread ends after this one.
+        let _ = chores.send(job);
+        None
+    }
+
+    fn send(&self, link: LinkId, message: &ToDestination) {
+        let mut lane = lock(&self.lane);
+        let Some(current) = lane.as_mut().filter(|lane| lane.id == link) else { return };
+        let result = wire::write_to_destination(&mut current.control, message);
+        drop(lane);
+        if let Err(error) = result {
+            self.hang_up(link, Some(format!("the control connection: {error}")));
+        }
+    }
+
+    /// Sends what was gathered on the control connection.
+    fn flush(&self) {
+        let mut lane = lock(&self.lane);
+        let Some(current) = lane.as_mut() else { return };
+        let (id, result) = (current.id, current.control.flush());
+        let sent = current.control.sent();
+        self.wire.control_sent.fetch_add(sent - current.counted, Ordering::Relaxed);
+        current.counted = sent;
+        drop(lane);
+        if let Err(error) = result {
+            self.hang_up(id, Some(format!("the control connection: {error}")));
+        }
+    }
+
+    /// Ends a link; the dialer makes a new one.
+    fn hang_up(&self, link: LinkId, trouble: Option<String>) {
+        let mut lane = lock(&self.lane);
+        let Some(current) = lane.take_if(|lane| lane.id == link) else { return };
+        current.close();
+        drop(lane);
+        if let Some(trouble) = trouble {
+            tracing::info!(session = %self.session, trouble, "a link was cut");
+            *lock(&self.trouble) = Some(trouble);
+        }
+        self.wanted.notify_all();
+        self.tell(Event::Cut(link));
+    }
+
+    fn note_phase(&self, step: &Step) {
+        let mut clockwork = lock(&self.clockwork);
+        let phase = match step {
+            Step::Filling if clockwork.phase == Phase::Connecting => return,
+            Step::Filling => Phase::Filling,
+            Step::Quiescing | Step::Draining => Phase::Quiescing,
+            Step::Switched => Phase::Switching,
+            Step::Serving => Phase::Following,
+            Step::Released => Phase::Durable,
+            Step::Failed(_) => return,
+        };
+        self.enter(&mut clockwork, phase);
+    }
+
+    fn enter(&self, clockwork: &mut Clockwork, phase: Phase) {
+        if phase <= clockwork.phase {
+            return;
+        }
+        let now = self.now();
+        let spent = now - clockwork.since;
+        let Clockwork { phase: left, timings, .. } = &mut *clockwork;
+        match *left {
+            Phase::Connecting => timings.connect += spent,
+            Phase::Filling => timings.filling += spent,
+            Phase::Quiescing => timings.quiesce += spent,
+            Phase::Switching => timings.switch += spent,
+            Phase::Following | Phase::Durable => timings.following += spent,
+        }
+        timings.total = now;
+        (clockwork.phase, clockwork.since) = (phase, now);
+        tracing::info!(session = %self.session, %phase, "a move enters a phase");
+    }
+
+    /// Makes what is here durable, then notes it, if there is a ledger.
+    fn note(&self, standing: Standing) -> io::Result<()> {
+        let Some(ledger) = &self.options.ledger else { return Ok(()) };
+        let device = |volume: &Arc<Volume>| {
+            volume.with_replica(|replica| DeviceNote::of(volume.name().clone(), replica))
+        };
+        let devices = self.volumes.iter().map(device).collect();
+        self.volumes.iter().try_for_each(|volume| volume.raw().flush())?;
+        ledger.save(&Note { standing, devices })
+    }
+
+    fn finish(&self, end: Result<(), Reason>) -> Result<SourceReport, MoveError> {
+        self.over.store(true, Ordering::Release);
+        self.wanted.notify_all();
+        self.throttle.stop();
+        if let Some(mut lane) = lock(&self.lane).take() {
+            // What was said last ("released", "abort") should arrive; if not, the other end finds
+            // out by itself.
+            let _ = lane.control.flush();
+            let _ = lane.control.inner().finish();
+            lane.work.close();
+            let deadline = Instant::now() + Duration::from_secs(1);
+            while !lane.hangup.is_done() && Instant::now() < deadline {
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+            lane.close();
+        }
+        let machine = lock(&self.machine);
+        let mut clockwork = lock(&self.clockwork);
+        let reached = clockwork.phase;
+        let counters = machine.counters();
+        match end {
+            Ok(()) => {
+                self.enter(&mut clockwork, Phase::Durable);
+                clockwork.timings.total = self.now();
+                Ok(SourceReport {
+                    session: self.session,
+                    peer: self.peer(),
+                    size: self.volumes.iter().map(|volume| volume.geometry().bytes()).sum(),
+                    timings: clockwork.timings,
+                    rounds: machine.forecast(self.now()).0,
+                    links: counters.links,
+                    sent: counters.sent,
+                    paths: *lock(&self.paths),
+                    wire: self.wire.read(),
+                    spared: counters.spared,
+                })
+            }
+            Err(reason) => Err(MoveError {
+                end: End::Source,
+                devices: self.volumes.iter().map(|volume| volume.name().clone()).collect(),
+                phase: reached,
+                peer: self.peer(),
+                reason,
+                link: lock(&self.trouble).clone(),
+                owned: self.volumes.iter().all(|volume| volume.is_owned()),
+            }),
+        }
+    }
+
+    fn peer(&self) -> String {
+        format!("host {}", self.dial.peer())
+    }
+
+    fn progress(&self) -> Progress {
+        let (remaining, rounds) = {
+            let machine = lock(&self.machine);
+            (machine.remaining(), machine.forecast(self.now()).0)
+        };
+        let sent = lock(&self.paths).content;
+        let rate = lock(&self.rate).update(self.now(), sent);
+        let left = (rate > 0.0).then(|| remaining as f64 / rate);
+        Progress {
+            phase: lock(&self.clockwork).phase,
+            size: self.volumes.iter().map(|volume| volume.geometry().bytes()).sum(),
+            remaining,
+            rounds,
+            rate,
+            left: left.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
+            wire: self.wire.read(),
+        }
+    }
+}
