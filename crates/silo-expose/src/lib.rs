@@ -1,5 +1,10 @@
 //! Block devices for others to use. Every front end serves a
 //! [`BlockDevice`](silo_block::io::BlockDevice) and knows nothing of what is behind it.
 
+pub mod fuse;
 pub mod nbd;
 pub mod vhost;
+
+mod pool;
+#[cfg(test)]
+mod test_devices;

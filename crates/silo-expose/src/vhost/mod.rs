@@ -30,7 +30,6 @@ mod memory;
 mod pages;
 #[cfg(test)]
 mod pages_tests;
-mod pool;
 mod queue;
 mod request;
 mod ring;

@@ -8,8 +8,8 @@ use super::{
     GuestPages, GuestRange, VhostOptions, VhostServer,
     client::{Ask, ClientOptions, VhostClient},
     sys::{self, Shared},
-    tests::Plain,
 };
+use crate::test_devices::{LIMIT, Plain};
 use silo_block::{
     block::{BLOCK_SIZE, BlockIndex, BlockRange, BlockSet},
     device::{Device, DeviceName},
@@ -24,7 +24,6 @@ use std::{
     time::Duration,
 };
 
-const LIMIT: Duration = Duration::from_secs(20);
 const PAGE: usize = BLOCK_SIZE;
 const DISK: u64 = 4 << 20;
 

@@ -9,10 +9,10 @@
 use super::{
     inflight::InflightQueue,
     memory::GuestMemory,
-    pool::Pool,
     request::{By, Manner, Request, Status, Tried},
     ring::{self, Absent, Chain, Place, RingError, Used},
 };
+use crate::pool::Pool;
 use nix::{
     fcntl::{FcntlArg, OFlag, fcntl},
     poll::{PollFd, PollFlags, PollTimeout, poll},

@@ -1,6 +1,7 @@
 //! The listening end: accepts front ends, one session with a thread each, and ends them all.
 
-use super::{pages::GuestPages, pool::Pool, queue::Work, session::Session, sys};
+use super::{pages::GuestPages, queue::Work, session::Session, sys};
+use crate::pool::Pool;
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::{EfdFlags, EventFd},

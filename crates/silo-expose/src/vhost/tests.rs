@@ -5,175 +5,22 @@ use super::{
     client::{Ask, ClientOptions, ClientQueue, VhostClient},
     config, sys,
 };
+use crate::test_devices::{Gated, LIMIT, Plain};
 use silo_block::io::BlockDevice;
 use std::{
-    fs::File,
     io,
-    os::{
-        fd::{AsFd, BorrowedFd},
-        unix::fs::FileExt,
-    },
+    os::unix::fs::FileExt,
     path::PathBuf,
     sync::{
-        Arc, Condvar, Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
     },
     thread,
     time::{Duration, Instant},
 };
 use tempfile::TempDir;
 
-const LIMIT: Duration = Duration::from_secs(20);
 const SIZE: u64 = 8 << 20;
-
-/// A plain file; with `direct`, its place is given away.
-pub(super) struct Plain {
-    file: File,
-    direct: bool,
-    flushes: AtomicU64,
-}
-
-impl Plain {
-    pub(super) fn file(&self) -> &File {
-        &self.file
-    }
-
-    pub(super) fn new(bytes: u64, direct: bool) -> Arc<Self> {
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(bytes).unwrap();
-        Arc::new(Self { file, direct, flushes: AtomicU64::new(0) })
-    }
-}
-
-impl BlockDevice for Plain {
-    fn size(&self) -> u64 {
-        self.file.metadata().unwrap().len()
-    }
-
-    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(buf, offset)
-    }
-
-    fn file_range(&self, offset: u64, _: u64, _: bool) -> Option<(BorrowedFd<'_>, u64)> {
-        self.direct.then(|| (self.file.as_fd(), offset))
-    }
-
-    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(data, offset)
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.flushes.fetch_add(1, Ordering::SeqCst);
-        self.file.sync_data()
-    }
-
-    fn trim(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.zero(offset, length, false)
-    }
-
-    fn zero(&self, offset: u64, length: u64, _: bool) -> io::Result<()> {
-        self.file.write_all_at(&vec![0; length as usize], offset)
-    }
-}
-
-/// A disk whose requests wait at a gate, which loses at a power cut what was not flushed, and whose
-/// flushes can fail.
-#[derive(Default)]
-struct Gated {
-    open: Mutex<bool>,
-    opened: Condvar,
-    interrupted: AtomicBool,
-    waiting: AtomicU64,
-    now: Mutex<Vec<u8>>,
-    durable: Mutex<Vec<u8>>,
-    fails: AtomicBool,
-}
-
-impl Gated {
-    fn new(open: bool) -> Arc<Self> {
-        Arc::new(Self {
-            open: Mutex::new(open),
-            now: Mutex::new(vec![0; 1 << 20]),
-            durable: Mutex::new(vec![0; 1 << 20]),
-            ..Self::default()
-        })
-    }
-
-    fn set_open(&self, open: bool) {
-        *self.open.lock().unwrap() = open;
-        self.opened.notify_all();
-    }
-
-    fn pass(&self) -> io::Result<()> {
-        self.waiting.fetch_add(1, Ordering::SeqCst);
-        let mut open = self.open.lock().unwrap();
-        while !*open {
-            if self.interrupted.load(Ordering::SeqCst) {
-                return Err(io::ErrorKind::Interrupted.into());
-            }
-            open = self.opened.wait_timeout(open, Duration::from_millis(5)).unwrap().0;
-        }
-        self.waiting.fetch_sub(1, Ordering::SeqCst);
-        Ok(())
-    }
-
-    fn await_waiting(&self, count: u64) {
-        let deadline = Instant::now() + LIMIT;
-        while self.waiting.load(Ordering::SeqCst) < count {
-            assert!(Instant::now() < deadline, "the requests never came");
-            thread::yield_now();
-        }
-    }
-}
-
-impl BlockDevice for Gated {
-    fn size(&self) -> u64 {
-        1 << 20
-    }
-
-    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        // The second half is always here.
-        if offset < 512 << 10 {
-            self.pass()?;
-        }
-        buf.copy_from_slice(&self.now.lock().unwrap()[offset as usize..][..buf.len()]);
-        Ok(())
-    }
-
-    fn try_read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<bool> {
-        if offset < 512 << 10 {
-            return Ok(false);
-        }
-        self.read_at(offset, buf).map(|()| true)
-    }
-
-    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.pass()?;
-        self.now.lock().unwrap()[offset as usize..][..data.len()].copy_from_slice(data);
-        Ok(())
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        if self.fails.load(Ordering::SeqCst) {
-            return Err(io::Error::other("the disk is broken"));
-        }
-        self.durable.lock().unwrap().copy_from_slice(&self.now.lock().unwrap());
-        Ok(())
-    }
-
-    fn trim(&self, _: u64, _: u64) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn zero(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
-        Err(io::ErrorKind::StorageFull.into())
-    }
-
-    fn interrupt(&self) {
-        self.interrupted.store(true, Ordering::SeqCst);
-        self.opened.notify_all();
-    }
-}
 
 struct Rig {
     _dir: TempDir,
@@ -364,7 +211,7 @@ fn requests_that_make_no_sense_get_an_error_and_the_next_one_is_served() {
 #[test]
 fn a_read_only_disk_is_read_and_never_written() {
     let device = Plain::new(SIZE, true);
-    device.file.write_all_at(b"as it was", 512).unwrap();
+    device.file().write_all_at(b"as it was", 512).unwrap();
     let rig = serve(device.clone(), VhostOptions { read_only: true, ..VhostOptions::default() });
     let mut client = VhostClient::connect(&rig.path, ClientOptions::default()).unwrap();
     assert!(config::has(client.features(), virtio_bindings::virtio_blk::VIRTIO_BLK_F_RO));
@@ -384,19 +231,19 @@ fn check_25_a_flush_through_vhost_makes_what_was_answered_durable_and_its_failur
     let mut client = VhostClient::connect(&rig.path, ClientOptions::default()).unwrap();
     let queue = &mut client.queues[0];
     assert_eq!(queue.call(Ask::Write, 3, &mut [0x11; 512]).unwrap(), 0);
-    assert_eq!(device.durable.lock().unwrap()[3 * 512], 0, "not asked for yet");
+    assert_eq!(device.durable()[3 * 512], 0, "not asked for yet");
     assert_eq!(queue.call(Ask::Flush, 0, &mut []).unwrap(), 0);
-    assert_eq!(device.durable.lock().unwrap()[3 * 512..][..512], [0x11; 512]);
-    device.fails.store(true, Ordering::SeqCst);
+    assert_eq!(device.durable()[3 * 512..][..512], [0x11; 512]);
+    device.fail_flushes(true);
     assert_eq!(queue.call(Ask::Flush, 0, &mut []).unwrap(), 1);
-    device.fails.store(false, Ordering::SeqCst);
+    device.fail_flushes(false);
     assert_eq!(queue.call(Ask::WriteZeroes, 0, &mut ranges(&[(0, 8, 0)])).unwrap(), 1);
 
     // A driver that knows no FLUSH relies on each write.
     let options = ClientOptions { flush: false, ..ClientOptions::default() };
     let mut client = VhostClient::connect(&rig.path, options).unwrap();
     assert_eq!(client.queues[0].call(Ask::Write, 4, &mut [0x22; 512]).unwrap(), 0);
-    assert_eq!(device.durable.lock().unwrap()[4 * 512..][..512], [0x22; 512]);
+    assert_eq!(device.durable()[4 * 512..][..512], [0x22; 512]);
 }
 
 #[test]
@@ -456,7 +303,7 @@ fn check_39_stopping_ends_requests_that_wait_and_leaves_them_to_the_next_daemon(
     answered.sort_unstable();
     slots.sort_unstable();
     assert_eq!(answered, slots.into_iter().map(|slot| (slot, 0)).collect::<Vec<_>>());
-    assert_eq!(next.now.lock().unwrap()[4 * 512], 5, "the writes were run");
+    assert_eq!(next.now()[4 * 512], 5, "the writes were run");
     // And everything goes on, in rings that went round.
     for round in 0..300u64 {
         let mut data = [round as u8; 512];
@@ -487,7 +334,7 @@ fn a_larger_device_is_announced_and_served_while_requests_run() {
     let mut client = VhostClient::connect(&rig.path, ClientOptions::default()).unwrap();
     assert_eq!(client.queues[0].call(Ask::Write, 2047, &mut [5; 512]).unwrap(), 0);
     assert_eq!(client.queues[0].call(Ask::Write, 2048, &mut [6; 512]).unwrap(), 1);
-    device.file.set_len(2 << 20).unwrap();
+    device.file().set_len(2 << 20).unwrap();
     rig.server.resize(device.clone());
     client.await_config_change(LIMIT).unwrap();
     assert_eq!(client.capacity().unwrap(), 2 << 20);

@@ -10,7 +10,7 @@ use std::{
 };
 
 /// A piece of work; it gets a buffer that the thread keeps.
-pub(super) type Job = Box<dyn FnOnce(&mut Vec<u8>) + Send>;
+pub(crate) type Job = Box<dyn FnOnce(&mut Vec<u8>) + Send>;
 
 #[derive(Default)]
 struct State {
@@ -31,7 +31,7 @@ struct Inner {
 
 /// The threads of one server. How many jobs can wait is bounded by who submits them: a queue never
 /// has more requests in hand than it has entries.
-pub(super) struct Pool(Arc<Inner>);
+pub(crate) struct Pool(Arc<Inner>);
 
 impl Inner {
     fn state(&self) -> MutexGuard<'_, State> {
@@ -70,7 +70,7 @@ impl Drop for Ending {
 }
 
 impl Pool {
-    pub(super) fn new(limit: usize) -> Self {
+    pub(crate) fn new(limit: usize) -> Self {
         Self(Arc::new(Inner {
             state: Mutex::default(),
             work: Condvar::new(),
@@ -83,7 +83,7 @@ impl Pool {
     ///
     /// # Errors
     /// If there is no thread and none can be made; then the job is dropped.
-    pub(super) fn submit(&self, job: Job) -> io::Result<()> {
+    pub(crate) fn submit(&self, job: Job) -> io::Result<()> {
         let mut state = self.0.state();
         state.jobs.push_back(job);
         if state.idle >= state.jobs.len() || state.threads >= self.0.limit {
@@ -96,7 +96,7 @@ impl Pool {
         drop(state);
         let ending = Ending(self.0.clone());
         let spawned = thread::Builder::new()
-            .name("silo-vhost-io".to_owned())
+            .name("silo-expose-io".to_owned())
             .stack_size(256 << 10)
             .spawn(move || {
                 let inner = ending.0.clone();
@@ -111,20 +111,20 @@ impl Pool {
             }
             // The others will come to it.
             Err(error) => {
-                tracing::warn!(%error, "no further thread for block requests");
+                tracing::warn!(%error, "no further thread for requests");
                 Ok(())
             }
         }
     }
 
     /// Lets the threads end once they have nothing to do.
-    pub(super) fn stop(&self) {
+    pub(crate) fn stop(&self) {
         self.0.state().stopping = true;
         self.0.work.notify_all();
     }
 
     /// Waits until all threads have ended, or the deadline; how many are left.
-    pub(super) fn wait(&self, deadline: Instant) -> usize {
+    pub(crate) fn wait(&self, deadline: Instant) -> usize {
         let mut state = self.0.state();
         while state.threads > 0 {
             let left = deadline.saturating_duration_since(Instant::now());
