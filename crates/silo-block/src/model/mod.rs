@@ -86,6 +86,10 @@ pub struct Replica {
     clock: Epoch,
     absent: BlockSet,
     arriving: BlockSet,
+    /// Here, but not durably: after a crash they count as absent.
+    fresh: BlockSet,
+    /// Those of them that a sync under way covers.
+    syncing: BlockSet,
     /// Whole blocks that this side writes before their content has come.
     claims: Vec<BlockRange>,
 }
@@ -112,6 +116,8 @@ impl Replica {
             clock: Epoch::BASE,
             absent: BlockSet::new(blocks),
             arriving: BlockSet::new(blocks),
+            fresh: BlockSet::new(blocks),
+            syncing: BlockSet::new(blocks),
             claims: Vec::new(),
         }
     }
@@ -134,14 +140,21 @@ impl Replica {
         Ok(replica)
     }
 
-    /// What is to be noted durably, beside the content. What is being stored or written right now
-    /// counts as absent.
+    /// What is to be noted durably, beside the content. Blocks whose content has come but is not
+    /// certainly durable count as absent: a crash may have lost it, and the peer still has it.
     #[must_use]
     pub fn record(&self) -> Record {
+        let mut absent = self.absent.clone();
+        absent.union_with(&self.fresh);
+        absent.union_with(&self.syncing);
         let mut epochs: Vec<(BlockRange, Epoch)> = Vec::new();
         for range in self.rounds.newer_than(Epoch::BASE).ranges() {
             for block in range.chunks(1) {
-                let epoch = self.rounds.epoch(block.start);
+                let mut epoch = self.rounds.epoch(block.start);
+                if absent.contains(block.start) {
+                    // Written here before it came: without that, what the peer has is the newest.
+                    epoch = epoch.min(self.clock);
+                }
                 match epochs.last_mut() {
                     Some((last, of)) if *of == epoch && last.end() == block.start.0 => {
                         last.count += 1;
@@ -156,7 +169,23 @@ impl Replica {
             clock: self.clock,
             open: self.rounds.clock(),
             epochs,
-            absent: self.absent.ranges().collect(),
+            absent: absent.ranges().collect(),
+        }
+    }
+
+    /// The content of the device is about to be made durable: what is here now will be.
+    pub fn sync_begins(&mut self) {
+        let blocks = self.geometry.blocks();
+        let fresh = std::mem::replace(&mut self.fresh, BlockSet::new(blocks));
+        self.syncing.union_with(&fresh);
+    }
+
+    /// The sync is over; if it went well, a record made from now on has those blocks.
+    pub fn sync_ends(&mut self, well: bool) {
+        let blocks = self.geometry.blocks();
+        let synced = std::mem::replace(&mut self.syncing, BlockSet::new(blocks));
+        if !well {
+            self.fresh.union_with(&synced);
         }
     }
 
@@ -200,6 +229,12 @@ impl Replica {
     #[must_use]
     pub fn is_here(&self, range: BlockRange) -> bool {
         !self.absent.intersects(range)
+    }
+
+    /// Nothing is being stored or written any more: what was has ended, or will never be.
+    pub fn abandon(&mut self) {
+        self.arriving = BlockSet::new(self.geometry.blocks());
+        self.claims.clear();
     }
 
     // ---- as a destination
@@ -298,6 +333,7 @@ impl Replica {
         if !self.rounds.any_newer(range, epoch) && self.absent.contains_range(range) {
             self.rounds.set(range, epoch);
             self.absent.remove_range(range);
+            self.fresh.insert_range(range);
             return vec![range];
         }
         let mut here = Vec::new();
@@ -305,6 +341,7 @@ impl Replica {
             // A newer list came while it was being stored: then it is absent still.
             if !self.rounds.any_newer(block, epoch) && self.absent.remove(block.start) {
                 self.rounds.set(block, epoch);
+                self.fresh.insert_range(block);
                 extend(&mut here, block);
             }
         }
@@ -334,10 +371,18 @@ impl Replica {
         self.clock = last;
     }
 
-    /// This side, the owner, was restarted without having ended cleanly: what it had shared with
-    /// others since round `shared` began may hold writes that are lost here.
-    pub fn restarted(&mut self, term: SessionId, shared: Epoch) {
-        self.history.restart(term, shared);
+    /// This side, the owner, was restarted from its record without having ended cleanly.
+    ///
+    /// `written` are the blocks whose bytes may have changed since the record was made: their writes
+    /// may have survived although the record does not know them, so they count as written now. A
+    /// device that writes in place has to note them before (a write-intent log); else all are.
+    /// `shared` is the round that was open when somebody last began to share the device with others,
+    /// who may hold writes that are lost here.
+    pub fn restarted(&mut self, term: SessionId, shared: Option<Epoch>, written: &BlockSet) {
+        if let Some(shared) = shared {
+            self.history.restart(term, shared);
+        }
+        self.rounds.mark(written);
     }
 
     /// This side has proof that nobody else owns the device, although it was given away: a new term
@@ -368,6 +413,7 @@ impl Replica {
         }
         let here: Vec<BlockRange> = self.absent.ranges_in(range).collect();
         self.absent.remove_range(range);
+        self.fresh.extend(here.iter().copied());
         here
     }
 

@@ -47,7 +47,8 @@ enum Until {
 }
 
 impl Incoming {
-    pub(super) fn new(device: DestinationDevice, config: &Config) -> Self {
+    pub(super) fn new(mut device: DestinationDevice, config: &Config) -> Self {
+        device.replica.abandon();
         let blocks = device.replica.geometry().blocks();
         Self {
             name: device.name,

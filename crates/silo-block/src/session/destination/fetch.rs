@@ -314,6 +314,7 @@ impl Destination {
             self.not_stored(now, device, &entry.parts, Reason::Store { device, range, what });
         }
         self.arrived(device, here);
+        self.release_held(now);
     }
 }
 

@@ -76,7 +76,7 @@ impl Default for Config {
     }
 }
 
-/// A device that can receive.
+/// A device that can receive. No store or write of an earlier session is under way any more.
 #[derive(Debug)]
 pub struct DestinationDevice {
     /// Its name in the group.
@@ -271,6 +271,12 @@ struct Slot {
     from: From,
 }
 
+struct Held {
+    link: LinkId,
+    header: BlockHeader,
+    retry: Vec<BlockRange>,
+}
+
 enum From {
     /// To be confirmed on this link.
     Peer {
@@ -296,6 +302,8 @@ pub struct Destination {
     link: Option<Link>,
     customs: Customs,
     slots: HashMap<u64, Slot>,
+    /// Confirmations that wait: the peer would only send again what is being stored just now.
+    held: Vec<Held>,
     hashes: Box<dyn Hashes>,
     tickets: u64,
     alone: Duration,
@@ -329,6 +337,7 @@ impl Destination {
             link: None,
             customs: Customs::default(),
             slots: HashMap::new(),
+            held: Vec::new(),
             hashes,
             tickets: 0,
             alone: now,
@@ -431,7 +440,7 @@ impl Destination {
             return Some(action);
         }
         self.look_at_the_clock(now);
-        self.decide();
+        self.decide(now);
         self.actions.pop_front().or_else(|| self.next_fetch(now))
     }
 
@@ -522,11 +531,13 @@ impl Destination {
     }
 
     /// Durability, and the end.
-    fn decide(&mut self) {
+    fn decide(&mut self, now: Duration) {
+        // The source ought to hear that it may go; if it does not come back, it does not ask.
+        let gone = self.link.is_none() && now >= self.alone + self.config.patience.answer;
         if self.phase == Phase::Durable
             && self.missing() == 0
             && self.slots.is_empty()
-            && (self.released || self.link.is_none())
+            && (self.released || gone)
         {
             self.phase = Phase::Complete;
             self.actions.push_back(Action::Complete);

@@ -19,10 +19,6 @@ use std::time::Duration;
 
 impl Destination {
     pub(super) fn connected(&mut self, now: Duration, id: LinkId) {
-        if matches!(self.phase, Phase::Complete) {
-            self.actions.push_back(Action::Hangup(id));
-            return;
-        }
         if let Some(old) = self.link.take() {
             self.forget_link(now);
             self.actions.push_back(Action::Hangup(old.id));
@@ -40,6 +36,7 @@ impl Destination {
     /// What was asked for on this link will not be answered.
     fn forget_link(&mut self, now: Duration) {
         self.alone = now;
+        self.held.clear();
         for device in &mut self.devices {
             let blocks = device.replica.geometry().blocks();
             device.demanded = BlockSet::new(blocks);
@@ -276,6 +273,11 @@ impl Destination {
         self.counters.again += verdict.again.iter().map(|part| part.count).sum::<u64>();
         if verdict.store.is_empty() {
             self.actions.push_back(Action::Discard(slot));
+            let replica = &self.devices[device.0 as usize].replica;
+            if verdict.again.iter().any(|part| replica.is_arriving(*part)) {
+                self.held.push(super::Held { link, header, retry: verdict.again });
+                return;
+            }
             self.receipt(now, link, device, range, epoch, verdict.again);
             return;
         }
@@ -296,6 +298,24 @@ impl Destination {
     ) {
         if self.link.as_ref().is_some_and(|current| current.id == link && current.ready) {
             self.say(now, ToSource::Receipt { device, range, epoch, retry });
+        }
+    }
+
+    /// Something was stored: confirmations that waited for that go out.
+    pub(super) fn release_held(&mut self, now: Duration) {
+        let devices = &self.devices;
+        let free = |held: &mut super::Held| {
+            let replica = &devices[held.header.device.0 as usize].replica;
+            !held.retry.iter().any(|part| replica.is_arriving(*part))
+        };
+        let free: Vec<super::Held> = self.held.extract_if(.., free).collect();
+        for super::Held { link, header, retry } in free {
+            let BlockHeader { device, range, epoch, .. } = header;
+            let replica = &self.devices[device.0 as usize].replica;
+            // What has come by now need not come again.
+            let absent = |part: &BlockRange| !replica.is_here(*part);
+            let retry = retry.into_iter().filter(absent).collect();
+            self.receipt(now, link, device, range, epoch, retry);
         }
     }
 

@@ -23,6 +23,7 @@ impl Outgoing {
             history: device.history,
             holder: None,
             told: set(),
+            last: device.last,
             lists: 0,
             first_done: false,
             label: Epoch::BASE,
@@ -37,9 +38,9 @@ impl Outgoing {
         }
     }
 
-    /// The newest round that is closed.
+    /// The newest round that is closed, or the last that the source makes.
     pub(super) fn closed(&self) -> Epoch {
-        Epoch(self.rounds.clock().0.saturating_sub(1))
+        self.last.unwrap_or(Epoch(self.rounds.clock().0.saturating_sub(1)))
     }
 
     /// No list has been made for the destination on this link.

@@ -44,7 +44,7 @@ use crate::{
     device::DeviceName,
     geometry::Geometry,
     hash::RootHash,
-    model::{History, Replica},
+    model::{History, Owner, Replica},
     order::{Class, Fair, Heat, Order},
     rounds::{Epoch, Holder, Rounds},
 };
@@ -94,6 +94,8 @@ pub struct SourceDevice {
     pub absent: BlockSet,
     /// How volatile its blocks are.
     pub heat: Heat,
+    /// The last round, if the device was given away already.
+    pub last: Option<Epoch>,
 }
 
 impl SourceDevice {
@@ -108,6 +110,7 @@ impl SourceDevice {
             history: replica.history().clone(),
             absent: replica.absent().clone(),
             heat: Heat::new(replica.geometry().blocks()),
+            last: (replica.owner() == Owner::Elsewhere).then(|| replica.clock()),
         }
     }
 }
@@ -244,6 +247,8 @@ struct Outgoing {
     holder: Option<Holder>,
     /// What it has said so far that it misses.
     told: BlockSet,
+    /// The last round, once authority is about to leave; others may go on closing rounds.
+    last: Option<Epoch>,
     /// How many lists were made on this link.
     lists: u32,
     /// The first list of the session is confirmed: what comes later was written meanwhile.
@@ -611,6 +616,9 @@ impl Source {
             return;
         }
         let epochs = end.epochs.clone();
+        for (device, epoch) in self.devices.iter_mut().zip(&epochs) {
+            device.last = Some(*epoch);
+        }
         self.hand_over = Some(end);
         match self.config.policy.finish {
             Finish::Hybrid => self.hand_over(now),
@@ -627,6 +635,7 @@ impl Source {
             self.actions.push_back(Action::Resume);
             self.phase = Phase::Filling;
             (self.asked, self.hand_over) = (None, None);
+            self.devices.iter_mut().for_each(|device| device.last = None);
             self.ticket += 1;
         }
     }
