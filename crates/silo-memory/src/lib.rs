@@ -2,4 +2,5 @@
 
 pub mod machine;
 pub mod mount;
+pub mod staging;
 pub mod sys;

@@ -26,15 +26,15 @@ use silo_block::{
     device::{Demand, Device, DeviceError, DeviceName, Result},
 };
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     fs::File,
     io,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::fs::FileExt,
     },
-    sync::{Arc, Mutex, PoisonError, RwLock},
-    time::Instant,
+    sync::{Arc, Condvar, Mutex, PoisonError, RwLock},
+    time::{Duration, Instant},
 };
 use sys::{CopyOutcome, Userfault, feature};
 
@@ -96,12 +96,16 @@ pub struct Memory {
 /// What the fault thread shares with the rest.
 struct Shared {
     holes: Mutex<Holes>,
+    /// Some of them were filled.
+    arrived: Condvar,
     stats: Mutex<FaultStats>,
 }
 
 struct Holes {
     /// Content is elsewhere.
     missing: BlockSet,
+    /// Missing, and just being put in place: the guest may have them already, and write to them.
+    landing: BlockSet,
     /// Somebody waits, since when.
     waiting: HashMap<u64, Instant>,
     demand: Option<Arc<Demand>>,
@@ -154,9 +158,11 @@ impl Memory {
             shared: Arc::new(Shared {
                 holes: Mutex::new(Holes {
                     missing: BlockSet::new(blocks),
+                    landing: BlockSet::new(blocks),
                     waiting: HashMap::new(),
                     demand: None,
                 }),
+                arrived: Condvar::new(),
                 stats: Mutex::new(FaultStats::default()),
             }),
             attached: RwLock::new(None),
@@ -401,8 +407,11 @@ impl Device for Memory {
             self.put_back(&dirty);
             return Err(error);
         }
-        // A block that has not arrived cannot have been written.
-        dirty.subtract(&self.holes().missing);
+        // A block that has not arrived cannot have been written; one that is just arriving can.
+        let holes = self.holes();
+        let mut absent = holes.missing.clone();
+        absent.subtract(&holes.landing);
+        dirty.subtract(&absent);
         Ok(dirty)
     }
 
@@ -507,7 +516,13 @@ impl Device for Memory {
         for piece in &wanted {
             let from = (piece.start.0 - start.0) as usize * BLOCK_SIZE;
             let bytes = &data[from..from + piece.bytes() as usize];
-            self.with_attached("fill", |attached| Self::copy(attached, piece.start, bytes))?;
+            self.holes().landing.insert_range(*piece);
+            let copied =
+                self.with_attached("fill", |attached| Self::copy(attached, piece.start, bytes));
+            if let Err(error) = copied {
+                self.holes().landing.remove_range(*piece);
+                return Err(error);
+            }
             taken += self.arrived(*piece);
         }
         Ok(taken)
@@ -529,6 +544,7 @@ impl Device for Memory {
             }
             (taken, waited)
         };
+        self.shared.arrived.notify_all();
         for (block, since) in waited {
             self.with_attached("fill", |attached| Self::copy(attached, block, &faults::ZERO))?;
             self.shared.served(since);
@@ -582,6 +598,7 @@ impl Memory {
             let mut holes = self.holes();
             before = holes.missing.len();
             holes.missing.remove_range(range);
+            holes.landing.remove_range(range);
             after = holes.missing.len();
             if !holes.waiting.is_empty() {
                 for block in range.start.0..range.end() {
@@ -589,10 +606,55 @@ impl Memory {
                 }
             }
         }
+        self.shared.arrived.notify_all();
         for since in served {
             self.shared.served(since);
         }
         before - after
+    }
+
+    /// Has missing blocks brought here the way a fault does, and waits for them: for whoever reads
+    /// the memory beside the guest.
+    ///
+    /// # Errors
+    /// If they do not come in time, or nobody serves them.
+    pub fn bring(&self, range: BlockRange, within: Duration) -> Result<()> {
+        let late = |left: u64, why: &str| {
+            let at = format!("{} and {} more", range.start, left.saturating_sub(1));
+            self.error("bring", at, io::Error::new(io::ErrorKind::TimedOut, why.to_owned()))
+        };
+        let began = Instant::now();
+        let mut holes = self.holes();
+        if !holes.missing.intersects(range) {
+            return Ok(());
+        }
+        let Some(demand) = holes.demand.clone() else {
+            return Err(late(holes.missing.count_in(range), "nobody serves the memory's faults"));
+        };
+        let missing: Vec<_> = holes.missing.ranges_in(range).collect();
+        let asked: Vec<_> = missing
+            .into_iter()
+            .flat_map(|piece| piece.chunks(1))
+            .filter(|block| match holes.waiting.entry(block.start.0) {
+                Entry::Occupied(_) => false,
+                Entry::Vacant(place) => {
+                    place.insert(began);
+                    true
+                }
+            })
+            .collect();
+        drop(holes);
+        asked.into_iter().for_each(|block| demand(block));
+        holes = self.holes();
+        while holes.missing.intersects(range) {
+            let left = within.saturating_sub(began.elapsed());
+            if left.is_zero() {
+                return Err(late(holes.missing.count_in(range), "no answer in time"));
+            }
+            let waited = self.shared.arrived.wait_timeout(holes, left);
+            holes = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(())
     }
 }
 

@@ -253,6 +253,39 @@ impl Mount {
         self.flush().map_err(|source| self.shared.write_back_error(source))
     }
 
+    /// Looks for stores through the mappings now, as each round of writing back does, so that
+    /// [`Status::dirty_bytes`] counts them.
+    ///
+    /// # Errors
+    /// If the kernel cannot tell.
+    pub fn look(&self) -> io::Result<()> {
+        self.shared.scan()
+    }
+
+    pub(crate) fn block_count(&self) -> u64 {
+        self.shared.lock().table.blocks()
+    }
+
+    /// Notes writes for a capture, anew.
+    pub(crate) fn note_changes(&self) -> io::Result<()> {
+        self.shared.scan()?;
+        self.shared.lock().table.note_changes();
+        Ok(())
+    }
+
+    /// What was written since [`Mount::note_changes`] or the last call.
+    pub(crate) fn take_changes(&self) -> io::Result<silo_block::block::BlockSet> {
+        self.shared.scan()?;
+        Ok(self.shared.lock().table.take_changes())
+    }
+
+    /// Reads whole blocks; past the end of the device they are zero.
+    pub(crate) fn read_blocks(&self, range: BlockRange, buf: &mut [u8]) -> io::Result<()> {
+        use std::os::unix::fs::FileExt;
+        self.shared.need(range)?;
+        self.shared.file.read_exact_at(buf, range.start.offset())
+    }
+
     /// The state in numbers.
     pub fn status(&self) -> Status {
         let state = self.shared.lock();

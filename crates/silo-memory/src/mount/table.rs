@@ -268,13 +268,6 @@ impl Table {
             None => BlockSet::new(blocks),
         }
     }
-
-    pub(super) fn return_changes(&mut self, blocks: &BlockSet) {
-        match &mut self.changed {
-            Some(changed) => changed.union_with(blocks),
-            None => self.changed = Some(blocks.clone()),
-        }
-    }
 }
 
 #[cfg(test)]
