@@ -6,13 +6,16 @@
 
 use crate::{
     cli::stop::Stop,
-    config::{Config, NbdConfig},
+    config::{Config, NbdConfig, VhostConfig},
     metrics::{Endpoint, Metrics},
-    stack::Stack,
+    stack::DeviceStack,
 };
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
-use silo::nbd::{NbdOptions, NbdServer};
+use silo::{
+    expose::vhost::{VhostOptions, VhostServer},
+    nbd::{NbdOptions, NbdServer},
+};
 use std::time::Duration;
 
 /// How long requests in hand may take after a signal.
@@ -36,13 +39,14 @@ pub(crate) struct Address {
 /// A front end that runs.
 enum Front {
     Nbd(NbdServer),
+    Vhost(VhostServer),
 }
 
 /// Everything that runs.
 pub(crate) struct Service {
     // Before the devices that they serve.
     fronts: Vec<Front>,
-    stacks: Vec<Stack>,
+    stacks: Vec<DeviceStack>,
     addresses: Vec<Address>,
     endpoint: Option<Endpoint>,
 }
@@ -57,14 +61,17 @@ impl Service {
         let mut service =
             Self { fronts: Vec::new(), stacks: Vec::new(), addresses: Vec::new(), endpoint: None };
         for (name, device) in &config.device {
-            service.stacks.push(Stack::open(name, device, &metrics)?);
+            service.stacks.push(DeviceStack::open(name, device, &metrics)?);
         }
         for at in 0..service.stacks.len() {
             let expose = &config.device[service.stacks[at].name()].expose;
             if let Some(nbd) = &expose.nbd {
                 service.serve_nbd(at, nbd)?;
             }
-            if expose.vhost_user_blk.is_some() || expose.fuse.is_some() || expose.attach.is_some() {
+            if let Some(vhost) = &expose.vhost_user_blk {
+                service.serve_vhost(at, vhost)?;
+            }
+            if expose.fuse.is_some() || expose.attach.is_some() {
                 bail!("not built yet");
             }
         }
@@ -86,6 +93,20 @@ impl Service {
             self.fronts.push(Front::Nbd(server));
             self.listening(at, "nbd", path.display().to_string());
         }
+        Ok(())
+    }
+
+    fn serve_vhost(&mut self, at: usize, vhost: &VhostConfig) -> Result<()> {
+        let stack = &self.stacks[at];
+        let options = VhostOptions {
+            serial: stack.name().to_owned(),
+            queues: u16::try_from(vhost.queues)?,
+            ..VhostOptions::default()
+        };
+        let server = VhostServer::start(&vhost.socket, stack.device(), options)
+            .with_context(|| format!("device \"{}\"", stack.name()))?;
+        self.fronts.push(Front::Vhost(server));
+        self.listening(at, "vhost-user-blk", vhost.socket.display().to_string());
         Ok(())
     }
 
@@ -112,7 +133,7 @@ impl Service {
     /// Serves until the end is asked for.
     pub(crate) fn run(&self, stop: &Stop) {
         while !stop.wait(RETRY) {
-            self.stacks.iter().for_each(Stack::retry);
+            self.stacks.iter().for_each(DeviceStack::retry);
         }
     }
 
@@ -125,6 +146,7 @@ impl Service {
         for front in self.fronts {
             let stopped = match front {
                 Front::Nbd(server) => server.stop(STOP_LIMIT).map_err(anyhow::Error::from),
+                Front::Vhost(server) => server.stop(STOP_LIMIT).map_err(anyhow::Error::from),
             };
             outcome = outcome.and(stopped);
         }

@@ -96,3 +96,74 @@ fn flags_that_make_no_sense_together_are_refused() {
     silo(["serve", "--memory", "0", "--socket", "s"]).failed(2, "size: a device has at least one");
     silo(["serve", "--config", "x", "--socket", "s"]).failed(2, "cannot be used with");
 }
+
+#[test]
+fn layers_over_a_verified_base_keep_what_was_flushed_across_kill_9() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, socket) = (dir.path().join("base"), dir.path().join("s"));
+    let layers = [dir.path().join("golden"), dir.path().join("mine")];
+    let content: Vec<u8> = (0..MIB).map(|at| (at / 4096 % 250 + 1) as u8).collect();
+    fs::write(&base, &content).unwrap();
+    let arguments = [
+        ["serve", "--file", path(&base)],
+        ["--create", "--layer", path(&layers[0])],
+        ["--layer", path(&layers[1]), "--socket"],
+    ];
+    let arguments = || arguments.iter().flatten().copied().chain([path(&socket)]);
+    let running = Running::start(arguments());
+    let (mut client, _) = Client::go(&socket).unwrap();
+    assert_eq!(client.write(10_000, &[0xaa; 5000], 0).unwrap(), 0);
+    assert_eq!(client.call(FLUSH, 0, 0, 0).unwrap(), 0);
+    running.signal(nix::sys::signal::Signal::SIGKILL);
+    assert_eq!(running.wait().code, 128 + 9);
+
+    let running = Running::start(arguments());
+    let (mut client, _) = Client::go(&socket).unwrap();
+    let mut wanted = content.clone();
+    wanted[10_000..15_000].fill(0xaa);
+    assert!(client.read(0, MIB as u32).unwrap() == wanted);
+    drop(client);
+    running.stop().good();
+    assert!(fs::read(&base).unwrap() == content);
+
+    // Another base under the same layers is found out, also without a hash on the command line.
+    fs::write(&base, vec![1; MIB]).unwrap();
+    silo(arguments()).failed(1, "nothing of it is used");
+}
+
+#[test]
+fn a_flush_through_cache_and_filter_is_durable_across_kill_9_and_their_figures_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = config(
+        dir.path(),
+        "[device.d]\nsize = \"4M\"\nsource = { directory = { path = \"pieces\", piece = \"64K\" } }\n\
+         write-cache = { limit = \"8M\", max-age = \"1h\" }\nfilter = { allowance = 8 }\n\
+         expose = { nbd = { unix = \"s\" } }\n[metrics]\nlisten = \"127.0.0.1:0\"\n",
+    );
+    let socket = dir.path().join("s");
+    let running = Running::start(["serve", "--config", &file]);
+    let (mut client, _) = Client::go(&socket).unwrap();
+    assert_eq!(client.write(100_000, &[5; 200_000], 0).unwrap(), 0);
+    assert_eq!(client.call(FLUSH, 0, 0, 0).unwrap(), 0);
+    // The same again changes nothing.
+    assert_eq!(client.write(100_000, &[5; 200_000], 0).unwrap(), 0);
+    let metrics = running.ready["metrics"].as_str().unwrap();
+    let (_, text) = common::silo::http(metrics, "GET", "/metrics");
+    for line in [
+        "silo_filter_dropped_bytes_total{device=\"d\"} 200000",
+        "silo_filter_forwarded_bytes_total{device=\"d\"} 200000",
+    ] {
+        assert!(text.lines().any(|have| have == line), "{line} is not in\n{text}");
+    }
+    running.signal(nix::sys::signal::Signal::SIGKILL);
+    running.wait();
+
+    let running = Running::start(["serve", "--config", &file]);
+    let (mut client, _) = Client::go(&socket).unwrap();
+    let mut wanted = vec![0; 4 * MIB];
+    wanted[100_000..300_000].fill(5);
+    let have: Vec<u8> = (0..4).flat_map(|at| client.read(at << 20, MIB as u32).unwrap()).collect();
+    assert!(have == wanted);
+    drop(client);
+    running.stop().good();
+}

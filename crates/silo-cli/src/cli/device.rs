@@ -43,7 +43,7 @@ pub(super) struct DeviceArgs {
     /// The read-only file below --overlay, the one it was created over
     #[arg(long, value_name = "FILE", requires = "overlay", help_heading = "How it is opened")]
     base: Option<PathBuf>,
-    /// Make the disk (--overlay) or the file (--file) if there is none
+    /// Make the disk (--overlay), the file (--file) and the layers if there are none
     #[arg(long, conflicts_with = "config", help_heading = "How it is opened")]
     create: bool,
     /// Size of what is made; of a disk without it that of its base
@@ -81,7 +81,7 @@ impl DeviceArgs {
         let (source, size) = if let Some(dir) = self.overlay.clone() {
             (SourceConfig::Disk { dir, base: self.base.clone(), create }, self.size)
         } else if let Some(path) = self.file.clone() {
-            (SourceConfig::File { path, create }, self.size)
+            (SourceConfig::File { path, create: create && self.layer.is_empty() }, self.size)
         } else if let Some(size) = self.memory {
             (SourceConfig::Memory, Some(size))
         } else if let Some(path) = self.sparse.clone() {
@@ -95,6 +95,7 @@ impl DeviceArgs {
         };
         Ok(DeviceConfig {
             overlays: self.layer.clone(),
+            create_overlays: create,
             hash: self.hash.clone(),
             read_only: self.read_only,
             ..DeviceConfig::of(source, size)

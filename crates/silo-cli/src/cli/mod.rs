@@ -1,5 +1,6 @@
 //! The subcommands. Each prints a few lines for people, or one JSON object with `--json`.
 
+mod binlog;
 mod check;
 mod config;
 mod device;
@@ -8,14 +9,14 @@ mod serve;
 pub(crate) mod stop;
 mod tls;
 
-use crate::{config::ByteSize, stack::disk_options};
+use crate::{
+    config::ByteSize,
+    stack::{disk_options, hash_of_file},
+};
 use anyhow::{Context, Result};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use serde::Serialize;
-use silo::{
-    disk::{self, Disk, DiskStatus},
-    hash,
-};
+use silo::disk::{self, Disk, DiskStatus};
 use std::{
     io::{self, IsTerminal, Write},
     path::PathBuf,
@@ -50,6 +51,9 @@ enum Command {
     },
     /// Hash each block of an image, and tell in which blocks two images differ
     Check(check::CheckArgs),
+    /// Record what is written to a device, and play it again
+    #[command(subcommand)]
+    Binlog(binlog::BinlogCommand),
     /// Make certificates for hosts
     #[command(subcommand)]
     Tls(tls::TlsCommand),
@@ -119,10 +123,10 @@ impl Cli {
         let json = self.json;
         match self.command {
             Command::Bench(_) | Command::Check(_) => unreachable!("run has taken them"),
+            Command::Binlog(command) => binlog::run(&command, json),
             Command::Tls(command) => tls::run(&command, json),
             Command::Hash { file } => {
-                let hash = hash::hash_file(&file)
-                    .with_context(|| format!("could not hash {}", file.display()))?;
+                let hash = hash_of_file(&file)?;
                 let bytes = std::fs::metadata(&file).map_or(0, |metadata| metadata.len());
                 let value = serde_json::json!({ "file": file, "bytes": bytes, "blake3": hash });
                 print(json, &value, &format!("{hash}  {}", file.display()))

@@ -8,6 +8,7 @@ use super::{
 use crate::{config::Config, service::Service};
 use anyhow::{Result, bail};
 use clap::Args;
+use std::path::Path;
 
 #[derive(Args)]
 pub(super) struct ServeArgs {
@@ -45,20 +46,19 @@ pub(super) fn run(args: &ServeArgs, json: bool) -> Result<()> {
     // Before anything is served, so that a signal that comes early is not lost.
     let stop = Stop::on_signals()?;
     let service = Service::start(&args.config()?)?;
-    announce(args, &service, json)?;
+    let socket = args.fronts.socket.as_deref().filter(|_| args.device.config.is_none());
+    announce(&service, socket, json)?;
     service.run(&stop);
     service.stop()
 }
 
-/// Says where things are, once all of them answer.
-fn announce(args: &ServeArgs, service: &Service, json: bool) -> Result<()> {
+/// Says where things are, once all of them answer. `socket`: of the one device that flags describe.
+pub(super) fn announce(service: &Service, socket: Option<&Path>, json: bool) -> Result<()> {
     let addresses = service.addresses();
     let mut value = serde_json::json!({ "devices": addresses });
-    if let (None, Some(first)) = (&args.device.config, addresses.first()) {
+    if let (Some(socket), Some(first)) = (socket, addresses.first()) {
         value["bytes"] = first.bytes.into();
-        if let Some(socket) = &args.fronts.socket {
-            value["socket"] = serde_json::json!(socket);
-        }
+        value["socket"] = serde_json::json!(socket);
     }
     let mut lines: Vec<String> = addresses
         .iter()

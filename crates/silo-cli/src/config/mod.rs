@@ -62,6 +62,9 @@ pub(crate) struct DeviceConfig {
     /// Folders of copy-on-write layers over the source, the lowest first; the last takes the writes
     #[serde(default)]
     pub(crate) overlays: Vec<PathBuf>,
+    /// Make overlays that do not exist
+    #[serde(default)]
+    pub(crate) create_overlays: bool,
     /// Refuse writes
     #[serde(default)]
     pub(crate) read_only: bool,
@@ -88,6 +91,7 @@ impl DeviceConfig {
             source,
             hash: None,
             overlays: Vec::new(),
+            create_overlays: false,
             read_only: false,
             write_cache: None,
             filter: None,

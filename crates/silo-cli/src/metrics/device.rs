@@ -1,7 +1,10 @@
-//! The figures of a device that is [`Metered`].
+//! The figures of a device that is [`Metered`], and of what lies below it.
 
 use super::{Readings, Source, Spread, names};
-use silo::{filter::Metered, io::BlockDevice};
+use silo::{
+    filter::{Metered, RedundantWrites, WriteCache},
+    io::BlockDevice,
+};
 use std::sync::Arc;
 
 /// A device with the name it is known by.
@@ -46,5 +49,50 @@ impl Source for DeviceFigures {
         ] {
             readings.count(&names::DEVICE_ERRORS, &[&self.name, operation], of.errors);
         }
+    }
+}
+
+/// The figures of a write cache.
+pub(crate) struct CacheFigures {
+    name: String,
+    cache: Arc<WriteCache>,
+}
+
+impl CacheFigures {
+    /// Of `cache`.
+    pub(crate) fn new(name: &str, cache: Arc<WriteCache>) -> Arc<Self> {
+        Arc::new(Self { name: name.to_owned(), cache })
+    }
+}
+
+impl Source for CacheFigures {
+    fn read(&self, readings: &mut Readings) {
+        let device = [self.name.as_str()];
+        let status = self.cache.status();
+        readings.level(&names::CACHE_HELD, &device, status.held as f64);
+        readings.level(&names::CACHE_WAITING, &device, status.waiting as f64);
+        readings.count(&names::CACHE_WRITTEN, &device, status.written_back);
+        readings.count(&names::CACHE_ERRORS, &device, status.failures);
+    }
+}
+
+/// The figures of a filter of redundant writes.
+pub(crate) struct FilterFigures {
+    name: String,
+    filter: Arc<RedundantWrites>,
+}
+
+impl FilterFigures {
+    /// Of `filter`.
+    pub(crate) fn new(name: &str, filter: Arc<RedundantWrites>) -> Arc<Self> {
+        Arc::new(Self { name: name.to_owned(), filter })
+    }
+}
+
+impl Source for FilterFigures {
+    fn read(&self, readings: &mut Readings) {
+        let (dropped, forwarded) = self.filter.counts();
+        readings.count(&names::FILTER_DROPPED, &[&self.name], dropped);
+        readings.count(&names::FILTER_FORWARDED, &[&self.name], forwarded);
     }
 }

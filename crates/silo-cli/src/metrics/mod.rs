@@ -17,7 +17,7 @@ mod histogram;
 mod http;
 pub(crate) mod names;
 
-pub(crate) use device::DeviceFigures;
+pub(crate) use device::{CacheFigures, DeviceFigures, FilterFigures};
 pub(crate) use histogram::Spread;
 pub(crate) use http::Endpoint;
 

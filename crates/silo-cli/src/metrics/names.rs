@@ -48,4 +48,14 @@ metrics! {
     DEVICE_TRIM_BYTES Counter "device_trim_bytes" ["device"] "Bytes that are no longer needed";
     DEVICE_ERRORS Counter "device_errors" ["device", "operation"]
         "Operations that failed: read, write, flush, zero or trim";
+    CACHE_HELD Gauge "write_cache_held_bytes" ["device"] "Memory that the write cache holds";
+    CACHE_WAITING Gauge "write_cache_waiting_writers" ["device"] "Writers that wait for room in it";
+    CACHE_WRITTEN Counter "write_cache_written_back_bytes" ["device"]
+        "Bytes that went to the device behind";
+    CACHE_ERRORS Counter "write_cache_errors" ["device"]
+        "Writes to the device behind that failed; each is tried again";
+    FILTER_DROPPED Counter "filter_dropped_bytes" ["device"]
+        "Bytes of writes that were there already";
+    FILTER_FORWARDED Counter "filter_forwarded_bytes" ["device"]
+        "Bytes of writes that the filter passed on";
 }
