@@ -58,9 +58,6 @@ fn daemon() {
         if let Some(bytes) = line.strip_prefix("grow ") {
             let file = fs::File::options().read(true).write(true).open(&path).unwrap();
             file.set_len(bytes.parse().unwrap()).unwrap();
-            // The old device holds the file's lock until the new one takes its place.
-            let file = fs::File::options().read(true).write(true).open(&path).unwrap();
-            drop(file);
             device = Arc::new(Grown(device));
             server.resize(device.clone());
             println!("grown");

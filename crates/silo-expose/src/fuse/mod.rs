@@ -311,9 +311,8 @@ impl Drop for FuseMount {
 fn unmount(at: &Path, detach: bool) -> io::Result<()> {
     let flags = if detach { MntFlags::MNT_DETACH } else { MntFlags::UMOUNT_NOFOLLOW };
     match umount2(at, flags) {
-        Ok(()) => Ok(()),
-        // It is no mount any more.
-        Err(Errno::EINVAL) => Ok(()),
+        // EINVAL: it is no mount any more.
+        Ok(()) | Err(Errno::EINVAL) => Ok(()),
         Err(Errno::EPERM) => {
             let mut helper = Command::new("fusermount3");
             helper.arg(if detach { "-uz" } else { "-u" }).arg("--").arg(at);
