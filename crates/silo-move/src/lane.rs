@@ -2,7 +2,11 @@
 //! The same on both ends.
 
 use crate::peer::{Hangup, Outgoing};
-use silo_block::session::messages::BlockHeader;
+use silo_block::{
+    block::BlockRange,
+    order::Class,
+    session::messages::{BlockHeader, DeviceIndex},
+};
 use std::{
     collections::VecDeque,
     sync::{
@@ -55,6 +59,32 @@ impl Work {
                 self.bulk.notify_one();
             }
         }
+    }
+
+    /// Somebody waits for blocks: those that have not been sent leave the line of the others.
+    pub(crate) fn urge(&self, device: DeviceIndex, range: BlockRange) {
+        let mut queues = lock(&self.queues);
+        let meets = |header: &BlockHeader| {
+            header.device == device
+                && header.range.start.0 < range.end()
+                && range.start.0 < header.range.end()
+        };
+        let Some(at) = queues.bulk.iter().position(meets) else { return };
+        let mut rest = Vec::new();
+        for header in queues.bulk.split_off(at) {
+            if !meets(&header) {
+                rest.push(header);
+                continue;
+            }
+            let (start, end) = (header.range.start.0, header.range.end());
+            let (from, to) = (start.max(range.start.0), end.min(range.end()));
+            let part = |from, to| BlockHeader { range: BlockRange::new(from, to - from), ..header };
+            queues.demand.push_back(BlockHeader { class: Class::Demand, ..part(from, to) });
+            rest.extend((start < from).then(|| part(start, from)));
+            rest.extend((to < end).then(|| part(to, end)));
+        }
+        queues.bulk.extend(rest);
+        self.demand.notify_all();
     }
 
     /// The next run; `idle` is called before waiting for one. None when the link is closed.
@@ -137,5 +167,40 @@ impl WireCount {
             Track::Demand => &self.demand,
             Track::Bulk => &self.data,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use silo_block::rounds::Epoch;
+
+    fn header(start: u64, count: u64, class: Class) -> BlockHeader {
+        let range = BlockRange::new(start, count);
+        BlockHeader { device: DeviceIndex(0), range, epoch: Epoch(1), class }
+    }
+
+    #[test]
+    fn blocks_that_somebody_waits_for_leave_the_line_and_nothing_is_lost_or_doubled() {
+        let work = Work::default();
+        (0..4).for_each(|n| work.push(Track::Bulk, header(n * 10, 10, Class::Bulk)));
+        work.urge(DeviceIndex(1), BlockRange::new(0, 40));
+        work.urge(DeviceIndex(0), BlockRange::new(18, 4));
+        let drain = |track| {
+            let mut all = Vec::new();
+            let closes = std::cell::Cell::new(false);
+            while let Some(header) = work.pop(track, || closes.set(true)) {
+                all.push((header.range.start.0, header.range.count));
+                let queues = lock(&work.queues);
+                let left =
+                    if track == Track::Bulk { queues.bulk.len() } else { queues.demand.len() };
+                if left == 0 {
+                    break;
+                }
+            }
+            all
+        };
+        assert_eq!(drain(Track::Demand), [(18, 2), (20, 2)]);
+        assert_eq!(drain(Track::Bulk), [(0, 10), (10, 8), (22, 8), (30, 10)]);
     }
 }

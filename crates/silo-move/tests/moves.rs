@@ -56,6 +56,7 @@ fn a_group_of_devices_moves_and_both_ends_say_so() {
     let report = outbound.wait().unwrap();
     let session = receiver.session(1);
     let arrived = session.wait().unwrap();
+    eprintln!("{}\n{}", report.timings, arrived.timings);
     assert_eq!(report.session, arrived.session);
     assert_eq!(
         receiver.host.wait_for(|seen| matches!(seen, Seen::Run(..))),

@@ -90,6 +90,11 @@ impl Chooser {
         }
     }
 
+    /// The line is not faster than this, by somebody's will.
+    pub fn limit(&mut self, bytes_per_second: f64) {
+        self.line = self.line.min(bytes_per_second);
+    }
+
     /// What the line takes, bytes per second.
     #[must_use]
     pub fn line(&self) -> f64 {

@@ -14,6 +14,7 @@
 //! holds it, outside of the lock; whoever waits for a block is woken by the thread that stored it.
 
 mod access;
+mod backlog;
 mod chores;
 mod fetch;
 mod receive;
@@ -33,6 +34,7 @@ use crate::{
     wire,
 };
 use access::Parker;
+use backlog::Backlog;
 use fetch::Fetches;
 use silo_block::{
     block::BlockRange,
@@ -160,6 +162,7 @@ pub(crate) struct Shared {
     waiters: Mutex<HashMap<WaiterId, Arc<Parker>>>,
     next_waiter: AtomicU64,
     fetches: Fetches,
+    backlogs: Vec<Backlog>,
     assist: Mutex<Option<Assist>>,
     clockwork: Mutex<Clockwork>,
     peer: Mutex<String>,
@@ -237,6 +240,7 @@ impl Inbound {
             changed: Condvar::new(),
             noted: Condvar::new(),
             began: Instant::now(),
+            backlogs: volumes.iter().map(|_| Backlog::default()).collect(),
             volumes,
             host,
             options,
@@ -604,6 +608,7 @@ impl Shared {
         if let Some(machine) = machine {
             give_back(&self.volumes, machine.into_devices());
         }
+        self.backlogs.iter().for_each(Backlog::close);
         // Whoever waited finds the volumes settled.
         let waiters: Vec<WaiterId> = lock(&self.waiters).keys().copied().collect();
         self.wake(&waiters, Ok(()));
@@ -611,7 +616,8 @@ impl Shared {
         // Its threads end here, and wait for nobody who holds a lock of this session.
         let assist = lock(&self.assist).take();
         drop(assist);
-        if let Some(mut lane) = lock(&self.lane).take() {
+        let lane = lock(&self.lane).take();
+        if let Some(mut lane) = lane {
             let _ = lane.control.flush();
             let _ = lane.control.inner().finish();
             let deadline = Instant::now() + Duration::from_secs(1);

@@ -1,7 +1,7 @@
 //! What comes over the connections of a link: messages, and runs of blocks, which are stored by the
 //! thread that received them.
 
-use super::Shared;
+use super::{Shared, backlog::Waiting};
 use crate::{
     codec::{CodecError, Decoder, Naming, Piece, refers, xor},
     lane::{Lane, Track, Work, lock},
@@ -15,13 +15,14 @@ use silo_block::{
     session::{
         LinkId,
         destination::{Action, Event},
-        messages::{BlockHash, BlockHeader, ToDestination, ToSource},
+        messages::{BlockHash, BlockHeader, DeviceIndex, ToDestination, ToSource},
     },
 };
 use std::{
     io,
     sync::{Arc, atomic::Ordering},
     thread::Builder,
+    time::Instant,
 };
 use twox_hash::XxHash3_64;
 
@@ -119,7 +120,7 @@ impl Shared {
     }
 
     /// Reads one connection for blocks until its link ends.
-    fn receive(&self, id: LinkId, track: Track, mut incoming: Incoming) {
+    fn receive(self: &Arc<Self>, id: LinkId, track: Track, mut incoming: Incoming) {
         let mut decoder = Decoder::default();
         let mut buffer = Vec::new();
         let mut counted = 0;
@@ -143,7 +144,7 @@ impl Shared {
 
     /// One run of blocks.
     fn take(
-        &self,
+        self: &Arc<Self>,
         id: LinkId,
         blocks: &Blocks<'_>,
         decoder: &mut Decoder,
@@ -157,6 +158,49 @@ impl Shared {
                 let BlockHeader { device, range, .. } = header;
                 WireError::Invalid(format!("{device}: blocks {range:?} are not in the group"))
             })?;
+        let backlog = &self.backlogs[usize::from(header.device.0)];
+        if backlog.is_slow() {
+            backlog.push(Waiting { link: id, header, parcel: blocks.parcel.to_vec() });
+            return Ok(());
+        }
+        let begin = Instant::now();
+        let result = self.take_now(id, volume, blocks, decoder, buffer);
+        if backlog.took(begin.elapsed()) {
+            self.start_backlog(header.device)?;
+        }
+        result
+    }
+
+    /// From here on a thread of its own stores what comes for a device.
+    fn start_backlog(self: &Arc<Self>, device: DeviceIndex) -> io::Result<()> {
+        let shared = self.clone();
+        tracing::info!(session = %self.session, %device, "a device is slow");
+        let run = move || {
+            let (mut decoder, mut buffer) = (Decoder::default(), Vec::new());
+            let (volume, backlog) =
+                (&shared.volumes[usize::from(device.0)], &shared.backlogs[usize::from(device.0)]);
+            while let Some(Waiting { link, header, parcel }) = backlog.pop() {
+                let blocks = Blocks { header, parcel: &parcel };
+                let begin = Instant::now();
+                let result = shared.take_now(link, volume, &blocks, &mut decoder, &mut buffer);
+                backlog.recovered(begin.elapsed());
+                if let Err(error) = result {
+                    shared.hang_up(link, Some(format!("a connection for blocks: {error}")));
+                }
+            }
+        };
+        Builder::new().name("silo-backlog".to_owned()).spawn(run).map(drop)
+    }
+
+    fn take_now(
+        &self,
+        id: LinkId,
+        volume: &Volume,
+        blocks: &Blocks<'_>,
+        decoder: &mut Decoder,
+        buffer: &mut Vec<u8>,
+    ) -> Result<(), WireError> {
+        let header = blocks.header;
         let geometry = volume.geometry();
         let (length, block) = (geometry.bytes_of(header.range) as usize, geometry.block() as usize);
         if !refers(blocks.parcel) {

@@ -12,7 +12,8 @@ const BURST: f64 = 0.1;
 struct State {
     /// Bytes per second; none for no limit.
     rate: Option<f64>,
-    /// Bytes that may be sent now; below zero while a debt is paid.
+    /// Bytes that may be sent now; below zero while a debt is paid, so that a run that is taken
+    /// from the queue is sent at once, and one that waits can still be sent as a demand.
     credit: f64,
     at: Instant,
     stopped: bool,
@@ -42,21 +43,22 @@ impl Throttle {
         self.changed.notify_all();
     }
 
+    /// The limit, bytes per second.
+    #[must_use]
+    pub fn rate(&self) -> Option<f64> {
+        self.lock().rate
+    }
+
     /// Nobody waits any more.
     pub fn stop(&self) {
         self.lock().stopped = true;
         self.changed.notify_all();
     }
 
-    /// Takes `bytes` and waits until they may be sent. Returns how long that took.
-    pub fn wait(&self, bytes: u64) -> Duration {
-        let begin = Instant::now();
+    /// Waits until something may be sent: until what was sent before is paid for.
+    pub fn wait(&self) {
         let mut state = self.lock();
-        if state.rate.is_none() {
-            return Duration::ZERO;
-        }
-        refill(&mut state, begin);
-        state.credit -= bytes as f64;
+        refill(&mut state, Instant::now());
         while let (Some(rate), false) = (state.rate, state.stopped) {
             if state.credit >= 0.0 {
                 break;
@@ -66,7 +68,15 @@ impl Throttle {
                 self.changed.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
             refill(&mut state, Instant::now());
         }
-        begin.elapsed()
+    }
+
+    /// So many bytes are sent, and are to be paid for before the next are.
+    pub fn charge(&self, bytes: u64) {
+        let mut state = self.lock();
+        if state.rate.is_some() {
+            refill(&mut state, Instant::now());
+            state.credit -= bytes as f64;
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -93,7 +103,8 @@ mod tests {
             for _ in 0..2 {
                 scope.spawn(|| {
                     for _ in 0..20 {
-                        throttle.wait(100_000);
+                        throttle.wait();
+                        throttle.charge(100_000);
                     }
                 });
             }
@@ -108,7 +119,8 @@ mod tests {
         let throttle = Throttle::new(Some(1));
         let begin = Instant::now();
         std::thread::scope(|scope| {
-            scope.spawn(|| throttle.wait(1_000_000));
+            throttle.charge(1_000_000);
+            scope.spawn(|| throttle.wait());
             throttle.stop();
         });
         assert!(begin.elapsed() < Duration::from_secs(20));

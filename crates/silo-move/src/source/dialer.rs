@@ -7,10 +7,13 @@ use crate::{
     report::Phase,
     wire::{self, WireError},
 };
-use silo_block::session::{
-    LinkId,
-    messages::{Reason, ToSource},
-    source::Event,
+use silo_block::{
+    order::Class,
+    session::{
+        LinkId,
+        messages::{Reason, ToSource},
+        source::Event,
+    },
 };
 use std::{
     sync::{Arc, PoisonError, atomic::Ordering},
@@ -75,7 +78,8 @@ impl Shared {
         }
         let mut started = vec![{
             let (incoming, ended) = (link.control.incoming, hangup.clone());
-            self.spawn("silo-control", move |shared| shared.listen(id, incoming, &ended))
+            let urged = work.clone();
+            self.spawn("silo-control", move |shared| shared.listen(id, incoming, &ended, &urged))
         }];
         let connections = link.data.into_iter().map(|connection| (Track::Bulk, connection));
         for (track, connection) in connections.chain([(Track::Demand, link.demand)]) {
@@ -92,7 +96,7 @@ impl Shared {
     }
 
     /// Reads the control connection of one link.
-    fn listen(&self, id: LinkId, mut incoming: Incoming, ended: &Hangup) {
+    fn listen(&self, id: LinkId, mut incoming: Incoming, ended: &Hangup, work: &Work) {
         let (mut counted, mut heard) = (0, false);
         let trouble = loop {
             let message = match incoming.read() {
@@ -118,7 +122,16 @@ impl Shared {
                             lock(&self.refused[usize::from(device.0)]).insert_range(*range);
                         }
                     }
+                    let urgent = match &message {
+                        ToSource::Need { device, range, class: Class::Demand } => {
+                            Some((*device, *range))
+                        }
+                        _ => None,
+                    };
                     self.tell(Event::Received(id, message));
+                    if let Some((device, range)) = urgent {
+                        work.urge(device, range);
+                    }
                 }
                 Ok(None) => {}
                 Err(error) => break error,

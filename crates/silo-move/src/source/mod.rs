@@ -550,7 +550,8 @@ impl Shared {
         self.over.store(true, Ordering::Release);
         self.wanted.notify_all();
         self.throttle.stop();
-        if let Some(mut lane) = lock(&self.lane).take() {
+        let lane = lock(&self.lane).take();
+        if let Some(mut lane) = lane {
             // What was said last ("released", "abort") should arrive; if not, the other end finds
             // out by itself.
             let _ = lane.control.flush();

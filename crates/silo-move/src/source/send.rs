@@ -35,6 +35,9 @@ impl Shared {
             counted: 0,
         };
         loop {
+            if track == Track::Bulk {
+                self.throttle.wait();
+            }
             let mut flushed = Ok(());
             let next = work.pop(track, || flushed = sender.flush(self, track));
             let result = match (next, flushed) {
@@ -75,6 +78,9 @@ impl Shared {
             advertised: self.options.advertised.as_deref().map(|all| (all, at)),
             scratch: RefCell::default(),
         };
+        if let Some(limit) = self.throttle.rate() {
+            sender.encoder.chooser().limit(limit);
+        }
         let begin = Instant::now();
         let parcel = sender.encoder.encode(
             header.device.0,
@@ -85,11 +91,10 @@ impl Shared {
         );
         let mut tally = parcel.tally;
         tally.content = length;
-        let waited = match track {
-            Track::Bulk => self.throttle.wait(tally.bytes),
-            Track::Demand => std::time::Duration::ZERO,
-        };
-        let encoded = begin.elapsed() - waited;
+        if track == Track::Bulk {
+            self.throttle.charge(tally.bytes);
+        }
+        let encoded = begin.elapsed();
         Blocks::write(&mut sender.outgoing, header, &parcel)?;
         let writing = begin.elapsed().saturating_sub(encoded);
         sender.encoder.chooser().wrote(tally.bytes, writing);

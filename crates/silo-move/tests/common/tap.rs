@@ -27,7 +27,7 @@ pub enum Way {
     Back,
 }
 
-type Deed = Box<dyn FnMut(u64, Way, u8) -> bool + Send>;
+type Deed = Box<dyn FnMut(u64, Way, &[u8]) -> bool + Send>;
 
 #[derive(Default)]
 struct State {
@@ -41,6 +41,8 @@ struct State {
     deed: Mutex<Option<Deed>>,
     /// Bytes a second, all connections together; 0 for no limit.
     rate: AtomicU64,
+    /// Frames wait at random up to so many microseconds.
+    jitter: AtomicU64,
 }
 
 /// See the module.
@@ -80,10 +82,10 @@ impl Tap {
         *self.state.target.lock().unwrap() = Some(target);
     }
 
-    /// Called at every message boundary, with the number of frames before it, and the way and kind
-    /// of the frame that comes next; what it returns says whether that frame may pass. If not, the
+    /// Called at every message boundary, with the number of frames before it, and the way
+    /// of the frame that comes next, with its header and payload; what it returns says whether that frame may pass. If not, the
     /// line is cut there.
-    pub fn at_each_frame(&self, deed: impl FnMut(u64, Way, u8) -> bool + Send + 'static) {
+    pub fn at_each_frame(&self, deed: impl FnMut(u64, Way, &[u8]) -> bool + Send + 'static) {
         *self.state.deed.lock().unwrap() = Some(Box::new(deed));
     }
 
@@ -105,6 +107,11 @@ impl Tap {
     /// At most so many bytes a second.
     pub fn limit(&self, rate: u64) {
         self.state.rate.store(rate, Ordering::SeqCst);
+    }
+
+    /// Each frame waits at random up to this, each connection for itself.
+    pub fn jitter(&self, most: Duration) {
+        self.state.jitter.store(most.as_micros() as u64, Ordering::SeqCst);
     }
 
     /// Frames that passed.
@@ -148,6 +155,7 @@ impl State {
 
     fn pump(&self, way: Way, mut from: &TcpStream, mut to: &TcpStream) -> io::Result<()> {
         let head = GREETING + if way == Way::Out { PREAMBLE } else { 0 };
+        let mut random = super::Random(self.frames.load(Ordering::SeqCst) + way as u64);
         let mut frame = vec![0; head];
         from.read_exact(&mut frame)?;
         to.write_all(&frame)?;
@@ -161,7 +169,7 @@ impl State {
                 // One boundary at a time, so that the numbers mean something.
                 let mut deed = self.deed.lock().unwrap();
                 let number = self.frames.load(Ordering::SeqCst);
-                let passes = deed.as_mut().is_none_or(|deed| deed(number, way, frame[0]));
+                let passes = deed.as_mut().is_none_or(|deed| deed(number, way, &frame));
                 if passes && !self.down.load(Ordering::SeqCst) {
                     self.frames.fetch_add(1, Ordering::SeqCst);
                 }
@@ -172,6 +180,10 @@ impl State {
             }
             if self.down.load(Ordering::SeqCst) {
                 return Ok(());
+            }
+            let jitter = self.jitter.load(Ordering::SeqCst);
+            if jitter > 0 {
+                thread::sleep(Duration::from_micros(random.below(jitter)));
             }
             let rate = self.rate.load(Ordering::SeqCst);
             if rate > 0 {
