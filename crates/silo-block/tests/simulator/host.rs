@@ -18,8 +18,9 @@ use std::collections::BTreeMap;
 /// The content of a device: two halves a block.
 pub(crate) type Content = Vec<[u64; 2]>;
 
-/// What survives a crash. Content is written in place: what lies on the disk after a crash is, half
-/// by half, either what was made durable last or what was in memory.
+/// What survives a crash. On a host with a journal, exactly what was made durable last. Elsewhere
+/// content is written in place: what lies on the disk after a crash is, half by half, either what
+/// was made durable last or what was in memory.
 #[derive(Clone)]
 pub(crate) struct Disk {
     pub(crate) content: Vec<Content>,
@@ -40,6 +41,7 @@ pub(crate) struct Disk {
 
 pub(crate) struct Host {
     pub(crate) up: bool,
+    pub(crate) journal: bool,
     /// Counts crashes: what was begun before is void.
     pub(crate) life: u64,
     pub(crate) disk: Disk,
@@ -67,7 +69,7 @@ pub(crate) fn name(device: usize) -> DeviceName {
 }
 
 impl Host {
-    pub(crate) fn new(sizes: &[u64]) -> Self {
+    pub(crate) fn new(sizes: &[u64], journal: bool) -> Self {
         let content: Vec<Content> = sizes.iter().map(|b| vec![[0; 2]; *b as usize]).collect();
         let replicas: Vec<Replica> =
             sizes.iter().map(|b| Replica::untouched(geometry(*b))).collect();
@@ -83,6 +85,7 @@ impl Host {
         };
         Self {
             up: true,
+            journal,
             life: 0,
             disk,
             content,
@@ -181,7 +184,7 @@ impl Host {
         (self.closing, self.pausing, self.wakes) = (false, None, u64::MAX);
         for (durable, volatile) in self.disk.content.iter_mut().zip(&self.content) {
             for (durable, volatile) in durable.iter_mut().flatten().zip(volatile.iter().flatten()) {
-                if random.chance(50) {
+                if !self.journal && random.chance(50) {
                     *durable = *volatile;
                 }
             }
@@ -200,7 +203,7 @@ impl Host {
     /// Everything is lost, and the host is new.
     pub(crate) fn wipe(&mut self, sizes: &[u64]) {
         let life = self.life;
-        *self = Self::new(sizes);
+        *self = Self::new(sizes, self.journal);
         self.life = life + 1;
     }
 }

@@ -92,7 +92,7 @@ fn worlds_in_which_everything_goes_wrong_lose_nothing() {
 fn the_simulator_finds_each_rule_that_is_broken() {
     std::panic::set_hook(Box::new(|_| {}));
     for broken in Broken::RULES {
-        let (_, failed) = run(5_000, broken);
+        let (_, failed) = run(20_000, broken);
         let (seed, error) = failed.unwrap_or_else(|| panic!("{broken:?} is not found"));
         println!("{broken:?}: seed {seed}: {error}");
     }

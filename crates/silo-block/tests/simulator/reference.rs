@@ -1,5 +1,7 @@
 //! What each read may return. A block is two halves, each a number; every write makes a new number.
 
+use std::collections::BTreeSet;
+
 /// The values that a half may have.
 #[derive(Clone, Debug)]
 struct Half {
@@ -11,6 +13,8 @@ struct Half {
 
 pub(crate) struct Reference {
     halves: Vec<Half>,
+    /// Numbers of writes that have not ended: no flush covers them.
+    open: BTreeSet<u64>,
     next: u64,
 }
 
@@ -19,13 +23,23 @@ pub(crate) struct Covered(Vec<u64>);
 
 impl Reference {
     pub(crate) fn new(halves: usize) -> Self {
-        Self { halves: vec![Half { values: vec![0], known: true }; halves], next: 1 }
+        Self {
+            halves: vec![Half { values: vec![0], known: true }; halves],
+            open: BTreeSet::new(),
+            next: 1,
+        }
     }
 
     /// A number for a new write.
     pub(crate) fn number(&mut self) -> u64 {
         self.next += 1;
+        self.open.insert(self.next);
         self.next
+    }
+
+    /// The writes of these numbers have ended.
+    pub(crate) fn ended(&mut self, numbers: &[u64]) {
+        self.open.retain(|number| !numbers.contains(number));
     }
 
     pub(crate) fn wrote(&mut self, half: usize, value: u64) {
@@ -53,6 +67,7 @@ impl Reference {
 
     /// The host of the guest died: writes that no flush covers may be lost.
     pub(crate) fn crashed(&mut self) {
+        self.open.clear();
         for half in &mut self.halves {
             half.known = half.values.len() == 1;
         }
@@ -60,7 +75,8 @@ impl Reference {
 
     pub(crate) fn flush_begins(&self) -> Covered {
         // Where nothing is known, all that may be there stays possible.
-        let newest = |half: &Half| if half.known { half.values[half.values.len() - 1] } else { 0 };
+        let ended = |half: &Half| half.values.iter().rfind(|v| !self.open.contains(v)).copied();
+        let newest = |half: &Half| ended(half).filter(|_| half.known).unwrap_or(0);
         Covered(self.halves.iter().map(newest).collect())
     }
 

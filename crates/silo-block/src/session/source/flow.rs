@@ -9,7 +9,7 @@ use crate::{
         BlockHash, BlockHeader, DeviceIndex, Held, MAX_PROMISES, MAX_RANGES, MAX_RUN, ToDestination,
     },
 };
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 impl Outgoing {
     pub(super) fn new(device: SourceDevice) -> Self {
@@ -30,6 +30,7 @@ impl Outgoing {
             listed: None,
             order: Order::new(blocks, device.heat),
             flying: set(),
+            sent: BTreeMap::new(),
             after: set(),
             absent: device.absent,
             awaited: set(),
@@ -178,6 +179,7 @@ impl Source {
             match device.sendable(class, range) {
                 Ready::Send(range) => {
                     device.flying.insert_range(range);
+                    device.sent.insert(range.start.0, (range.count, device.label));
                     let bytes = range.count * block;
                     self.in_flight += bytes;
                     self.fair.took(at, bytes, left);
@@ -239,9 +241,11 @@ impl Source {
         if range.count == 0 || range.end() > device.geometry.blocks() {
             return;
         }
-        if !device.flying.contains_range(range) {
+        // A confirmation that comes twice says nothing about what was sent since.
+        if device.sent.get(&range.start.0) != Some(&(range.count, epoch)) {
             return;
         }
+        device.sent.remove(&range.start.0);
         device.flying.remove_range(range);
         let bytes = range.count * device.geometry.block();
         self.in_flight = self.in_flight.saturating_sub(bytes);

@@ -48,7 +48,11 @@ use crate::{
     order::{Class, Fair, Heat, Order},
     rounds::{Epoch, Holder, Rounds},
 };
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
 
 /// How a source behaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -259,6 +263,8 @@ struct Outgoing {
     listed: Option<(Epoch, BlockSet)>,
     order: Order,
     flying: BlockSet,
+    /// The same as it was sent: count of blocks and epoch, by first block.
+    sent: BTreeMap<u64, (u64, Epoch)>,
     /// Were to be sent while they were on their way.
     after: BlockSet,
     absent: BlockSet,

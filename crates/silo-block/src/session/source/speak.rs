@@ -45,6 +45,7 @@ impl Source {
         self.in_flight = 0;
         for device in &mut self.devices {
             device.flying = BlockSet::new(device.geometry.blocks());
+            device.sent.clear();
             device.after = BlockSet::new(device.geometry.blocks());
             device.told = BlockSet::new(device.geometry.blocks());
             device.listed = None;

@@ -3,6 +3,7 @@
 use super::{Broken, Checked, Ev, Move, World};
 use crate::host::{Disk, name};
 use silo_block::{
+    block::BlockSet,
     model::Replica,
     rounds::Epoch,
     session::{
@@ -119,6 +120,10 @@ impl World {
         let host = self.random.below(3) as usize;
         if self.random.chance(55) {
             self.soon(1_000, Ev::Crash(host));
+            // A power cut takes more than one.
+            if self.random.chance(30) {
+                self.soon(1_000, Ev::Crash((host + 1) % 3));
+            }
         }
     }
 
@@ -162,7 +167,11 @@ impl World {
         let now = self.time();
         if owner {
             let term = self.session();
-            let intent = self.hosts[host].disk.intent.clone();
+            let mut intent = self.hosts[host].disk.intent.clone();
+            if self.hosts[host].journal {
+                // The records and the content are of the same moment.
+                intent.iter_mut().for_each(|set| *set = BlockSet::new(set.device_blocks()));
+            }
             let told = self.broken != Broken::RestartsAreNotTold;
             for (at, replica) in self.hosts[host].replicas.iter_mut().enumerate() {
                 let shared = shared.as_ref().filter(|_| told).map(|shared| shared[at]);
@@ -207,8 +216,7 @@ impl World {
         if let Some((session, _)) = handed {
             let config = self.source_config();
             let devices = self.hosts[host].source_devices();
-            self.hosts[host].source =
-                Some(Source::restored(config, session, 1, devices, now));
+            self.hosts[host].source = Some(Source::restored(config, session, 1, devices, now));
         }
         if owner {
             self.boot_guest(host)?;

@@ -108,7 +108,7 @@ outcome! {
     chained: "moves on from a destination that still filled",
     wiped: "sources wiped after their release",
     back: "moves back to a host that had an old copy",
-    spared: "blocks that a host had from before and that were not sent",
+    spared: "blocks that had come otherwise and were not sent",
 }
 
 #[derive(Clone, Debug)]
@@ -175,6 +175,8 @@ pub(crate) struct World {
     early_release: bool,
     whole: bool,
     window: u64,
+    /// How often the guest flushes, in percent of a twentieth of what it does.
+    flushes: u64,
     outcome: Outcome,
 }
 
@@ -184,7 +186,7 @@ impl World {
     pub(crate) fn new(seed: u64, broken: Broken, loud: bool) -> Self {
         let mut random = Random::new(seed);
         let sizes: Vec<u64> = (0..1 + random.below(2)).map(|_| 2 + random.below(9)).collect();
-        let hosts = (0..3).map(|_| Host::new(&sizes)).collect();
+        let hosts = (0..3).map(|_| Host::new(&sizes, random.chance(50))).collect();
         let halves = sizes.iter().sum::<u64>() as usize * 2;
         let with_store = random.chance(60);
         Self {
@@ -209,6 +211,7 @@ impl World {
             early_release: with_store && random.chance(30),
             whole: random.chance(20),
             window: 512 << random.below(4),
+            flushes: [3, 100][random.below(2) as usize],
             sizes,
             random,
             outcome: Outcome::default(),
@@ -378,7 +381,7 @@ impl World {
                 Ok(())
             }
             Ev::Persist => {
-                self.soon(8_000, Ev::Persist);
+                self.soon(20_000, Ev::Persist);
                 let host = self.random.below(3) as usize;
                 if self.hosts[host].up {
                     self.hosts[host].persist();
@@ -448,17 +451,10 @@ impl World {
         }
         self.slots += 1;
         let (slot, now) = (self.slots, self.time());
-        let mut header = header;
-        match self.broken {
-            Broken::LateContentIsTaken => {
-                header.epoch = header.epoch.max(self.hosts[host].replica(header.device).clock());
-            }
-            Broken::ContentBeforeItsList => {
-                let start = header.range.start.0 as usize;
-                self.hosts[host].content[header.device.0 as usize][start..start + content.len()]
-                    .copy_from_slice(&content);
-            }
-            _ => {}
+        if self.broken == Broken::ContentBeforeItsList {
+            let start = header.range.start.0 as usize;
+            self.hosts[host].content[header.device.0 as usize][start..start + content.len()]
+                .copy_from_slice(&content);
         }
         self.hosts[host].slots.insert(slot, (header.device, header.range, content));
         if let Some(destination) = &mut self.hosts[host].destination {
@@ -554,7 +550,8 @@ impl World {
             let source = self.hosts[host].source.as_ref().and_then(|s| s.wake(now));
             let destination = self.hosts[host].destination.as_ref().and_then(|d| d.wake(now));
             if let Some(at) = source.into_iter().chain(destination).min() {
-                let (at, life) = ((at.as_micros() as u64).max(self.now + 50), self.hosts[host].life);
+                let (at, life) =
+                    ((at.as_micros() as u64).max(self.now + 50), self.hosts[host].life);
                 if at < self.hosts[host].wakes {
                     self.hosts[host].wakes = at;
                     self.at(at - self.now, Ev::Poll(host, life));
@@ -631,6 +628,13 @@ impl World {
             }
             Action::Released => {
                 self.outcome.releases += 1;
+                if self.now < self.troubled_until
+                    && self.random.chance(30)
+                    && let Some(owner) = self.guest.host
+                {
+                    // Now nobody else has what it says is durable.
+                    self.soon(1_500, Ev::Crash(owner));
+                }
                 self.end_source(host);
                 self.hosts[host].disk.handed = None;
                 let free = self.hosts[host].destination.is_none();
@@ -706,7 +710,14 @@ impl World {
                 self.soon(400, Ev::Stored(host, life, slot));
             }
             Action::Discard(slot) => {
-                self.hosts[host].slots.remove(&slot);
+                let dropped = self.hosts[host].slots.remove(&slot);
+                if let Some((device, range, content)) = dropped
+                    && self.broken == Broken::LateContentIsTaken
+                {
+                    let storing = Storing { device, range, content, parts: vec![range] };
+                    storing.put(&mut self.hosts[host], 0);
+                    storing.put(&mut self.hosts[host], 1);
+                }
             }
             Action::Here(device, ranges) => {
                 for range in ranges {

@@ -191,7 +191,10 @@ impl World {
                 let count = (end - start).saturating_sub(self.random.below(2)).max(1);
                 Kind::Write { first: start, count, state: Writing::Waits }
             }
-            _ => Kind::Flush(self.guest.reference.flush_begins()),
+            _ if self.random.chance(self.flushes) => {
+                Kind::Flush(self.guest.reference.flush_begins())
+            }
+            _ => Kind::Read(BlockRange::new(0, blocks)),
         };
         let op = self.guest.begin(device, kind);
         self.attempt(op)
@@ -286,6 +289,7 @@ impl World {
         };
         let done = count as usize / 2;
         self.put(host, device, first + done as u64, &values[done..]);
+        self.guest.reference.ended(&values);
         let now = self.time();
         if let Some(destination) = &mut self.hosts[host].destination {
             destination.wrote(now, device, claim, true);
