@@ -144,9 +144,9 @@ impl Guest {
             Disk::Vhost { socket, queues } => {
                 let socket = socket.display();
                 command.arg("-chardev").arg(format!("socket,id=vu,path={socket},reconnect=1"));
-                command
-                    .arg("-device")
-                    .arg(format!("vhost-user-blk-pci,chardev=vu,num-queues={queues},queue-size=128"));
+                command.arg("-device").arg(format!(
+                    "vhost-user-blk-pci,chardev=vu,num-queues={queues},queue-size=128"
+                ));
             }
             Disk::Nbd { socket } => {
                 let node = serde_json::json!({

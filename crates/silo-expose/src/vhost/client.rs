@@ -183,6 +183,11 @@ impl ClientQueue {
         self.data(slot).copy_to(bytes);
     }
 
+    /// Copies a part of a slot's data out, from `start`.
+    pub fn fetch_part(&self, slot: u16, start: usize, bytes: &mut [u8]) {
+        self.data(slot).part(start, bytes.len()).copy_to(bytes);
+    }
+
     /// A slot for [`ClientQueue::submit`]; `None` if all are under way.
     pub fn take_slot(&mut self) -> Option<u16> {
         self.free.pop()

@@ -1,0 +1,306 @@
+//! vhost-user-blk next to qemu-storage-daemon: the same client, the same file, the same requests.
+//!
+//! Each server is a process of its own (ours is this program, started again), and each serves its
+//! own copy of the file. The client is silo's own on the `vhost` crate's front end; it sleeps for
+//! its answers as a guest does. Every byte of every 4 KiB answer is compared, of the 1 MiB answers
+//! a part of each and every sixteenth as a whole; what was written is compared in the file.
+
+use super::{Group, Setting};
+use anyhow::{Context, Result, bail, ensure};
+use bench::{Row, Samples, Target};
+use silo::{
+    expose::vhost::{
+        VhostOptions, VhostServer,
+        client::{Ask, ClientOptions, ClientQueue, VhostClient},
+    },
+    source::{FileDevice, FileMode},
+};
+use std::{
+    fs::{self, File},
+    io::{BufRead, BufReader, Read},
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+pub(super) const GROUPS: &[Group] = &[Group {
+    name: "vhost",
+    about: "vhost-user-blk, next to qemu-storage-daemon: a file in the page cache, a file in memory",
+    bars: &["silo.vhost."],
+    run,
+}];
+
+/// Names the socket and the file, in the process that is the server.
+const SERVE: &str = "SILO_BENCH_VHOST";
+const BYTES: u64 = 256 << 20;
+const BLOCK: usize = 4096;
+const LARGE: usize = 1 << 20;
+const RUNS: usize = 7;
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// The content of a block: its number and the round of its last write in every word.
+fn pattern(block: u64, round: u64) -> [u8; 8] {
+    (block.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ round << 1 | 1).to_le_bytes()
+}
+
+fn is_pattern(bytes: &[u8], block: u64, round: u64) -> bool {
+    let word = pattern(block, round);
+    bytes.chunks_exact(8).all(|found| found == word)
+}
+
+struct Server {
+    name: &'static str,
+    child: Child,
+    client: VhostClient,
+    file: PathBuf,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Serves until the input ends: the other process of the benchmark.
+fn serve(place: &str) -> Result<()> {
+    let (socket, file) = place.split_once('\n').context("a socket and a file")?;
+    let device = FileDevice::open(Path::new(file), FileMode::ReadWrite)?;
+    let server = VhostServer::start(Path::new(socket), Arc::new(device), VhostOptions::default())?;
+    println!("serving");
+    std::io::stdin().read_to_end(&mut Vec::new())?;
+    server.stop(LIMIT)?;
+    Ok(())
+}
+
+fn make_file(path: &Path) -> Result<()> {
+    let file = File::create(path)?;
+    for start in (0..BYTES).step_by(LARGE) {
+        let block = start / BLOCK as u64;
+        let bytes: Vec<u8> = (block..block + (LARGE / BLOCK) as u64)
+            .flat_map(|block| pattern(block, 0).repeat(BLOCK / 8))
+            .collect();
+        file.write_all_at(&bytes, start)?;
+    }
+    // Nothing of it is written back while something is measured.
+    file.sync_all()?;
+    Ok(())
+}
+
+fn start(name: &'static str, folder: &Path, scratch: &Path) -> Result<Server> {
+    let (file, socket) = (folder.join(format!("{name}.img")), scratch.join(format!("{name}.sock")));
+    let _ = fs::remove_file(&socket);
+    make_file(&file)?;
+    let (file_text, socket_text) = (file.display(), socket.display());
+    let mut command = if name == "silo" {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["bench", "--only", "silo.vhost.", "--quick", "--output"]);
+        command.arg(scratch.join("server"));
+        command.env(SERVE, format!("{socket_text}\n{file_text}"));
+        command
+    } else {
+        let mut command = Command::new("qemu-storage-daemon");
+        command.args(["--object", "iothread,id=io"]);
+        command.arg("--blockdev");
+        command.arg(format!("driver=file,node-name=file,filename={file_text}"));
+        command.args(["--blockdev", "driver=raw,node-name=disk,file=file", "--export"]);
+        let thread = if name == "qemu-iothread" { ",iothread=io" } else { "" };
+        command.arg(format!(
+            "type=vhost-user-blk,id=export,node-name=disk,writable=on,addr.type=unix,\
+             addr.path={socket_text}{thread}"
+        ));
+        command
+    };
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().with_context(|| {
+            format!("could not start {name}; install the package qemu-system-common")
+        })?;
+    if name == "silo" {
+        let output = child.stdout.take().context("the server has no output")?;
+        let mut lines = BufReader::new(output).lines();
+        while lines.next().context("the server ended")?? != "serving" {}
+    }
+    let deadline = Instant::now() + LIMIT;
+    let options = ClientOptions { slot_bytes: LARGE, ..ClientOptions::default() };
+    let client = loop {
+        match VhostClient::connect(&socket, options) {
+            Ok(client) => break client,
+            Err(error) if Instant::now() > deadline => {
+                let _ = child.kill();
+                return Err(error).with_context(|| format!("{name} does not answer"));
+            }
+            // It makes its socket in a moment; there is nothing else to wait for.
+            Err(_) => std::thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    Ok(Server { name, child, client, file })
+}
+
+fn random(state: &mut u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state
+}
+
+/// What is asked for, over and over.
+#[derive(Clone, Copy)]
+struct Work {
+    ask: Ask,
+    bytes: usize,
+    depth: usize,
+    sequential: bool,
+}
+
+/// Random or sequential requests for a while; how long each took in µs, and how long all took.
+fn drive(
+    queue: &mut ClientQueue,
+    work: Work,
+    count: usize,
+    seed: u64,
+    round: u64,
+    rounds: &mut [u64],
+) -> Result<(f64, f64)> {
+    let Work { ask, bytes, depth, sequential } = work;
+    let (mut state, blocks) = (seed | 1, (bytes / BLOCK) as u64);
+    let places = BYTES / bytes as u64;
+    let mut buffer = vec![0; bytes];
+    let mut under_way = vec![None; 64];
+    let (mut sent, mut done, mut waits) = (0, 0, Vec::with_capacity(count));
+    let began = Instant::now();
+    while done < count {
+        while sent < count && usize::from(queue.under_way()) < depth {
+            let Some(slot) = queue.take_slot() else { break };
+            let place = if sequential { sent as u64 % places } else { random(&mut state) % places };
+            let first = place * blocks;
+            if ask == Ask::Write {
+                // The same block may be under way twice: both carry the same bytes.
+                for block in 0..blocks {
+                    let word = pattern(first + block, round);
+                    let at = block as usize * BLOCK;
+                    buffer[at..at + BLOCK]
+                        .chunks_exact_mut(8)
+                        .for_each(|b| b.copy_from_slice(&word));
+                    rounds[(first + block) as usize] = round;
+                }
+                queue.fill(slot, &buffer);
+            }
+            queue.submit(slot, ask, first * (BLOCK / 512) as u64, bytes);
+            under_way[usize::from(slot)] = Some((first, Instant::now()));
+            sent += 1;
+        }
+        queue.kick()?;
+        let (slot, status) = queue.wait(LIMIT)?;
+        ensure!(status == 0, "a request failed with status {status}");
+        let (first, at) = under_way[usize::from(slot)].take().context("answered twice")?;
+        waits.push(at.elapsed().as_secs_f64() * 1e6);
+        if ask == Ask::Read {
+            let (start, length) = if bytes == BLOCK || done % 16 == 0 {
+                (0, bytes)
+            } else {
+                (random(&mut state) as usize % blocks as usize * BLOCK, BLOCK)
+            };
+            queue.fetch_part(slot, start, &mut buffer[..length]);
+            for (index, bytes) in buffer[..length].chunks_exact(BLOCK).enumerate() {
+                let block = first + (start / BLOCK + index) as u64;
+                ensure!(is_pattern(bytes, block, rounds[block as usize]), "block {block} is wrong");
+            }
+        }
+        done += 1;
+    }
+    let seconds = began.elapsed().as_secs_f64();
+    Ok((Samples::new(waits).and_then(|waits| waits.median()).unwrap_or(0.0), seconds))
+}
+
+/// A bar: its name, its work, and how many requests a run has.
+struct Bar {
+    name: &'static str,
+    work: Work,
+    count: usize,
+    figure: Figure,
+}
+
+#[derive(Clone, Copy)]
+enum Figure {
+    Latency,
+    Rate,
+    Throughput,
+}
+
+fn bars() -> Vec<Bar> {
+    let small = |ask, depth| Work { ask, bytes: BLOCK, depth, sequential: false };
+    let large = |ask| Work { ask, bytes: LARGE, depth: 4, sequential: true };
+    let bar = |name, work, count, figure| Bar { name, work, count, figure };
+    vec![
+        bar("read 4 KiB, 1 at a time", small(Ask::Read, 1), 8000, Figure::Latency),
+        bar("write 4 KiB, 1 at a time", small(Ask::Write, 1), 8000, Figure::Latency),
+        bar("read 4 KiB, 16 at a time", small(Ask::Read, 16), 30_000, Figure::Rate),
+        bar("read 4 KiB, 32 at a time", small(Ask::Read, 32), 30_000, Figure::Rate),
+        bar("write 4 KiB, 32 at a time", small(Ask::Write, 32), 30_000, Figure::Rate),
+        bar("read 1 MiB", large(Ask::Read), 768, Figure::Throughput),
+        bar("write 1 MiB", large(Ask::Write), 256, Figure::Throughput),
+    ]
+}
+
+fn measure(place: &str, folder: &Path, setting: &Setting) -> Result<Vec<Row>> {
+    let names = ["silo", "qemu", "qemu-iothread"];
+    let mut servers = Vec::new();
+    for name in names {
+        servers.push(start(name, folder, &setting.scratch)?);
+    }
+    let mut rounds = vec![vec![0u64; BYTES as usize / BLOCK]; servers.len()];
+    let (mut rows, mut round) = (Vec::new(), 0);
+    for bar in bars() {
+        let mut figures = vec![Vec::new(); servers.len()];
+        for run in 0..RUNS {
+            round += 1;
+            for (index, server) in servers.iter_mut().enumerate() {
+                let count = setting.times(bar.count);
+                let queue = &mut server.client.queues[0];
+                let (median, seconds) =
+                    drive(queue, bar.work, count, run as u64 + 1, round, &mut rounds[index])
+                        .with_context(|| format!("{}: {}", server.name, bar.name))?;
+                figures[index].push(match bar.figure {
+                    Figure::Latency => median,
+                    Figure::Rate => count as f64 / seconds,
+                    Figure::Throughput => (count * bar.work.bytes) as f64 / seconds / 1e9,
+                });
+            }
+        }
+        let medians: Vec<f64> =
+            figures.into_iter().filter_map(|figures| Samples::new(figures)?.median()).collect();
+        let [ours, plain, iothread] = medians[..] else { bail!("a run gave no figure") };
+        let (unit, better, target) = match bar.figure {
+            Figure::Latency => ("µs", plain.min(iothread), Target::RatioAtMost(1.0)),
+            Figure::Rate => ("/s", plain.max(iothread), Target::RatioAtLeast(1.0)),
+            Figure::Throughput => ("GB/s", plain.max(iothread), Target::RatioAtLeast(1.0)),
+        };
+        let name = format!("silo.vhost.{place} {}", bar.name);
+        println!(
+            "   {name}: silo {ours:.2}, qemu {plain:.2}, with an I/O thread {iothread:.2} {unit}"
+        );
+        rows.push(Row::judged(&name, ours, unit, Some(better), Some(target)));
+    }
+    for (server, rounds) in servers.iter_mut().zip(&rounds) {
+        let queue = &mut server.client.queues[0];
+        ensure!(queue.call(Ask::Flush, 0, &mut [])? == 0, "{}: a flush failed", server.name);
+        let content = fs::read(&server.file)?;
+        for (block, bytes) in content.chunks_exact(BLOCK).enumerate() {
+            let fits = is_pattern(bytes, block as u64, rounds[block]);
+            ensure!(fits, "{}: block {block} of the file is wrong", server.name);
+        }
+    }
+    Ok(rows)
+}
+
+fn run(setting: &Setting) -> Result<Vec<Row>> {
+    if let Ok(place) = std::env::var(SERVE) {
+        return serve(&place).map(|()| Vec::new());
+    }
+    let mut rows = measure("file:", &setting.scratch, setting)?;
+    let memory = tempfile::Builder::new().prefix("silo-").tempdir_in("/dev/shm")?;
+    rows.extend(measure("memory:", memory.path(), setting)?);
+    Ok(rows)
+}
