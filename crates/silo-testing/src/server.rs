@@ -1,0 +1,237 @@
+//! `s3s-fs` behind hyper, on a port of the loopback, over a folder that vanishes with it.
+//!
+//! s3s-fs 0.14 checks conditions without a lock: two creates of one object could both win. Here
+//! conditional puts go one after the other.
+
+use crate::faults::{Fault, Faults, Request, file_of};
+use bytes::Bytes;
+use http_body_util::BodyExt;
+use hyper::{Response, StatusCode, body::Incoming, header, service::service_fn};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+};
+use s3s::{
+    Body, HttpError,
+    auth::SimpleAuth,
+    service::{S3Service, S3ServiceBuilder},
+};
+use std::{
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+use tokio::{net::TcpListener, runtime::Runtime, sync::Mutex};
+
+/// Why the server did not start.
+#[derive(Debug, thiserror::Error)]
+#[error("the S3 server for tests did not start: could not {operation}: {detail}")]
+pub struct ServerError {
+    operation: &'static str,
+    detail: String,
+}
+
+fn failed(operation: &'static str) -> impl Fn(io::Error) -> ServerError {
+    move |error| ServerError { operation, detail: error.to_string() }
+}
+
+/// A running server. It ends when it is dropped.
+pub struct S3Server {
+    address: SocketAddr,
+    folder: tempfile::TempDir,
+    faults: Arc<Faults>,
+    runtime: Option<Runtime>,
+}
+
+impl Drop for S3Server {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+struct Shared {
+    service: S3Service,
+    faults: Arc<Faults>,
+    root: PathBuf,
+    /// Held by whoever makes a conditional put.
+    conditional: Mutex<()>,
+}
+
+impl S3Server {
+    /// The bucket that is there.
+    pub const BUCKET: &'static str = "bucket";
+    const ACCESS: &'static str = "silo-test-access";
+    const SECRET: &'static str = "silo-test-secret";
+
+    /// Starts a server over a new folder in `parent`.
+    ///
+    /// # Errors
+    /// If there is no folder or port.
+    pub fn start(parent: &Path) -> Result<Self, ServerError> {
+        let folder = tempfile::Builder::new()
+            .prefix("s3-")
+            .tempdir_in(parent)
+            .map_err(failed("make a folder"))?;
+        let root = folder.path().to_owned();
+        std::fs::create_dir(root.join(Self::BUCKET)).map_err(failed("make a bucket"))?;
+        let files = s3s_fs::FileSystem::new(&root)
+            .map_err(|error| ServerError { operation: "open the folder", detail: format!("{error:?}") })?;
+        let mut builder = S3ServiceBuilder::new(files);
+        builder.set_auth(SimpleAuth::from_single(Self::ACCESS, Self::SECRET));
+        let faults = Arc::new(Faults::default());
+        let shared = Arc::new(Shared {
+            service: builder.build(),
+            faults: faults.clone(),
+            root,
+            conditional: Mutex::new(()),
+        });
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("s3-server")
+            .enable_all()
+            .build()
+            .map_err(failed("start threads"))?;
+        let listener = runtime
+            .block_on(TcpListener::bind(("127.0.0.1", 0)))
+            .map_err(failed("listen on the loopback"))?;
+        let address = listener.local_addr().map_err(failed("ask for the port"))?;
+        runtime.spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let _ = stream.set_nodelay(true);
+                let shared = shared.clone();
+                tokio::spawn(async move {
+                    let service = service_fn(move |request| {
+                        let shared = shared.clone();
+                        async move { shared.answer(request).await }
+                    });
+                    // A client that went away is its own affair.
+                    let _ = auto::Builder::new(TokioExecutor::new())
+                        .serve_connection(TokioIo::new(stream), service)
+                        .await;
+                });
+            }
+        });
+        Ok(Self { address, folder, faults, runtime: Some(runtime) })
+    }
+
+    /// Address of a folder in the bucket, as `silo` takes it.
+    #[must_use]
+    pub fn url(&self, folder: &str) -> String {
+        format!("s3://{}/{folder}?endpoint={}&region=us-east-1", Self::BUCKET, self.endpoint())
+    }
+
+    /// Address of the server.
+    #[must_use]
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Variables with credentials that it takes.
+    #[must_use]
+    pub fn credentials(&self) -> [(&'static str, &'static str); 2] {
+        [("AWS_ACCESS_KEY_ID", Self::ACCESS), ("AWS_SECRET_ACCESS_KEY", Self::SECRET)]
+    }
+
+    /// Where a test says what goes wrong.
+    #[must_use]
+    pub fn faults(&self) -> &Faults {
+        &self.faults
+    }
+
+    /// The file that holds an object.
+    #[must_use]
+    pub fn file(&self, key: &str) -> PathBuf {
+        file_of(self.folder.path(), Self::BUCKET, key)
+    }
+}
+
+impl Shared {
+    async fn answer(&self, request: hyper::Request<Incoming>) -> Result<Response<Body>, HttpError> {
+        let method = request.method().as_str().to_owned();
+        let path = request.uri().to_string();
+        let creates = request.headers().contains_key(header::IF_NONE_MATCH);
+        let range = request.headers().get(header::RANGE).cloned();
+        let fault = self.faults.meet(Request { method: method.clone(), path, creates });
+        match &fault {
+            Some(Fault::Slow(by)) => tokio::time::sleep(*by).await,
+            Some(Fault::Hangs) => std::future::pending().await,
+            Some(Fault::Status(status)) => {
+                // The body is taken, as a server does that fails at the end of its work.
+                let _ = request.into_body().collect().await;
+                return Ok(status_only(*status));
+            }
+            Some(Fault::Stale(key)) => {
+                let file = file_of(&self.root, S3Server::BUCKET, key);
+                return Ok(file_as_answer(&file, range.as_ref().and_then(|r| r.to_str().ok())));
+            }
+            Some(Fault::LostAnswer(_) | Fault::Truncated | Fault::WrongBytes) | None => {}
+        }
+        let request = request.map(Body::from);
+        let response = if creates && method == "PUT" {
+            let _alone = self.conditional.lock().await;
+            self.service.call(request).await?
+        } else {
+            self.service.call(request).await?
+        };
+        Ok(match fault {
+            Some(Fault::LostAnswer(status)) => status_only(status),
+            Some(Fault::Truncated) => {
+                let (parts, body) = response.into_parts();
+                let bytes = body.collect().await.map(http_body_util::Collected::to_bytes);
+                let bytes = bytes.unwrap_or_default();
+                // The header still says the whole length.
+                Response::from_parts(parts, Body::from(bytes.slice(..bytes.len() / 2)))
+            }
+            Some(Fault::WrongBytes) => {
+                let (parts, body) = response.into_parts();
+                let bytes = body.collect().await.map(http_body_util::Collected::to_bytes);
+                let mut bytes = bytes.unwrap_or_default().to_vec();
+                let middle = bytes.len() / 2;
+                if let Some(byte) = bytes.get_mut(middle) {
+                    *byte ^= 1;
+                }
+                Response::from_parts(parts, Body::from(bytes))
+            }
+            _ => response,
+        })
+    }
+}
+
+fn status_only(status: u16) -> Response<Body> {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() =
+        StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    response
+}
+
+/// Answers with a file, or the part of it that a range header asks for.
+fn file_as_answer(file: &Path, range: Option<&str>) -> Response<Body> {
+    let Ok(content) = std::fs::read(file) else { return status_only(404) };
+    let length = content.len();
+    let wanted = range.and_then(|range| range.strip_prefix("bytes=")?.split_once('-'));
+    let wanted = wanted.and_then(|(from, to)| {
+        let (from, to) = (from.parse::<usize>().ok()?, to.parse::<usize>().ok()?);
+        (from < length).then(|| from..(to + 1).min(length))
+    });
+    let mut response = match wanted {
+        None => Response::new(Body::from(content)),
+        Some(range) => {
+            let about = format!("bytes {}-{}/{length}", range.start, range.end - 1);
+            let mut response = Response::new(Body::from(Bytes::from(content).slice(range)));
+            *response.status_mut() = StatusCode::PARTIAL_CONTENT;
+            if let Ok(about) = about.parse() {
+                response.headers_mut().insert(header::CONTENT_RANGE, about);
+            }
+            response
+        }
+    };
+    for (name, value) in
+        [(header::ETAG, "\"stale\""), (header::LAST_MODIFIED, "Thu, 01 Jan 2026 00:00:00 GMT")]
+    {
+        response.headers_mut().insert(name, header::HeaderValue::from_static(value));
+    }
+    response
+}
