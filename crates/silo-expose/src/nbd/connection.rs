@@ -135,7 +135,11 @@ impl Connection {
         while !self.has_ended() {
             match self.turn(&mut desk, threads) {
                 Ok(()) => {}
-                Err(End::Closed) => self.ended.store(true, Ordering::Release),
+                Err(End::Closed) => {
+                    self.ended.store(true, Ordering::Release);
+                    // What is done is answered; the client may be gone, which is no news.
+                    let _ = self.send_batch(&mut desk);
+                }
                 Err(End::Broken(error)) => {
                     // The first to notice tells; the others fail because it hung up.
                     if !self.ended.swap(true, Ordering::AcqRel) && !self.client.is_draining() {
@@ -161,8 +165,9 @@ impl Connection {
                 self.send_batch(desk)?;
             }
             let request = receiver.next()?;
-            if request.command == Command::Disconnect {
-                self.send_batch(desk)?;
+            // A server that stops looks like a line that is cut, never like a disk that fails: a
+            // client that can will send again, to the next server, what was not answered.
+            if request.command == Command::Disconnect || self.client.is_draining() {
                 return Err(End::Closed);
             }
             if let Err(error) = self.admit(&request) {
@@ -177,7 +182,7 @@ impl Connection {
                 self.send_batch(desk)?;
                 self.keep_receiving(threads);
                 drop(receiver);
-                let answer = self.execute(&request, desk);
+                let answer = self.execute(&request, desk)?;
                 return self.reply(&request, answer, desk);
             }
         }
@@ -186,9 +191,6 @@ impl Connection {
 
     /// Checks what can be checked before anything is done or allocated.
     fn admit(&self, request: &Request) -> Result<(), WireError> {
-        if self.client.is_draining() {
-            return Err(WireError::Shutdown);
-        }
         let has_data = matches!(request.command, Command::Read | Command::Write);
         let known = match request.command {
             Command::Other(_) => false,
@@ -223,11 +225,7 @@ impl Connection {
         receiver: &mut Receiver,
         desk: &mut Desk,
     ) -> Result<Quick, End> {
-        let Some(hold) = self.export.hold(|| self.client.is_draining()) else {
-            receiver.skip(request.payload() as usize)?;
-            self.batch_result(request, Err(WireError::Shutdown), desk)?;
-            return Ok(Quick::Answered);
-        };
+        let hold = self.export.hold(|| self.client.is_draining()).ok_or(End::Closed)?;
         let (device, length) = (&*hold.device, request.length);
         match request.command {
             Command::Read if length <= SMALL => self.read_into_batch(request, device, desk),
@@ -341,11 +339,18 @@ impl Connection {
     }
 
     /// Does a request, waiting for what it needs.
-    fn execute(&self, request: &Request, desk: &mut Desk) -> Result<Answer, WireError> {
-        let Some(hold) = self.export.hold(|| self.client.is_draining()) else {
-            return Err(WireError::Shutdown);
-        };
-        self.execute_on(&*hold.device, request, desk).map_err(|error| tell(request, &error))
+    fn execute(
+        &self,
+        request: &Request,
+        desk: &mut Desk,
+    ) -> Result<Result<Answer, WireError>, End> {
+        let hold = self.export.hold(|| self.client.is_draining()).ok_or(End::Closed)?;
+        match self.execute_on(&*hold.device, request, desk) {
+            Ok(answer) => Ok(Ok(answer)),
+            // It failed because it was interrupted, most likely.
+            Err(_) if self.client.is_draining() => Err(End::Closed),
+            Err(error) => Ok(Err(tell(request, &error))),
+        }
     }
 
     fn execute_on(

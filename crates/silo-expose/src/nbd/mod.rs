@@ -33,7 +33,7 @@ mod server;
 mod uri;
 
 pub use attach::{Attach, attach, detach};
-pub use client::{NbdClient, NbdClientOptions};
+pub use client::{NbdClient, NbdClientOptions, Unflushed};
 pub use error::NbdError;
 pub use export::{Access, Export, ExportOptions, Exports, MAX_TEXT, Peers};
 pub use handshake::NbdSecurity;

@@ -64,7 +64,7 @@ impl Default for NbdOptions {
 enum Stage {
     Shaking,
     Asking,
-    /// The server stops: requests in hand are answered, new ones are refused.
+    /// The server stops: requests in hand are answered, no new ones are taken.
     Draining,
 }
 
@@ -295,10 +295,11 @@ impl NbdServer {
         self.shared.clients().connected
     }
 
-    /// Takes no more requests, ends waits for missing blocks with an error, answers the requests in
-    /// hand, and hangs up. Clients get half a second for that; then it hangs up on them whatever
-    /// the devices do. No request touches a device once this has returned `Ok`. What was written
-    /// and not flushed is as durable as before.
+    /// Takes no more requests, ends waits for missing blocks, answers what succeeds of the requests
+    /// in hand, and hangs up: to a client it is a line that is cut, and one that connects again will
+    /// send again what was not answered. Clients get half a second for that; then it hangs up on
+    /// them whatever the devices do. No request touches a device once this has returned `Ok`. What
+    /// was written and not flushed is as durable as before.
     ///
     /// # Errors
     /// If requests are still in hand after `limit`.

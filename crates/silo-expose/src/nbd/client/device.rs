@@ -99,12 +99,10 @@ impl NbdClient {
     ) -> io::Result<()> {
         loop {
             let session = self.run(&mut pieces())?;
-            let mut kept = lock(&self.kept);
-            if kept.session == session {
-                kept.put(offset, length, &content);
+            // If the server that answered is lost already, it is done once more.
+            if lock(&self.kept).put(session, offset, length, &content) {
                 return Ok(());
             }
-            // Answered by a server that was lost before this was noted: once more.
         }
     }
 
@@ -219,9 +217,9 @@ impl BlockDevice for NbdClient {
             return Ok(());
         }
         Err(io::Error::other(format!(
-            "{}: the server was lost after writes that had not been flushed, and they were more \
-             than the {} bytes that are kept to be sent again: their content is unknown",
-            self.endpoint, self.options.keep_unflushed
+            "{}: the server was lost after writes that had not been flushed, and they could not be \
+             written again: what is there is unknown",
+            self.endpoint
         )))
     }
 

@@ -147,17 +147,31 @@ impl Kept {
         Self { session: 0, limit, newer: Interval::new(), older: Interval::new(), lost: false }
     }
 
-    /// Something was written. `content` is only asked for if there is room for it.
-    pub(super) fn put(&mut self, offset: u64, bytes: u64, content: impl FnOnce() -> Content) {
+    /// Something was written, says the server of `session`. `content` is only asked for if there is
+    /// room for it. False if that server is lost, and the write must be done again.
+    pub(super) fn put(
+        &mut self,
+        session: u64,
+        offset: u64,
+        bytes: u64,
+        content: impl FnOnce() -> Content,
+    ) -> bool {
+        if session != self.session {
+            // Where nothing is kept nothing is done twice either: it counts as lost.
+            self.lost |= self.limit == 0;
+            return self.limit == 0;
+        }
         if self.newer.extent == Extent::NotAll {
-            return;
+            return true;
         }
         // It may cut another run in two.
         let more = bytes + 2 * RUN_COST;
         if self.newer.runs.cost + self.older.runs.cost + more > self.limit {
-            return self.newer.overflow();
+            self.newer.overflow();
+        } else {
+            self.newer.runs.put(offset, content());
         }
-        self.newer.runs.put(offset, content());
+        true
     }
 
     /// A flush begins: it covers everything so far. Only one flush is under way at a time.
@@ -232,7 +246,7 @@ mod tests {
                     _ => Content::data(&vec![byte; length as usize]),
                 };
                 apply(&mut live, offset, &content);
-                kept.put(offset, length, || content);
+                kept.put(0, offset, length, || content);
             }
             for (offset, content) in kept.after_loss(1) {
                 apply(&mut durable, offset, &content);
@@ -244,13 +258,14 @@ mod tests {
     #[test]
     fn beyond_the_bound_a_loss_is_told_by_the_next_flush_once() {
         let mut kept = Kept::new(1000);
-        kept.put(0, 600, || Content::data(&[1; 600]));
-        kept.put(0, 600, || panic!("there is no room for it"));
+        kept.put(0, 0, 600, || Content::data(&[1; 600]));
+        kept.put(0, 0, 600, || panic!("there is no room for it"));
         kept.begin_flush();
         assert!(kept.end_flush(), "nothing was lost");
-        kept.put(0, 2000, || panic!("there is no room for it"));
+        kept.put(0, 0, 2000, || panic!("there is no room for it"));
         assert!(kept.after_loss(1).is_empty());
-        kept.put(0, 10, || Content::data(&[2; 10]));
+        kept.put(1, 0, 10, || Content::data(&[2; 10]));
+        assert!(!kept.put(0, 0, 10, || panic!("that server is lost")));
         assert_eq!(kept.after_loss(2).len(), 1);
         kept.begin_flush();
         assert!(!kept.end_flush());
@@ -262,7 +277,7 @@ mod tests {
     fn what_is_kept_costs_no_more_than_the_bound() {
         let mut kept = Kept::new(100_000);
         for at in 0..10_000 {
-            kept.put(at * 10, 1, || Content::data(&[1]));
+            kept.put(0, at * 10, 1, || Content::data(&[1]));
             assert!(kept.newer.runs.cost <= 100_000);
         }
         assert_eq!(kept.newer.extent, Extent::NotAll);

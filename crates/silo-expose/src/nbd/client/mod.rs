@@ -7,13 +7,12 @@
 //! - Any number of threads ask at the same time; each connection has as many requests in flight as
 //!   are asked for. A long read or write leaves as several requests at once.
 //! - A connection that breaks is made again within [`NbdClientOptions::reconnect`], and requests in
-//!   flight are sent again. So is what was written since the last flush, as far as
-//!   [`NbdClientOptions::keep_unflushed`] reaches: a server that was killed has perhaps lost it. If
-//!   it cannot be sent again, the next flush fails.
-//! - A write that was sent and not answered when the connection broke is sent again. A server that
-//!   still works on the first copy could finish it later than the second, and even after a newer
-//!   write to the same place; servers here are through with a connection's requests long before
-//!   anybody overwrites, but NBD has no way to be sure.
+//!   flight are sent again. A server that was killed has perhaps lost what was written since the
+//!   last flush: that is sent again too, or the next flush fails ([`Unflushed`]).
+//! - A write that was sent and not answered when the connection broke is sent again, and so may be
+//!   done twice. Whoever writes to a place that somebody else is writing to at the same time can see
+//!   that; so can a server that still works on the first copy after it has answered the second. NBD
+//!   has no way to tell. As long as no connection is lost every write is done once.
 //! - No call waits longer than the silence and reconnect limits together;
 //!   [`BlockDevice::interrupt`] ends those that wait.
 
@@ -48,6 +47,21 @@ const PAUSES: [Duration; 2] = [Duration::from_millis(20), Duration::from_secs(1)
 /// Most connections to one server.
 const MAX_CONNECTIONS: usize = 32;
 
+/// What becomes of writes that no flush has made durable yet when the server is lost. It may have
+/// been killed and have lost them; a client cannot know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unflushed {
+    /// They may be lost: the next flush fails and says so.
+    Fail,
+    /// Up to so many bytes are kept here and written again to the next server; beyond that, as
+    /// [`Unflushed::Fail`]. Only where nobody else writes to the device: what another client wrote
+    /// meanwhile would be overwritten by what this one wrote before.
+    WriteAgain {
+        /// Most bytes that are kept.
+        bytes: u64,
+    },
+}
+
 /// How a client behaves.
 #[derive(Clone, Debug)]
 pub struct NbdClientOptions {
@@ -63,9 +77,8 @@ pub struct NbdClientOptions {
     pub silence_limit: Duration,
     /// How long a lost server is looked for before requests fail; zero fails at once.
     pub reconnect: Duration,
-    /// Bytes written since the last flush that are kept, to be sent again to a server that was
-    /// lost.
-    pub keep_unflushed: u64,
+    /// What becomes of writes that were not flushed when a server is lost.
+    pub unflushed: Unflushed,
 }
 
 impl Default for NbdClientOptions {
@@ -77,7 +90,7 @@ impl Default for NbdClientOptions {
             handshake_limit: Duration::from_secs(10),
             silence_limit: Duration::from_secs(60),
             reconnect: Duration::from_secs(30),
-            keep_unflushed: 64 << 20,
+            unflushed: Unflushed::Fail,
         }
     }
 }
@@ -92,12 +105,6 @@ struct Session {
 impl Session {
     fn link(&self) -> &Link {
         &self.links[self.next.fetch_add(1, Ordering::Relaxed) % self.links.len()]
-    }
-
-    fn close(&self, why: &str) {
-        for link in &self.links {
-            link.close(why);
-        }
     }
 }
 
@@ -136,7 +143,10 @@ impl NbdClient {
         let deadline = Instant::now() + options.handshake_limit;
         let (facts, links) = open(endpoint, &options, deadline, None).map_err(failed)?;
         let session = Session { number: 1, links, next: AtomicUsize::new(0) };
-        let mut kept = Kept::new(options.keep_unflushed);
+        let mut kept = Kept::new(match options.unflushed {
+            Unflushed::Fail => 0,
+            Unflushed::WriteAgain { bytes } => bytes,
+        });
         kept.session = session.number;
         Ok(Self {
             endpoint: endpoint.clone(),
@@ -223,7 +233,8 @@ impl NbdClient {
         if self.session().number != old.number {
             return Ok(());
         }
-        old.close("another connection to the same server was lost");
+        // Its other connections are left to themselves: what the server still answers there is done,
+        // and is not done again.
         let target = describe(&self.endpoint, &self.options.export);
         if !self.options.reconnect.is_zero() {
             tracing::warn!(%target, error = %lost, "an NBD server is lost; looking for it");
