@@ -9,7 +9,33 @@ use std::sync::LazyLock;
 type Target = fn(&[u8]);
 
 /// Every decoder, by the name that `FUZZ_TARGET` takes.
-const TARGETS: &[(&str, Target)] = &[];
+const TARGETS: &[(&str, Target)] = &[
+    ("base-cache", silo::fuzz::fuzz_base_cache),
+    ("binlog", silo::fuzz::fuzz_binlog),
+    ("directory", silo::fuzz::fuzz_directory),
+    ("journal", silo::fuzz::fuzz_journal),
+    ("manifest", silo::fuzz::fuzz_manifest),
+    ("maps", silo::fuzz::fuzz_maps),
+    ("object-manifest", silo::fuzz::fuzz_object_manifest),
+    ("sparse", silo::fuzz::fuzz_sparse),
+    ("move-codec", silo_move::codec::fuzz_decode),
+    ("move-frames", silo_move::wire::fuzz_frames),
+    ("move-messages", silo_move::wire::fuzz_messages),
+    ("move-preamble", silo_move::wire::fuzz_preamble),
+    ("move-to-destination", silo_move::wire::fuzz_to_destination),
+    ("move-to-source", silo_move::wire::fuzz_to_source),
+    ("nbd-client", silo_expose::nbd::fuzz_nbd_client),
+    ("nbd-messages", silo_expose::nbd::fuzz_nbd_messages),
+    ("nbd-server", silo_expose::nbd::fuzz_nbd_server),
+    ("store-entry", silo_store::fuzz_entry),
+    ("store-map", silo_store::fuzz_map),
+    ("store-pack", silo_store::fuzz_pack),
+    ("store-pack-index", silo_store::fuzz_pack_index),
+    ("store-runs", silo_store::fuzz_runs),
+    ("store-tombs", silo_store::fuzz_tombs),
+    ("vhost-chains", silo_expose::vhost::fuzz_chains),
+    ("vhost-inflight", silo_expose::vhost::fuzz_inflight),
+];
 
 static CHOSEN: LazyLock<Target> = LazyLock::new(|| {
     let wanted = std::env::var("FUZZ_TARGET").unwrap_or_default();
