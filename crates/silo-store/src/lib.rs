@@ -10,6 +10,7 @@ mod generation;
 mod keys;
 mod layout;
 mod log;
+mod objects;
 mod remote;
 mod store;
 mod wire;
@@ -26,6 +27,7 @@ pub use generation::{
 pub use keys::{BlockName, DataKeyId, KeyError, KeyId, KeyRing, KeySource};
 pub use layout::LineName;
 pub use log::fuzz_entry;
+pub use objects::Objects;
 pub use remote::{Environment, Limits, Requests, StoreUrl};
 pub use store::{Access, GenerationInfo, Rotation, Store};
 pub use writer::{LineWriter, PackOptions, Stored, WriterOptions};
