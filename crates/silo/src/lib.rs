@@ -44,6 +44,21 @@ pub mod fuzz {
         crate::layer::fuzz_cache(bytes);
     }
 
+    /// The manifest of a device of objects.
+    pub fn fuzz_object_manifest(bytes: &[u8]) {
+        crate::source::fuzz_manifest(bytes);
+    }
+
+    /// The mappings of a process, as the kernel lists them.
+    pub fn fuzz_maps(bytes: &[u8]) {
+        crate::source::fuzz_maps(bytes);
+    }
+
+    /// The log of a sparse device.
+    pub fn fuzz_sparse(bytes: &[u8]) {
+        crate::source::fuzz_sparse(bytes);
+    }
+
     /// A log of a device.
     pub fn fuzz_binlog(bytes: &[u8]) {
         crate::filter::binlog::fuzz_binlog(bytes);

@@ -16,14 +16,23 @@ mod directory;
 mod error;
 mod file;
 mod memory;
+mod object;
+mod process;
+mod sparse;
 mod sys;
 
 pub use directory::DirectoryDevice;
 pub use error::SourceError;
 pub use file::{FileDevice, FileMode};
 pub use memory::MemoryDevice;
+pub use object::ObjectDevice;
+pub use process::{MapChoice, Mapping, ProcessDevice, ProcessMode, ProcessScan, Stopped};
+pub use sparse::SparseDevice;
 
 pub(crate) use directory::fuzz_meta;
+pub(crate) use object::fuzz_manifest;
+pub(crate) use process::fuzz_maps;
+pub(crate) use sparse::fuzz_sparse;
 
 #[cfg(test)]
 pub(crate) mod tests;

@@ -154,3 +154,32 @@ fn check_01_a_directory_of_shards_of_any_size_holds_what_was_written() {
     };
     matrix(&make, &BLOCKS, true);
 }
+
+#[test]
+fn check_01_a_sparse_file_of_any_size_holds_what_was_written() {
+    let make = |dir: &Path, size, block| -> Arc<dyn BlockDevice> {
+        let path = dir.join("disk");
+        let device = match path.exists() {
+            true => SparseDevice::open(&path),
+            false => SparseDevice::create(&path, size, block),
+        };
+        Arc::new(device.unwrap())
+    };
+    matrix(&make, &BLOCKS, true);
+}
+
+#[test]
+fn check_01_objects_of_any_size_hold_what_was_written() {
+    use crate::store::{Environment, Limits, Objects, StoreUrl};
+    let make = |dir: &Path, size, block| -> Arc<dyn BlockDevice> {
+        let url: StoreUrl = format!("file://{}/store", dir.display()).parse().unwrap();
+        let objects = || Objects::open(&url, &Environment::default(), Limits::default()).unwrap();
+        let device = match dir.join("store/manifest").exists() {
+            true => ObjectDevice::open(objects(), true),
+            false => ObjectDevice::create(objects(), size, block),
+        };
+        Arc::new(device.unwrap())
+    };
+    // Each write of a block is a synced file: the smallest blocks would take minutes.
+    matrix(&make, &[64 << 10, 1 << 20], true);
+}
