@@ -2,24 +2,47 @@
 
 mod common;
 
-use common::{Random, WAIT, memory::Memory, rig::*, tap::Tap, until};
-use silo_block::{io::BlockDevice, session::source::Config};
-use silo_move::{Volume, destination, source};
+use common::{
+    Random, WAIT,
+    file::{Faulty, Op},
+    memory::Memory,
+    rig::*,
+    tap::{Tap, Way},
+    until,
+};
+use silo_block::{
+    hash::RootHash,
+    io::BlockDevice,
+    session::{Finish, Policy, messages::SessionId, source::Config},
+};
+use silo_move::{Content, Volume, destination, peer::Limits, source};
 use std::{
+    collections::BTreeMap,
     sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
+    time::{Duration, Instant},
 };
 
 const MIB: u64 = 1 << 20;
+/// Kinds of frames, as they are on the wire.
+const BLOCKS: u8 = 1;
+const TOKEN: u8 = 37;
+const NEED: u8 = 69;
 
 fn filled(size: u64, seed: u64) -> Arc<Memory> {
     let device = Arc::new(Memory::new(size));
+    fill(&*device, seed);
+    device
+}
+
+/// Noise, repeats and untouched parts.
+fn fill(device: &dyn BlockDevice, seed: u64) {
     let mut random = Random(seed);
     let mut chunk = vec![0; 64 << 10];
-    let mut at = 0;
+    let (mut at, size) = (0, device.size());
     while at < size {
         let length = (size - at).min(chunk.len() as u64) as usize;
         match random.below(4) {
@@ -35,7 +58,90 @@ fn filled(size: u64, seed: u64) -> Arc<Memory> {
         }
         at += length as u64;
     }
+}
+
+/// Noise everywhere.
+fn noise(size: u64, seed: u64) -> Arc<Memory> {
+    let device = Arc::new(Memory::new(size));
+    let mut chunk = vec![0; MIB as usize];
+    let mut random = Random(seed);
+    for at in (0..size).step_by(MIB as usize) {
+        random.fill(&mut chunk);
+        let length = (size - at).min(MIB) as usize;
+        device.write_at(at, &chunk[..length]).unwrap();
+    }
     device
+}
+
+fn quick() -> destination::Options {
+    let session = silo_block::session::destination::Config {
+        prefetch: 0,
+        ..silo_block::session::destination::Config::default()
+    };
+    destination::Options { session, ..destination::Options::default() }
+}
+
+/// Writes at random until told to stop; gives how many writes there were.
+fn write_until(volume: &Volume, stop: &AtomicBool, seed: u64) -> u64 {
+    let mut random = Random(seed);
+    let (mut count, size) = (0, volume.size());
+    while !stop.load(Ordering::Relaxed) {
+        let mut data = vec![0; random.below(9000) as usize + 1];
+        random.fill(&mut data);
+        let at = random.below(size - data.len() as u64);
+        match volume.write_at(at, &data) {
+            Ok(()) => count += 1,
+            // Handed over in the middle of a write: that one was never acknowledged.
+            Err(error) if error.kind() == std::io::ErrorKind::NotConnected => break,
+            Err(error) => panic!("{error}"),
+        }
+        if count % 8 == 0 {
+            thread::sleep(Duration::from_micros(200));
+        }
+    }
+    count
+}
+
+/// A session that runs at the destination while almost nothing has come: bulk may not be sent.
+struct Early {
+    device: Arc<Memory>,
+    there: Arc<Volume>,
+    receiver: Arc<Receiver>,
+    outbound: Option<silo_move::Outbound>,
+    host: Arc<Host>,
+    tap: Tap,
+    _server: silo_move::Server,
+}
+
+/// One byte a second for bulk: no more than a run for each connection leaves by itself.
+fn early(size: u64, options: destination::Options, patience: u64) -> Early {
+    let device = noise(size, 3);
+    let volume = owned("memory", device.clone(), 4096);
+    let there = empty("memory", Arc::new(Memory::new(size)), 4096);
+    let mut options = options;
+    options.session.patience = self::patience(patience);
+    let receiver = Receiver::new(vec![there.clone()], options);
+    let server = serve(&receiver);
+    let tap = Tap::new(Some(server.address()));
+    let host = Arc::new(Host::default());
+    let config = Config { patience: self::patience(patience), ..Config::default() };
+    let limits = Limits { bandwidth: Some(1), ..limits() };
+    let dial = silo_move::peer::Dial::new(
+        tap.address,
+        identity::HostName::new("b").unwrap(),
+        identity::Security::Plaintext,
+        limits,
+    );
+    let outbound = silo_move::Outbound::start(
+        vec![volume.clone()],
+        dial,
+        host.clone(),
+        source_options(config),
+    )
+    .unwrap();
+    outbound.switch();
+    receiver.host.wait_for(|seen| matches!(seen, Seen::Run(..)));
+    Early { device, there, receiver, outbound: Some(outbound), host, tap, _server: server }
 }
 
 #[test]
@@ -72,4 +178,645 @@ fn a_group_of_devices_moves_and_both_ends_say_so() {
     there[0].write_at(0, &[1]).unwrap();
     assert_eq!(report.links, 1);
     assert!(report.paths.fill > 0 && report.paths.plain + report.paths.packed > 0);
+}
+
+#[test]
+fn check_01_any_size_in_any_block_size_arrives_byte_for_byte() {
+    for block in [512u64, 4096, 64 << 10, 1 << 20] {
+        let sizes = [1, 511, 512, 4095, 4096, block - 1, block, block + 1, 3 * block + 78];
+        let devices: Vec<_> = sizes.iter().map(|size| noise(*size, *size)).collect();
+        let targets: Vec<_> = sizes.iter().map(|size| Arc::new(Memory::new(*size))).collect();
+        let device = |at: usize| format!("d{at}");
+        let volumes: Vec<_> = (0..sizes.len())
+            .map(|at| owned(&device(at), devices[at].clone(), block as u32))
+            .collect();
+        let there = (0..sizes.len())
+            .map(|at| empty(&device(at), targets[at].clone(), block as u32))
+            .collect();
+        let receiver = Receiver::new(there, destination::Options::default());
+        let server = serve(&receiver);
+        let host = Arc::new(Host::default());
+        start(&volumes, server.address(), &host, source::Options::default()).wait().unwrap();
+        receiver.session(1).wait().unwrap();
+        for (device, target) in devices.iter().zip(&targets) {
+            same(&**device, &**target);
+        }
+    }
+}
+
+#[test]
+fn check_02_a_device_of_zeros_sends_no_payload() {
+    let size = 64 * MIB;
+    let device = Arc::new(Memory::new(size));
+    // Written, so that nothing but its content says that it is zero.
+    (0..64).for_each(|at| device.write_at(at * MIB, &vec![0; MIB as usize]).unwrap());
+    let target = Arc::new(Memory::new(size));
+    let receiver = Receiver::new(vec![empty("m", target.clone(), 4096)], quick());
+    let server = serve(&receiver);
+    let volumes = [owned("m", device, 4096)];
+    let host = Arc::new(Host::default());
+    let report =
+        start(&volumes, server.address(), &host, source::Options::default()).wait().unwrap();
+    assert_eq!(report.paths.zero, size / 4096);
+    assert_eq!(report.paths.plain + report.paths.packed + report.paths.fill, 0);
+    assert!(report.wire.total() < size / 4096, "{:?}", report.wire);
+    assert_eq!(target.written.load(Ordering::Relaxed), 0, "zeros over zeros cost no write");
+}
+
+#[test]
+fn check_32_writers_and_any_order_across_connections_leave_the_same_bytes() {
+    for seed in 0..6 {
+        let size = 6 * MIB + 777;
+        let device = filled(size, seed);
+        let volume = owned("memory", device.clone(), 4096);
+        let target = Arc::new(Memory::new(size));
+        let there = empty("memory", target.clone(), 4096);
+        let receiver = Receiver::new(vec![there.clone()], destination::Options::default());
+        let server = serve(&receiver);
+        let tap = Tap::new(Some(server.address()));
+        tap.jitter(Duration::from_micros(1500));
+        let stop = Arc::new(AtomicBool::new(false));
+        let writers: Vec<_> = (0..2)
+            .map(|n| {
+                let (volume, stop) = (volume.clone(), stop.clone());
+                thread::spawn(move || write_until(&volume, &stop, seed * 10 + n))
+            })
+            .collect();
+        let finish = if seed % 2 == 0 { Finish::Hybrid } else { Finish::Whole };
+        let policy = Policy { finish, max_rounds: 6, ..Policy::default() };
+        let options = source_options(Config { policy, ..Config::default() });
+        let host = Arc::new(Host::default());
+        let dial = silo_move::peer::Dial::new(
+            tap.address,
+            identity::HostName::new("b").unwrap(),
+            identity::Security::Plaintext,
+            Limits { data: 4, ..limits() },
+        );
+        let outbound =
+            silo_move::Outbound::start(vec![volume.clone()], dial, host, options).unwrap();
+        let report = outbound.wait().unwrap();
+        stop.store(true, Ordering::Relaxed);
+        let writes: u64 = writers.into_iter().map(|thread| thread.join().unwrap()).sum();
+        receiver.session(1).wait().unwrap();
+        assert!(writes > 10 && report.rounds > 1, "{writes} writes, {} rounds", report.rounds);
+        same(&*device, &*target);
+    }
+}
+
+#[test]
+fn a_block_that_changes_a_little_in_every_round_travels_as_a_difference() {
+    let size = 4 * MIB;
+    let device = noise(size, 8);
+    let volume = owned("memory", device.clone(), 4096);
+    let target = Arc::new(Memory::new(size));
+    let receiver = Receiver::new(vec![empty("memory", target.clone(), 4096)], quick());
+    let server = serve(&receiver);
+    let policy = Policy { hold: true, pause: Duration::from_millis(5), ..Policy::default() };
+    let host = Arc::new(Host::default());
+    let options = source_options(Config { policy, ..Config::default() });
+    let outbound = start(std::slice::from_ref(&volume), server.address(), &host, options);
+    for round in 0..30u8 {
+        for block in 0..16 {
+            volume.write_at(block * 4096 + 100, &[round; 8]).unwrap();
+        }
+        let begun = outbound.progress().rounds;
+        until("two rounds", || outbound.progress().rounds >= begun + 2);
+    }
+    outbound.switch();
+    let report = outbound.wait().unwrap();
+    receiver.session(1).wait().unwrap();
+    same(&*device, &*target);
+    assert!(report.paths.delta > 200, "{:?}", report.paths);
+    assert!(report.wire.total() < size + size / 5, "{:?}", report.wire);
+}
+
+#[test]
+fn check_10_many_readers_of_one_absent_block_send_one_demand_and_all_get_it() {
+    let mut early = early(64 * MIB, quick(), 30_000);
+    let at = 40 * MIB;
+    let readers: Vec<_> = (0..12)
+        .map(|n| {
+            let there = early.there.clone();
+            thread::spawn(move || {
+                let mut got = vec![0; 100 + n];
+                there.read_at(at + n as u64, &mut got).unwrap();
+                got
+            })
+        })
+        .collect();
+    let mut expected = vec![0; 4096];
+    early.device.read_at(at, &mut expected).unwrap();
+    for (n, reader) in readers.into_iter().enumerate() {
+        assert_eq!(reader.join().unwrap(), expected[n..][..100 + n]);
+    }
+    assert_eq!(early.tap.kinds().get(&(Way::Back, NEED)).map(|seen| seen.0), Some(1));
+    assert!(early.receiver.session(1).waits().count >= 1);
+    let outbound = early.outbound.take().unwrap();
+    outbound.set_bandwidth(None);
+    let report = outbound.wait().unwrap();
+    let arrived = early.receiver.session(1).wait().unwrap();
+    assert_eq!(arrived.counters.demands, 1);
+    assert_eq!(report.sent[0], 1, "one block was sent as a demand: {:?}", report.sent);
+    same(&*early.device, &*early.there);
+}
+
+#[test]
+fn check_11_a_demanded_block_passes_all_that_have_not_left() {
+    let mut early = early(64 * MIB, quick(), 30_000);
+    let between = Arc::new(Mutex::new((false, 0u64, Vec::new())));
+    let noted = between.clone();
+    early.tap.at_each_frame(move |_, way, frame| {
+        let mut noted = noted.lock().unwrap();
+        match (way, frame[0], frame[1]) {
+            (Way::Back, NEED, _) => (noted.0, noted.1) = (true, 0),
+            (Way::Out, BLOCKS, 0) if noted.0 => {
+                let count = noted.1;
+                noted.2.push(count);
+                noted.0 = false;
+            }
+            (Way::Out, BLOCKS, _) => noted.1 += 1,
+            _ => {}
+        }
+        true
+    });
+    let outbound = early.outbound.take().unwrap();
+    // Bulk flows, slowly: dozens of runs are in the window all the time.
+    outbound.set_bandwidth(Some(20_000_000));
+    let mut random = Random(4);
+    for _ in 0..10 {
+        let block = random.below(16 * 1024) * 4096;
+        let (mut got, mut expected) = ([0; 512], [0; 512]);
+        early.there.read_at(block, &mut got).unwrap();
+        early.device.read_at(block, &mut expected).unwrap();
+        assert_eq!(got, expected);
+    }
+    outbound.set_bandwidth(None);
+    outbound.wait().unwrap();
+    early.receiver.session(1).wait().unwrap();
+    let counts = between.lock().unwrap().2.clone();
+    assert!(!counts.is_empty(), "no demand was seen");
+    // What is in the hands of the two senders may pass first, and a run that is on its way.
+    assert!(counts.iter().all(|count| *count <= 3), "bulk runs before the demanded: {counts:?}");
+    same(&*early.device, &*early.there);
+}
+
+#[test]
+fn check_08_and_09_writes_at_the_destination_before_arrival_survive_all_that_comes_later() {
+    let mut early = early(8 * MIB, quick(), 30_000);
+    let expected = Memory::new(8 * MIB);
+    let mut all = bytes(&*early.device);
+    // A whole block, part of one, and both ends of a run.
+    let writes: [(u64, usize); 3] = [(5 * MIB, 4096), (6 * MIB + 100, 50), (7 * MIB - 10, 20_000)];
+    for (n, (at, length)) in writes.into_iter().enumerate() {
+        let data = vec![n as u8 + 1; length];
+        early.there.write_at(at, &data).unwrap();
+        all[at as usize..][..length].copy_from_slice(&data);
+        let mut got = vec![0; length];
+        early.there.read_at(at, &mut got).unwrap();
+        assert_eq!(got, data);
+    }
+    expected.write_at(0, &all).unwrap();
+    let outbound = early.outbound.take().unwrap();
+    outbound.set_bandwidth(None);
+    outbound.wait().unwrap();
+    let arrived = early.receiver.session(1).wait().unwrap();
+    assert!(arrived.counters.written >= 5, "{:?}", arrived.counters);
+    same(&expected, &*early.there);
+}
+
+#[test]
+fn check_17_without_the_source_reads_of_what_is_missing_fail_in_time_and_the_rest_works() {
+    let early = early(16 * MIB, quick(), 1500);
+    early.there.write_at(0, &[7; 4096]).unwrap();
+    early.tap.cut();
+    let begin = Instant::now();
+    let error = early.there.read_at(12 * MIB, &mut [0; 512]).unwrap_err();
+    assert!(begin.elapsed() < Duration::from_secs(8), "{:?}", begin.elapsed());
+    let text = error.to_string();
+    assert!(text.contains("\"memory\"") && text.contains("post-copy"), "{text}");
+    // Soon without a wait.
+    until("reads fail at once", || {
+        let begin = Instant::now();
+        early.there.read_at(13 * MIB, &mut [0; 512]).is_err()
+            && begin.elapsed() < Duration::from_millis(100)
+    });
+    let mut got = [0; 4096];
+    early.there.read_at(0, &mut got).unwrap();
+    assert_eq!(got, [7; 4096]);
+    // The line comes back: so does everything else.
+    early.tap.mend();
+    early.outbound.as_ref().unwrap().set_bandwidth(None);
+    early.receiver.session(1).wait().unwrap();
+    let mut got = vec![0; 4096];
+    early.there.read_at(12 * MIB, &mut got).unwrap();
+    let mut expected = vec![0; 4096];
+    early.device.read_at(12 * MIB, &mut expected).unwrap();
+    assert_eq!(got, expected);
+}
+
+#[test]
+fn check_18_a_destination_lost_in_any_phase_costs_nothing_and_a_second_move_succeeds() {
+    let (hello, round, blocks) = (32, 34, BLOCKS);
+    // Cut for good when the first frame of a kind passes; the last is in the middle of the bulk.
+    for (way, kind, after) in [
+        (Way::Out, hello, 0),
+        (Way::Back, 66, 0),
+        (Way::Out, round, 0),
+        (Way::Out, blocks, 0),
+        (Way::Out, blocks, 9),
+    ] {
+        let device = noise(16 * MIB, 5);
+        let volume = owned("memory", device.clone(), 4096);
+        let receiver =
+            Receiver::new(vec![empty("memory", Arc::new(Memory::new(16 * MIB)), 4096)], quick());
+        let server = serve(&receiver);
+        let tap = Tap::new(Some(server.address()));
+        let seen = AtomicU64::new(0);
+        tap.at_each_frame(move |_, of, frame| {
+            let hit = of == way && frame[0] == kind;
+            !(hit && seen.fetch_add(1, Ordering::SeqCst) >= after)
+        });
+        let config = Config { patience: patience(700), ..Config::default() };
+        let host = Arc::new(Host::default());
+        let begin = Instant::now();
+        let outbound =
+            start(std::slice::from_ref(&volume), tap.address, &host, source_options(config));
+        let error = outbound.wait().unwrap_err();
+        assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+        assert!(error.owned, "{error}");
+        assert!(error.to_string().contains("host b"), "{error}");
+        // Writers never noticed.
+        volume.write_at(123, b"still here").unwrap();
+        drop(server);
+        let target = Arc::new(Memory::new(16 * MIB));
+        let second = Receiver::new(vec![empty("memory", target.clone(), 4096)], quick());
+        let server = serve(&second);
+        start(std::slice::from_ref(&volume), server.address(), &host, source::Options::default())
+            .wait()
+            .unwrap();
+        second.session(1).wait().unwrap();
+        same(&*device, &*target);
+    }
+}
+
+#[test]
+fn check_19_after_a_cut_only_what_is_missing_or_dirty_is_sent() {
+    let size = 48 * MIB;
+    let device = noise(size, 6);
+    let volume = owned("memory", device.clone(), 4096);
+    let target = Arc::new(Memory::new(size));
+    let receiver = Receiver::new(vec![empty("memory", target.clone(), 4096)], quick());
+    let server = serve(&receiver);
+    let tap = Tap::new(Some(server.address()));
+    // Three cuts, at a quarter, the half and three quarters of the bytes, of a second each.
+    let next = AtomicU64::new(1);
+    let line = tap.clone();
+    let passed = Arc::new(AtomicU64::new(0));
+    let count = passed.clone();
+    tap.at_each_frame(move |_, way, frame| {
+        if way == Way::Back || frame[0] != BLOCKS {
+            return true;
+        }
+        let bytes = count.fetch_add(frame.len() as u64, Ordering::SeqCst);
+        let number = next.load(Ordering::SeqCst);
+        if number < 4 && bytes >= number * size / 4 {
+            next.store(number + 1, Ordering::SeqCst);
+            let line = line.clone();
+            thread::spawn(move || {
+                thread::sleep(Duration::from_secs(1));
+                line.mend();
+            });
+            return false;
+        }
+        true
+    });
+    let config = Config { window: 4 << 20, ..Config::default() };
+    let host = Arc::new(Host::default());
+    let outbound = start(std::slice::from_ref(&volume), tap.address, &host, source_options(config));
+    // Somebody writes before, between and after the cuts.
+    let stop = Arc::new(AtomicBool::new(false));
+    let writer = {
+        let (volume, stop) = (volume.clone(), stop.clone());
+        thread::spawn(move || {
+            let mut random = Random(1);
+            while !stop.load(Ordering::Relaxed) {
+                if volume.write_at(random.below(64) * 4096, &random.next().to_le_bytes()).is_err() {
+                    return;
+                }
+                thread::sleep(Duration::from_millis(5));
+            }
+        })
+    };
+    let report = outbound.wait().unwrap();
+    stop.store(true, Ordering::Relaxed);
+    writer.join().unwrap();
+    receiver.session(1).wait().unwrap();
+    same(&*device, &*target);
+    assert_eq!(report.links, 4);
+    // All once, a window for each cut, and 64 blocks for each round.
+    let most = size + 3 * (5 << 20) + u64::from(report.rounds) * 64 * 4096;
+    assert!(report.paths.content <= most, "{} of {most}", report.paths.content);
+}
+
+#[test]
+fn check_20_a_full_disk_a_short_write_or_an_error_fails_the_move_and_authority_stays() {
+    let errors: [fn() -> std::io::Error; 3] = [
+        || std::io::Error::from_raw_os_error(libc::ENOSPC),
+        || std::io::ErrorKind::WriteZero.into(),
+        || std::io::Error::from_raw_os_error(libc::EIO),
+    ];
+    for (number, error) in errors.into_iter().enumerate() {
+        for dirty in [false, true] {
+            let device = noise(4 * MIB, 9);
+            let volume = owned("root", device.clone(), 4096);
+            let target = Arc::new(Faulty::new(Memory::new(4 * MIB)));
+            let place = MIB + 4096 * 3;
+            let touched =
+                move |offset: u64, length: u64| offset <= place && place < offset + length;
+            let writes = AtomicU64::new(0);
+            target.set(move |op, offset, length| {
+                let hit = op == Op::Write && touched(offset, length);
+                // In the dirty phase: the first copy goes well, the next does not.
+                let nth = if hit { writes.fetch_add(1, Ordering::SeqCst) } else { 0 };
+                (hit && nth >= u64::from(dirty)).then(error)
+            });
+            let receiver = Receiver::new(vec![empty("root", target.clone(), 4096)], quick());
+            let server = serve(&receiver);
+            let policy = Policy { hold: true, ..Policy::default() };
+            let host = Arc::new(Host::default());
+            let options = source_options(Config { policy, ..Config::default() });
+            let outbound = start(std::slice::from_ref(&volume), server.address(), &host, options);
+            if dirty {
+                until("the first copy", || outbound.progress().rounds >= 3);
+                volume.write_at(place, b"again").unwrap();
+            }
+            let failure = outbound.wait().unwrap_err();
+            let text = failure.to_string();
+            assert!(failure.owned && text.contains("device \"root\""), "{number}: {text}");
+            assert!(text.contains("could not store"), "{text}");
+            assert!(receiver.session(1).wait().is_err());
+            assert!(!receiver.host.seen().iter().any(|seen| matches!(seen, Seen::Run(..))));
+            volume.write_at(place, b"goes on").unwrap();
+        }
+    }
+}
+
+#[test]
+fn check_22_blocks_of_a_base_are_trusted_only_if_its_root_is_the_same() {
+    let size = 8 * MIB;
+    let base = noise(size, 10);
+    let root = RootHash::from(*blake3::hash(&bytes(&*base)).as_bytes());
+    let other = noise(size, 11);
+    let wrong = RootHash::from(*blake3::hash(&bytes(&*other)).as_bytes());
+    for (there, content, same_base) in [(&base, root, true), (&other, wrong, false)] {
+        // The source: a copy of the base with one block written.
+        let device = Arc::new(Memory::new(size));
+        device.write_at(0, &bytes(&*base)).unwrap();
+        let id = SessionId([1; 16]);
+        let volume = Volume::owned(name("root"), device.clone(), 4096, Content::Base(root), id);
+        let volume = Arc::new(volume.unwrap());
+        volume.write_at(MIB, b"changed").unwrap();
+        let target = Arc::new(Memory::new(size));
+        target.write_at(0, &bytes(&**there)).unwrap();
+        let untouched =
+            Volume::untouched(name("root"), target.clone(), 4096, Content::Base(content)).unwrap();
+        let receiver = Receiver::new(vec![Arc::new(untouched)], quick());
+        let server = serve(&receiver);
+        let host = Arc::new(Host::default());
+        let report =
+            start(&[volume], server.address(), &host, source::Options::default()).wait().unwrap();
+        receiver.session(1).wait().unwrap();
+        let expected = if same_base { 4096 } else { size };
+        assert_eq!(report.paths.content, expected);
+        same(&*device, &*target);
+    }
+}
+
+#[test]
+fn check_31_a_device_that_stores_slowly_does_not_hold_the_others() {
+    let (slow, fast) = (noise(8 * MIB, 12), noise(8 * MIB, 13));
+    let target = Arc::new(Faulty::new(Memory::new(8 * MIB)));
+    let release = Arc::new(AtomicBool::new(false));
+    let gate = release.clone();
+    let done = Arc::new(AtomicU64::new(0));
+    target.set(move |op, _, _| {
+        let begin = Instant::now();
+        // Each store takes seconds until the other device is done.
+        while op == Op::Write && !gate.load(Ordering::Relaxed) && begin.elapsed() < WAIT / 30 {
+            thread::sleep(Duration::from_millis(5));
+        }
+        None
+    });
+    let other = Arc::new(Memory::new(8 * MIB));
+    let there = vec![empty("slow", target.clone(), 4096), empty("fast", other.clone(), 4096)];
+    let receiver = Receiver::new(there, quick());
+    let server = serve(&receiver);
+    let volumes = [owned("slow", slow.clone(), 4096), owned("fast", fast.clone(), 4096)];
+    let host = Arc::new(Host::default());
+    let outbound = start(&volumes, server.address(), &host, source::Options::default());
+    until("the fast device is there", || {
+        done.store(other.written.load(Ordering::Relaxed), Ordering::Relaxed);
+        done.load(Ordering::Relaxed) >= 8 * MIB
+    });
+    release.store(true, Ordering::Relaxed);
+    outbound.wait().unwrap();
+    receiver.session(1).wait().unwrap();
+    same(&*fast, &*other);
+    same(&*slow, &*target);
+}
+
+#[test]
+fn check_36_devices_of_a_group_share_the_line_by_what_is_left_and_change_hands_at_one_point() {
+    let sizes = [24 * MIB, 12 * MIB, 4 * MIB];
+    let names = ["large", "middle", "small"];
+    let devices: Vec<_> = sizes.iter().map(|size| noise(*size, *size)).collect();
+    let volumes: Vec<_> = (0..3).map(|at| owned(names[at], devices[at].clone(), 4096)).collect();
+    let targets: Vec<_> = sizes.iter().map(|size| Arc::new(Memory::new(*size))).collect();
+    let there = (0..3).map(|at| empty(names[at], targets[at].clone(), 4096)).collect();
+    let receiver = Receiver::new(there, quick());
+    let server = serve(&receiver);
+    let tap = Tap::new(Some(server.address()));
+    let shares = Arc::new(Mutex::new((BTreeMap::<u16, u64>::new(), Vec::new(), 0)));
+    let noted = shares.clone();
+    tap.at_each_frame(move |_, way, frame| {
+        let mut noted = noted.lock().unwrap();
+        if way == Way::Out && frame[0] == TOKEN {
+            noted.2 += 1;
+        }
+        if way == Way::Out && frame[0] == BLOCKS {
+            let device = u16::from_le_bytes([frame[2], frame[3]]);
+            *noted.0.entry(device).or_default() += frame.len() as u64;
+            // At the half of it all.
+            if noted.1.is_empty() && noted.0.values().sum::<u64>() >= 20 * MIB {
+                noted.1 = noted.0.values().copied().collect();
+            }
+        }
+        true
+    });
+    let host = Arc::new(Host::default());
+    let options = source_options(Config { window: 4 << 20, ..Config::default() });
+    start(&volumes, tap.address, &host, options).wait().unwrap();
+    receiver.session(1).wait().unwrap();
+    let noted = shares.lock().unwrap();
+    let half = &noted.1;
+    for at in 0..3 {
+        let share = half[at] as f64 / sizes[at] as f64;
+        assert!((0.3..0.8).contains(&share), "device {at} is at {share:.2} of its size: {half:?}");
+        same(&*devices[at], &*targets[at]);
+    }
+    assert_eq!(noted.2, 1, "one token for all");
+    let runs = receiver.host.seen().iter().filter(|s| matches!(s, Seen::Run(..))).count();
+    assert_eq!(runs, 1);
+}
+
+#[test]
+fn check_38_a_chain_through_a_host_that_is_still_filling_is_right() {
+    let mut first = early(8 * MIB, quick(), 30_000);
+    let bottom = Arc::new(Memory::new(8 * MIB));
+    let third = empty("memory", bottom.clone(), 4096);
+    let receiver = Receiver::new(vec![third.clone()], quick());
+    let server = serve(&receiver);
+    // B writes, and gives everything on to C while almost all of it is still at A.
+    first.there.write_at(3 * MIB + 5, b"written at b").unwrap();
+    assert!(first.there.absent() > 1000, "b misses {} blocks", first.there.absent());
+    let host = Arc::new(Host::default());
+    let onward = start(
+        std::slice::from_ref(&first.there),
+        server.address(),
+        &host,
+        source::Options::default(),
+    );
+    first.outbound.as_ref().unwrap().set_bandwidth(None);
+    let report = onward.wait().unwrap();
+    receiver.session(1).wait().unwrap();
+    first.outbound.take().unwrap().wait().unwrap();
+    let mut expected = bytes(&*first.device);
+    expected[3 * MIB as usize + 5..][..12].copy_from_slice(b"written at b");
+    assert!(bytes(&*bottom) == expected, "c has other bytes");
+    assert!(report.paths.content >= 8 * MIB - 4096);
+}
+
+#[test]
+fn check_38_the_way_back_costs_what_was_written_since() {
+    let device = noise(8 * MIB, 20);
+    let home = owned("memory", device.clone(), 4096);
+    let target = Arc::new(Memory::new(8 * MIB));
+    let away = empty("memory", target.clone(), 4096);
+    let host = Arc::new(Host::default());
+    let (here, there) =
+        (Receiver::new(vec![home.clone()], quick()), Receiver::new(vec![away.clone()], quick()));
+    let (to_here, to_there) = (serve(&here), serve(&there));
+    // Forth and back, three times.
+    for turn in 0..3u64 {
+        let forth = start(
+            std::slice::from_ref(&home),
+            to_there.address(),
+            &host,
+            source::Options::default(),
+        );
+        let forth = forth.wait().unwrap();
+        there.session(turn as usize + 1).wait().unwrap();
+        let most = if turn == 0 { 8 * MIB } else { 2 * 4096 };
+        assert!(forth.paths.content <= most, "turn {turn}: {} bytes", forth.paths.content);
+        away.write_at(turn * MIB + 99, b"written there").unwrap();
+        let back = start(
+            std::slice::from_ref(&away),
+            to_here.address(),
+            &host,
+            source::Options::default(),
+        );
+        let back = back.wait().unwrap();
+        here.session(turn as usize + 1).wait().unwrap();
+        assert_eq!(back.paths.content, 4096, "turn {turn}");
+        same(&*device, &*target);
+        home.write_at(turn * MIB + 500_000, b"written here").unwrap();
+    }
+}
+
+#[test]
+fn check_41_no_path_and_no_secret_leaves_and_none_that_comes_is_obeyed() {
+    let dir = tempfile::Builder::new().prefix("SECRET-PATH").tempdir().unwrap();
+    let path = dir.path().join("SECRET-FILE.img");
+    let file = common::file::FileDevice::open(&path, MIB).unwrap();
+    let volume = owned("root", Arc::new(file), 4096);
+    volume.write_at(0, b"content").unwrap();
+    let target = Arc::new(Memory::new(MIB));
+    let receiver = Receiver::new(vec![empty("root", target, 4096)], quick());
+    let server = serve(&receiver);
+    let tap = Tap::new(Some(server.address()));
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let noted = seen.clone();
+    tap.at_each_frame(move |_, _, frame| {
+        noted.lock().unwrap().extend_from_slice(frame);
+        true
+    });
+    let ledger = silo_move::ledger::FileLedger::new(dir.path().join("SECRET-NOTE"));
+    let key = *b"SECRET-KEY-0123456789-0123456789";
+    let options = source::Options {
+        ledger: Some(Arc::new(ledger)),
+        naming: silo_move::codec::Naming::Keyed(key),
+        ..source::Options::default()
+    };
+    let host = Arc::new(Host::default());
+    start(&[volume], tap.address, &host, options).wait().unwrap();
+    receiver.session(1).wait().unwrap();
+    let seen = seen.lock().unwrap();
+    assert!(seen.windows(4).any(|part| part == b"root"), "the tap sees the bytes");
+    assert!(!seen.windows(6).any(|part| part == b"SECRET"), "a secret is on the wire");
+    drop(seen);
+    // Names that could be paths cannot be made, and names that this host does not know are refused.
+    assert!(silo_block::device::DeviceName::new("../../etc/passwd").is_none());
+    let stranger = owned("shadow", Arc::new(Memory::new(MIB)), 4096);
+    let error = start(&[stranger.clone()], server.address(), &host, source::Options::default())
+        .wait()
+        .unwrap_err();
+    assert!(error.to_string().contains("no such device"), "{error}");
+    stranger.write_at(0, &[1]).unwrap();
+}
+
+#[test]
+fn check_42_bytes_paths_phases_and_waits_agree_with_an_independent_tap() {
+    let mut early = early(16 * MIB, quick(), 30_000);
+    let mut waited = Vec::new();
+    for block in (0..64).map(|n| 2000 + n * 31) {
+        let begin = Instant::now();
+        early.there.read_at(block * 4096, &mut [0; 64]).unwrap();
+        waited.push(begin.elapsed());
+    }
+    let outbound = early.outbound.take().unwrap();
+    outbound.set_bandwidth(None);
+    let report = outbound.wait().unwrap();
+    let arrived = early.receiver.session(1).wait().unwrap();
+    let seen = early.tap.kinds();
+    let sum = |way: Way, which: &dyn Fn(u8) -> bool| -> u64 {
+        let chosen = seen.iter().filter(|((of, kind), _)| *of == way && which(*kind));
+        chosen.map(|(_, (_, bytes))| bytes).sum()
+    };
+    let (out, back) = (sum(Way::Out, &|kind| kind != BLOCKS), sum(Way::Back, &|_| true));
+    let blocks = sum(Way::Out, &|kind| kind == BLOCKS);
+    for (wire, sent, received) in [(report.wire, out, back), (arrived.wire, back, out)] {
+        assert_eq!((wire.control_sent, wire.control_received), (sent, received));
+        assert_eq!(wire.data + wire.demand, blocks);
+    }
+    assert_eq!(report.wire.total(), early.tap.bytes());
+    // Every block went one way, and all of them were noise.
+    assert_eq!(report.paths.plain * 4096, report.paths.content);
+    assert_eq!(report.sent.iter().sum::<u64>() * 4096, report.paths.content);
+    let phases = report.timings;
+    let parts = phases.connect + phases.filling + phases.quiesce + phases.switch + phases.following;
+    assert!(parts <= phases.total && phases.total - parts < Duration::from_millis(500));
+    // What the volume says of waits is what whoever waited saw.
+    waited.sort();
+    let summary = arrived.waits;
+    assert!(summary.count >= 50, "{summary:?}");
+    let near = |a: Duration, b: Duration| {
+        a <= b.mul_f64(1.3) + Duration::from_micros(200)
+            && b <= a.mul_f64(1.3) + Duration::from_micros(200)
+    };
+    let (p50, p99) = (waited[waited.len() / 2], waited[waited.len() - 1]);
+    assert!(near(summary.p50, p50), "{:?}, seen {p50:?}", summary.p50);
+    assert!(near(summary.longest, p99), "{:?}, seen {p99:?}", summary.longest);
+    assert!(summary.p99 <= summary.longest);
+    let blackout = early.host.seen();
+    assert!(blackout.contains(&Seen::HandedOver));
 }

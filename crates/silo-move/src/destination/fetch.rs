@@ -22,7 +22,7 @@ use std::{
 };
 
 /// Promised hashes, which the machine keeps and the fetchers ask by.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct SharedHashes(Arc<Mutex<MemoryHashes>>);
 
 impl Hashes for SharedHashes {

@@ -455,7 +455,10 @@ impl Shared {
     ) -> Result<DestinationReport, MoveError> {
         let end = loop {
             // Polls, so that deadlines are kept, and does what concerns readers.
-            self.with_machine(None, |_, _| ());
+            let step = self.with_machine(None, |machine, _| machine.phase().clone()).0;
+            if let Some(step) = step {
+                self.note_phase(&step);
+            }
             let mut core = lock(&self.core);
             if core.pending.is_empty() {
                 let now = self.now();
@@ -467,11 +470,7 @@ impl Shared {
                 continue;
             }
             let actions: Vec<Action> = core.pending.drain(..).collect();
-            let step = core.machine.as_ref().map(|machine| machine.phase().clone());
             drop(core);
-            if let Some(step) = step {
-                self.note_phase(&step);
-            }
             // One note says all that several would.
             let notes = actions.iter().filter(|action| matches!(action, Action::Note(_))).count();
             if notes > 0 && self.options.ledger.is_some() {

@@ -391,6 +391,8 @@ impl Shared {
                 let Some(action) = machine.poll(self.now()) else { break };
                 actions.push(action);
             }
+            let step = machine.phase().clone();
+            self.note_phase(&step);
             if actions.is_empty() {
                 let now = self.now();
                 let wake = machine.wake(now).unwrap_or(now + Duration::from_secs(1));
@@ -401,9 +403,7 @@ impl Shared {
                 drop(guard);
                 continue;
             }
-            let step = machine.phase().clone();
             drop(machine);
-            self.note_phase(&step);
             let mut end = None;
             for action in actions.drain(..) {
                 end = self.perform(action, chores).or(end);

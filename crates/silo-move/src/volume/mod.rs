@@ -38,7 +38,7 @@ use silo_block::{
 use std::{
     io,
     sync::{
-        Arc, Condvar, Mutex, PoisonError,
+        Arc, Condvar, Mutex, PoisonError, RwLock,
         atomic::{AtomicU8, Ordering},
     },
     time::{Duration, Instant},
@@ -134,6 +134,8 @@ pub struct Volume {
     /// Blocks of a new device that nothing was stored in since it was made of zeros.
     blank: Option<Here>,
     mode: AtomicU8,
+    /// Held for reading between a look at the mode and the guard of a round, where that matters.
+    entering: RwLock<()>,
     knowledge: Mutex<Knowledge>,
     /// The mode has changed.
     changed: Condvar,
@@ -239,6 +241,7 @@ impl Volume {
             here: Here::new(geometry.blocks(), replica.absent()),
             blank: new.then(|| Here::new(geometry.blocks(), &BlockSet::new(geometry.blocks()))),
             mode: AtomicU8::new(mode as u8),
+            entering: RwLock::new(()),
             knowledge: Mutex::new(Knowledge::Own(Box::new(replica))),
             changed: Condvar::new(),
             waiting: Mutex::new(()),
@@ -348,6 +351,8 @@ impl Volume {
     /// Lets nobody write from here on; who is inside ends in the open round.
     pub(crate) fn pause(&self) {
         self.change(|mode| if mode == Mode::Open { Mode::Paused } else { mode });
+        // Whoever saw it open is inside its round when this is had.
+        drop(self.entering.write().unwrap_or_else(PoisonError::into_inner));
     }
 
     pub(crate) fn resume(&self) {
@@ -500,43 +505,64 @@ impl Volume {
     ) -> io::Result<()> {
         self.check(offset, length)?;
         let touched = self.geometry.touched(offset, length);
-        loop {
-            let rounds = self.rounds();
-            let guard = rounds.write(touched);
-            if self.mode() != Mode::Open {
-                // Not inside a round that somebody waits for the end of. The mark that it left is
-                // a block sent in vain at worst.
-                drop(guard);
-                self.admit()?;
-                continue;
-            }
-            if let Some(blank) = &self.blank {
-                blank.remove(touched);
-            }
-            if self.here.has(touched) {
-                return write();
-            }
-            drop(guard);
-            let Some((hub, device)) = self.hub() else {
-                let text = format!("blocks of device \"{}\" are not here", self.name);
-                return Err(io::Error::other(text));
-            };
-            let claimed = match hub.write(device, offset, length) {
-                Turn::Go(range) => range,
-                Turn::Fail(error) => return Err(error),
-            };
-            let guard = rounds.write(touched);
-            if self.mode() != Mode::Open {
-                drop(guard);
-                hub.wrote(device, claimed, false);
-                self.admit()?;
-                continue;
-            }
-            let result = write();
-            hub.wrote(device, claimed, result.is_ok());
-            drop(guard);
-            return result;
+        if let Some(blank) = &self.blank {
+            blank.remove(touched);
         }
+        loop {
+            if self.mode() != Mode::Open {
+                self.admit()?;
+                continue;
+            }
+            let rounds = self.rounds();
+            if self.here.has(touched) {
+                let guard = rounds.write(touched);
+                // Looked at again inside the round: whoever pauses the volume and then closes the
+                // round waits for this write, or this write sees that it is paused. The mark that
+                // it leaves then is a block sent in vain at worst.
+                if self.mode() == Mode::Open {
+                    let result = write();
+                    drop(guard);
+                    return result;
+                }
+                continue;
+            }
+            if let Some(result) = self.change_absent(offset, length, touched, &write)? {
+                return result;
+            }
+        }
+    }
+
+    /// A write to blocks of which some are not here. None if it is to be tried again.
+    fn change_absent(
+        &self,
+        offset: u64,
+        length: u64,
+        touched: BlockRange,
+        write: &impl Fn() -> io::Result<()>,
+    ) -> io::Result<Option<io::Result<()>>> {
+        let Some((hub, device)) = self.hub() else {
+            let text = format!("blocks of device \"{}\" are not here", self.name);
+            return Err(io::Error::other(text));
+        };
+        let claimed = match hub.write(device, offset, length) {
+            Turn::Go(range) => range,
+            Turn::Fail(error) => return Err(error),
+        };
+        // An absent block must not get an epoch without a write: what comes for it would be late.
+        // So the mode does not change between the look at it and the guard.
+        let entering = self.entering.read().unwrap_or_else(PoisonError::into_inner);
+        if self.mode() != Mode::Open {
+            drop(entering);
+            hub.wrote(device, claimed, false);
+            return Ok(None);
+        }
+        let rounds = self.rounds();
+        let guard = rounds.write(touched);
+        drop(entering);
+        let result = write();
+        hub.wrote(device, claimed, result.is_ok());
+        drop(guard);
+        Ok(Some(result))
     }
 }
 

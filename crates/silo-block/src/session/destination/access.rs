@@ -329,6 +329,6 @@ impl Incoming {
 
 impl Phase {
     fn may_write(&self) -> bool {
-        matches!(self, Self::Running | Self::Durable | Self::Complete)
+        matches!(self, Self::Starting | Self::Running | Self::Durable | Self::Complete)
     }
 }
