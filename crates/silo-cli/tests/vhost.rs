@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
+#[path = "../src/bench/guest.rs"]
 mod guest;
 
 use guest::{Disk, Guest, LIMIT};
@@ -169,25 +170,28 @@ fn a_guest_goes_on_while_its_daemon_is_killed_and_started_again_and_loses_nothin
     let (device, socket) = (ext4(dir.path(), 128), dir.path().join("vhost"));
     let mut daemon = Daemon::start(&device, &socket);
     let disk = Disk::Vhost { socket: &socket, queues: 2 };
-    let mut guest = Guest::start(dir.path(), &disk, &[]);
-    guest.run("mount -t ext4 /dev/vda /mnt");
+    let mut guest = Guest::start(dir.path(), &[disk]).unwrap();
+    guest.run("mount -t ext4 /dev/vda /mnt").unwrap();
     // Writers and a reader that never rest; sums are kept in memory.
     guest.begin(
         "for i in $(seq 1 60); do dd if=/dev/urandom of=/mnt/f$i bs=64k count=8 2> /dev/null && \
          md5sum /mnt/f$i >> /tmp/sums && sync; done; echo written",
-    );
+    )
+    .unwrap();
     for _ in 0..4 {
         thread::sleep(Duration::from_millis(1500)); // the guest writes meanwhile
         daemon.kill();
         daemon = Daemon::start(&device, &socket);
     }
-    assert!(guest.finish(Duration::from_secs(300)).contains("written"));
-    guest.run("umount /mnt && echo 3 > /proc/sys/vm/drop_caches && mount -t ext4 /dev/vda /mnt");
-    let sums = guest.run("md5sum -c /tmp/sums | grep -c OK");
+    assert!(guest.finish(Duration::from_secs(300)).unwrap().contains("written"));
+    guest
+        .run("umount /mnt && echo 3 > /proc/sys/vm/drop_caches && mount -t ext4 /dev/vda /mnt")
+        .unwrap();
+    let sums = guest.run("md5sum -c /tmp/sums | grep -c OK").unwrap();
     assert_eq!(sums.trim(), "60");
-    let errors = guest.run("dmesg | grep -ciE 'I/O error|EXT4-fs error|hung' || true");
+    let errors = guest.run("dmesg | grep -ciE 'I/O error|EXT4-fs error|hung' || true").unwrap();
     assert_eq!(errors.trim(), "0");
-    guest.run("rm /mnt/f1? && sync && fstrim /mnt && umount /mnt");
+    guest.run("rm /mnt/f1? && sync && fstrim /mnt && umount /mnt").unwrap();
     drop(guest);
     daemon.end();
 
@@ -206,14 +210,16 @@ fn a_guest_sees_its_disk_grow() {
     fs::File::create(&device).unwrap().set_len(16 << 20).unwrap();
     let mut daemon = Daemon::start(&device, &socket);
     let disk = Disk::Vhost { socket: &socket, queues: 1 };
-    let mut guest = Guest::start(dir.path(), &disk, &[]);
-    assert_eq!(guest.run("cat /sys/block/vda/size").trim(), "32768");
+    let mut guest = Guest::start(dir.path(), &[disk]).unwrap();
+    assert_eq!(guest.run("cat /sys/block/vda/size").unwrap().trim(), "32768");
     writeln!(daemon.input, "grow {}", 32 << 20).unwrap();
     daemon.await_line("grown");
     let grown = "for i in $(seq 1 100); do [ $(cat /sys/block/vda/size) = 65536 ] && break; \
                  sleep 0.1; done; cat /sys/block/vda/size";
-    assert_eq!(guest.run(grown).trim(), "65536");
-    guest.run("dd if=/proc/version of=/dev/vda bs=4k seek=8191 conv=sync,fsync 2> /dev/null");
+    assert_eq!(guest.run(grown).unwrap().trim(), "65536");
+    guest
+        .run("dd if=/proc/version of=/dev/vda bs=4k seek=8191 conv=sync,fsync 2> /dev/null")
+        .unwrap();
     drop(guest);
     daemon.end();
     let bytes = fs::read(&device).unwrap();

@@ -5,10 +5,15 @@
 //! its answers as a guest does. Every byte of every 4 KiB answer is compared, of the 1 MiB answers
 //! a part of each and every sixteenth as a whole; what was written is compared in the file.
 
+#[path = "guest.rs"]
+mod guest;
+
 use super::{Group, Setting};
 use anyhow::{Context, Result, bail, ensure};
 use bench::{Row, Samples, Target};
+use guest::{Disk, Guest};
 use silo::{
+    expose::nbd::{NbdOptions, NbdServer},
     expose::vhost::{
         VhostOptions, VhostServer,
         client::{Ask, ClientOptions, ClientQueue, VhostClient},
@@ -18,19 +23,27 @@ use silo::{
 use std::{
     fs::{self, File},
     io::{BufRead, BufReader, Read},
-    os::unix::fs::FileExt,
+    os::unix::{fs::FileExt, net::UnixStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::Arc,
     time::{Duration, Instant},
 };
 
-pub(super) const GROUPS: &[Group] = &[Group {
-    name: "vhost",
-    about: "vhost-user-blk, next to qemu-storage-daemon: a file in the page cache, a file in memory",
-    bars: &["silo.vhost."],
-    run,
-}];
+pub(super) const GROUPS: &[Group] = &[
+    Group {
+        name: "vhost",
+        about: "vhost-user-blk, next to qemu-storage-daemon: a file in the page cache, a file in memory",
+        bars: &["silo.vhost."],
+        run,
+    },
+    Group {
+        name: "vhost-guest",
+        about: "a guest's disk by vhost-user-blk, next to qemu-storage-daemon and to NBD",
+        bars: &["silo.vhost-guest."],
+        run: run_guest,
+    },
+];
 
 /// Names the socket and the file, in the process that is the server.
 const SERVE: &str = "SILO_BENCH_VHOST";
@@ -50,11 +63,18 @@ fn is_pattern(bytes: &[u8], block: u64, round: u64) -> bool {
     bytes.chunks_exact(8).all(|found| found == word)
 }
 
+/// A server's process, and what it serves.
 struct Server {
-    name: &'static str,
     child: Child,
-    client: VhostClient,
     file: PathBuf,
+    socket: PathBuf,
+}
+
+/// A client of one of the servers.
+struct Subject {
+    name: &'static str,
+    client: VhostClient,
+    server: Server,
 }
 
 impl Drop for Server {
@@ -89,7 +109,8 @@ fn make_file(path: &Path) -> Result<()> {
     Ok(())
 }
 
-fn start(name: &'static str, folder: &Path, scratch: &Path) -> Result<Server> {
+/// Starts a server, and waits until it answers.
+fn start_server(name: &str, folder: &Path, scratch: &Path) -> Result<Server> {
     let (file, socket) = (folder.join(format!("{name}.img")), scratch.join(format!("{name}.sock")));
     let _ = fs::remove_file(&socket);
     make_file(&file)?;
@@ -122,20 +143,23 @@ fn start(name: &'static str, folder: &Path, scratch: &Path) -> Result<Server> {
         let mut lines = BufReader::new(output).lines();
         while lines.next().context("the server ended")?? != "serving" {}
     }
+    let mut server = Server { child, file, socket };
     let deadline = Instant::now() + LIMIT;
+    // QEMU's makes its socket in a moment; there is nothing else to wait for.
+    while UnixStream::connect(&server.socket).is_err() {
+        let ended = server.child.try_wait()?.is_some() || Instant::now() > deadline;
+        ensure!(!ended, "{name} does not answer on {}", server.socket.display());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(server)
+}
+
+fn start(name: &'static str, folder: &Path, scratch: &Path) -> Result<Subject> {
+    let server = start_server(name, folder, scratch)?;
     let options = ClientOptions { slot_bytes: LARGE, ..ClientOptions::default() };
-    let client = loop {
-        match VhostClient::connect(&socket, options) {
-            Ok(client) => break client,
-            Err(error) if Instant::now() > deadline => {
-                let _ = child.kill();
-                return Err(error).with_context(|| format!("{name} does not answer"));
-            }
-            // It makes its socket in a moment; there is nothing else to wait for.
-            Err(_) => std::thread::sleep(Duration::from_millis(20)),
-        }
-    };
-    Ok(Server { name, child, client, file })
+    let client = VhostClient::connect(&server.socket, options)
+        .with_context(|| format!("{name} refuses the client"))?;
+    Ok(Subject { name, client, server })
 }
 
 fn random(state: &mut u64) -> u64 {
@@ -286,7 +310,7 @@ fn measure(place: &str, folder: &Path, setting: &Setting) -> Result<Vec<Row>> {
     for (server, rounds) in servers.iter_mut().zip(&rounds) {
         let queue = &mut server.client.queues[0];
         ensure!(queue.call(Ask::Flush, 0, &mut [])? == 0, "{}: a flush failed", server.name);
-        let content = fs::read(&server.file)?;
+        let content = fs::read(&server.server.file)?;
         for (block, bytes) in content.chunks_exact(BLOCK).enumerate() {
             let fits = is_pattern(bytes, block as u64, rounds[block]);
             ensure!(fits, "{}: block {block} of the file is wrong", server.name);
@@ -302,5 +326,109 @@ fn run(setting: &Setting) -> Result<Vec<Row>> {
     let mut rows = measure("file:", &setting.scratch, setting)?;
     let memory = tempfile::Builder::new().prefix("silo-").tempdir_in("/dev/shm")?;
     rows.extend(measure("memory:", memory.path(), setting)?);
+    Ok(rows)
+}
+
+/// The same file three times, in one guest: our server, QEMU's, and our NBD server by QEMU's own
+/// driver, as drafter starts its machines. All requests bypass the guest's cache; its processors
+/// are translated, so that every figure has a large part that is the guest's own. Timed here, from a
+/// command to its end.
+fn run_guest(setting: &Setting) -> Result<Vec<Row>> {
+    let ours = start_server("silo", &setting.scratch, &setting.scratch)?;
+    let theirs = start_server("qemu", &setting.scratch, &setting.scratch)?;
+    let file = setting.scratch.join("nbd.img");
+    make_file(&file)?;
+    let socket = setting.scratch.join("nbd.sock");
+    let device = Arc::new(FileDevice::open(&file, FileMode::ReadWrite)?);
+    let nbd = NbdServer::start(&socket, device, NbdOptions::default())?;
+    let disks = [
+        Disk::Vhost { socket: &ours.socket, queues: 1 },
+        Disk::Vhost { socket: &theirs.socket, queues: 1 },
+        Disk::Nbd { socket: &socket },
+    ];
+    let mut guest = Guest::start(&setting.scratch, &disks)?;
+    let names = ["vda", "vdb", "vdc"];
+    // All three are what they should be, by what the guest reads.
+    let sums: Vec<String> = names
+        .iter()
+        .map(|name| {
+            guest.run(&format!(
+                "dd if=/dev/{name} bs=1M count=16 iflag=direct 2> /dev/null | md5sum"
+            ))
+        })
+        .collect::<Result<_>>()?;
+    let begin = setting.scratch.join("begin");
+    fs::write(&begin, &fs::read(&file)?[..16 << 20])?;
+    let expected = Command::new("md5sum").arg(&begin).output().context("md5sum")?.stdout;
+    let expected = String::from_utf8_lossy(&expected[..32.min(expected.len())]).into_owned();
+    ensure!(sums.iter().all(|sum| sum.starts_with(&expected)), "the guest reads {sums:?}");
+    guest.run("dd if=/dev/urandom of=/tmp/noise bs=1M count=32 2> /dev/null")?;
+
+    let count = setting.times(3000);
+    let parallel = |name: &str| {
+        let one = format!(
+            "dd if=/dev/{name} of=/dev/null bs=4k count={} skip=$((i * 4000)) iflag=direct &",
+            count / 3
+        );
+        format!("for i in 0 1 2 3 4 5 6 7; do {one} done; wait")
+    };
+    type Line<'a> = Box<dyn Fn(&str) -> String + 'a>;
+    let works: [(&str, f64, Line<'_>); 5] = [
+        (
+            "read 4 KiB",
+            count as f64,
+            Box::new(|name| {
+                format!("dd if=/dev/{name} of=/dev/null bs=4k count={count} iflag=direct")
+            }),
+        ),
+        (
+            "write 4 KiB",
+            count as f64,
+            Box::new(|name| {
+                let to = format!("of=/dev/{name} bs=4k count={count} seek=8192");
+                format!("dd if=/tmp/noise {to} oflag=direct conv=notrunc")
+            }),
+        ),
+        ("read 4 KiB, 8 at a time", (count / 3 * 8) as f64, Box::new(parallel)),
+        (
+            "read 1 MiB",
+            256.0,
+            Box::new(|name| format!("dd if=/dev/{name} of=/dev/null bs=1M count=256 iflag=direct")),
+        ),
+        (
+            "write 1 MiB",
+            32.0,
+            Box::new(|name| {
+                format!("dd if=/tmp/noise of=/dev/{name} bs=1M seek=64 oflag=direct conv=notrunc")
+            }),
+        ),
+    ];
+    let mut rows = Vec::new();
+    for (what, requests, command) in &works {
+        let mut figures = vec![Vec::new(); names.len()];
+        for _ in 0..RUNS {
+            for (figures, name) in figures.iter_mut().zip(names) {
+                // The guest's `dd` does not say; a command that does nothing takes 2 ms.
+                let began = Instant::now();
+                guest.run(&command(name))?;
+                figures.push(began.elapsed().as_secs_f64() * 1e6 / requests);
+            }
+        }
+        let medians: Vec<f64> =
+            figures.into_iter().filter_map(|figures| Samples::new(figures)?.median()).collect();
+        let [ours, theirs, nbd] = medians[..] else { bail!("a run gave no figure") };
+        let (bar, target) = (format!("silo.vhost-guest.{what}"), Target::RatioAtMost(1.0));
+        rows.push(Row::judged(&bar, ours, "µs", Some(theirs), Some(target)));
+        rows.push(Row::judged(&format!("{bar}, next to NBD"), ours, "µs", Some(nbd), None));
+    }
+    guest.run("sync; for d in vda vdb vdc; do blockdev --flushbufs /dev/$d; done")?;
+    drop(guest);
+    nbd.stop(LIMIT)?;
+    let contents: Vec<Vec<u8>> = [&ours.file, &theirs.file, &file]
+        .into_iter()
+        .map(fs::read)
+        .collect::<std::io::Result<_>>()?;
+    ensure!(contents.iter().all(|content| *content == contents[0]), "the disks differ");
+    ensure!(!is_pattern(&contents[0][64 << 20..][..BLOCK], 16_384, 0), "nothing was written");
     Ok(rows)
 }

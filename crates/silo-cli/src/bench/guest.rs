@@ -1,11 +1,11 @@
-//! A small Linux guest under QEMU's translator with one disk and a shell on its serial line.
+//! A small Linux guest under QEMU's translator with disks and a shell on its serial line, for the
+//! benchmarks and (by path) for the tests.
 //!
 //! The kernel and the base of its initramfs are those of drafter's tests: `scripts/test.sh` builds
 //! them (or `crates/drafter/src/driver/qemu/tests/guest/build.sh target/test-guest`). The machine
 //! is what drafter starts: microvm with PCI, memory in a shared memfd.
 
-#![allow(dead_code, unreachable_pub, missing_docs, reason = "each test file uses a part of it")]
-
+use anyhow::{Context, Result, bail, ensure};
 use std::{
     fs,
     io::{BufRead, BufReader, Write},
@@ -17,8 +17,9 @@ use std::{
 };
 
 /// A boot under a translator on a busy host.
-pub const BOOT: Duration = Duration::from_secs(120);
-pub const LIMIT: Duration = Duration::from_secs(120);
+const BOOT: Duration = Duration::from_secs(120);
+/// How long a command may take.
+pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 
 const INIT: &str = "#!/bin/busybox sh
 /bin/busybox mkdir -p /proc /sys /dev /tmp /mnt /sbin /usr/bin /usr/sbin
@@ -38,13 +39,14 @@ while read -r line; do
 done
 ";
 
-/// How the guest gets its disk.
-pub enum Disk<'a> {
+/// How the guest gets a disk.
+pub(crate) enum Disk<'a> {
     Vhost { socket: &'a Path, queues: u16 },
     Nbd { socket: &'a Path },
 }
 
-pub struct Guest {
+/// A running guest.
+pub(crate) struct Guest {
     child: Child,
     input: ChildStdin,
     lines: Receiver<String>,
@@ -72,20 +74,20 @@ fn cpio_entry(name: &str, mode: u32, content: &[u8]) -> Vec<u8> {
     out
 }
 
-fn test_guest() -> (PathBuf, PathBuf) {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap();
+fn test_guest() -> Result<(PathBuf, PathBuf)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let named = |variable: &str, file: &str| {
         std::env::var_os(variable)
             .map_or_else(|| root.join("target/test-guest").join(file), PathBuf::from)
     };
     let kernel = named("DRAFTER_TEST_KERNEL", "vmlinux");
     let initramfs = named("DRAFTER_TEST_INITRAMFS", "initramfs.cpio");
-    assert!(
+    ensure!(
         kernel.exists() && initramfs.exists(),
         "{} is missing: run scripts/test.sh, which builds the guest of the tests",
         kernel.display()
     );
-    (kernel, initramfs)
+    Ok((kernel, initramfs))
 }
 
 /// The rate of the time stamp counter: microvm's guest cannot measure it on a busy host.
@@ -105,34 +107,21 @@ fn tsc_khz() -> u64 {
 }
 
 impl Guest {
-    /// Boots it; `files` (name, mode, content) are added to its initramfs.
-    pub fn start(dir: &Path, disk: &Disk<'_>, files: &[(&str, u32, Vec<u8>)]) -> Self {
-        let (kernel, base) = test_guest();
-        let mut initramfs = fs::read(base).unwrap();
+    /// Boots it with these disks, which it calls vda, vdb and so on.
+    pub(crate) fn start(dir: &Path, disks: &[Disk<'_>]) -> Result<Self> {
+        let (kernel, base) = test_guest()?;
+        let mut initramfs = fs::read(base)?;
         initramfs.resize(initramfs.len().next_multiple_of(512), 0);
         initramfs.extend(cpio_entry("init", 0o100_755, INIT.as_bytes()));
-        let mut folders = std::collections::BTreeSet::new();
-        for (name, mode, content) in files {
-            for folder in Path::new(name).ancestors().skip(1).collect::<Vec<_>>().iter().rev() {
-                let folder = folder.to_str().unwrap();
-                if !folder.is_empty() && folders.insert(folder.to_owned()) {
-                    initramfs.extend(cpio_entry(folder, 0o040_755, b""));
-                }
-            }
-            initramfs.extend(cpio_entry(name, *mode, content));
-        }
         initramfs.extend(cpio_entry("TRAILER!!!", 0, b""));
         let image = dir.join("initramfs.cpio");
-        fs::write(&image, initramfs).unwrap();
+        fs::write(&image, initramfs)?;
 
         let mut command = Command::new("qemu-system-x86_64");
         command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
         command.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "256M"]);
-        command.args(["-object", "memory-backend-memfd,id=ram0,size=256M,share=on"]);
-        command.args([
-            "-M",
-            "microvm,x-option-roms=off,isa-serial=on,rtc=on,pcie=on,memory-backend=ram0",
-        ]);
+        command.args(["-object", "memory-backend-memfd,id=ram0,size=256M,share=on", "-M"]);
+        command.arg("microvm,x-option-roms=off,isa-serial=on,rtc=on,pcie=on,memory-backend=ram0");
         command.arg("-kernel").arg(kernel).arg("-initrd").arg(image);
         command.arg("-append").arg(format!(
             "console=ttyS0 quiet reboot=t panic=-1 tsc=reliable no_timer_check tsc_early_khz={} \
@@ -140,32 +129,41 @@ impl Guest {
             tsc_khz()
         ));
         command.args(["-chardev", "stdio,id=serial,signal=off", "-serial", "chardev:serial"]);
-        match disk {
-            Disk::Vhost { socket, queues } => {
-                let socket = socket.display();
-                command.arg("-chardev").arg(format!("socket,id=vu,path={socket},reconnect=1"));
-                command.arg("-device").arg(format!(
-                    "vhost-user-blk-pci,chardev=vu,num-queues={queues},queue-size=128"
-                ));
-            }
-            Disk::Nbd { socket } => {
-                let node = serde_json::json!({
-                    "driver": "nbd", "node-name": "disk0", "discard": "unmap",
-                    "server": { "type": "unix", "path": socket }, "reconnect-delay": 86_400,
-                });
-                command.arg("-blockdev").arg(node.to_string());
-                command.args([
-                    "-device",
-                    "virtio-blk-pci,drive=disk0,disable-legacy=on,werror=stop,rerror=stop",
-                ]);
+        for (index, disk) in disks.iter().enumerate() {
+            let slot = 8 + index;
+            match disk {
+                Disk::Vhost { socket, queues } => {
+                    let socket = socket.display();
+                    let device = format!(
+                        "vhost-user-blk-pci,chardev=vu{index},num-queues={queues},queue-size=128,\
+                         addr={slot:#x}"
+                    );
+                    command.arg("-chardev");
+                    command.arg(format!("socket,id=vu{index},path={socket},reconnect=1"));
+                    command.args(["-device", &device]);
+                }
+                Disk::Nbd { socket } => {
+                    let node = serde_json::json!({
+                        "driver": "nbd", "node-name": format!("disk{index}"), "discard": "unmap",
+                        "server": { "type": "unix", "path": socket }, "reconnect-delay": 86_400,
+                    });
+                    let device = format!(
+                        "virtio-blk-pci,drive=disk{index},disable-legacy=on,werror=stop,\
+                         rerror=stop,addr={slot:#x}"
+                    );
+                    command.arg("-blockdev").arg(node.to_string());
+                    command.args(["-device", &device]);
+                }
             }
         }
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
-            .expect("install the package qemu-system-x86");
-        let (input, output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+            .context("could not start the guest; install the package qemu-system-x86")?;
+        let (Some(input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
+            bail!("the guest has no serial line");
+        };
         let (send, lines) = channel();
         thread::spawn(move || {
             for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
@@ -176,27 +174,27 @@ impl Guest {
             }
         });
         let mut guest = Self { child, input, lines, seen: Vec::new() };
-        guest.until(BOOT, |line| line.contains("guest: up"));
-        guest
+        guest.until(BOOT, |line| line.contains("guest: up"))?;
+        Ok(guest)
     }
 
-    fn until(&mut self, limit: Duration, ends: impl Fn(&str) -> bool) -> Vec<String> {
+    fn until(&mut self, limit: Duration, ends: impl Fn(&str) -> bool) -> Result<Vec<String>> {
         let (deadline, mut out) = (Instant::now() + limit, Vec::new());
         loop {
             match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(line) => {
                     self.seen.push(line.clone());
-                    if ends(&line) {
-                        out.push(line);
-                        return out;
-                    }
+                    let ended = ends(&line);
                     out.push(line);
+                    if ended {
+                        return Ok(out);
+                    }
                 }
                 Err(RecvTimeoutError::Timeout) => {
-                    panic!("the guest did not answer within {limit:?}; it said {:#?}", self.tail())
+                    bail!("the guest did not answer within {limit:?}; it said {:#?}", self.tail())
                 }
                 Err(RecvTimeoutError::Disconnected) => {
-                    panic!("the machine ended; it said {:#?}", self.tail())
+                    bail!("the machine ended; it said {:#?}", self.tail())
                 }
             }
         }
@@ -207,22 +205,22 @@ impl Guest {
     }
 
     /// Begins a command; [`Guest::finish`] waits for it.
-    pub fn begin(&mut self, command: &str) {
-        self.input.write_all(command.as_bytes()).unwrap();
-        self.input.write_all(b"\n").unwrap();
+    pub(crate) fn begin(&mut self, command: &str) -> Result<()> {
+        self.input.write_all(command.as_bytes())?;
+        Ok(self.input.write_all(b"\n")?)
     }
 
     /// The output of the command that was begun, which must succeed.
-    pub fn finish(&mut self, limit: Duration) -> String {
-        let mut lines = self.until(limit, |line| line.contains("guest: done"));
-        let last = lines.pop().unwrap();
-        assert!(last.ends_with("guest: done 0"), "{lines:#?} {last}");
-        lines.join("\n")
+    pub(crate) fn finish(&mut self, limit: Duration) -> Result<String> {
+        let mut lines = self.until(limit, |line| line.contains("guest: done"))?;
+        let last = lines.pop().unwrap_or_default();
+        ensure!(last.ends_with("guest: done 0"), "{lines:#?} {last}");
+        Ok(lines.join("\n"))
     }
 
     /// Runs a command, which must succeed; gives its output.
-    pub fn run(&mut self, command: &str) -> String {
-        self.begin(command);
+    pub(crate) fn run(&mut self, command: &str) -> Result<String> {
+        self.begin(command)?;
         self.finish(LIMIT)
     }
 }
