@@ -13,6 +13,9 @@ cargo fmt --all --check
 say "lints"
 cargo clippy --workspace --all-targets --quiet -- -D warnings
 
+say "every behavioural check has a test"
+scripts/silo-checks.sh --check
+
 say "dependencies: bans, licences, sources"
 if ! cargo deny --version > /dev/null 2>&1; then
     say "installing cargo-deny"

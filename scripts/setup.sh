@@ -37,6 +37,15 @@ done << 'PROGRAMS'
 qemu-system-x86_64 qemu-system-x86
 qemu-img qemu-utils
 qemu-nbd qemu-utils
+qemu-storage-daemon qemu-system-common
+nbdkit nbdkit
+nbdinfo libnbd-bin
+nbdcopy libnbd-bin
+nbdsh python3-libnbd
+nbd-client nbd-client
+fio fio
+fusermount3 fuse3
+g++ g++
 ip iproute2
 nft nftables
 mke2fs e2fsprogs
