@@ -64,7 +64,7 @@ fn exercise(file: &File, part: u64, length: u64, seed: u64) {
                 model[range].copy_from_slice(&data);
             }
             8 => {
-                let mode = if count % 2 == 0 { PUNCH } else { libc::FALLOC_FL_ZERO_RANGE };
+                let mode = if count.is_multiple_of(2) { PUNCH } else { libc::FALLOC_FL_ZERO_RANGE };
                 fallocate(file, mode, start + at, count).unwrap();
                 model[range].fill(0);
             }
