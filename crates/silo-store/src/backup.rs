@@ -380,13 +380,13 @@ mod tests {
     }
 
     #[test]
-    fn many_changes_in_one_group_do_not_wait_for_the_maximum_age() {
+    fn check_34_many_changes_in_one_group_do_not_wait_for_the_maximum_age() {
         let burst = |second| Changes { blocks: 8 * u64::from(second == 5), fullest: 8 * u64::from(second == 5) };
         assert_eq!(rounds(50, burst), [5]);
     }
 
     #[test]
-    fn a_hot_block_is_stored_once_an_interval_and_never_older_than_the_age_and_a_period() {
+    fn check_34_a_hot_block_is_stored_once_an_interval_and_never_older_than_the_age_and_a_period() {
         let hot = |_| Changes { blocks: 1, fullest: 1 };
         let begun = rounds(200, hot);
         assert!(begun.windows(2).all(|pair| pair[1] - pair[0] == 11), "{begun:?}");

@@ -4,7 +4,7 @@ use crate::{capture::CaptureError, keys::KeyError};
 use std::{io, time::Duration};
 
 /// Results of this crate.
-pub type Result<T, E = StoreError> = std::result::Result<T, E>;
+pub(crate) type Result<T, E = StoreError> = std::result::Result<T, E>;
 
 /// A store operation that did not succeed.
 #[derive(Debug, thiserror::Error)]

@@ -25,7 +25,7 @@ pub(crate) const COLLECTIONS: &str = "collections";
 
 /// Names an immutable object: BLAKE3 of its bytes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ObjectId(pub(crate) [u8; 32]);
+pub(crate) struct ObjectId(pub(crate) [u8; 32]);
 
 impl ObjectId {
     pub(crate) fn of(bytes: &[u8]) -> Self {

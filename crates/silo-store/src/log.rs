@@ -97,12 +97,6 @@ pub(crate) struct DeviceEntry {
     pub(crate) runs: Vec<Run>,
 }
 
-impl DeviceEntry {
-    pub(crate) fn leaf_count(&self) -> u64 {
-        self.geometry.blocks().div_ceil(LEAF_BLOCKS)
-    }
-}
-
 /// The sealed part of a commit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Body {
@@ -392,7 +386,7 @@ mod tests {
         let ring = KeyRing::from_keys([("one", [1; 32])]).unwrap();
         let key = DataKey::fixed(5);
         let wrapped = key.wrap(&ring, &KeyId::new("one").unwrap()).unwrap();
-        let pack = PackRef { id: ObjectId([3; 32]), length: 9000, index: 90, key: key.id, shift: 12 };
+        let pack = PackRef { id: ObjectId([3; 32]), length: 9000, index: 90, key: key.id, salt: [4; 16], shift: 12 };
         let run = Run { start: 1, count: 2, content: Content::At { pack: 0, slot: 0 } };
         let device = DeviceEntry {
             name: "disk".into(),

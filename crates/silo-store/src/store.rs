@@ -3,7 +3,7 @@
 use crate::{
     StoreError,
     error::Result,
-    keys::{DataKey, DataKeyId, KeyError, KeySource, Wrapped},
+    keys::{DataKey, KeyError, KeySource, Wrapped},
     layout::{self, LineName, parse_entry},
     log::{Entry, KeyEntry, Kind, LEAST_COMMIT, MAX_ENTRY},
     remote::{Created, Environment, Limits, Listed, Remote, Requests, StoreUrl},
@@ -12,8 +12,8 @@ use crate::{
 use bytes::Bytes;
 use object_store::{ObjectStore, path::Path};
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
-    sync::{Arc, Mutex, PoisonError},
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -30,8 +30,6 @@ pub enum Access {
 pub struct Store {
     pub(crate) remote: Remote,
     access: Access,
-    /// Data keys that were unwrapped, by id.
-    unwrapped: Mutex<HashMap<DataKeyId, DataKey>>,
 }
 
 /// Largest object with a wrapped key, in bytes.
@@ -115,7 +113,7 @@ impl Store {
                 return Err(StoreError::Format { url, found, known: layout::FORMAT });
             }
         }
-        Ok(Arc::new(Self { remote, access, unwrapped: Mutex::default() }))
+        Ok(Arc::new(Self { remote, access }))
     }
 
     /// Where it is.
@@ -266,7 +264,6 @@ impl Store {
         }
         let newest = stored.into_values().next_back().unwrap_or_default();
         let (key, wrapped) = Self::unwrap_one(tenant, &newest, keys)?;
-        self.remember(&key);
         Ok((key, KeyEntry { tenant: tenant.to_owned(), wrapped }))
     }
 
@@ -301,25 +298,12 @@ impl Store {
         Ok((key, wrapped.clone()))
     }
 
-    fn remember(&self, key: &DataKey) {
-        let mut known = self.unwrapped.lock().unwrap_or_else(PoisonError::into_inner);
-        known.insert(key.id, key.clone());
-    }
-
-    /// A data key that was unwrapped before.
-    pub(crate) fn unwrapped(&self, id: DataKeyId) -> Option<DataKey> {
-        self.unwrapped.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
-    }
-
     /// The data key that an entry speaks of: by the wrapping in the entry, or, if the tenant key was
     /// changed since, by one that was made then.
     pub(crate) fn data_key(&self, entry: &KeyEntry, keys: &dyn KeySource) -> Result<DataKey> {
         let id = entry.wrapped.id;
-        if let Some(key) = self.unwrapped(id) {
-            return Ok(key);
-        }
-        let key = match entry.wrapped.unwrap(keys) {
-            Ok(key) => key,
+        match entry.wrapped.unwrap(keys) {
+            Ok(key) => Ok(key),
             Err(KeyError::Lost { .. }) => {
                 let stored = self.stored_keys(&entry.tenant)?;
                 let mut wrappings: Vec<Wrapped> =
@@ -327,12 +311,10 @@ impl Store {
                 if wrappings.is_empty() {
                     wrappings.push(entry.wrapped.clone());
                 }
-                Self::unwrap_one(&entry.tenant, &wrappings, keys)?.0
+                Ok(Self::unwrap_one(&entry.tenant, &wrappings, keys)?.0)
             }
-            Err(error) => return Err(name_need(error, &entry.tenant).into()),
-        };
-        self.remember(&key);
-        Ok(key)
+            Err(error) => Err(name_need(error, &entry.tenant).into()),
+        }
     }
 
     /// Wraps all data keys of a tenant with the current tenant key too, and makes a new data key for

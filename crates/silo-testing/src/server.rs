@@ -5,8 +5,13 @@
 
 use crate::faults::{Fault, Faults, Request, file_of};
 use bytes::Bytes;
-use http_body_util::BodyExt;
-use hyper::{Response, StatusCode, body::Incoming, header, service::service_fn};
+use http_body_util::{BodyExt, StreamBody};
+use hyper::{
+    Response, StatusCode,
+    body::{Frame, Incoming},
+    header,
+    service::service_fn,
+};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo},
     server::conn::auto,
@@ -182,8 +187,12 @@ impl Shared {
                 let (parts, body) = response.into_parts();
                 let bytes = body.collect().await.map(http_body_util::Collected::to_bytes);
                 let bytes = bytes.unwrap_or_default();
-                // The header still says the whole length.
-                Response::from_parts(parts, Body::from(bytes.slice(..bytes.len() / 2)))
+                // The header still says the whole length; the connection breaks in the middle.
+                let half = bytes.slice(..bytes.len() / 2);
+                let broken = io::Error::new(io::ErrorKind::ConnectionReset, "cut by a test");
+                let frames = [Ok(Frame::data(half)), Err(broken)];
+                let body = StreamBody::new(futures::stream::iter(frames));
+                Response::from_parts(parts, Body::http_body(body))
             }
             Some(Fault::WrongBytes) => {
                 let (parts, body) = response.into_parts();

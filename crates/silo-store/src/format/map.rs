@@ -7,7 +7,8 @@
 //! head, in the clear: "SILOMAP1" | version u16 = 1 | id of the data key [16] | salt [16]
 //!     | packs u32 | id of each pack [32]          so that collection needs no key
 //! leaves, sealed, for 65,536 blocks each; a leaf of zeros alone has length 0:
-//!     zstd( packs v, for each: id [32], length v, length of index v, data key [16], block size u8
+//!     zstd( packs v, for each: id [32], length v, length of index v, data key [16], salt [16],
+//!           block size u8
 //!           | runs )
 //! ```
 //! Key: `derive_key("silo-store 1 map", data key | salt)`; nonce: the leaf's number, counted over all
@@ -252,7 +253,7 @@ mod tests {
 
     fn pack(n: u8) -> PackRef {
         let id = ObjectId([n; 32]);
-        PackRef { id, length: 5000, index: 100, key: DataKeyId([1; 16]), shift: 12 }
+        PackRef { id, length: 5000, index: 100, key: DataKeyId([1; 16]), salt: [2; 16], shift: 12 }
     }
 
     fn sample() -> (MapRef, Bytes, Vec<u32>) {
@@ -297,7 +298,7 @@ mod tests {
         assert_eq!(map.head_length(), 46 + 64);
         // Sealed parts depend on zstd's version; what zstd packs does not.
         let leaf = Leaf { blocks: 0..9, runs: vec![Run { start: 2, count: 3, content: Content::At { pack: 0, slot: 5 } }] };
-        let golden = [&[1][..], &[7; 32], &[0x88, 0x27, 100], &[1; 16], &[12, 1, 2, 2 << 2 | 3, 0, 5]].concat();
+        let golden = [&[1][..], &[7; 32], &[0x88, 0x27, 100], &[1; 16], &[2; 16], &[12, 1, 2, 2 << 2 | 3, 0, 5]].concat();
         assert_eq!(encode_leaf(leaf, &[pack(7)]), golden);
     }
 

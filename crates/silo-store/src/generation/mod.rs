@@ -14,7 +14,7 @@ use crate::{
     StoreError,
     error::Result,
     format::{
-        map::{Head as MapHead, LEAF_BLOCKS, MapRef, Opener},
+        map::{LEAF_BLOCKS, MapRef, Opener},
         pack::{Chunk, Opened, PackRef},
         runs::{Content, Run},
     },
@@ -22,7 +22,7 @@ use crate::{
     layout::{LineName, ObjectId},
     log::{DeviceEntry, Entry, Refers},
     store::Store,
-    writer::{find_key, from_word, to_word},
+    writer::{from_word, to_word},
 };
 use cache::{Cache, Key, Value};
 use silo_block::{block::BlockIndex, geometry::Geometry};
@@ -127,8 +127,10 @@ impl Generation {
         for key in &refers.keys {
             opened.insert(key.wrapped.id, store.data_key(key, keys)?);
         }
-        let key = find_key(store, &object, &refers, refers.sealed_with, keys)?;
-        let body = entry.open(line, &key)?;
+        let key = opened.get(&refers.sealed_with).ok_or_else(|| {
+            StoreError::corrupt(&object, "it does not list the key that it is sealed with")
+        })?;
+        let body = entry.open(line, key)?;
         let mut packs = Packs::default();
         let table: Vec<u32> = body.packs.iter().map(|pack| packs.number(pack)).collect();
         let opener = match &refers.map {
@@ -335,6 +337,33 @@ impl Generation {
             Content::Zero => Place::Zero,
             Content::At { pack, slot } => Place::At { pack, slot },
         })
+    }
+
+    /// Calls `each` with every pack that blocks of this are in.
+    pub(crate) fn refers_to(&self, mut each: impl FnMut(&PackRef)) -> Result<()> {
+        let mut seen = std::collections::BTreeSet::new();
+        for device in 0..self.parts.len() {
+            let blocks = self.parts[device].entry.geometry.blocks();
+            for leaf in 0..blocks.div_ceil(LEAF_BLOCKS) {
+                for word in self.read_leaf(device, leaf)?.iter() {
+                    if let Content::At { pack, .. } = from_word(*word) {
+                        seen.insert(pack);
+                    }
+                }
+            }
+        }
+        seen.into_iter().for_each(|pack| each(&self.pack(pack)));
+        Ok(())
+    }
+
+    /// Data keys of everything that it refers to.
+    pub(crate) fn data_keys(&self) -> &HashMap<DataKeyId, DataKey> {
+        &self.keys
+    }
+
+    /// The map that the entry refers to.
+    pub(crate) fn map(&self) -> Option<MapRef> {
+        self.opener.as_ref().map(|(map, _)| *map)
     }
 
     /// The opened index of a pack.

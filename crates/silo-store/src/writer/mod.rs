@@ -24,9 +24,9 @@ mod open;
 mod places;
 mod upload;
 
-pub(crate) use open::find_key;
 pub(crate) use places::{from_word, to_word};
 pub use upload::PackOptions;
+pub(crate) use upload::{Limiter, wait};
 
 use crate::{
     StoreError,
@@ -51,7 +51,7 @@ use std::{
     sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
-use upload::{Limiter, Slot, State, Upload};
+use upload::{Slot, State, Upload};
 
 /// How a writer works.
 #[derive(Clone, Copy, Debug)]
@@ -137,6 +137,8 @@ pub struct LineWriter {
     key: DataKey,
     /// Wrapped data keys of everything that is referred to, and of what is new.
     keys: BTreeMap<DataKeyId, KeyEntry>,
+    /// Those that were unwrapped.
+    data_keys: HashMap<DataKeyId, DataKey>,
     packs: Vec<Slot>,
     numbers: HashMap<ObjectId, u32>,
     devices: Vec<Held>,

@@ -12,7 +12,7 @@ use crate::{
     },
     keys::{KeySource, random},
     layout::LineName,
-    log::{Entry, Head, Refers, encode_opened},
+    log::{Entry, Head, encode_opened},
     store::{Appended, Store},
 };
 use std::{
@@ -149,6 +149,7 @@ impl LineWriter {
             last_commit: taken.last_commit,
             standing: Standing::Owner,
             keys: BTreeMap::from([(key.id, wrapped)]),
+            data_keys: HashMap::from([(key.id, key.clone())]),
             key,
             packs: Vec::new(),
             numbers: HashMap::new(),
@@ -190,18 +191,24 @@ impl LineWriter {
         let Some(refers) = entry.commit() else {
             return Err(StoreError::corrupt(object, "it is no generation"));
         };
-        for key in &refers.keys {
-            self.keys.entry(key.wrapped.id).or_insert_with(|| key.clone());
+        for entry in &refers.keys {
+            let key = self.store.data_key(entry, keys)?;
+            self.keys.entry(key.id).or_insert_with(|| entry.clone());
+            self.data_keys.insert(key.id, key);
         }
-        let key = find_key(&self.store, &object, refers, refers.sealed_with, keys)?;
+        let missing = || {
+            let detail = "it does not list the key that it is sealed with";
+            StoreError::corrupt(&object, detail)
+        };
+        let key = self.data_keys.get(&refers.sealed_with).ok_or_else(missing)?.clone();
         let body = entry.open(line, &key)?;
         let table: Vec<u32> = body.packs.iter().map(|pack| self.number_of(pack)).collect();
         let opener = match &refers.map {
             None => None,
             Some((map, salt, id)) => {
-                let key = find_key(&self.store, &object, refers, *id, keys)?;
                 self.map = Some((*map, *salt, *id));
-                Some(Opener::new(*map, *salt, &key))
+                let key = self.data_keys.get(id).ok_or_else(missing)?;
+                Some(Opener::new(*map, *salt, key))
             }
         };
         let mut at = refers.map.as_ref().map_or(0, |map| map.0.head_length());
@@ -253,8 +260,8 @@ impl LineWriter {
                 }
             }
             let Some((number, pack, tail)) = pending.pop_front() else { return Ok(()) };
-            let Some(key) = self.store.unwrapped(pack.key) else { continue };
-            let opened = Opened::new(&pack, &tail.wait()?, &key)?;
+            let Some(key) = self.data_keys.get(&pack.key) else { continue };
+            let opened = Opened::new(&pack, &tail.wait()?, key)?;
             for (slot, name) in opened.index.names.iter().enumerate() {
                 self.names.insert(*name, number, slot as u32);
             }
@@ -266,20 +273,4 @@ fn renumber(run: &mut Run, table: &[u32]) {
     if let Content::At { pack, .. } = &mut run.content {
         *pack = table[*pack as usize];
     }
-}
-
-/// The data key `id`, which an entry must list.
-pub(crate) fn find_key(
-    store: &Store,
-    object: &str,
-    refers: &Refers,
-    id: crate::keys::DataKeyId,
-    keys: &dyn KeySource,
-) -> Result<crate::keys::DataKey> {
-    let entry = refers
-        .keys
-        .iter()
-        .find(|entry| entry.wrapped.id == id)
-        .ok_or_else(|| StoreError::corrupt(object, "it does not list the key that it is sealed with"))?;
-    store.data_key(entry, keys)
 }

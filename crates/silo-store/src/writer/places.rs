@@ -131,23 +131,6 @@ impl Places {
         }
     }
 
-    /// Blocks whose content is in a pack that `chosen` names.
-    pub(crate) fn in_packs(&self, chosen: impl Fn(u32) -> bool) -> BlockSet {
-        let mut set = BlockSet::new(self.geometry.blocks());
-        for (range, any) in self.leaf_ranges() {
-            if any {
-                for block in range {
-                    if let Content::At { pack, .. } = self.get(block) {
-                        if chosen(pack) {
-                            set.insert(BlockIndex(block));
-                        }
-                    }
-                }
-            }
-        }
-        set
-    }
-
     /// The device has another size now. Returns false if its blocks have another size.
     pub(crate) fn resize(&mut self, geometry: Geometry) -> bool {
         if geometry.block() != self.geometry.block() {

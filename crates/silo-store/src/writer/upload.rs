@@ -36,6 +36,21 @@ impl Limiter {
     }
 }
 
+/// Waits, but not when it is time to stop.
+pub(crate) fn wait(time: Duration, stop: &AtomicBool) -> Result<()> {
+    let until = Instant::now() + time;
+    loop {
+        if stop.load(Ordering::Relaxed) {
+            return Err(StoreError::Stopped);
+        }
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(());
+        }
+        std::thread::sleep(left.min(Duration::from_millis(20)));
+    }
+}
+
 /// How packs are made and sent.
 #[derive(Clone, Copy, Debug)]
 pub struct PackOptions {
@@ -115,7 +130,7 @@ impl<'a> Upload<'a> {
         if !self.open.contains_key(&shift) {
             let number = self.packs.len() as u32;
             let id = crate::layout::ObjectId([0; 32]);
-            let pack = PackRef { id, length: 0, index: 0, key: self.key.id, shift };
+            let pack = PackRef { id, length: 0, index: 0, key: self.key.id, salt: [0; 16], shift };
             self.packs.push(Slot { pack, state: State::Unknown });
             self.open.insert(shift, (number, Builder::new(self.key, shift)?));
         }
@@ -138,26 +153,11 @@ impl<'a> Upload<'a> {
         while self.sent.len() >= self.options.in_flight.max(1) {
             self.settle()?;
         }
-        self.pace(bytes.len() as u64)?;
+        wait(self.limiter.reserve(self.began.elapsed(), bytes.len() as u64), self.stop)?;
         self.bytes += bytes.len() as u64;
         self.count += 1;
         self.sent.push_back((number, self.remote.start_put(&pack.id.pack(), bytes)));
         Ok(())
-    }
-
-    /// Waits until the bandwidth limit lets `bytes` go.
-    pub(crate) fn pace(&mut self, bytes: u64) -> Result<()> {
-        let until = Instant::now() + self.limiter.reserve(self.began.elapsed(), bytes);
-        loop {
-            if self.stop.load(Ordering::Relaxed) {
-                return Err(StoreError::Stopped);
-            }
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Ok(());
-            }
-            std::thread::sleep(left.min(Duration::from_millis(20)));
-        }
     }
 
     fn settle(&mut self) -> Result<()> {

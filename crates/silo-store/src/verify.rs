@@ -1,0 +1,277 @@
+//! Is everything there, and is it what was stored?
+//!
+//! `Quick` compares listings with what generations refer to: existence and sizes. `Full` reads every
+//! object, checks its name, opens every chunk, and checks every block against its name. `scrub` needs
+//! no key: it checks that each object has the bytes that its name says. None of them writes.
+
+use crate::{
+    StoreError,
+    error::Result,
+    format::{
+        map::MapRef,
+        pack::{MAX_PACK, Opened, PackRef},
+    },
+    generation::{Generation, Which},
+    keys::{DataKey, DataKeyId, KeySource},
+    layout::{LineName, MAPS, ObjectId, PACKS},
+    store::Store,
+};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+/// How thoroughly to look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Depth {
+    /// Everything is there and has its size.
+    Quick,
+    /// Everything decrypts to the blocks that it names.
+    Full,
+}
+
+/// Something that is wrong.
+#[derive(Debug)]
+pub struct Problem {
+    /// The object.
+    pub object: String,
+    /// What is wrong with it.
+    pub error: StoreError,
+    /// Generations (line and number) that cannot be restored because of it, as far as known.
+    pub affects: Vec<(LineName, u64)>,
+}
+
+/// What was looked at, and what was found.
+#[derive(Debug, Default)]
+pub struct Verified {
+    /// Generations.
+    pub generations: usize,
+    /// Packs.
+    pub packs: usize,
+    /// Maps.
+    pub maps: usize,
+    /// Blocks whose content was checked.
+    pub blocks: u64,
+    /// Bytes that were read for it.
+    pub bytes: u64,
+    /// What is wrong, by object.
+    pub problems: Vec<Problem>,
+}
+
+impl Verified {
+    /// Whether nothing is wrong.
+    #[must_use]
+    pub fn is_well(&self) -> bool {
+        self.problems.is_empty()
+    }
+}
+
+/// What generations refer to, and which of them.
+#[derive(Default)]
+struct Wanted {
+    packs: HashMap<ObjectId, (PackRef, BTreeSet<usize>)>,
+    maps: HashMap<ObjectId, (MapRef, BTreeSet<usize>)>,
+}
+
+impl Store {
+    /// Verifies generations: one, or all of a line. `done` counts packs on the way, `stop` ends it.
+    ///
+    /// # Errors
+    /// If the store cannot be reached or a key is lost. Damage is no error: see the result.
+    pub fn verify(
+        self: &Arc<Self>,
+        keys: &dyn KeySource,
+        line: &LineName,
+        which: Option<Which>,
+        depth: Depth,
+        done: &AtomicU64,
+        stop: &AtomicBool,
+    ) -> Result<Verified> {
+        let numbers: Vec<u64> = match which {
+            Some(Which::Number(number)) => vec![number],
+            Some(Which::Newest) | None => {
+                let commits = self.entries(line)?.into_iter().filter(|found| found.is_commit);
+                let all: Vec<u64> = commits.map(|found| found.number).collect();
+                if all.is_empty() {
+                    return Err(StoreError::NoGeneration { line: line.to_string() });
+                }
+                let count = if which.is_some() { 1 } else { all.len() };
+                all[..count].to_vec()
+            }
+        };
+        let (mut verified, mut wanted) = (Verified::default(), Wanted::default());
+        let mut data_keys: HashMap<DataKeyId, DataKey> = HashMap::new();
+        for (at, number) in numbers.iter().enumerate() {
+            let looked = Generation::open(self, keys, line, Which::Number(*number), 0)
+                .and_then(|generation| {
+                    generation.refers_to(|pack| {
+                        wanted.packs.entry(pack.id).or_insert_with(|| (*pack, BTreeSet::new())).1.insert(at);
+                    })?;
+                    if let Some(map) = generation.map() {
+                        wanted.maps.entry(map.id).or_insert_with(|| (map, BTreeSet::new())).1.insert(at);
+                    }
+                    Ok(generation)
+                });
+            match looked {
+                Ok(generation) => {
+                    verified.generations += 1;
+                    data_keys.extend(generation.data_keys().iter().map(|(id, key)| (*id, key.clone())));
+                }
+                Err(error) => {
+                    let object = match &error {
+                        StoreError::Missing { object }
+                        | StoreError::Corrupt { object, .. }
+                        | StoreError::Sealed { object, .. } => object.clone(),
+                        _ => return Err(error),
+                    };
+                    let affects = vec![(line.clone(), *number)];
+                    verified.problems.push(Problem { object, error, affects });
+                }
+            }
+        }
+        let affects = |which: &BTreeSet<usize>| -> Vec<(LineName, u64)> {
+            which.iter().map(|at| (line.clone(), numbers[*at])).collect()
+        };
+        self.sizes(&wanted, &mut verified, affects)?;
+        if depth == Depth::Full {
+            let bad: BTreeSet<String> =
+                verified.problems.iter().map(|problem| problem.object.clone()).collect();
+            for (map, generations) in wanted.maps.values() {
+                let object = map.id.map();
+                if !bad.contains(&object) {
+                    if let Err(error) = self.check_bytes(&object, map.id, map.length, &mut verified) {
+                        verified.problems.push(Problem { object, error, affects: affects(generations) });
+                    }
+                }
+            }
+            let mut packs: VecDeque<_> =
+                wanted.packs.values().filter(|(pack, _)| !bad.contains(&pack.id.pack())).collect();
+            let mut pending = VecDeque::new();
+            loop {
+                while pending.len() < 3 && !stop.load(Ordering::Relaxed) {
+                    let Some(next) = packs.pop_front() else { break };
+                    let range = 0..u64::from(next.0.length);
+                    pending.push_back((next, self.remote.start_get(&next.0.id.pack(), range)));
+                }
+                let Some(((pack, generations), get)) = pending.pop_front() else { break };
+                match get.wait().and_then(|bytes| check_pack(pack, bytes.into(), &data_keys)) {
+                    Ok(blocks) => {
+                        verified.blocks += blocks;
+                        verified.bytes += u64::from(pack.length);
+                    }
+                    Err(error) if error.is_transient() => return Err(error),
+                    Err(error) => {
+                        let object = pack.id.pack();
+                        verified.problems.push(Problem { object, error, affects: affects(generations) });
+                    }
+                }
+                done.fetch_add(1, Ordering::Relaxed);
+            }
+            if stop.load(Ordering::Relaxed) {
+                return Err(StoreError::Stopped);
+            }
+        }
+        verified.problems.sort_by(|a, b| a.object.cmp(&b.object));
+        Ok(verified)
+    }
+
+    /// Existence and sizes.
+    fn sizes(
+        &self,
+        wanted: &Wanted,
+        verified: &mut Verified,
+        affects: impl Fn(&BTreeSet<usize>) -> Vec<(LineName, u64)>,
+    ) -> Result<()> {
+        (verified.packs, verified.maps) = (wanted.packs.len(), wanted.maps.len());
+        let sizes = |folder: &str| -> Result<BTreeMap<ObjectId, u64>> {
+            let listed = self.remote.list(folder, None)?;
+            Ok(listed.iter().filter_map(|l| Some((ObjectId::parse(&l.object)?, l.size))).collect())
+        };
+        let packs = wanted.packs.values().map(|(p, g)| (p.id, p.id.pack(), u64::from(p.length), g));
+        let maps = wanted.maps.values().map(|(m, g)| (m.id, m.id.map(), m.length, g));
+        for (there, wanted) in [
+            (sizes(PACKS)?, packs.collect::<Vec<_>>()),
+            (sizes(MAPS)?, maps.collect::<Vec<_>>()),
+        ] {
+            for (id, object, length, generations) in wanted {
+                let error = match there.get(&id) {
+                    Some(size) if *size == length => continue,
+                    Some(size) => {
+                        let detail = format!("it has {size} bytes instead of {length}");
+                        StoreError::corrupt(&object, detail)
+                    }
+                    None => StoreError::Missing { object: object.clone() },
+                };
+                verified.problems.push(Problem { object, error, affects: affects(generations) });
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether an object has the bytes that its name says.
+    fn check_bytes(&self, object: &str, id: ObjectId, most: u64, verified: &mut Verified) -> Result<()> {
+        let bytes = self.remote.get(object, most)?;
+        let bytes = bytes.ok_or_else(|| StoreError::Missing { object: object.to_owned() })?;
+        verified.bytes += bytes.len() as u64;
+        if ObjectId::of(&bytes) == id {
+            return Ok(());
+        }
+        Err(StoreError::corrupt(object, "its bytes are not those that its name says"))
+    }
+
+    /// Reads every pack and map in the store and compares it with its name. Needs no key; says nothing
+    /// of what is missing. `rate` is the most bytes per second.
+    ///
+    /// # Errors
+    /// If the store cannot be reached. Damage is no error: see the result.
+    pub fn scrub(&self, rate: Option<u64>, done: &AtomicU64, stop: &AtomicBool) -> Result<Verified> {
+        let mut verified = Verified::default();
+        let (began, mut limiter) = (std::time::Instant::now(), crate::writer::Limiter::new(rate));
+        for (folder, most) in [(PACKS, MAX_PACK), (MAPS, 1 << 40)] {
+            for listed in self.remote.list(folder, None)? {
+                let Some(id) = ObjectId::parse(&listed.object) else { continue };
+                if stop.load(Ordering::Relaxed) {
+                    return Err(StoreError::Stopped);
+                }
+                crate::writer::wait(limiter.reserve(began.elapsed(), listed.size), stop)?;
+                *(if folder == PACKS { &mut verified.packs } else { &mut verified.maps }) += 1;
+                match self.check_bytes(&listed.object, id, most.min(listed.size), &mut verified) {
+                    Ok(()) => {}
+                    Err(error) if error.is_transient() => return Err(error),
+                    // Deleted since it was listed.
+                    Err(StoreError::Missing { .. }) => {}
+                    Err(error) => {
+                        let (object, affects) = (listed.object, Vec::new());
+                        verified.problems.push(Problem { object, error, affects });
+                    }
+                }
+                done.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        Ok(verified)
+    }
+}
+
+/// Opens every chunk of a pack and checks every block; gives their number.
+fn check_pack(pack: &PackRef, mut bytes: Vec<u8>, keys: &HashMap<DataKeyId, DataKey>) -> Result<u64> {
+    let object = pack.id.pack();
+    if ObjectId::of(&bytes) != pack.id {
+        return Err(StoreError::corrupt(object, "its bytes are not those that its name says"));
+    }
+    let key = keys.get(&pack.key).ok_or_else(|| {
+        StoreError::corrupt(&object, format!("no generation lists its data key {}", pack.key))
+    })?;
+    let tail = pack.tail();
+    let opened = Opened::new(pack, &bytes[tail.start as usize..tail.end as usize], key)?;
+    let mut room = Vec::new();
+    for chunk in &opened.index.chunks {
+        let range = chunk.range();
+        let sealed = &mut bytes[range.start as usize..range.end as usize];
+        let content = opened.chunk(chunk, sealed, &mut room)?;
+        opened.check(chunk, content, key)?;
+    }
+    Ok(opened.index.names.len() as u64)
+}
