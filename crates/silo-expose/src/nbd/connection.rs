@@ -25,9 +25,10 @@ use std::{
     io::{self, IoSlice},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread,
+    time::Instant,
 };
 
 /// Most requests of one connection in hand; QEMU sends at most 16 at a time.
@@ -40,6 +41,8 @@ const BATCH_BYTES: usize = 128 << 10;
 const MAX_SKIPPED: u32 = 64 << 20;
 /// Reads from this length on leave out holes, where the client can be told of them.
 const HOLES_FROM: u32 = 128 << 10;
+/// A device that needs longer to tell of its holes (in ns) is not asked before every read.
+const LONG_LOOK: u64 = 20_000;
 /// Most pieces in which a read is answered.
 const MAX_PIECES: usize = 64;
 
@@ -55,6 +58,9 @@ pub(super) struct Connection {
     workers: AtomicUsize,
     /// Workers that wait for the turn to receive.
     idle: AtomicUsize,
+    began: Instant,
+    /// When reads look for holes again, in ns since it began.
+    look_again: AtomicU64,
 }
 
 /// A worker's buffers; they grow to the longest request and stay, so that requests allocate
@@ -121,7 +127,13 @@ impl Connection {
             ended: AtomicBool::new(false),
             workers: AtomicUsize::new(1),
             idle: AtomicUsize::new(0),
+            began: Instant::now(),
+            look_again: AtomicU64::new(0),
         }
+    }
+
+    fn nanos(&self) -> u64 {
+        self.began.elapsed().as_nanos() as u64
     }
 
     fn has_ended(&self) -> bool {
@@ -313,29 +325,24 @@ impl Connection {
         }
     }
 
-    /// The runs of a read that has holes worth leaving out, if the client understands that.
+    /// The runs of a read that has holes worth leaving out, if the client understands that. Some
+    /// devices take long to tell (a full file in memory is searched to its end): looking in vain, or
+    /// for long, takes at most a twentieth of the time.
     fn holes(&self, request: &Request, device: &dyn BlockDevice) -> Option<Vec<Extent>> {
         if !self.structured || request.length < HOLES_FROM || request.has(Request::DONT_FRAGMENT) {
             return None;
         }
-        let extents = device.extents(request.offset, u64::from(request.length)).ok()?;
-        let mut runs: Vec<Extent> = Vec::new();
-        for extent in extents {
-            // Zeros are zeros on the wire, whatever room they take.
-            let allocation = match extent.allocation {
-                Allocation::Data => Allocation::Data,
-                Allocation::Zero | Allocation::Hole => Allocation::Hole,
-            };
-            let count = runs.len();
-            match runs.last_mut() {
-                Some(run) if run.allocation == allocation => run.length += extent.length,
-                _ if count == MAX_PIECES => return None,
-                _ => runs.push(Extent { length: extent.length, allocation }),
-            }
+        let start = self.nanos();
+        if start < self.look_again.load(Ordering::Relaxed) {
+            return None;
         }
-        let covered: u64 = runs.iter().map(|run| run.length).sum();
-        let any = runs.iter().any(|run| run.allocation == Allocation::Hole);
-        (any && covered == u64::from(request.length)).then_some(runs)
+        let found = device.extents(request.offset, u64::from(request.length));
+        let runs = found.ok().and_then(|extents| pieces(&extents, request.length));
+        let cost = self.nanos() - start;
+        if runs.is_none() || cost > LONG_LOOK {
+            self.look_again.store(start + cost * 20, Ordering::Relaxed);
+        }
+        runs
     }
 
     /// Does a request, waiting for what it needs.
@@ -524,6 +531,27 @@ impl Connection {
             tracing::warn!(%error, "no thread for an NBD connection; it goes on with fewer");
         }
     }
+}
+
+/// The runs of zeros and of data in a read, if there are zeros and not too many runs.
+fn pieces(extents: &[Extent], length: u32) -> Option<Vec<Extent>> {
+    let mut runs: Vec<Extent> = Vec::new();
+    for extent in extents {
+        // Zeros are zeros on the wire, whatever room they take.
+        let allocation = match extent.allocation {
+            Allocation::Data => Allocation::Data,
+            Allocation::Zero | Allocation::Hole => Allocation::Hole,
+        };
+        let count = runs.len();
+        match runs.last_mut() {
+            Some(run) if run.allocation == allocation => run.length += extent.length,
+            _ if count == MAX_PIECES => return None,
+            _ => runs.push(Extent { length: extent.length, allocation }),
+        }
+    }
+    let covered: u64 = runs.iter().map(|run| run.length).sum();
+    let any = runs.iter().any(|run| run.allocation == Allocation::Hole);
+    (any && covered == u64::from(length)).then_some(runs)
 }
 
 /// Reads what is not a hole, to where it belongs in `data`.
