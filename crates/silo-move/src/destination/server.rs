@@ -121,6 +121,12 @@ impl Server {
         self.shared.listener.address()
     }
 
+    /// Takes a connection that was made in another way: a destination that cannot be reached
+    /// connects to its source, and that begins to speak.
+    pub fn take_socket(&self, socket: std::net::TcpStream) {
+        self.shared.listener.take(socket);
+    }
+
     /// A session that it knows.
     #[must_use]
     pub fn session(&self, id: SessionId) -> Option<Arc<Inbound>> {

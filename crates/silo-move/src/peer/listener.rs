@@ -103,6 +103,11 @@ impl Listener {
         self.address
     }
 
+    /// Takes a connection that was made in another way, as if it had been accepted here.
+    pub fn take(&self, socket: TcpStream) {
+        self.shared.begin(socket);
+    }
+
     /// The next link or fetch connection.
     ///
     /// # Errors
