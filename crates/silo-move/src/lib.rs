@@ -27,6 +27,7 @@ mod waits;
 pub mod wire;
 
 pub use destination::{Inbound, Server};
+pub use silo_block::session::messages::SessionId;
 pub use source::Outbound;
 pub use volume::{Content, Volume};
 pub use waits::WaitSummary;
