@@ -14,6 +14,7 @@
 //! guest waits and `demand` is called) or *zero* (served at once, here). Zero memory therefore
 //! costs neither transfer nor room.
 
+mod arrival;
 mod faults;
 #[cfg(test)]
 mod tests;
@@ -26,7 +27,7 @@ use silo_block::{
     device::{Demand, Device, DeviceError, DeviceName, Result},
 };
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::HashMap,
     fs::File,
     io,
     os::{
@@ -34,7 +35,7 @@ use std::{
         unix::fs::FileExt,
     },
     sync::{Arc, Condvar, Mutex, PoisonError, RwLock},
-    time::{Duration, Instant},
+    time::Instant,
 };
 use sys::{CopyOutcome, Userfault, feature};
 
@@ -569,92 +570,6 @@ impl Device for Memory {
         let left = io::Error::other(format!("{} blocks are still missing", holes.missing.len()));
         drop(holes);
         Err(self.error("complete", "end".into(), left))
-    }
-}
-
-impl Memory {
-    /// The parts of `range` that are still missing.
-    fn wanted(&self, range: BlockRange) -> Vec<BlockRange> {
-        let holes = self.holes();
-        let mut wanted = Vec::new();
-        let mut at = range.start;
-        while let Some(piece) = holes.missing.next_range(at, range.count) {
-            if piece.start.0 >= range.end() {
-                break;
-            }
-            let end = piece.end().min(range.end());
-            wanted.push(BlockRange::new(piece.start.0, end - piece.start.0));
-            at = BlockIndex(end);
-        }
-        wanted
-    }
-
-    /// Blocks are in place: nobody waits for them any more.
-    fn arrived(&self, range: BlockRange) -> u64 {
-        let mut served = Vec::new();
-        let before;
-        let after;
-        {
-            let mut holes = self.holes();
-            before = holes.missing.len();
-            holes.missing.remove_range(range);
-            holes.landing.remove_range(range);
-            after = holes.missing.len();
-            if !holes.waiting.is_empty() {
-                for block in range.start.0..range.end() {
-                    served.extend(holes.waiting.remove(&block));
-                }
-            }
-        }
-        self.shared.arrived.notify_all();
-        for since in served {
-            self.shared.served(since);
-        }
-        before - after
-    }
-
-    /// Has missing blocks brought here the way a fault does, and waits for them: for whoever reads
-    /// the memory beside the guest.
-    ///
-    /// # Errors
-    /// If they do not come in time, or nobody serves them.
-    pub fn bring(&self, range: BlockRange, within: Duration) -> Result<()> {
-        let late = |left: u64, why: &str| {
-            let at = format!("{} and {} more", range.start, left.saturating_sub(1));
-            self.error("bring", at, io::Error::new(io::ErrorKind::TimedOut, why.to_owned()))
-        };
-        let began = Instant::now();
-        let mut holes = self.holes();
-        if !holes.missing.intersects(range) {
-            return Ok(());
-        }
-        let Some(demand) = holes.demand.clone() else {
-            return Err(late(holes.missing.count_in(range), "nobody serves the memory's faults"));
-        };
-        let missing: Vec<_> = holes.missing.ranges_in(range).collect();
-        let asked: Vec<_> = missing
-            .into_iter()
-            .flat_map(|piece| piece.chunks(1))
-            .filter(|block| match holes.waiting.entry(block.start.0) {
-                Entry::Occupied(_) => false,
-                Entry::Vacant(place) => {
-                    place.insert(began);
-                    true
-                }
-            })
-            .collect();
-        drop(holes);
-        asked.into_iter().for_each(|block| demand(block));
-        holes = self.holes();
-        while holes.missing.intersects(range) {
-            let left = within.saturating_sub(began.elapsed());
-            if left.is_zero() {
-                return Err(late(holes.missing.count_in(range), "no answer in time"));
-            }
-            let waited = self.shared.arrived.wait_timeout(holes, left);
-            holes = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-        Ok(())
     }
 }
 

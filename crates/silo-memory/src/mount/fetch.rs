@@ -129,8 +129,13 @@ impl Shared {
             if !retry || state.phase != Phase::Open {
                 return Err(error);
             }
-            // Closing tells of itself by the same condition.
-            drop(Self::wait_on(&self.work, state, pause));
+            // Not by `work`: a call for a thread that rests must not reach one that only pauses.
+            let until = after(pause);
+            while state.phase == Phase::Open && Instant::now() < until {
+                let left = until.saturating_duration_since(Instant::now());
+                state = Self::wait_on(&self.news, state, left);
+            }
+            drop(state);
             pause = (pause * 2).min(RETRY.1);
         }
     }

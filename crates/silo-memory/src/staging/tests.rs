@@ -203,7 +203,7 @@ fn a_writer_that_outpaces_the_copying_is_a_named_error_and_loses_nothing() {
     writer.wait_for(3 * PAGES, PAGES);
     let tight = StagingOptions { last_set: 64 << 10, enough: 4096, rounds: 2, pauses: 2 };
     let staging = Staging::new(Arc::clone(&writer.memory) as _, tight).unwrap();
-    let error = freeze(&[&staging], &writer).err().expect("65536 bytes cannot be enough");
+    let error = freeze(&[&staging], &Busy(&writer)).err().expect("65536 bytes cannot be enough");
     assert!(matches!(error, StagingError::Outpaced { limit: 65_536, .. }), "{error}");
     assert!(error.to_string().contains("slow the writer down"), "{error}");
     // The writer runs, and when it stops everything is listed.
@@ -218,6 +218,29 @@ fn a_writer_that_outpaces_the_copying_is_a_named_error_and_loses_nothing() {
     staged.remove(0).release();
     assert!(staging.changed().unwrap().is_empty(), "nobody writes");
     writer.resume().unwrap();
+}
+
+/// Stops the writer only when it has written more than a tight last set.
+struct Busy<'a>(&'a Writer);
+
+impl Pauser for Busy<'_> {
+    fn pause(&self) -> io::Result<()> {
+        let mut block = vec![0; BLOCK_SIZE];
+        let mut now = || {
+            self.0.memory.read(BlockIndex(0), &mut block).unwrap();
+            u64::from_ne_bytes(block[..8].try_into().unwrap())
+        };
+        // Once around from page 0 is every page.
+        let before = now();
+        while now() < before + 1 {
+            std::thread::yield_now();
+        }
+        self.0.pause()
+    }
+
+    fn resume(&self) -> io::Result<()> {
+        self.0.resume()
+    }
 }
 
 /// For memory that nobody writes meanwhile.

@@ -1,0 +1,100 @@
+//! Blocks that arrive after the guest runs: which of them are wanted, who waited for them, and how
+//! somebody beside the guest has them brought.
+
+use super::Memory;
+use silo_block::{
+    block::{BlockIndex, BlockRange},
+    device::Result,
+};
+use std::{
+    collections::hash_map::Entry,
+    io,
+    sync::PoisonError,
+    time::{Duration, Instant},
+};
+
+impl Memory {
+    /// The parts of `range` that are still missing.
+    pub(super) fn wanted(&self, range: BlockRange) -> Vec<BlockRange> {
+        let holes = self.holes();
+        let mut wanted = Vec::new();
+        let mut at = range.start;
+        while let Some(piece) = holes.missing.next_range(at, range.count) {
+            if piece.start.0 >= range.end() {
+                break;
+            }
+            let end = piece.end().min(range.end());
+            wanted.push(BlockRange::new(piece.start.0, end - piece.start.0));
+            at = BlockIndex(end);
+        }
+        wanted
+    }
+
+    /// Blocks are in place: nobody waits for them any more.
+    pub(super) fn arrived(&self, range: BlockRange) -> u64 {
+        let mut served = Vec::new();
+        let before;
+        let after;
+        {
+            let mut holes = self.holes();
+            before = holes.missing.len();
+            holes.missing.remove_range(range);
+            holes.landing.remove_range(range);
+            after = holes.missing.len();
+            if !holes.waiting.is_empty() {
+                for block in range.start.0..range.end() {
+                    served.extend(holes.waiting.remove(&block));
+                }
+            }
+        }
+        self.shared.arrived.notify_all();
+        for since in served {
+            self.shared.served(since);
+        }
+        before - after
+    }
+
+    /// Has missing blocks brought here the way a fault does, and waits for them: for whoever reads
+    /// the memory beside the guest.
+    ///
+    /// # Errors
+    /// If they do not come in time, or nobody serves them.
+    pub fn bring(&self, range: BlockRange, within: Duration) -> Result<()> {
+        let late = |left: u64, why: &str| {
+            let at = format!("{} and {} more", range.start, left.saturating_sub(1));
+            self.error("bring", at, io::Error::new(io::ErrorKind::TimedOut, why.to_owned()))
+        };
+        let began = Instant::now();
+        let mut holes = self.holes();
+        if !holes.missing.intersects(range) {
+            return Ok(());
+        }
+        let Some(demand) = holes.demand.clone() else {
+            return Err(late(holes.missing.count_in(range), "nobody serves the memory's faults"));
+        };
+        let missing: Vec<_> = holes.missing.ranges_in(range).collect();
+        let asked: Vec<_> = missing
+            .into_iter()
+            .flat_map(|piece| piece.chunks(1))
+            .filter(|block| match holes.waiting.entry(block.start.0) {
+                Entry::Occupied(_) => false,
+                Entry::Vacant(place) => {
+                    place.insert(began);
+                    true
+                }
+            })
+            .collect();
+        drop(holes);
+        asked.into_iter().for_each(|block| demand(block));
+        holes = self.holes();
+        while holes.missing.intersects(range) {
+            let left = within.saturating_sub(began.elapsed());
+            if left.is_zero() {
+                return Err(late(holes.missing.count_in(range), "no answer in time"));
+            }
+            let waited = self.shared.arrived.wait_timeout(holes, left);
+            holes = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(())
+    }
+}
