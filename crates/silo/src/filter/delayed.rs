@@ -65,7 +65,7 @@ impl Delayed {
 }
 
 impl BlockDevice for Delayed {
-    forward!(inner: size interrupt extents is_read_only);
+    forward!(inner: size interrupt extents prefetch zeroes_fast is_read_only);
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let start = Instant::now();

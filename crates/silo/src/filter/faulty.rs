@@ -80,7 +80,7 @@ fn injected(op: Op, kind: io::ErrorKind) -> io::Error {
 }
 
 impl BlockDevice for Faulty {
-    forward!(inner: size interrupt extents is_read_only);
+    forward!(inner: size interrupt extents prefetch zeroes_fast is_read_only);
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         match self.decide(Op::Read, offset, buf.len() as u64) {

@@ -188,7 +188,7 @@ impl Metered {
 }
 
 impl BlockDevice for Metered {
-    forward!(inner: size may_wait interrupt extents is_read_only);
+    forward!(inner: size may_wait interrupt extents prefetch zeroes_fast is_read_only);
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.read.run(buf.len() as u64, || self.inner.read_at(offset, buf))

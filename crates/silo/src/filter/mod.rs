@@ -46,6 +46,14 @@ macro_rules! forward {
             self.$field.extents(offset, length)
         }
     };
+    (@ $field:ident prefetch) => {
+        fn prefetch(&self, offset: u64, length: u64) -> std::io::Result<()> {
+            self.$field.prefetch(offset, length)
+        }
+    };
+    (@ $field:ident zeroes_fast) => {
+        fn zeroes_fast(&self) -> bool { self.$field.zeroes_fast() }
+    };
     (@ $field:ident is_read_only) => {
         fn is_read_only(&self) -> bool { self.$field.is_read_only() }
     };

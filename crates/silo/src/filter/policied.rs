@@ -201,7 +201,7 @@ impl Policied {
 }
 
 impl BlockDevice for Policied {
-    forward!(inner: size may_wait extents is_read_only);
+    forward!(inner: size may_wait extents prefetch zeroes_fast is_read_only);
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let range = (offset, buf.len() as u64);

@@ -17,7 +17,7 @@ impl ReadOnly {
 }
 
 impl BlockDevice for ReadOnly {
-    forward!(inner: size read_at try_read_at may_wait interrupt extents);
+    forward!(inner: size read_at try_read_at may_wait interrupt extents prefetch);
 
     fn write_at(&self, _offset: u64, _data: &[u8]) -> io::Result<()> {
         refuse_write("the device")

@@ -88,7 +88,7 @@ fn next_difference(old: &[u8], new: &[u8], from: usize) -> Option<usize> {
 }
 
 impl BlockDevice for RedundantWrites {
-    forward!(inner: size read_at try_read_at may_wait flush interrupt extents is_read_only);
+    forward!(inner: size read_at try_read_at may_wait flush interrupt extents prefetch zeroes_fast is_read_only);
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         check(self.inner.size(), offset, data.len() as u64)?;

@@ -39,7 +39,7 @@ impl Tracked {
 }
 
 impl BlockDevice for Tracked {
-    forward!(inner: size read_at try_read_at may_wait flush interrupt extents is_read_only);
+    forward!(inner: size read_at try_read_at may_wait flush interrupt extents prefetch zeroes_fast is_read_only);
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let _round = self.rounds.write(self.geometry.touched(offset, data.len() as u64));

@@ -454,6 +454,23 @@ impl BlockDevice for Stack {
         self.change((offset, length), |content| content.zero(offset, length, allocate))
     }
 
+    /// Only maps change.
+    fn zeroes_fast(&self) -> bool {
+        true
+    }
+
+    /// Of the base: layers are files, which the kernel reads ahead.
+    fn prefetch(&self, offset: u64, length: u64) -> io::Result<()> {
+        check(self.geometry.bytes(), offset, length)?;
+        match &self.base {
+            Some(base) => {
+                let inside = base.size().saturating_sub(offset).min(length);
+                if inside > 0 { base.prefetch(offset, inside) } else { Ok(()) }
+            }
+            None => Ok(()),
+        }
+    }
+
     fn interrupt(&self) {
         if let Some(base) = &self.base {
             base.interrupt();

@@ -59,6 +59,17 @@ impl Mapping {
             std::ptr::copy_nonoverlapping(data.as_ptr(), to, data.len());
         }
     }
+
+    /// Copies from `offset` to `buf`. A page that is not there is filled.
+    pub(super) fn copy_out(&self, offset: usize, buf: &mut [u8]) {
+        assert!(offset.checked_add(buf.len()).is_some_and(|end| end <= self.length));
+        // SAFETY: the source was just checked to lie in the mapping, which lives as long as self,
+        // and no reference into it exists, so `buf` cannot overlap it.
+        unsafe {
+            let from = self.start.as_ptr().cast::<u8>().add(offset);
+            std::ptr::copy_nonoverlapping(from, buf.as_mut_ptr(), buf.len());
+        }
+    }
 }
 
 impl Drop for Mapping {

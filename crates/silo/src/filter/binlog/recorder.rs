@@ -116,7 +116,7 @@ impl Recorder {
 }
 
 impl BlockDevice for Recorder {
-    forward!(inner: size may_wait interrupt extents is_read_only);
+    forward!(inner: size may_wait interrupt extents prefetch zeroes_fast is_read_only);
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.inner.read_at(offset, buf)?;

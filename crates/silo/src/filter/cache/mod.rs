@@ -24,6 +24,7 @@
 //! [`CacheOptions::age`], and for a flush.
 
 mod pieces;
+mod pool;
 #[cfg(test)]
 mod tests;
 mod work;
@@ -191,7 +192,11 @@ impl WriteCache {
         for (region, within, length) in regions(start, data.len() as u64) {
             let (part, tail) = rest.split_at(length as usize);
             // The copy is made without any lock.
-            let piece = Content::Data(Bytes::copy_from_slice(part));
+            let copy = match part.len() as u64 {
+                REGION => self.shared.pool.copy(part),
+                _ => Bytes::copy_from_slice(part),
+            };
+            let piece = Content::Data(copy);
             self.shared.put(region, within, piece)?;
             rest = tail;
         }
@@ -321,6 +326,15 @@ impl BlockDevice for WriteCache {
         let pieces = self.shared.state().pieces(offset, length);
         let below = self.shared.inner.extents(offset, length)?;
         Ok(laid_over(offset, &below, &pieces))
+    }
+
+    fn prefetch(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.shared.inner.prefetch(offset, length)
+    }
+
+    /// Zeros are noted, and made when they are written back.
+    fn zeroes_fast(&self) -> bool {
+        true
     }
 
     fn is_read_only(&self) -> bool {

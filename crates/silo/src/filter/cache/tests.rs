@@ -106,6 +106,15 @@ fn beyond_the_budget_a_writer_is_slowed_and_not_failed_and_memory_stays_bounded(
     }
     assert!(start.elapsed() >= Duration::from_millis(56 * 1000 / 400), "not slowed");
     assert!(most.into_inner() <= budget + (1 << 20));
+    assert!(cache.shared.pool.waiting() <= budget);
+    // Buffers that wait make room for small pieces.
+    for at in 0..7000u64 {
+        cache.write_at(at * 1024, &[5; 512]).unwrap();
+        let held = cache.status().held;
+        assert!(held + cache.shared.pool.waiting() <= budget + 8192, "{held}");
+    }
+    cache.flush().unwrap();
+    cache.write_at(0, &data[..8 << 20]).unwrap();
     cache.flush().unwrap();
     let mut back = vec![0; data.len()];
     behind.read_at(0, &mut back).unwrap();

@@ -3,6 +3,7 @@
 use super::{
     CacheOptions, CacheStatus, REGION, nothing_done,
     pieces::{Content, Piece, Pieces},
+    pool::Pool,
     until,
 };
 use crate::{io::BlockDevice, range::same_error};
@@ -159,6 +160,7 @@ impl State {
 
 pub(super) struct Shared {
     pub(super) inner: Arc<dyn BlockDevice>,
+    pub(super) pool: Arc<Pool>,
     options: CacheOptions,
     state: Mutex<State>,
     /// There may be something to write.
@@ -189,7 +191,7 @@ impl Shared {
             stop: false,
         };
         let (work, done) = (Condvar::new(), Condvar::new());
-        Self { inner, options, state: Mutex::new(state), work, done }
+        Self { inner, pool: Arc::default(), options, state: Mutex::new(state), work, done }
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
@@ -227,6 +229,8 @@ impl Shared {
         let after = region.pieces.cost();
         state.held = state.held + after - before;
         state.waiting.extend(fresh);
+        // What waits to be used again is memory too.
+        self.pool.keep(self.options.budget.saturating_sub(state.held));
         if state.held > self.options.start && !state.draining {
             state.draining = true;
             self.work.notify_all();
