@@ -7,6 +7,7 @@
 //! tool for the comparison is missing, the group fails and says which package has it.
 
 mod mount;
+mod tracking;
 mod vhost;
 
 use anyhow::{bail, ensure};
@@ -61,7 +62,7 @@ impl Group {
 }
 
 /// The groups of each part of the engine.
-const ALL: &[&[Group]] = &[mount::GROUPS, vhost::GROUPS];
+const ALL: &[&[Group]] = &[mount::GROUPS, vhost::GROUPS, tracking::GROUPS];
 
 /// Runs the command. True if every promise was kept.
 pub(crate) fn run(args: &Args) -> anyhow::Result<bool> {
