@@ -7,7 +7,7 @@
 use super::sys::{Mapping, PAGE};
 use crate::{
     files::extents_of,
-    io::{BlockDevice, Extent},
+    io::{Allocation, BlockDevice, Extent},
     range::check,
 };
 use nix::{
@@ -95,6 +95,13 @@ impl MemoryDevice {
         })
     }
 
+    /// Whether all pages of these bytes are likely to be present.
+    fn is_present(&self, offset: u64, length: u64) -> bool {
+        let page = PAGE as u64;
+        self.words(offset / page, (offset + length).div_ceil(page))
+            .all(|(word, mask)| word.load(Ordering::Relaxed) & mask == mask)
+    }
+
     fn punch(&self, offset: u64, length: u64) -> io::Result<()> {
         let page = PAGE as u64;
         // Before the hole: a writer that sees the marks gone populates again.
@@ -116,11 +123,7 @@ impl BlockDevice for MemoryDevice {
         // Where all of it is present (see the module) no system call is needed. A hole that was made
         // just now reads as zeros there too.
         if let (Some(mapping), false) = (&self.mapping, buf.is_empty()) {
-            let page = PAGE as u64;
-            let (first, end) = (offset / page, (offset + buf.len() as u64).div_ceil(page));
-            let marked =
-                |(word, mask): (&AtomicU64, u64)| word.load(Ordering::Relaxed) & mask == mask;
-            if self.words(first, end).all(marked) {
+            if self.is_present(offset, buf.len() as u64) {
                 mapping.copy_out(offset as usize, buf);
                 return Ok(());
             }
@@ -191,6 +194,10 @@ impl BlockDevice for MemoryDevice {
 
     fn extents(&self, offset: u64, length: u64) -> io::Result<Vec<Extent>> {
         check(self.bytes, offset, length)?;
+        // The kernel would look for a hole up to the end of the file, page by page.
+        if length > 0 && self.is_present(offset, length) {
+            return Ok(vec![Extent { length, allocation: Allocation::Data }]);
+        }
         extents_of(&self.file, offset, length)
     }
 }

@@ -183,3 +183,54 @@ fn check_20_a_full_disk_fails_the_write_and_harms_nothing_else() {
         assert!(content_of(&stack) == content, "seed {seed}, after a crash");
     }
 }
+
+#[test]
+fn check_25_a_flush_over_nbd_is_durable_in_every_layer_after_a_power_cut() {
+    use crate::nbd::{Endpoint, NbdClient, NbdClientOptions, NbdOptions, NbdServer};
+    let dir = tempfile::tempdir().unwrap();
+    for seed in 0..8 {
+        let random = &mut Random(seed);
+        let (base, mut model) = base(90_000, seed);
+        let folder = SimFolder::new();
+        let options = StackOptions { bytes: 0, block: 4096 };
+        let boot = BootId::new("first");
+        let stack = Stack::create_in(folder.clone(), Some(&base), options, boot, None).unwrap();
+        let stack = Arc::new(stack);
+        let socket = dir.path().join(format!("{seed}.sock"));
+        let server = NbdServer::start(&socket, stack.clone(), NbdOptions::default()).unwrap();
+        let client =
+            NbdClient::connect(&Endpoint::unix(&socket), NbdClientOptions::default()).unwrap();
+        let write = |random: &mut Random| {
+            let offset = random.below(85_000);
+            let data = random.bytes(5000);
+            client.write_at(offset, &data).unwrap();
+            (offset as usize, data)
+        };
+        // Flushed data lies in a frozen layer and in the top.
+        for round in 0..3 {
+            for _ in 0..5 {
+                let (at, data) = write(random);
+                model[at..at + data.len()].copy_from_slice(&data);
+            }
+            if round < 2 {
+                drop(stack.push(LIMIT).unwrap());
+            }
+        }
+        client.flush().unwrap();
+        let mut may = Model::new(model);
+        // Not flushed: may be there or not.
+        for _ in 0..3 {
+            let (at, data) = write(random);
+            may.put(at, &data);
+        }
+        let after = folder.crash(random);
+        // From here on a flush cannot succeed, and must not claim to.
+        folder.power_for(0);
+        assert!(client.write_at(0, &[1; 512]).is_err());
+        assert!(client.flush().is_err(), "seed {seed}: flushed without power");
+        drop(client);
+        server.stop(LIMIT).unwrap();
+        let stack = Stack::open_in(after, Some(&base), BootId::new("second"), None).unwrap();
+        may.crashed(content_of(&stack), &format!("seed {seed}"));
+    }
+}
