@@ -75,7 +75,11 @@ pub struct BlockSet {
 
 impl fmt::Debug for BlockSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "BlockSet({} of {})", self.count, self.blocks)
+        write!(f, "BlockSet({} of {}:", self.count, self.blocks)?;
+        for range in self.ranges().take(8) {
+            write!(f, " {}+{}", range.start.0, range.count)?;
+        }
+        f.write_str(if self.ranges().nth(8).is_some() { " …)" } else { ")" })
     }
 }
 

@@ -25,8 +25,6 @@
 //!   everything that was shared since (see [`History::restart`]).
 
 mod history;
-#[cfg(test)]
-mod tests;
 
 use crate::{
     block::{BlockIndex, BlockRange, BlockSet},

@@ -5,7 +5,7 @@ use super::{
     heat::{Buckets, CHUNK, chunks, overlap},
 };
 use crate::block::{BlockIndex, BlockRange, BlockSet};
-use std::collections::VecDeque;
+use std::{collections::VecDeque, fmt};
 
 /// Blocks of one device that are to be sent (or fetched), and which of them is next.
 pub struct Order {
@@ -18,6 +18,7 @@ pub struct Order {
 }
 
 /// Blocks in the order in which they were asked for.
+#[derive(Debug)]
 struct Line {
     set: BlockSet,
     ranges: VecDeque<BlockRange>,
@@ -27,6 +28,17 @@ struct Line {
 struct Shelf {
     set: BlockSet,
     buckets: Buckets,
+}
+
+impl fmt::Debug for Order {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Order")
+            .field("demand", &self.demand)
+            .field("prefetch", &self.prefetch)
+            .field("dirty", &self.dirty.set)
+            .field("bulk", &self.bulk.set)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Order {

@@ -295,7 +295,11 @@ impl Rounds {
 
 impl fmt::Debug for Rounds {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Rounds({} blocks, {} is open)", self.blocks(), self.clock())
+        write!(f, "Rounds({} blocks, {} is open:", self.blocks(), self.clock())?;
+        for block in 0..self.blocks().min(16) {
+            write!(f, " {}", self.epoch(BlockIndex(block)).0)?;
+        }
+        f.write_str(if self.blocks() > 16 { " …)" } else { ")" })
     }
 }
 

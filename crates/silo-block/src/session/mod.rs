@@ -15,6 +15,8 @@ mod link;
 pub mod messages;
 mod pace;
 pub mod source;
+#[cfg(test)]
+mod tests;
 
 pub use link::{LinkId, Patience};
 pub use pace::{Finish, Next, Outpaced, Pace, Policy};

@@ -14,12 +14,13 @@ use crate::{
 };
 use std::{
     collections::{BTreeMap, HashMap},
+    fmt,
     time::Duration,
 };
 
 /// Where promised hashes are kept: 32 bytes a promised block, so that large devices keep them in a
 /// mapped file.
-pub trait Hashes: Send {
+pub trait Hashes: Send + fmt::Debug {
     /// Keeps the hash of a block in place of any other.
     fn put(&mut self, device: DeviceIndex, block: BlockIndex, hash: BlockHash);
     /// The hash that was kept last; anything for a block that has none.
@@ -42,6 +43,7 @@ impl Hashes for MemoryHashes {
 }
 
 /// The fetches of one device.
+#[derive(Debug)]
 pub(super) struct Fetching {
     blocks: u64,
     /// Absent, and a store has the content of their epoch. `None` before the first promise.

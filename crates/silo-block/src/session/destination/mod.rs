@@ -24,8 +24,6 @@
 mod access;
 mod fetch;
 mod speak;
-#[cfg(test)]
-mod tests;
 
 pub use access::{Access, WaiterId};
 pub use fetch::{Hashes, MemoryHashes};
@@ -48,7 +46,7 @@ use crate::{
 use access::Waiter;
 use fetch::Fetching;
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, VecDeque},
     time::Duration,
 };
 
@@ -251,6 +249,7 @@ pub struct Counters {
     pub lists: u64,
 }
 
+#[derive(Debug)]
 struct Incoming {
     name: DeviceName,
     base: Option<RootHash>,
@@ -264,6 +263,7 @@ struct Incoming {
 }
 
 /// Content that is being stored.
+#[derive(Debug)]
 struct Slot {
     device: DeviceIndex,
     parts: Vec<BlockRange>,
@@ -271,12 +271,14 @@ struct Slot {
     from: From,
 }
 
+#[derive(Debug)]
 struct Held {
     link: LinkId,
     header: BlockHeader,
     retry: Vec<BlockRange>,
 }
 
+#[derive(Debug)]
 enum From {
     /// To be confirmed on this link.
     Peer {
@@ -288,6 +290,7 @@ enum From {
 }
 
 /// A destination; see the module.
+#[derive(Debug)]
 pub struct Destination {
     config: Config,
     session: SessionId,
@@ -301,7 +304,7 @@ pub struct Destination {
     released: bool,
     link: Option<Link>,
     customs: Customs,
-    slots: HashMap<u64, Slot>,
+    slots: BTreeMap<u64, Slot>,
     /// Confirmations that wait: the peer would only send again what is being stored just now.
     held: Vec<Held>,
     hashes: Box<dyn Hashes>,
@@ -336,7 +339,7 @@ impl Destination {
             released: false,
             link: None,
             customs: Customs::default(),
-            slots: HashMap::new(),
+            slots: BTreeMap::new(),
             held: Vec::new(),
             hashes,
             tickets: 0,

@@ -138,10 +138,10 @@ impl Destination {
         }
         let mut held = Vec::with_capacity(self.devices.len());
         let runs = self.has_token();
-        for at in 0..self.devices.len() {
+        for (at, info) in devices.iter().enumerate() {
             let (incoming, device) = (&self.devices[at], DeviceIndex(at as u16));
             let clock = if runs { incoming.moved(self.session) } else { incoming.replica.clock() };
-            let clock = clock.min(devices[at].clock);
+            let clock = clock.min(info.clock);
             let ranges: Vec<BlockRange> = incoming.replica.absent().ranges().collect();
             let mut parts = ranges.chunks(MAX_RANGES).map(<[BlockRange]>::to_vec);
             let missing = parts.next().unwrap_or_default();

@@ -28,8 +28,6 @@
 
 mod flow;
 mod speak;
-#[cfg(test)]
-mod tests;
 
 use super::{
     link::{Customs, Link, LinkId, Patience},
@@ -241,6 +239,7 @@ pub struct Counters {
 }
 
 /// The state towards one device of the destination.
+#[derive(Debug)]
 struct Outgoing {
     name: DeviceName,
     base: Option<RootHash>,
@@ -276,6 +275,7 @@ struct Outgoing {
     early: Vec<(Epoch, Vec<(BlockIndex, BlockHash)>)>,
 }
 
+#[derive(Debug)]
 struct HandOver {
     epochs: Vec<Epoch>,
     flushes: Vec<Vec<u64>>,
@@ -283,6 +283,7 @@ struct HandOver {
 }
 
 /// A source; see the module.
+#[derive(Debug)]
 pub struct Source {
     config: Config,
     session: SessionId,
