@@ -13,6 +13,8 @@ use silo_block::block::BlockRange;
 const WALKERS: usize = 16;
 /// First piece fetched ahead, in blocks (128 KiB).
 const FIRST: u64 = 32;
+/// Smallest piece of a long walk, in blocks (1 MiB).
+const PIECE: u64 = 256;
 /// A walker may skip this many blocks and still count as walking.
 const GAP: u64 = 8;
 /// Farthest jump that is taken for a stride, in blocks (256 MiB).
@@ -98,7 +100,9 @@ impl Walker {
         }
         self.window = (self.window * 2).max(FIRST).max(range.count).min(limit);
         let end = (at + 1 + self.window).min(blocks);
-        if end <= self.end {
+        // Not in crumbs, but for the last: each piece is a mark, and a request at least.
+        let least = if end == blocks { 1 } else { (self.window / 4).clamp(1, PIECE) };
+        if end < self.end + least {
             return Vec::new();
         }
         let piece = BlockRange::new(self.end, end - self.end);
@@ -150,7 +154,7 @@ mod tests {
             if missing || marks.remove(&block) {
                 for piece in ahead.touched(BlockRange::new(block, 1), limit) {
                     for (number, block) in (piece.start.0..piece.end()).enumerate() {
-                        if here.insert(block) && number % 256 == 0 {
+                        if here.insert(block) && number == 0 {
                             marks.insert(block);
                         }
                     }
@@ -163,6 +167,8 @@ mod tests {
     #[test]
     fn a_forward_walk_waits_twice_and_then_never() {
         assert_eq!(waits(0..20_000, 4096).0, 2);
+        let end = (1 << 20) - 20_000..1 << 20;
+        assert_eq!(waits(end, 4096).0, 2, "also at the end of the device");
         let gaps = waits((0..20_000).map(|n| n * 2), 4096).0;
         assert!(gaps < 20, "every other block is a walk, too: waited {gaps} times");
     }

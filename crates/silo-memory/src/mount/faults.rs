@@ -137,7 +137,7 @@ impl Server {
         // It would wait after all, or failed: a fetching thread has the time for either.
         let read = read.unwrap_or(false);
         if read {
-            self.shared.land(range, &self.page, Class::Demand)?;
+            self.shared.land(range, &self.page, Class::Demand, false)?;
         }
         let mut state = self.shared.lock();
         if read {

@@ -98,7 +98,7 @@ impl Shared {
         buffer[length..].fill(0);
         let read = self.read_backend(job, &mut buffer[..length]);
         let took = read.as_ref().ok().copied();
-        let landed = read.and_then(|_| self.land(job.range, buffer, job.class));
+        let landed = read.and_then(|_| self.land(job.range, buffer, job.class, job.marked));
         let mut state = self.lock();
         let now = Instant::now();
         if job.class != Class::Demand {
@@ -172,14 +172,20 @@ impl Shared {
         }
     }
 
-    /// Puts content in place where it is still wanted. Of what is fetched ahead, the first block is
-    /// left out of the mapping, so that touching it is seen.
-    pub(super) fn land(&self, range: BlockRange, data: &[u8], class: Class) -> io::Result<()> {
+    /// Puts content in place where it is still wanted. With `marked` the first block is left out of
+    /// the mapping, so that touching it is seen.
+    pub(super) fn land(
+        &self,
+        range: BlockRange,
+        data: &[u8],
+        class: Class,
+        marked: bool,
+    ) -> io::Result<()> {
         let (pieces, marked) = {
             let mut state = self.lock();
             // A page that was given up holds a mark of its own, which only mapping it takes away.
             let clean = !state.table.failed().contains(range.start);
-            (state.table.begin(range), class == Class::Ahead && clean)
+            (state.table.begin(range), marked && clean)
         };
         let foreign = self.foreign();
         let mut result = Ok(());

@@ -26,6 +26,20 @@ pub(super) enum Class {
 pub(super) struct Job {
     pub(super) class: Class,
     pub(super) range: BlockRange,
+    /// Its first block is left where touching it is seen: it begins what was fetched ahead at once.
+    pub(super) marked: bool,
+}
+
+/// A range of a list, of which requests take the beginning.
+struct Listed {
+    range: BlockRange,
+    begun: bool,
+}
+
+impl From<BlockRange> for Listed {
+    fn from(range: BlockRange) -> Self {
+        Self { range, begun: false }
+    }
 }
 
 /// The rest, in order.
@@ -46,8 +60,8 @@ const REST: (Duration, Duration) = (Duration::from_millis(50), Duration::from_se
 
 pub(super) struct Queue {
     demands: VecDeque<BlockRange>,
-    first: VecDeque<BlockRange>,
-    ahead: VecDeque<BlockRange>,
+    first: VecDeque<Listed>,
+    ahead: VecDeque<Listed>,
     bulk: Bulk,
     rest: Option<(Instant, Duration)>,
 }
@@ -64,12 +78,12 @@ impl Queue {
     }
 
     pub(super) fn first(&mut self, range: BlockRange) {
-        self.first.push_back(range);
+        self.first.push_back(range.into());
     }
 
     /// Read-ahead: the newest goes first, and what is too far back in the queue is dropped.
     pub(super) fn ahead(&mut self, range: BlockRange) {
-        self.ahead.push_front(range);
+        self.ahead.push_front(range.into());
         self.ahead.truncate(256);
     }
 
@@ -117,32 +131,36 @@ impl Queue {
         now: Instant,
     ) -> Option<Job> {
         if let Some(range) = self.demands.pop_front() {
-            return Some(Job { class: Class::Demand, range });
+            return Some(Job { class: Class::Demand, range, marked: false });
         }
         if self.rests_until(now).is_some() || table.idle().is_empty() || !window.has_room() {
             return None;
         }
         let most = window.request() / BLOCK_SIZE as u64;
-        let (class, range) = Self::listed(&mut self.first, table, most)
-            .map(|range| (Class::First, range))
-            .or_else(|| Self::listed(&mut self.ahead, table, most).map(|r| (Class::Ahead, r)))
-            .or_else(|| self.next_bulk(table, most).map(|range| (Class::Bulk, range)))?;
-        table.want(range);
-        window.sent(now, range.bytes());
-        Some(Job { class, range })
+        let job = |class| move |(range, marked)| Job { class, range, marked };
+        let found = Self::listed(&mut self.first, table, most)
+            .map(|(range, _)| job(Class::First)((range, false)))
+            .or_else(|| Self::listed(&mut self.ahead, table, most).map(job(Class::Ahead)))
+            .or_else(|| {
+                self.next_bulk(table, most).map(|range| job(Class::Bulk)((range, false)))
+            })?;
+        table.want(found.range);
+        window.sent(now, found.range.bytes());
+        Some(found)
     }
 
-    /// The next idle run in a list of ranges.
-    fn listed(list: &mut VecDeque<BlockRange>, table: &Table, most: u64) -> Option<BlockRange> {
-        while let Some(range) = list.front_mut() {
-            let found = table.idle().ranges_in(*range).next();
+    /// The next idle run in a list of ranges, and whether it is the first of its range.
+    fn listed(list: &mut VecDeque<Listed>, table: &Table, most: u64) -> Option<(BlockRange, bool)> {
+        while let Some(front) = list.front_mut() {
+            let found = table.idle().ranges_in(front.range).next();
             let Some(run) = found else {
                 list.pop_front();
                 continue;
             };
             let taken = BlockRange::new(run.start.0, run.count.min(most));
-            *range = BlockRange::new(taken.end(), range.end() - taken.end());
-            return Some(taken);
+            let rest = BlockRange::new(taken.end(), front.range.end() - taken.end());
+            let begun = std::mem::replace(front, Listed { range: rest, begun: true }).begun;
+            return Some((taken, !begun));
         }
         None
     }
