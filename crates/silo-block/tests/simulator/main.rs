@@ -12,6 +12,8 @@
 //! What is checked is said in [`world`] and [`reference`]; that the checks can fail is shown by
 //! breaking one rule at a time ([`world::Broken`]).
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 mod guest;
 mod host;
 mod random;
@@ -70,7 +72,7 @@ fn text_of(panic: &(dyn std::any::Any + Send)) -> String {
 }
 
 #[test]
-fn worlds_in_which_everything_goes_wrong_lose_nothing() {
+fn check_03_worlds_in_which_everything_goes_wrong_lose_nothing() {
     if let Some(seed) = number("SIM_SEED") {
         let outcome = World::new(seed, Broken::Nothing, true).run();
         panic!("seed {seed}: {outcome:?}");

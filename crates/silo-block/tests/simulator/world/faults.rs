@@ -46,7 +46,7 @@ impl World {
             patience: self.patience(),
             early_release: self.early_release,
             fetch_window: 2048,
-            prefetch: if self.seed % 2 == 0 { 8 } else { 0 },
+            prefetch: if self.seed.is_multiple_of(2) { 8 } else { 0 },
         }
     }
 
