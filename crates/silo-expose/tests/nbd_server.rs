@@ -10,6 +10,10 @@ use silo_block::io::BlockDevice;
 use silo_expose::nbd::{ExportOptions, Exports, NbdClient, NbdClientOptions, NbdError, NbdOptions};
 use std::{
     collections::HashMap,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::FileExt,
+    },
     sync::{
         Arc, Barrier, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -45,8 +49,7 @@ fn check_25_a_flush_and_fua_reach_the_device_before_the_answer() {
         for (command, offset) in [("write -f -P 7 64k 4k", 64 << 10), ("write -z -f 0 4k", 0)] {
             tool("qemu-io", &["-f", "raw", &url, "-c", command]);
             let expected = if offset == 0 { 0 } else { 7 };
-            let length = if offset == 0 { 4096 } else { 4096 };
-            assert_eq!(ram.durable()[offset..offset + length], vec![expected; length]);
+            assert_eq!(ram.durable()[offset..offset + 4096], [expected; 4096]);
         }
     }
     if have("nbdsh", "python3-libnbd") {
@@ -377,6 +380,78 @@ fn a_device_is_linearizable_for_one_writer_a_sector_while_its_server_restarts() 
         restarts
     });
     assert!(clients[0].reconnects() > 5);
+}
+
+/// A file that says where its bytes lie, a part of a longer one.
+struct Part(std::fs::File);
+
+const PART_AT: u64 = 10_000;
+
+impl BlockDevice for Part {
+    fn size(&self) -> u64 {
+        4 * MIB as u64
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        self.0.read_exact_at(buf, PART_AT + offset)
+    }
+
+    fn try_read_at(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<bool> {
+        self.read_at(offset, buf).map(|()| true)
+    }
+
+    fn file_range(&self, offset: u64, _: u64, write: bool) -> Option<(BorrowedFd<'_>, u64)> {
+        (!write).then(|| (self.0.as_fd(), PART_AT + offset))
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8]) -> std::io::Result<()> {
+        self.0.write_all_at(data, PART_AT + offset)
+    }
+
+    fn flush(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    fn trim(&self, _offset: u64, _length: u64) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    fn zero(&self, offset: u64, length: u64, _allocate: bool) -> std::io::Result<()> {
+        self.write_at(offset, &vec![0; length as usize])
+    }
+}
+
+#[test]
+fn long_reads_go_from_the_file_to_the_socket_and_are_the_right_bytes() {
+    // Not in /tmp, which may be in memory: there nothing goes this way.
+    let file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let content = noise(3, 4 * MIB);
+    file.write_all_at(&content, PART_AT).unwrap();
+    let cut = file.try_clone().unwrap();
+    let rig = Rig::new(Arc::new(Part(file)));
+    let client = rig.client(NbdClientOptions { connections: 2, ..defaults() });
+    thread::scope(|scope| {
+        for number in 0..3 {
+            let (client, content) = (&client, &content);
+            scope.spawn(move || {
+                let mut random = Random(number + 1);
+                for _ in 0..150 {
+                    let length = random.below(3 * MIB as u64) as usize;
+                    let offset = random.below((4 * MIB - length) as u64 + 1);
+                    let mut data = vec![0; length];
+                    client.read_at(offset, &mut data).unwrap();
+                    let at = offset as usize;
+                    assert!(data == content[at..at + length], "{length} at {offset}");
+                }
+            });
+        }
+    });
+    // A file that is cut under the server is an error, and no bytes that are not there.
+    cut.set_len(PART_AT + MIB as u64).unwrap();
+    let quick = NbdClientOptions { reconnect: Duration::from_millis(300), ..defaults() };
+    let mut data = vec![0; MIB];
+    assert!(rig.client(quick).read_at(MIB as u64 / 2, &mut data).is_err());
+    rig.client(defaults()).read_at(0, &mut data[..4096]).unwrap();
 }
 
 #[test]

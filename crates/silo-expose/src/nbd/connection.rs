@@ -8,21 +8,24 @@
 //! receives while this one works. So a read that waits for a block holds up nobody, and at most
 //! [`MAX_WORKERS`] requests are in hand.
 
+mod answer;
+
 use super::{
     BlockDevice, Export, MAX_PAYLOAD,
     handshake::Agreement,
     line::{Input, Output},
     protocol::{
-        CHUNK_BYTES, ChunkKind, Command, DATA_CHUNK_BYTES, MAX_RUNS, Position, REPLY_BYTES,
-        Request, WireError, encode_chunk, encode_data_chunk, encode_error_chunk, encode_hole_chunk,
-        encode_reply, encode_status,
+        Command, DATA_CHUNK_BYTES, MAX_RUNS, REPLY_BYTES, Request, WireError, encode_status,
     },
-    receive::{End, Receiver, broken, stalled},
+    receive::{End, Receiver, broken},
     server::{Client, ThreadGuard},
+    sys,
 };
+use answer::{Answer, BATCH_BYTES, pieces, read_pieces};
 use silo_block::io::{Allocation, Extent};
 use std::{
-    io::{self, IoSlice},
+    io,
+    os::fd::BorrowedFd,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -35,16 +38,12 @@ use std::{
 pub(super) const MAX_WORKERS: usize = 32;
 /// Requests up to this length are done by the receiver even when others wait behind them.
 const SMALL: u32 = 64 << 10;
-/// Answers wait for each other up to this many bytes, while more requests are at hand.
-const BATCH_BYTES: usize = 128 << 10;
 /// Longest payload that is skipped to answer that it is too long; beyond it the client is cut off.
 const MAX_SKIPPED: u32 = 64 << 20;
 /// Reads from this length on leave out holes, where the client can be told of them.
 const HOLES_FROM: u32 = 128 << 10;
 /// A device that needs longer to tell of its holes (in ns) is not asked before every read.
 const LONG_LOOK: u64 = 20_000;
-/// Most pieces in which a read is answered.
-const MAX_PIECES: usize = 64;
 
 pub(super) struct Connection {
     client: Arc<Client>,
@@ -53,6 +52,8 @@ pub(super) struct Connection {
     status: bool,
     receiver: Mutex<Receiver>,
     sender: Mutex<Output>,
+    /// Reads can be sent from a file.
+    takes_files: bool,
     /// Nothing is received any more; requests in hand are still answered.
     ended: AtomicBool,
     workers: AtomicUsize,
@@ -91,17 +92,6 @@ impl Desk {
     }
 }
 
-/// What a request led to.
-enum Answer {
-    Done,
-    /// The desk's data.
-    Data,
-    /// The desk's data, less the holes.
-    Pieces(Vec<Extent>),
-    /// The payload of a status chunk.
-    Status(Vec<u8>),
-}
-
 /// What became of a request that the receiver looked at.
 enum Quick {
     /// It is answered.
@@ -123,6 +113,7 @@ impl Connection {
             structured: agreement.structured,
             status: agreement.status,
             receiver: Mutex::new(Receiver::new(input)),
+            takes_files: output.takes_files(),
             sender: Mutex::new(output),
             ended: AtomicBool::new(false),
             workers: AtomicUsize::new(1),
@@ -249,6 +240,11 @@ impl Connection {
                     self.reply(request, Ok(Answer::Pieces(runs)), desk)?;
                     return Ok(Quick::Answered);
                 }
+                if let Some((file, at)) = self.send_from_file(request, device) {
+                    self.send_batch(desk)?;
+                    self.send_file(request, file, at)?;
+                    return Ok(Quick::Answered);
+                }
                 // Long ones are copied by several threads at a time, if there are several.
                 if !receiver.is_empty() {
                     return Ok(Quick::Later);
@@ -311,18 +307,6 @@ impl Connection {
             Err(error) => self.batch_result(request, Err(tell(request, &error)), desk)?,
         }
         Ok(Quick::Answered)
-    }
-
-    /// What stands before data that was read in one piece.
-    fn encode_head(&self, request: &Request, head: &mut [u8]) {
-        let cookie = request.cookie;
-        if self.structured {
-            let (offset, length) = (request.offset, request.length);
-            let chunk = encode_data_chunk(Position::Last, cookie, offset, length);
-            head.copy_from_slice(&chunk);
-        } else {
-            head.copy_from_slice(&encode_reply(Ok(()), cookie));
-        }
     }
 
     /// The runs of a read that has holes worth leaving out, if the client understands that. Some
@@ -405,109 +389,19 @@ impl Connection {
         Ok(Answer::Done)
     }
 
-    /// Sends what a request led to.
-    fn reply(
+    /// The file that a read is sent from without a copy: if there is one, and nothing has to be
+    /// waited for, and the line can.
+    fn send_from_file<'a>(
         &self,
         request: &Request,
-        answer: Result<Answer, WireError>,
-        desk: &mut Desk,
-    ) -> Result<(), End> {
-        let cookie = request.cookie;
-        match answer {
-            Ok(Answer::Data) if request.length > 0 => {
-                let mut head = [0; DATA_CHUNK_BYTES];
-                let head = if self.structured { &mut head } else { &mut head[..REPLY_BYTES] };
-                self.encode_head(request, head);
-                let data = &desk.data[..request.length as usize];
-                self.send(&mut [IoSlice::new(head), IoSlice::new(data)])
-            }
-            Ok(Answer::Pieces(runs)) => self.send_pieces(request, &runs, &desk.data),
-            Ok(Answer::Status(status)) => {
-                let length = status.len() as u32;
-                let head = encode_chunk(ChunkKind::Status, Position::Last, cookie, length);
-                self.send(&mut [IoSlice::new(&head), IoSlice::new(&status)])
-            }
-            Ok(Answer::Done | Answer::Data) => {
-                self.batch_result(request, Ok(()), desk)?;
-                self.send_batch(desk)
-            }
-            Err(error) => {
-                self.batch_result(request, Err(error), desk)?;
-                self.send_batch(desk)
-            }
+        device: &'a dyn BlockDevice,
+    ) -> Option<(BorrowedFd<'a>, u64)> {
+        if !self.takes_files {
+            return None;
         }
-    }
-
-    fn send_pieces(&self, request: &Request, runs: &[Extent], data: &[u8]) -> Result<(), End> {
-        let mut heads = Vec::with_capacity(runs.len());
-        let mut at = 0;
-        for (index, run) in runs.iter().enumerate() {
-            let last = index + 1 == runs.len();
-            let position = if last { Position::Last } else { Position::Inner };
-            // A read is at most MAX_PAYLOAD long, and so is each of its runs.
-            let (offset, length) = (request.offset + at, run.length as u32);
-            heads.push(match run.allocation {
-                Allocation::Data => {
-                    encode_data_chunk(position, request.cookie, offset, length).to_vec()
-                }
-                _ => encode_hole_chunk(position, request.cookie, offset, length).to_vec(),
-            });
-            at += run.length;
-        }
-        let mut parts = Vec::with_capacity(runs.len() * 2);
-        let mut at = 0;
-        for (head, run) in heads.iter().zip(runs) {
-            let end = at + run.length as usize;
-            parts.push(IoSlice::new(head));
-            if run.allocation == Allocation::Data {
-                parts.push(IoSlice::new(&data[at..end]));
-            }
-            at = end;
-        }
-        self.send(&mut parts)
-    }
-
-    /// Adds an answer without data to those that go out together.
-    fn batch_result(
-        &self,
-        request: &Request,
-        result: Result<(), WireError>,
-        desk: &mut Desk,
-    ) -> Result<(), End> {
-        let wants_chunks =
-            self.structured && matches!(request.command, Command::Read | Command::BlockStatus);
-        let mut put = |bytes: &[u8]| {
-            self.make_room(bytes.len(), desk)?;
-            desk.batch_space(bytes.len()).copy_from_slice(bytes);
-            desk.batched += bytes.len();
-            Ok(())
-        };
-        match result {
-            Err(error) if wants_chunks => put(&encode_error_chunk(error, request.cookie)),
-            Ok(()) if wants_chunks => {
-                let chunk: [u8; CHUNK_BYTES] =
-                    encode_chunk(ChunkKind::None, Position::Last, request.cookie, 0);
-                put(&chunk)
-            }
-            result => put(&encode_reply(result, request.cookie)),
-        }
-    }
-
-    fn make_room(&self, length: usize, desk: &mut Desk) -> Result<(), End> {
-        if desk.batched + length > BATCH_BYTES { self.send_batch(desk) } else { Ok(()) }
-    }
-
-    fn send_batch(&self, desk: &mut Desk) -> Result<(), End> {
-        let batched = std::mem::take(&mut desk.batched);
-        if batched == 0 {
-            return Ok(());
-        }
-        self.send(&mut [IoSlice::new(&desk.batch[..batched])])
-    }
-
-    fn send(&self, parts: &mut [IoSlice<'_>]) -> Result<(), End> {
-        let mut sender = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
-        sender.send(parts).map_err(|error| stalled(error, "and does not take its replies"))
+        let length = u64::from(request.length);
+        let (file, at) = device.file_range(request.offset, length, false)?;
+        sys::is_cached(file, at, length).then_some((file, at))
     }
 
     /// Sees to it that somebody receives while this thread works.
@@ -531,45 +425,6 @@ impl Connection {
             tracing::warn!(%error, "no thread for an NBD connection; it goes on with fewer");
         }
     }
-}
-
-/// The runs of zeros and of data in a read, if there are zeros and not too many runs.
-fn pieces(extents: &[Extent], length: u32) -> Option<Vec<Extent>> {
-    let mut runs: Vec<Extent> = Vec::new();
-    for extent in extents {
-        // Zeros are zeros on the wire, whatever room they take.
-        let allocation = match extent.allocation {
-            Allocation::Data => Allocation::Data,
-            Allocation::Zero | Allocation::Hole => Allocation::Hole,
-        };
-        let count = runs.len();
-        match runs.last_mut() {
-            Some(run) if run.allocation == allocation => run.length += extent.length,
-            _ if count == MAX_PIECES => return None,
-            _ => runs.push(Extent { length: extent.length, allocation }),
-        }
-    }
-    let covered: u64 = runs.iter().map(|run| run.length).sum();
-    let any = runs.iter().any(|run| run.allocation == Allocation::Hole);
-    (any && covered == u64::from(length)).then_some(runs)
-}
-
-/// Reads what is not a hole, to where it belongs in `data`.
-fn read_pieces(
-    device: &dyn BlockDevice,
-    offset: u64,
-    runs: &[Extent],
-    data: &mut [u8],
-) -> io::Result<()> {
-    let mut at = 0;
-    for run in runs {
-        let end = at + run.length as usize;
-        if run.allocation == Allocation::Data {
-            device.read_at(offset + at as u64, &mut data[at..end])?;
-        }
-        at = end;
-    }
-    Ok(())
 }
 
 /// The client gets a number; the sentence goes to the log.

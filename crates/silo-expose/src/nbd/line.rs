@@ -5,6 +5,7 @@
 //! What must hold: no call waits longer than the limits that were set; a [`Line`] ends whatever
 //! waits on the socket, from any thread, at any time.
 
+use super::sys;
 use identity::{Control, Reader, Stream, Writer};
 use nix::{
     errno::Errno,
@@ -21,7 +22,7 @@ use std::{
     io::{IoSlice, Read, Write},
     net::{SocketAddr, TcpStream},
     os::{
-        fd::{AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
     },
     path::{Path, PathBuf},
@@ -121,9 +122,10 @@ impl Socket {
         }
     }
 
-    fn write(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+    fn write(&self, parts: &[IoSlice<'_>], flags: MsgFlags) -> io::Result<usize> {
+        let flags = flags | MsgFlags::MSG_NOSIGNAL;
         loop {
-            match sendmsg::<()>(self.0.as_raw_fd(), parts, &[], MsgFlags::MSG_NOSIGNAL, None) {
+            match sendmsg::<()>(self.0.as_raw_fd(), parts, &[], flags, None) {
                 Ok(count) => return Ok(count),
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return Err(io::ErrorKind::TimedOut.into()),
@@ -264,7 +266,7 @@ impl Write for Channel {
         match &mut self.kind {
             Kind::Plain(socket) => {
                 socket.set_limits(Some(left), Some(left))?;
-                socket.write(&[IoSlice::new(buf)])
+                socket.write(&[IoSlice::new(buf)], MsgFlags::empty())
             }
             Kind::Secure(stream) => {
                 stream.control().set_write_timeout(Some(left));
@@ -309,7 +311,7 @@ impl Output {
                 return Ok(());
             }
             let count = match self {
-                Self::Plain(socket) => socket.write(parts)?,
+                Self::Plain(socket) => socket.write(parts, MsgFlags::empty())?,
                 Self::Secure(writer) => writer.write_vectored(parts)?,
             };
             if count == 0 {
@@ -317,6 +319,45 @@ impl Output {
             }
             IoSlice::advance_slices(&mut parts, count);
         }
+    }
+
+    /// Whether [`Output::send_file`] works.
+    pub(super) const fn takes_files(&self) -> bool {
+        matches!(self, Self::Plain(_))
+    }
+
+    /// Sends `head` and then `length` bytes of `file` at `offset`, which are not copied on the way.
+    pub(super) fn send_file(
+        &mut self,
+        head: &[u8],
+        file: BorrowedFd<'_>,
+        mut offset: u64,
+        length: usize,
+    ) -> io::Result<()> {
+        let Self::Plain(socket) = self else { return Err(io::ErrorKind::Unsupported.into()) };
+        // Not in a packet of its own; the crate has no name for it.
+        let more = MsgFlags::from_bits_retain(libc::MSG_MORE);
+        let mut sent = 0;
+        while sent < head.len() {
+            sent += socket.write(&[IoSlice::new(&head[sent..])], more)?;
+        }
+        let mut left = length;
+        while left > 0 {
+            match sys::send_file(socket.0.as_fd(), file, offset, left) {
+                // The answer has begun: only hanging up can tell that it goes wrong.
+                Ok(0) => return Err(io::Error::other("a file that is served ended too early")),
+                Ok(count) => {
+                    offset += count as u64;
+                    left -= count;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// Tells the other end that nothing more comes, if TLS is there to tell it.

@@ -30,6 +30,7 @@ mod line;
 mod protocol;
 mod receive;
 mod server;
+mod sys;
 mod uri;
 
 pub use attach::{Attach, attach, detach};
