@@ -174,7 +174,7 @@ impl Bytes {
         for at in (0..self.len - self.len % piece.len()).step_by(piece.len()) {
             // SAFETY: inside the mapping, and no reference to it exists.
             unsafe {
-                self.base.as_ptr().add(at).copy_from_nonoverlapping(piece.as_ptr(), piece.len())
+                self.base.as_ptr().add(at).copy_from_nonoverlapping(piece.as_ptr(), piece.len());
             };
         }
     }
@@ -273,7 +273,7 @@ fn pulled_first(setting: &Setting, device: &Arc<Distant>, trip: u64) -> anyhow::
     for number in 0..setting.times(30).max(10) {
         let page = number * 7919 % 1000;
         let at = (page * PAGE) as u64;
-        let first = PullFirst::Ranges(vec![at..at + MIB as u64]);
+        let first = PullFirst::Ranges(Vec::from([at..at + MIB as u64]));
         let mount =
             Mount::managed(Arc::clone(device) as _, Options { pull_first: first, ..options()? })?;
         let open = Instant::now();
