@@ -273,7 +273,8 @@ fn pulled_first(setting: &Setting, device: &Arc<Distant>, trip: u64) -> anyhow::
     for number in 0..setting.times(30).max(10) {
         let page = number * 7919 % 1000;
         let at = (page * PAGE) as u64;
-        let first = PullFirst::Ranges(Vec::from([at..at + MIB as u64]));
+        let around = at..at + MIB as u64;
+        let first = PullFirst::Ranges(vec![around]);
         let mount =
             Mount::managed(Arc::clone(device) as _, Options { pull_first: first, ..options()? })?;
         let open = Instant::now();
