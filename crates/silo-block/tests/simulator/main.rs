@@ -92,7 +92,6 @@ fn check_03_worlds_in_which_everything_goes_wrong_lose_nothing() {
 /// Each rule broken by itself is found, in far fewer worlds than are run without.
 #[test]
 fn the_simulator_finds_each_rule_that_is_broken() {
-    std::panic::set_hook(Box::new(|_| {}));
     for broken in Broken::RULES {
         let (_, failed) = run(20_000, broken);
         let (seed, error) = failed.unwrap_or_else(|| panic!("{broken:?} is not found"));

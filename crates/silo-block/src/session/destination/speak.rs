@@ -5,7 +5,7 @@ use crate::{
     block::{BlockRange, BlockSet},
     device::DeviceName,
     geometry::Geometry,
-    model::History,
+    model::{History, Owner},
     rounds::Epoch,
     session::{
         link::{Link, LinkId},
@@ -185,7 +185,11 @@ impl Destination {
             let Some(found) = found.map(|found| found + from) else {
                 return Err(misfit(&info.name, "there is none of this name here".into()));
             };
-            let geometry: Geometry = self.devices[found].replica.geometry();
+            let replica = &self.devices[found].replica;
+            if self.phase == Phase::Receiving && replica.owner() == Owner::Here {
+                return Err(misfit(&info.name, "it is owned and used here".into()));
+            }
+            let geometry: Geometry = replica.geometry();
             if geometry != info.geometry {
                 let what = format!("{:?} there, {geometry:?} here", info.geometry);
                 return Err(misfit(&info.name, what));
