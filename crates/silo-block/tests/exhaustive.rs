@@ -330,31 +330,31 @@ impl World {
             }
             Step::ToDestination => {
                 let (link, message) = self.down.pop_front().unwrap();
-                self.to_destination(destination::Event::Received(link, message));
+                self.tell_destination(destination::Event::Received(link, message));
             }
             Step::ToSource => {
                 let (link, message) = self.up.pop_front().unwrap();
-                self.to_source(source::Event::Received(link, message));
+                self.tell_source(source::Event::Received(link, message));
             }
             Step::Data(at) => {
                 let (link, header, content) = self.data.remove(at);
                 let slot = self.free_slot();
                 self.slots.insert(slot, (header.range, content, Vec::new()));
-                self.to_destination(destination::Event::Blocks(link, header, slot));
+                self.tell_destination(destination::Event::Blocks(link, header, slot));
             }
             Step::Stored(slot) => {
                 let (range, content, parts) = self.slots.remove(&slot).unwrap();
                 for block in parts.iter().flat_map(|part| part.start.0..part.end()) {
                     self.content[1][block as usize] = content[(block - range.start.0) as usize];
                 }
-                self.to_destination(destination::Event::Stored { slot, result: Ok(()) });
+                self.tell_destination(destination::Event::Stored { slot, result: Ok(()) });
             }
             Step::Promise => {
                 let epoch = self.replica.rounds().advance(NOW).unwrap();
                 let value = self.content[0][0];
                 self.promise = Some(value);
                 let blocks = vec![(BlockIndex(0), hash_of(value))];
-                self.to_source(source::Event::Promised { device: DEVICE, epoch, blocks });
+                self.tell_source(source::Event::Promised { device: DEVICE, epoch, blocks });
             }
             Step::Fetched { right } => {
                 let (ticket, range) = self.fetches.pop_front().unwrap();
@@ -363,13 +363,13 @@ impl World {
                 let slot = self.free_slot();
                 self.slots.insert(slot, (range, vec![value; range.count as usize], Vec::new()));
                 let hashes = vec![hash_of(value); range.count as usize];
-                self.to_destination(destination::Event::Fetched { ticket, hashes, slot });
+                self.tell_destination(destination::Event::Fetched { ticket, hashes, slot });
             }
             Step::Cut => {
                 self.fault();
                 let link = LinkId(self.link);
-                self.to_source(source::Event::Cut(link));
-                self.to_destination(destination::Event::Cut(link));
+                self.tell_source(source::Event::Cut(link));
+                self.tell_destination(destination::Event::Cut(link));
                 self.connect();
             }
             Step::CrashSource => self.crash_source(),
@@ -390,16 +390,20 @@ impl World {
     fn connect(&mut self) {
         self.link += 1;
         let link = LinkId(self.link);
-        self.to_destination(destination::Event::Connected(link));
-        self.to_source(source::Event::Connected(link));
+        self.tell_destination(destination::Event::Connected(link));
+        self.tell_source(source::Event::Connected(link));
     }
 
-    fn to_source(&mut self, event: source::Event) {
-        self.source.iter_mut().for_each(|source| source.handle(NOW, event.clone()));
+    fn tell_source(&mut self, event: source::Event) {
+        if let Some(source) = &mut self.source {
+            source.handle(NOW, event);
+        }
     }
 
-    fn to_destination(&mut self, event: destination::Event) {
-        self.destination.iter_mut().for_each(|d| d.handle(NOW, event.clone()));
+    fn tell_destination(&mut self, event: destination::Event) {
+        if let Some(destination) = &mut self.destination {
+            destination.handle(NOW, event);
+        }
     }
 
     fn crash_source(&mut self) {
@@ -413,7 +417,7 @@ impl World {
         self.replica = Replica::restored(self.replica.geometry(), &disk.record).unwrap();
         self.replica.give_away(disk.handed.unwrap());
         self.source = Some(Source::restored(config(), SESSION, 1, self.devices(), NOW));
-        self.to_destination(destination::Event::Cut(LinkId(self.link)));
+        self.tell_destination(destination::Event::Cut(LinkId(self.link)));
         self.connect();
     }
 
@@ -422,7 +426,7 @@ impl World {
         self.slots.clear();
         self.fetches.clear();
         let link = LinkId(self.link);
-        self.to_source(source::Event::Cut(link));
+        self.tell_source(source::Event::Cut(link));
         let disk = self.disk[1].clone();
         self.content[1].clone_from(&disk.content);
         let replica = Replica::restored(self.replica.geometry(), &disk.record).unwrap();
@@ -515,7 +519,7 @@ impl World {
             }
             Action::CloseRound => {
                 let epoch = self.replica.rounds().advance(NOW).unwrap();
-                self.to_source(Event::RoundClosed(vec![epoch]));
+                self.tell_source(Event::RoundClosed(vec![epoch]));
             }
             Action::Quiesce(ticket) => {
                 self.paused = true;
@@ -523,7 +527,7 @@ impl World {
                 self.persist(0);
                 self.disk[0].handed = Some(epoch);
                 let (epochs, flushes) = (vec![epoch], vec![Vec::new()]);
-                self.to_source(Event::Quiesced { ticket, epochs, flushes, state: Vec::new() });
+                self.tell_source(Event::Quiesced { ticket, epochs, flushes, state: Vec::new() });
             }
             Action::Resume => {
                 if self.runs.is_some_and(|side| side != 0) {
@@ -541,7 +545,7 @@ impl World {
         use destination::{Action, Event};
         match action {
             Action::Send(link, message) if link.0 == self.link => {
-                self.up.push_back((link, message))
+                self.up.push_back((link, message));
             }
             Action::Note(_) => self.note(),
             Action::Store { slot, parts, .. } => self.slots.get_mut(&slot).unwrap().2 = parts,
@@ -554,13 +558,13 @@ impl World {
                 self.disk[1].running = true;
                 (self.runs, self.paused) = (Some(1), false);
                 self.seen.handed_over = true;
-                self.to_destination(Event::Ran);
+                self.tell_destination(Event::Ran);
             }
             Action::Fetch { ticket, range, .. } => self.fetches.push_back((ticket, range)),
             Action::CancelFetch(ticket) => self.fetches.retain(|(known, _)| *known != ticket),
             Action::MakeDurable => {
                 self.persist(1);
-                self.to_destination(Event::MadeDurable);
+                self.tell_destination(Event::MadeDurable);
             }
             _ => {}
         }

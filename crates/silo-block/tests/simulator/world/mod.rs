@@ -403,7 +403,7 @@ impl World {
     fn receiver(&mut self, link: LinkId, side: usize) -> Option<usize> {
         let line = &self.lines[&link];
         // What is lost is the end of the stream; after the cut was seen, anything may still come.
-        if !line.up && !(line.seen[side] && self.random.chance(30)) {
+        if !line.up && (!line.seen[side] || self.random.chance(70)) {
             return None;
         }
         let of = &self.moves[line.of];
@@ -521,7 +521,7 @@ impl World {
         }
         match (&mut self.hosts[host], at_source) {
             (Host { source: Some(source), .. }, true) => {
-                source.handle(now, source::Event::Cut(link))
+                source.handle(now, source::Event::Cut(link));
             }
             (Host { destination: Some(destination), .. }, false) => {
                 destination.handle(now, destination::Event::Cut(link));
