@@ -205,7 +205,6 @@ impl BlockDevice for MemoryDevice {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::Allocation;
 
     #[test]
     fn what_was_never_written_takes_no_memory_even_when_it_is_read() {
