@@ -7,6 +7,7 @@
 //! tool for the comparison is missing, the group fails and says which package has it.
 
 mod mount;
+mod serving;
 mod tracking;
 mod vhost;
 
@@ -62,7 +63,8 @@ impl Group {
 }
 
 /// The groups of each part of the engine.
-const ALL: &[&[Group]] = &[mount::GROUPS, vhost::GROUPS, tracking::GROUPS];
+const ALL: &[&[Group]] =
+    &[mount::GROUPS, vhost::GROUPS, serving::GROUPS, tracking::GROUPS];
 
 /// Runs the command. True if every promise was kept.
 pub(crate) fn run(args: &Args) -> anyhow::Result<bool> {
