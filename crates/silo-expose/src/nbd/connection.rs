@@ -38,6 +38,9 @@ use std::{
 pub(super) const MAX_WORKERS: usize = 32;
 /// Requests up to this length are done by the receiver even when others wait behind them.
 const SMALL: u32 = 64 << 10;
+/// Reads up to this length are copied by the receiver even when others wait behind them: handing
+/// the turn over costs as much as the copy.
+const MEDIUM: u32 = 256 << 10;
 /// Longest payload that is skipped to answer that it is too long; beyond it the client is cut off.
 const MAX_SKIPPED: u32 = 64 << 20;
 /// Reads from this length on leave out holes, where the client can be told of them.
@@ -246,7 +249,7 @@ impl Connection {
                     return Ok(Quick::Answered);
                 }
                 // Long ones are copied by several threads at a time, if there are several.
-                if !receiver.is_empty() {
+                if length > MEDIUM && !receiver.is_empty() {
                     return Ok(Quick::Later);
                 }
                 self.send_batch(desk)?;
