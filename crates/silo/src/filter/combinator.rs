@@ -44,7 +44,7 @@ pub struct Taken {
     pub superseded: u64,
 }
 
-/// See the [module](self).
+/// See the comment of its module.
 pub struct Combinator {
     inner: Arc<dyn BlockDevice>,
     geometry: Geometry,

@@ -33,7 +33,7 @@ impl Delays {
     }
 }
 
-/// See the [module](self).
+/// See the comment of its module.
 pub struct Delayed {
     inner: Arc<dyn BlockDevice>,
     delays: Delays,

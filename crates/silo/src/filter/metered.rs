@@ -149,7 +149,7 @@ pub struct Measures {
     pub zero: OpMeasures,
 }
 
-/// See the [module](self).
+/// See the comment of its module.
 pub struct Metered {
     inner: Arc<dyn BlockDevice>,
     read: Counters,

@@ -4,7 +4,7 @@
 use crate::io::BlockDevice;
 use std::{io, sync::Arc};
 
-/// See the [module](self). Writers of the same place must not write at the same time: replicas
+/// See the comment of its module. Writers of the same place must not write at the same time: replicas
 /// could then disagree about who was last.
 pub struct Mirror {
     replicas: Vec<Arc<dyn BlockDevice>>,

@@ -78,7 +78,7 @@ struct State {
 
 type Tell = Box<dyn Fn(&Trouble) + Send + Sync>;
 
-/// See the [module](self).
+/// See the comment of its module.
 pub struct Policied {
     inner: Arc<dyn BlockDevice>,
     policy: ErrorPolicy,

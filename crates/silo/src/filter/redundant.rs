@@ -23,7 +23,7 @@ const STEP: usize = 1 << 20;
 /// Unit of the lock that keeps two writers apart.
 const UNIT: u64 = 512;
 
-/// See the [module](self).
+/// See the comment of its module.
 pub struct RedundantWrites {
     inner: Arc<dyn BlockDevice>,
     allowance: usize,

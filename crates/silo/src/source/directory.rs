@@ -59,7 +59,7 @@ struct Dirty {
     names: bool,
 }
 
-/// See the [module](self).
+/// See the comment of its module.
 pub struct DirectoryDevice {
     dir: PathBuf,
     geometry: Geometry,

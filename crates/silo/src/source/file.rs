@@ -35,7 +35,7 @@ pub enum FileMode {
     ReadWrite,
 }
 
-/// See the [module](self).
+/// See the comment of its module.
 pub struct FileDevice {
     file: File,
     path: PathBuf,

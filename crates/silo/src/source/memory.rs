@@ -1,8 +1,9 @@
 //! A device in memory: a memfd, sparse, which others may map too.
 //!
 //! Reads go through the descriptor unless the pages are known to be present, because reading a hole
-//! through a mapping would fill it with a page. Writes go through a mapping, because `write` takes a lock on the whole file: two writers
-//! of different pages never wait for each other. Nothing here survives the process.
+//! through a mapping would fill it with a page. Writes go through a mapping, because `write` takes a
+//! lock on the whole file: two writers of different pages never wait for each other. Nothing here
+//! survives the process.
 
 use super::sys::{Mapping, PAGE};
 use crate::{
@@ -25,7 +26,7 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-/// See the [module](self).
+/// See the comment of its module.
 pub struct MemoryDevice {
     file: File,
     bytes: u64,
@@ -122,11 +123,11 @@ impl BlockDevice for MemoryDevice {
         check(self.bytes, offset, buf.len() as u64)?;
         // Where all of it is present (see the module) no system call is needed. A hole that was made
         // just now reads as zeros there too.
-        if let (Some(mapping), false) = (&self.mapping, buf.is_empty()) {
-            if self.is_present(offset, buf.len() as u64) {
-                mapping.copy_out(offset as usize, buf);
-                return Ok(());
-            }
+        if let (Some(mapping), false) = (&self.mapping, buf.is_empty())
+            && self.is_present(offset, buf.len() as u64)
+        {
+            mapping.copy_out(offset as usize, buf);
+            return Ok(());
         }
         self.file.read_exact_at(buf, offset)
     }

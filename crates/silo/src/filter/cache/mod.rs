@@ -103,7 +103,7 @@ pub struct CacheStatus {
     pub waiting: u64,
 }
 
-/// See the [module](self). Dropping it loses what was not flushed, as the death of the process
+/// See the comment of its module. Dropping it loses what was not flushed, as the death of the process
 /// would.
 pub struct WriteCache {
     shared: Arc<Shared>,

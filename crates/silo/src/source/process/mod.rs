@@ -53,7 +53,7 @@ struct Segment {
     writable: bool,
 }
 
-/// See the [module](self).
+/// See the comment of its module.
 pub struct ProcessDevice {
     pid: i32,
     handle: OwnedFd,

@@ -65,7 +65,7 @@ struct Log {
     name_unsynced: bool,
 }
 
-/// See the [module](self).
+/// See the comment of its module.
 pub struct SparseDevice {
     folder: Arc<dyn Folder>,
     name: String,
