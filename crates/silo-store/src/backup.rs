@@ -374,14 +374,18 @@ mod tests {
 
     #[test]
     fn a_single_change_is_stored_at_the_maximum_age_and_nothing_changed_stores_nothing() {
-        let one = |second| Changes { blocks: u64::from(second == 3), fullest: u64::from(second == 3) };
+        let one =
+            |second| Changes { blocks: u64::from(second == 3), fullest: u64::from(second == 3) };
         assert_eq!(rounds(100, one), [13]);
         assert!(rounds(100, |_| Changes::default()).is_empty());
     }
 
     #[test]
     fn check_34_many_changes_in_one_group_do_not_wait_for_the_maximum_age() {
-        let burst = |second| Changes { blocks: 8 * u64::from(second == 5), fullest: 8 * u64::from(second == 5) };
+        let burst = |second| Changes {
+            blocks: 8 * u64::from(second == 5),
+            fullest: 8 * u64::from(second == 5),
+        };
         assert_eq!(rounds(50, burst), [5]);
     }
 

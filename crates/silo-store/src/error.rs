@@ -10,7 +10,9 @@ pub(crate) type Result<T, E = StoreError> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The address of the store makes no sense.
-    #[error("\"{url}\" is no store: {detail}; write s3://bucket/folder, gs://bucket/folder, az://container/folder or file:///folder")]
+    #[error(
+        "\"{url}\" is no store: {detail}; write s3://bucket/folder, gs://bucket/folder, az://container/folder or file:///folder"
+    )]
     Url {
         /// What was given.
         url: String,
@@ -18,7 +20,9 @@ pub enum StoreError {
         detail: String,
     },
     /// The store lets two creates of one object win.
-    #[error("store {url} is not safe to share: {detail}; use a store that has create-if-absent (S3, GCS, Azure, a local folder)")]
+    #[error(
+        "store {url} is not safe to share: {detail}; use a store that has create-if-absent (S3, GCS, Azure, a local folder)"
+    )]
     NoCreateIfAbsent {
         /// The store.
         url: String,
@@ -48,7 +52,9 @@ pub enum StoreError {
         source: Box<object_store::Error>,
     },
     /// The store did not answer in time.
-    #[error("the store did not {operation} {object} within {limit:?}; what became of the request is unknown")]
+    #[error(
+        "the store did not {operation} {object} within {limit:?}; what became of the request is unknown"
+    )]
     Timeout {
         /// What was attempted, as a verb.
         operation: &'static str,
@@ -78,7 +84,9 @@ pub enum StoreError {
         detail: String,
     },
     /// An object does not decrypt: another key, or changed bytes.
-    #[error("{object} does not decrypt with key \"{key}\": the key is another one, or the object was changed")]
+    #[error(
+        "{object} does not decrypt with key \"{key}\": the key is another one, or the object was changed"
+    )]
     Sealed {
         /// The object.
         object: String,
@@ -89,7 +97,9 @@ pub enum StoreError {
     #[error(transparent)]
     Key(#[from] KeyError),
     /// A name that cannot be part of an object's name.
-    #[error("\"{name}\" cannot name a {what}: 1 to 64 characters of a-z A-Z 0-9 . _ - that do not begin with a dot")]
+    #[error(
+        "\"{name}\" cannot name a {what}: 1 to 64 characters of a-z A-Z 0-9 . _ - that do not begin with a dot"
+    )]
     Name {
         /// Line, tenant or device.
         what: &'static str,
@@ -97,7 +107,9 @@ pub enum StoreError {
         name: String,
     },
     /// Another writer has taken the line.
-    #[error("line \"{line}\" was taken over by another writer (entry {number}, epoch {epoch}); this one stores nothing more")]
+    #[error(
+        "line \"{line}\" was taken over by another writer (entry {number}, epoch {epoch}); this one stores nothing more"
+    )]
     Fenced {
         /// The line.
         line: String,

@@ -10,8 +10,8 @@ mod generation;
 mod keys;
 mod layout;
 mod log;
-mod prune;
 mod objects;
+mod prune;
 mod remote;
 mod store;
 mod verify;
@@ -23,9 +23,7 @@ pub use collect::{Collected, Swept, fuzz_tombs};
 pub use copy::{CopyBeforeWrite, CopyGroup, ScratchOptions};
 pub use error::StoreError;
 pub use format::{fuzz_map, fuzz_pack, fuzz_pack_index, fuzz_runs};
-pub use generation::{
-    Generation, GenerationDevice, RestoreOptions, Restored, StoredDevice, Which,
-};
+pub use generation::{Generation, GenerationDevice, RestoreOptions, Restored, StoredDevice, Which};
 pub use keys::{BlockName, DataKeyId, KeyError, KeyId, KeyRing, KeySource};
 pub use layout::LineName;
 pub use log::fuzz_entry;

@@ -247,8 +247,9 @@ fn decode_body(bytes: &[u8], packs: &[ObjectId]) -> Result<Body, Malformed> {
         if leaves != 0 && leaves as u64 != geometry.blocks().div_ceil(LEAF_BLOCKS) {
             return Err("a device has another number of leaves than its size asks for");
         }
-        let leaves =
-            (0..leaves).map(|_| reader.bounded(1 << 30).map(|v| v as u32)).collect::<Result<_, _>>()?;
+        let leaves = (0..leaves)
+            .map(|_| reader.bounded(1 << 30).map(|v| v as u32))
+            .collect::<Result<_, _>>()?;
         let mut runs = Vec::new();
         runs::decode(&mut reader, 0..geometry.blocks(), records.len(), |run| runs.push(run))?;
         devices.push(DeviceEntry { name, geometry, root, leaves, runs });
@@ -375,7 +376,10 @@ pub fn fuzz_entry(bytes: &[u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{format::runs::Content, keys::{KeyId, KeyRing}};
+    use crate::{
+        format::runs::Content,
+        keys::{KeyId, KeyRing},
+    };
     use proptest::prelude::*;
 
     fn head(number: u64) -> Head {
@@ -386,7 +390,14 @@ mod tests {
         let ring = KeyRing::from_keys([("one", [1; 32])]).unwrap();
         let key = DataKey::fixed(5);
         let wrapped = key.wrap(&ring, &KeyId::new("one").unwrap()).unwrap();
-        let pack = PackRef { id: ObjectId([3; 32]), length: 9000, index: 90, key: key.id, salt: [4; 16], shift: 12 };
+        let pack = PackRef {
+            id: ObjectId([3; 32]),
+            length: 9000,
+            index: 90,
+            key: key.id,
+            salt: [4; 16],
+            shift: 12,
+        };
         let run = Run { start: 1, count: 2, content: Content::At { pack: 0, slot: 0 } };
         let device = DeviceEntry {
             name: "disk".into(),
@@ -405,7 +416,8 @@ mod tests {
         let map = MapRef { id: ObjectId([6; 32]), length: 1000, packs: 2, head: [7; 32] };
         let keys = [KeyEntry { tenant: "acme".into(), wrapped }];
         let bytes =
-            encode_commit(&line, &head(7), &keys, Some((map, [1; 16], key.id)), &body, &key).unwrap();
+            encode_commit(&line, &head(7), &keys, Some((map, [1; 16], key.id)), &body, &key)
+                .unwrap();
         (line, bytes, body, key)
     }
 

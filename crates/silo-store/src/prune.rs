@@ -42,7 +42,9 @@ impl Retention {
             infos.iter().map(|info| info.number).collect()
         };
         let mut keep: BTreeSet<u64> =
-            numbers(&newest_first[..newest_first.len().min(self.last.max(1))]).into_iter().collect();
+            numbers(&newest_first[..newest_first.len().min(self.last.max(1))])
+                .into_iter()
+                .collect();
         let young = |info: &&&GenerationInfo| {
             // A clock that went back makes nothing old.
             now.duration_since(info.made).map_or(true, |age| age < self.within)
@@ -121,9 +123,8 @@ mod tests {
     fn each_rule_keeps_the_newest_of_its_periods() {
         let all: Vec<_> = (0..100).map(|n| at(n + 1, 1000 * 24 + n * 6)).collect();
         let now = all[99].made + Duration::from_secs(60);
-        let keeps = |retention: Retention| {
-            retention.keeps(&all, now).into_iter().rev().collect::<Vec<_>>()
-        };
+        let keeps =
+            |retention: Retention| retention.keeps(&all, now).into_iter().rev().collect::<Vec<_>>();
         assert_eq!(keeps(Retention::default()), [100]);
         assert_eq!(keeps(Retention { last: 3, ..Retention::default() }), [100, 99, 98]);
         assert_eq!(keeps(Retention { daily: 3, ..Retention::default() }), [100, 96, 92]);

@@ -251,7 +251,11 @@ impl Store {
     }
 
     /// The data key that a tenant's new content is sealed with; makes the first if there is none.
-    pub(crate) fn tenant_key(&self, tenant: &str, keys: &dyn KeySource) -> Result<(DataKey, KeyEntry)> {
+    pub(crate) fn tenant_key(
+        &self,
+        tenant: &str,
+        keys: &dyn KeySource,
+    ) -> Result<(DataKey, KeyEntry)> {
         let mut stored = self.stored_keys(tenant)?;
         if stored.is_empty() {
             let key = DataKey::generate(None)?;
@@ -352,7 +356,13 @@ impl Store {
         Ok(done)
     }
 
-    fn store_key(&self, tenant: &str, number: u64, key: &DataKey, keys: &dyn KeySource) -> Result<()> {
+    fn store_key(
+        &self,
+        tenant: &str,
+        number: u64,
+        key: &DataKey,
+        keys: &dyn KeySource,
+    ) -> Result<()> {
         let by = keys.current()?;
         let mut bytes = Vec::new();
         key.wrap(keys, &by)?.encode(&mut bytes);

@@ -105,20 +105,32 @@ impl Store {
         let (mut verified, mut wanted) = (Verified::default(), Wanted::default());
         let mut data_keys: HashMap<DataKeyId, DataKey> = HashMap::new();
         for (at, number) in numbers.iter().enumerate() {
-            let looked = Generation::open(self, keys, line, Which::Number(*number), 0)
-                .and_then(|generation| {
+            let looked = Generation::open(self, keys, line, Which::Number(*number), 0).and_then(
+                |generation| {
                     generation.refers_to(|pack| {
-                        wanted.packs.entry(pack.id).or_insert_with(|| (*pack, BTreeSet::new())).1.insert(at);
+                        wanted
+                            .packs
+                            .entry(pack.id)
+                            .or_insert_with(|| (*pack, BTreeSet::new()))
+                            .1
+                            .insert(at);
                     })?;
                     if let Some(map) = generation.map() {
-                        wanted.maps.entry(map.id).or_insert_with(|| (map, BTreeSet::new())).1.insert(at);
+                        wanted
+                            .maps
+                            .entry(map.id)
+                            .or_insert_with(|| (map, BTreeSet::new()))
+                            .1
+                            .insert(at);
                     }
                     Ok(generation)
-                });
+                },
+            );
             match looked {
                 Ok(generation) => {
                     verified.generations += 1;
-                    data_keys.extend(generation.data_keys().iter().map(|(id, key)| (*id, key.clone())));
+                    data_keys
+                        .extend(generation.data_keys().iter().map(|(id, key)| (*id, key.clone())));
                 }
                 Err(error) => {
                     let object = match &error {
@@ -141,10 +153,13 @@ impl Store {
                 verified.problems.iter().map(|problem| problem.object.clone()).collect();
             for (map, generations) in wanted.maps.values() {
                 let object = map.id.map();
-                if !bad.contains(&object) {
-                    if let Err(error) = self.check_bytes(&object, map.id, map.length, &mut verified) {
-                        verified.problems.push(Problem { object, error, affects: affects(generations) });
-                    }
+                if bad.contains(&object) {
+                    continue;
+                }
+                let checked = self.check_bytes(&object, map.id, map.length, &mut verified);
+                if let Err(error) = checked {
+                    let affects = affects(generations);
+                    verified.problems.push(Problem { object, error, affects });
                 }
             }
             let mut packs: VecDeque<_> =
@@ -165,7 +180,11 @@ impl Store {
                     Err(error) if error.is_transient() => return Err(error),
                     Err(error) => {
                         let object = pack.id.pack();
-                        verified.problems.push(Problem { object, error, affects: affects(generations) });
+                        verified.problems.push(Problem {
+                            object,
+                            error,
+                            affects: affects(generations),
+                        });
                     }
                 }
                 done.fetch_add(1, Ordering::Relaxed);
@@ -192,10 +211,9 @@ impl Store {
         };
         let packs = wanted.packs.values().map(|(p, g)| (p.id, p.id.pack(), u64::from(p.length), g));
         let maps = wanted.maps.values().map(|(m, g)| (m.id, m.id.map(), m.length, g));
-        for (there, wanted) in [
-            (sizes(PACKS)?, packs.collect::<Vec<_>>()),
-            (sizes(MAPS)?, maps.collect::<Vec<_>>()),
-        ] {
+        for (there, wanted) in
+            [(sizes(PACKS)?, packs.collect::<Vec<_>>()), (sizes(MAPS)?, maps.collect::<Vec<_>>())]
+        {
             for (id, object, length, generations) in wanted {
                 let error = match there.get(&id) {
                     Some(size) if *size == length => continue,
@@ -212,7 +230,13 @@ impl Store {
     }
 
     /// Whether an object has the bytes that its name says.
-    fn check_bytes(&self, object: &str, id: ObjectId, most: u64, verified: &mut Verified) -> Result<()> {
+    fn check_bytes(
+        &self,
+        object: &str,
+        id: ObjectId,
+        most: u64,
+        verified: &mut Verified,
+    ) -> Result<()> {
         let bytes = self.remote.get(object, most)?;
         let bytes = bytes.ok_or_else(|| StoreError::Missing { object: object.to_owned() })?;
         verified.bytes += bytes.len() as u64;
@@ -227,7 +251,12 @@ impl Store {
     ///
     /// # Errors
     /// If the store cannot be reached. Damage is no error: see the result.
-    pub fn scrub(&self, rate: Option<u64>, done: &AtomicU64, stop: &AtomicBool) -> Result<Verified> {
+    pub fn scrub(
+        &self,
+        rate: Option<u64>,
+        done: &AtomicU64,
+        stop: &AtomicBool,
+    ) -> Result<Verified> {
         let mut verified = Verified::default();
         let (began, mut limiter) = (std::time::Instant::now(), crate::writer::Limiter::new(rate));
         for (folder, most) in [(PACKS, MAX_PACK), (MAPS, 1 << 40)] {
@@ -239,10 +268,9 @@ impl Store {
                 crate::writer::wait(limiter.reserve(began.elapsed(), listed.size), stop)?;
                 *(if folder == PACKS { &mut verified.packs } else { &mut verified.maps }) += 1;
                 match self.check_bytes(&listed.object, id, most.min(listed.size), &mut verified) {
-                    Ok(()) => {}
+                    // Missing: deleted since it was listed.
+                    Ok(()) | Err(StoreError::Missing { .. }) => {}
                     Err(error) if error.is_transient() => return Err(error),
-                    // Deleted since it was listed.
-                    Err(StoreError::Missing { .. }) => {}
                     Err(error) => {
                         let (object, affects) = (listed.object, Vec::new());
                         verified.problems.push(Problem { object, error, affects });
@@ -256,7 +284,11 @@ impl Store {
 }
 
 /// Opens every chunk of a pack and checks every block; gives their number.
-fn check_pack(pack: &PackRef, mut bytes: Vec<u8>, keys: &HashMap<DataKeyId, DataKey>) -> Result<u64> {
+fn check_pack(
+    pack: &PackRef,
+    mut bytes: Vec<u8>,
+    keys: &HashMap<DataKeyId, DataKey>,
+) -> Result<u64> {
     let object = pack.id.pack();
     if ObjectId::of(&bytes) != pack.id {
         return Err(StoreError::corrupt(object, "its bytes are not those that its name says"));

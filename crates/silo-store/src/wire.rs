@@ -147,7 +147,11 @@ mod tests {
     #[test]
     fn numbers_that_are_too_long_or_cut_are_refused() {
         assert!(Reader::new(&[0xff; 9]).varint().is_err());
-        assert!(Reader::new(&[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2]).varint().is_err());
+        assert!(
+            Reader::new(&[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2])
+                .varint()
+                .is_err()
+        );
         assert!(Reader::new(&[0x80; 11]).varint().is_err());
         assert!(Reader::new(&[200, 1]).count(1).is_err());
     }

@@ -4,8 +4,9 @@
 use async_trait::async_trait;
 use futures::{StreamExt, stream::BoxStream};
 use object_store::{
-    CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
-    PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, memory::InMemory, path::Path,
+    CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta,
+    ObjectStore, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, memory::InMemory,
+    path::Path,
 };
 use std::{
     fmt,
@@ -110,12 +111,8 @@ impl ObjectStore for Dying {
         paths: BoxStream<'static, Result<Path>>,
     ) -> BoxStream<'static, Result<Path>> {
         match self.meet() {
-            Meets::Death => {
-                paths.map(|_| Err(Self::dead())).boxed()
-            }
-            Meets::LastBreath => {
-                self.store.delete_stream(paths).map(|_| Err(Self::dead())).boxed()
-            }
+            Meets::Death => paths.map(|_| Err(Self::dead())).boxed(),
+            Meets::LastBreath => self.store.delete_stream(paths).map(|_| Err(Self::dead())).boxed(),
             Meets::Life => self.store.delete_stream(paths),
         }
     }

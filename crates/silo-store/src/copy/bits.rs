@@ -80,8 +80,15 @@ impl Bits {
             while bits != 0 {
                 let start = bits.trailing_zeros();
                 let count = (!(bits >> start)).trailing_zeros();
-                set.insert_range(BlockRange::new(at as u64 * 64 + u64::from(start), u64::from(count)));
-                bits = if start + count == 64 { 0 } else { bits >> (start + count) << (start + count) };
+                set.insert_range(BlockRange::new(
+                    at as u64 * 64 + u64::from(start),
+                    u64::from(count),
+                ));
+                bits = if start + count == 64 {
+                    0
+                } else {
+                    bits >> (start + count) << (start + count)
+                };
             }
         }
         set

@@ -412,7 +412,10 @@ impl Frozen for FrozenGroup {
         let (part, freeze) = (&self.group.parts[device], &self.freeze);
         let (geometry, saved) = (part.info.geometry, &freeze.saved[device]);
         if buf.len() as u64 != geometry.bytes_of(range) {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the buffer is not as long as the range"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the buffer is not as long as the range",
+            ));
         }
         freeze.check()?;
         self.group.drain(device, freeze.round)?;

@@ -123,7 +123,8 @@ mod tests {
     #[test]
     fn blocks_come_back_from_memory_and_file_and_room_is_used_again_until_it_is_full() {
         let folder = tempfile::tempdir().unwrap();
-        let options = ScratchOptions { memory: 4096 * 2, file: 4096 * 3, folder: folder.path().into() };
+        let options =
+            ScratchOptions { memory: 4096 * 2, file: 4096 * 3, folder: folder.path().into() };
         let scratch = Scratch::new(options);
         for round in 0..3u8 {
             for block in 0..5 {

@@ -103,7 +103,10 @@ impl Head {
     /// The head, checked against what refers to it.
     pub(crate) fn checked(map: &MapRef, bytes: &[u8]) -> Result<Self> {
         if *blake3::hash(bytes).as_bytes() != map.head {
-            return Err(StoreError::corrupt(map.id.map(), "its head is not the one that was stored"));
+            return Err(StoreError::corrupt(
+                map.id.map(),
+                "its head is not the one that was stored",
+            ));
         }
         Self::decode(bytes).map_err(|detail| StoreError::corrupt(map.id.map(), detail))
     }
@@ -230,9 +233,10 @@ impl Opener {
     ) -> Result<Vec<PackRef>> {
         let object = || format!("{} (leaf {number})", self.map.id.map());
         let mut sealed = bytes.to_vec();
-        let plain = self.key.open(number, &self.salt, &mut sealed).ok_or_else(|| {
-            StoreError::Sealed { object: object(), key: self.key_id.to_string() }
-        })?;
+        let plain = self
+            .key
+            .open(number, &self.salt, &mut sealed)
+            .ok_or_else(|| StoreError::Sealed { object: object(), key: self.key_id.to_string() })?;
         let corrupt = |detail| StoreError::corrupt(object(), detail);
         let plain = unzstd(plain, MAX_LEAF).map_err(corrupt)?;
         decode_leaf(&plain, blocks, each).map_err(corrupt)
@@ -259,7 +263,10 @@ mod tests {
     fn sample() -> (MapRef, Bytes, Vec<u32>) {
         let at = |pack, slot| Content::At { pack, slot };
         let leaves = [
-            Leaf { blocks: 0..LEAF_BLOCKS, runs: vec![Run { start: 3, count: 100, content: at(2, 7) }] },
+            Leaf {
+                blocks: 0..LEAF_BLOCKS,
+                runs: vec![Run { start: 3, count: 100, content: at(2, 7) }],
+            },
             Leaf { blocks: LEAF_BLOCKS..LEAF_BLOCKS + 9, runs: vec![] },
             Leaf {
                 blocks: 0..50,
@@ -270,7 +277,14 @@ mod tests {
             },
         ];
         let packs = [pack(10), pack(11), pack(12)];
-        encode_salted(leaves.into_iter(), &BTreeSet::from([0, 2]), &packs, &DataKey::fixed(1), [4; 16]).unwrap()
+        encode_salted(
+            leaves.into_iter(),
+            &BTreeSet::from([0, 2]),
+            &packs,
+            &DataKey::fixed(1),
+            [4; 16],
+        )
+        .unwrap()
     }
 
     #[test]
@@ -297,8 +311,19 @@ mod tests {
         assert_eq!(bytes[..10], *b"SILOMAP1\x01\x00");
         assert_eq!(map.head_length(), 46 + 64);
         // Sealed parts depend on zstd's version; what zstd packs does not.
-        let leaf = Leaf { blocks: 0..9, runs: vec![Run { start: 2, count: 3, content: Content::At { pack: 0, slot: 5 } }] };
-        let golden = [&[1][..], &[7; 32], &[0x88, 0x27, 100], &[1; 16], &[2; 16], &[12, 1, 2, 2 << 2 | 3, 0, 5]].concat();
+        let leaf = Leaf {
+            blocks: 0..9,
+            runs: vec![Run { start: 2, count: 3, content: Content::At { pack: 0, slot: 5 } }],
+        };
+        let golden = [
+            &[1][..],
+            &[7; 32],
+            &[0x88, 0x27, 100],
+            &[1; 16],
+            &[2; 16],
+            &[12, 1, 2, 2 << 2 | 3, 0, 5],
+        ]
+        .concat();
         assert_eq!(encode_leaf(leaf, &[pack(7)]), golden);
     }
 

@@ -286,7 +286,14 @@ impl Index {
             }
             let number = number as u32;
             let (at, blocks) = (offset as u32, blocks as u32);
-            chunks.push(Chunk { number, offset: at, length: length as u32, first: first as u32, blocks, packed });
+            chunks.push(Chunk {
+                number,
+                offset: at,
+                length: length as u32,
+                first: first as u32,
+                blocks,
+                packed,
+            });
             offset += length;
             first += u64::from(blocks);
             if offset > HEADER as u64 + room || first > u64::from(MAX_SLOTS) {
@@ -365,9 +372,10 @@ impl Opened {
         room: &'a mut Vec<u8>,
     ) -> Result<&'a [u8]> {
         let object = || format!("{} (chunk {})", self.pack.id.pack(), chunk.number);
-        let plain = self.key.open(u64::from(chunk.number), &self.bound, bytes).ok_or_else(|| {
-            StoreError::Sealed { object: object(), key: self.pack.key.to_string() }
-        })?;
+        let plain =
+            self.key.open(u64::from(chunk.number), &self.bound, bytes).ok_or_else(|| {
+                StoreError::Sealed { object: object(), key: self.pack.key.to_string() }
+            })?;
         let size = (chunk.blocks as usize) << self.pack.shift;
         let content: &[u8] = if chunk.packed {
             *room = unzstd(plain, size).map_err(|detail| StoreError::corrupt(object(), detail))?;
@@ -387,7 +395,10 @@ impl Opened {
         for (at, block) in content.chunks(1 << self.pack.shift).enumerate() {
             if key.name(block) != names[at] {
                 let object = format!("{} (chunk {})", self.pack.id.pack(), chunk.number);
-                return Err(StoreError::corrupt(object, format!("block {at} has not the content that its name says")));
+                return Err(StoreError::corrupt(
+                    object,
+                    format!("block {at} has not the content that its name says"),
+                ));
             }
         }
         Ok(())
@@ -398,7 +409,8 @@ impl Opened {
 pub(super) fn fuzz(bytes: &[u8]) {
     let key = DataKey::generate(None);
     let (Ok(key), Some(trailer)) = (key, bytes.len().checked_sub(TRAILER)) else { return };
-    let index = u32::from_le_bytes(bytes[trailer + 32..trailer + 36].try_into().unwrap_or_default());
+    let index =
+        u32::from_le_bytes(bytes[trailer + 32..trailer + 36].try_into().unwrap_or_default());
     let length = bytes.len() as u32;
     if u64::from(index) + (HEADER + TRAILER) as u64 > u64::from(length) {
         return;
@@ -406,7 +418,8 @@ pub(super) fn fuzz(bytes: &[u8]) {
     let (mut id, mut salt) = ([0; 16], [0; 16]);
     id.copy_from_slice(&bytes[trailer..trailer + 16]);
     salt.copy_from_slice(&bytes[trailer + 16..trailer + 32]);
-    let pack = PackRef { id: ObjectId([0; 32]), length, index, key: DataKeyId(id), salt, shift: 12 };
+    let pack =
+        PackRef { id: ObjectId([0; 32]), length, index, key: DataKeyId(id), salt, shift: 12 };
     let _ = Opened::new(&pack, &bytes[pack.tail().start as usize..], &key);
 }
 

@@ -76,7 +76,11 @@ pub(crate) fn encode(runs: &[Run], from: u64, out: &mut Vec<u8>) {
         let kind = match (run.content, next) {
             (Content::Zero, _) => 0,
             (Content::At { pack, slot }, Some((p, s))) if p == pack => {
-                if i64::from(slot) == s { 1 } else { 2 }
+                if i64::from(slot) == s {
+                    1
+                } else {
+                    2
+                }
             }
             _ => 3,
         };
@@ -193,7 +197,10 @@ mod tests {
     fn blocks_at_random_places_stored_in_order_cost_at_most_three_bytes_each() {
         let mut collector = Collector::default();
         (0..10_000u64).for_each(|i| {
-            collector.push(i * 100 + i * 7 % 90, Content::At { pack: (i / 2000) as u32, slot: (i % 2000) as u32 });
+            collector.push(
+                i * 100 + i * 7 % 90,
+                Content::At { pack: (i / 2000) as u32, slot: (i % 2000) as u32 },
+            );
         });
         let mut bytes = Vec::new();
         encode(&collector.runs, 0, &mut bytes);

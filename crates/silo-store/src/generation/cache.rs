@@ -43,7 +43,10 @@ impl Value {
 enum State {
     /// Somebody is getting it.
     Coming,
-    Here { value: Value, used: u64 },
+    Here {
+        value: Value,
+        used: u64,
+    },
 }
 
 #[derive(Default)]
@@ -132,11 +135,8 @@ impl Cache {
                     limit: self.patience,
                 });
             }
-            inside = self
-                .arrived
-                .wait_timeout(inside, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            inside =
+                self.arrived.wait_timeout(inside, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         inside.known.insert(key, State::Coming);
         drop(inside);

@@ -104,7 +104,10 @@ impl GenerationDevice {
         }
         Err(io::Error::new(
             io::ErrorKind::InvalidInput,
-            format!("bytes {offset}+{length} lie past the end of a device of {}", self.shared.geometry.bytes()),
+            format!(
+                "bytes {offset}+{length} lie past the end of a device of {}",
+                self.shared.geometry.bytes()
+            ),
         ))
     }
 

@@ -111,10 +111,12 @@ impl Generation {
     ) -> Result<Arc<Self>> {
         let none = || StoreError::NoGeneration { line: line.to_string() };
         let entry = match which {
-            Which::Number(number) => store.read_entry(line, number).map_err(|error| match error {
-                StoreError::Missing { .. } => none(),
-                other => other,
-            })?,
+            Which::Number(number) => {
+                store.read_entry(line, number).map_err(|error| match error {
+                    StoreError::Missing { .. } => none(),
+                    other => other,
+                })?
+            }
             Which::Newest => {
                 let newest = store.newest(line)?;
                 let found = newest.iter().find(|found| found.is_commit).ok_or_else(none)?;
@@ -250,7 +252,11 @@ impl Generation {
     ///
     /// # Errors
     /// If the store cannot be read.
-    pub fn block_name(&self, device: usize, block: BlockIndex) -> Result<Option<(DataKeyId, BlockName)>> {
+    pub fn block_name(
+        &self,
+        device: usize,
+        block: BlockIndex,
+    ) -> Result<Option<(DataKeyId, BlockName)>> {
         let Place::At { pack, slot } = self.place(device, block)? else { return Ok(None) };
         let opened = self.index(pack)?;
         let name = opened.index.names.get(slot as usize).copied();
@@ -264,12 +270,22 @@ impl Generation {
     }
 
     fn no_slot(&self, opened: &Opened, slot: u32) -> StoreError {
-        StoreError::corrupt(opened.pack.id.pack(), format!("it has no block {slot}, which generation {} of {} refers to", self.number(), self.line))
+        StoreError::corrupt(
+            opened.pack.id.pack(),
+            format!(
+                "it has no block {slot}, which generation {} of {} refers to",
+                self.number(),
+                self.line
+            ),
+        )
     }
 
     fn key(&self, id: DataKeyId) -> Result<&DataKey> {
         self.keys.get(&id).ok_or_else(|| {
-            StoreError::corrupt(self.line.entry(self.number()), format!("it does not list data key {id}"))
+            StoreError::corrupt(
+                self.line.entry(self.number()),
+                format!("it does not list data key {id}"),
+            )
         })
     }
 
@@ -284,12 +300,14 @@ impl Generation {
 
     /// The words of a leaf: the map's, with what the entry says over them.
     fn leaf(&self, device: usize, leaf: u64) -> Result<Arc<[u64]>> {
-        let value = self.cache.get(Key::Leaf(device, leaf), || {
-            Ok(Value::Leaf(self.read_leaf(device, leaf)?))
-        })?;
+        let value = self
+            .cache
+            .get(Key::Leaf(device, leaf), || Ok(Value::Leaf(self.read_leaf(device, leaf)?)))?;
         match value {
             Value::Leaf(words) => Ok(words),
-            Value::Index(_) | Value::Chunk(_) => unreachable!("leaves are kept under keys of leaves"),
+            Value::Index(_) | Value::Chunk(_) => {
+                unreachable!("leaves are kept under keys of leaves")
+            }
         }
     }
 
@@ -376,7 +394,9 @@ impl Generation {
         })?;
         match value {
             Value::Index(opened) => Ok(opened),
-            Value::Leaf(_) | Value::Chunk(_) => unreachable!("indexes are kept under keys of indexes"),
+            Value::Leaf(_) | Value::Chunk(_) => {
+                unreachable!("indexes are kept under keys of indexes")
+            }
         }
     }
 
@@ -396,7 +416,9 @@ impl Generation {
         })?;
         match value {
             Value::Chunk(content) => Ok(content),
-            Value::Leaf(_) | Value::Index(_) => unreachable!("chunks are kept under keys of chunks"),
+            Value::Leaf(_) | Value::Index(_) => {
+                unreachable!("chunks are kept under keys of chunks")
+            }
         }
     }
 
@@ -408,7 +430,8 @@ impl Generation {
                 Place::Zero => out.fill(0),
                 Place::At { pack, slot } => {
                     let opened = self.index(pack)?;
-                    let chunk = *opened.index.chunk_of(slot).ok_or_else(|| self.no_slot(&opened, slot))?;
+                    let chunk =
+                        *opened.index.chunk_of(slot).ok_or_else(|| self.no_slot(&opened, slot))?;
                     let content = self.chunk(pack, &opened, &chunk)?;
                     let from = (slot - chunk.first) as usize * size;
                     let block = content.get(from..from + out.len());

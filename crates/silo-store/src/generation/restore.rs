@@ -198,7 +198,8 @@ impl Work<'_> {
             while pending.len() < in_flight {
                 let Some(job) = self.next() else { break };
                 let pack = self.generation.pack(job.pack);
-                let get = self.generation.store.remote.start_get(&pack.id.pack(), job.range.clone());
+                let get =
+                    self.generation.store.remote.start_get(&pack.id.pack(), job.range.clone());
                 pending.push_back((job, pack, get));
             }
             let Some((job, pack, get)) = pending.pop_front() else { return };

@@ -57,7 +57,9 @@ impl fmt::Debug for KeyId {
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
     /// None of the keys at hand opens what is stored.
-    #[error("key \"{id}\" is lost: {needs} is sealed with it, and {source_of_keys} has only {has}; without that key the content cannot be had")]
+    #[error(
+        "key \"{id}\" is lost: {needs} is sealed with it, and {source_of_keys} has only {has}; without that key the content cannot be had"
+    )]
     Lost {
         /// The key.
         id: String,
@@ -69,7 +71,9 @@ pub enum KeyError {
         has: String,
     },
     /// The key of that name does not open what was wrapped with the key of that name.
-    #[error("key \"{id}\" of {source_of_keys} is not the key that {needs} was sealed with, or that was changed")]
+    #[error(
+        "key \"{id}\" of {source_of_keys} is not the key that {needs} was sealed with, or that was changed"
+    )]
     Wrong {
         /// The key.
         id: String,
@@ -79,10 +83,14 @@ pub enum KeyError {
         source_of_keys: String,
     },
     /// Not a name of a key.
-    #[error("\"{0}\" cannot name a key: 1 to 64 characters of a-z A-Z 0-9 . _ - that do not begin with a dot")]
+    #[error(
+        "\"{0}\" cannot name a key: 1 to 64 characters of a-z A-Z 0-9 . _ - that do not begin with a dot"
+    )]
     Id(String),
     /// There is no key at all.
-    #[error("{source_of_keys} holds no key; write lines of a name, a space and 64 hexadecimal digits, the key in use first")]
+    #[error(
+        "{source_of_keys} holds no key; write lines of a name, a space and 64 hexadecimal digits, the key in use first"
+    )]
     None {
         /// Where keys are taken from.
         source_of_keys: String,

@@ -84,8 +84,11 @@ impl KeyRing {
             if line.is_empty() || line.starts_with('#') {
                 continue;
             }
-            let wrong =
-                |detail| KeyError::Syntax { source_of_keys: from.clone(), line: number + 1, detail };
+            let wrong = |detail| KeyError::Syntax {
+                source_of_keys: from.clone(),
+                line: number + 1,
+                detail,
+            };
             let (id, key) = line
                 .split_once(char::is_whitespace)
                 .ok_or_else(|| wrong("a key is a name, a space and 64 hexadecimal digits"))?;
@@ -104,12 +107,18 @@ impl KeyRing {
     }
 
     fn find(&self, id: &KeyId) -> Result<[u8; 32], KeyError> {
-        let key = self.keys.iter().find(|(known, _)| known == id).ok_or_else(|| KeyError::Lost {
-            id: id.to_string(),
-            needs: "a data key".to_owned(),
-            source_of_keys: self.from.clone(),
-            has: self.keys.iter().map(|(id, _)| format!("\"{id}\"")).collect::<Vec<_>>().join(", "),
-        })?;
+        let key =
+            self.keys.iter().find(|(known, _)| known == id).ok_or_else(|| KeyError::Lost {
+                id: id.to_string(),
+                needs: "a data key".to_owned(),
+                source_of_keys: self.from.clone(),
+                has: self
+                    .keys
+                    .iter()
+                    .map(|(id, _)| format!("\"{id}\""))
+                    .collect::<Vec<_>>()
+                    .join(", "),
+            })?;
         Ok(blake3::derive_key("silo-store 1 tenant key wraps data key", &key.1))
     }
 }
@@ -128,12 +137,10 @@ impl KeySource for KeyRing {
     }
 
     fn unwrap(&self, id: &KeyId, context: &[u8], wrapped: &[u8]) -> Result<Vec<u8>, KeyError> {
-        seal::open_small(&self.find(id)?, context, wrapped).ok_or_else(|| {
-            KeyError::Wrong {
-                id: id.to_string(),
-                needs: "a data key".to_owned(),
-                source_of_keys: self.from.clone(),
-            }
+        seal::open_small(&self.find(id)?, context, wrapped).ok_or_else(|| KeyError::Wrong {
+            id: id.to_string(),
+            needs: "a data key".to_owned(),
+            source_of_keys: self.from.clone(),
         })
     }
 
@@ -169,7 +176,10 @@ mod tests {
             assert!(!error.to_string().contains("ffff"), "{error}");
         }
         let twice = format!("a {0}\na {0}", "0".repeat(64));
-        assert!(matches!(KeyRing::parse(&twice, "h".into()), Err(KeyError::Syntax { line: 2, .. })));
+        assert!(matches!(
+            KeyRing::parse(&twice, "h".into()),
+            Err(KeyError::Syntax { line: 2, .. })
+        ));
         assert!(matches!(KeyRing::parse("# x\n", "h".into()), Err(KeyError::None { .. })));
     }
 }

@@ -142,7 +142,7 @@ fn is_final(error: &Raw) -> bool {
 
 impl Inner {
     fn path(&self, object: &str) -> Path {
-        object.split('/').fold(self.prefix.clone(), |path, part| path.join(part))
+        object.split('/').fold(self.prefix.clone(), Path::join)
     }
 
     /// The object's name without the prefix.
@@ -176,7 +176,10 @@ impl Inner {
                 }
                 Err(_) => {
                     let object = object.to_owned();
-                    (tried >= self.limits.attempts, StoreError::Timeout { operation, object, limit })
+                    (
+                        tried >= self.limits.attempts,
+                        StoreError::Timeout { operation, object, limit },
+                    )
                 }
             };
             if failed.0 {
@@ -190,18 +193,25 @@ impl Inner {
         }
     }
 
-    async fn get(&self, object: &str, range: Option<Range<u64>>, max: u64) -> Result<Option<Bytes>> {
+    async fn get(
+        &self,
+        object: &str,
+        range: Option<Range<u64>>,
+        max: u64,
+    ) -> Result<Option<Bytes>> {
         let (path, want) = (self.path(object), range.clone().map(|r| r.end - r.start));
         let read = self
             .tried("read", object, want.unwrap_or(0), || {
-                let options = GetOptions::new().with_range(range.clone().map(object_store::GetRange::from));
+                let options =
+                    GetOptions::new().with_range(range.clone().map(object_store::GetRange::from));
                 read_bounded(self.store.as_ref(), &path, options, want.unwrap_or(max))
             })
             .await;
         let bytes = match read {
             Ok(Ok(bytes)) => bytes,
             Ok(Err(size)) => {
-                let detail = format!("it has {size} bytes, more than {} can be", want.unwrap_or(max));
+                let detail =
+                    format!("it has {size} bytes, more than {} can be", want.unwrap_or(max));
                 return Err(StoreError::corrupt(object, detail));
             }
             Err(StoreError::Request { source, .. }) if matches!(*source, Raw::NotFound { .. }) => {
@@ -244,7 +254,8 @@ impl Inner {
             {
                 // A repeated create reports that of one's own object: each has a nonce in it.
                 let there = self.get(object, None, crate::log::MAX_ENTRY).await?;
-                let there = there.ok_or_else(|| StoreError::Missing { object: object.to_owned() })?;
+                let there =
+                    there.ok_or_else(|| StoreError::Missing { object: object.to_owned() })?;
                 Ok(if there == bytes { Created::New } else { Created::Exists(there) })
             }
             Err(error) => Err(error),
@@ -403,7 +414,12 @@ impl Remote {
 
     fn start_create(&self, object: &str, bytes: Bytes) -> Pending<Created> {
         let (name, length) = (object.to_owned(), bytes.len() as u64);
-        self.start("create", object, length, |inner| async move { inner.create(&name, bytes).await })
+        self.start(
+            "create",
+            object,
+            length,
+            |inner| async move { inner.create(&name, bytes).await },
+        )
     }
 
     /// Deletes an object; well if it is not there.
@@ -425,7 +441,8 @@ impl Remote {
 
     /// Tries whether of several creates of one object exactly one wins, and its bytes stay.
     pub(crate) fn probe(&self) -> Result<()> {
-        let refused = |detail: String| StoreError::NoCreateIfAbsent { url: self.url.clone(), detail };
+        let refused =
+            |detail: String| StoreError::NoCreateIfAbsent { url: self.url.clone(), detail };
         let nonce: [u8; 16] = crate::keys::random()?;
         let object = format!("probe/{}", ObjectId::of(&nonce));
         let tries: Vec<(Bytes, Pending<Created>)> = (0..4u8)

@@ -48,7 +48,8 @@ impl FromStr for StoreUrl {
     type Err = StoreError;
 
     fn from_str(text: &str) -> Result<Self> {
-        let wrong = |detail: &str| StoreError::Url { url: text.to_owned(), detail: detail.to_owned() };
+        let wrong =
+            |detail: &str| StoreError::Url { url: text.to_owned(), detail: detail.to_owned() };
         let (scheme, rest) =
             text.split_once("://").ok_or_else(|| wrong("it does not begin with a scheme"))?;
         let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
@@ -110,7 +111,11 @@ impl Environment {
     /// This process's.
     #[must_use]
     pub fn of_process() -> Self {
-        Self(std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect())
+        Self(
+            std::env::vars_os()
+                .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
+                .collect(),
+        )
     }
 
     /// Given ones, for who keeps them elsewhere.

@@ -221,7 +221,10 @@ impl LineWriter {
         }
         if self.needs_everything() && !everything {
             let detail = "the round lists changes only, but content stored before is not sure";
-            return Err(StoreError::Group { line: self.line.to_string(), detail: detail.to_owned() });
+            return Err(StoreError::Group {
+                line: self.line.to_string(),
+                detail: detail.to_owned(),
+            });
         }
         self.fit(infos)?;
         let mut stored = Stored::default();
@@ -319,7 +322,12 @@ impl LineWriter {
                     frozen.read(device, part, &mut buf[..length]).map_err(|source| {
                         let offset = geometry.offset(part.start);
                         let device = info.name.clone();
-                        StoreError::Device { operation: "read the frozen content of", device, offset, source }
+                        StoreError::Device {
+                            operation: "read the frozen content of",
+                            device,
+                            offset,
+                            source,
+                        }
                     })?;
                     stored.blocks += part.count;
                     for (at, block) in buf.chunks(size).enumerate() {

@@ -74,7 +74,8 @@ mod tests {
     #[test]
     fn memory_is_bounded_and_what_is_new_is_known() {
         let mut names = Names::new(64 * 1000);
-        let name = |i: u32| BlockName(*blake3::hash(&i.to_le_bytes()).as_bytes().first_chunk().unwrap());
+        let name =
+            |i: u32| BlockName(*blake3::hash(&i.to_le_bytes()).as_bytes().first_chunk().unwrap());
         for i in 0..10_000 {
             names.insert(name(i), i, 0);
             assert_eq!(names.get(&name(i)), Some((i, 0)));

@@ -1,6 +1,6 @@
 //! Taking a line, reading what it holds, and beginning a line from a generation of another.
 
-use super::{Held, LineWriter, Limiter, Names, Places, Slot, Standing, State, WriterOptions, now};
+use super::{Held, Limiter, LineWriter, Names, Places, Slot, Standing, State, WriterOptions, now};
 use crate::{
     StoreError,
     collect::Condemned,
@@ -115,9 +115,11 @@ impl LineWriter {
         let mut writer = Self::new(store, to, &taken, (key, wrapped), condemned, options);
         let entry = writer.store.read_entry(from.0, from.1)?;
         writer.load(from.0, &entry, keys)?;
-        let lost = writer.used().iter().any(|pack| {
-            writer.condemned.has(&writer.packs[*pack as usize].pack.id)
-        }) || writer.map.as_ref().is_some_and(|map| writer.condemned.has(&map.0.id));
+        let lost = writer
+            .used()
+            .iter()
+            .any(|pack| writer.condemned.has(&writer.packs[*pack as usize].pack.id))
+            || writer.map.as_ref().is_some_and(|map| writer.condemned.has(&map.0.id));
         if lost {
             return Err(StoreError::Busy(format!(
                 "generation {} of line \"{}\" is part of a collection that is under way; fork it when that is done",
@@ -178,8 +180,7 @@ impl LineWriter {
     fn number_of(&mut self, pack: &PackRef) -> u32 {
         let (packs, condemned) = (&mut self.packs, &self.condemned);
         *self.numbers.entry(pack.id).or_insert_with(|| {
-            let state =
-                if condemned.has(&pack.id) { State::Condemned } else { State::Stored };
+            let state = if condemned.has(&pack.id) { State::Condemned } else { State::Stored };
             packs.push(Slot { pack: *pack, state });
             packs.len() as u32 - 1
         })
@@ -253,7 +254,9 @@ impl LineWriter {
                 let slot = &self.packs[number as usize];
                 // Names under another tenant's key say nothing about this tenant's blocks.
                 let ours = self.keys.get(&slot.pack.key);
-                if slot.state == State::Stored && ours.is_some_and(|k| k.tenant == self.line.tenant()) {
+                if slot.state == State::Stored
+                    && ours.is_some_and(|k| k.tenant == self.line.tenant())
+                {
                     let pack = slot.pack;
                     let tail = self.store.remote.start_get(&pack.id.pack(), pack.tail());
                     pending.push_back((number, pack, tail));

@@ -6,7 +6,7 @@ use crate::format::{
     runs::{Collector, Content, Run},
 };
 use silo_block::{
-    block::{BlockIndex, BlockRange, BlockSet},
+    block::{BlockRange, BlockSet},
     geometry::Geometry,
 };
 use std::ops::Range;

@@ -1,7 +1,10 @@
 //! What is stored comes back, at what cost.
 
 use crate::support::*;
-use silo_block::{block::BlockIndex, io::{Allocation, BlockDevice}};
+use silo_block::{
+    block::BlockIndex,
+    io::{Allocation, BlockDevice},
+};
 use silo_store::{
     Access, Depth, Environment, GenerationDevice, Store, StoreUrl, Which,
     capture::{Capture, Want},
@@ -256,7 +259,10 @@ fn check_07_an_answer_for_an_older_generation_does_not_pass_for_the_newer_block(
     GenerationDevice::new(&old, "disk", 0).unwrap().read_at(4096, &mut late).unwrap();
     assert_ne!(new.name(key, &late), Some(name));
     assert_eq!(new.name(key, &disk.content()[4096..8192]), Some(name));
-    assert_eq!(old.block_name(0, BlockIndex(0)).unwrap(), new.block_name(0, BlockIndex(0)).unwrap());
+    assert_eq!(
+        old.block_name(0, BlockIndex(0)).unwrap(),
+        new.block_name(0, BlockIndex(0)).unwrap()
+    );
 }
 
 #[test]

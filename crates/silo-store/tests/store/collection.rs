@@ -124,7 +124,8 @@ fn what_no_generation_refers_to_goes_after_the_grace_and_a_dry_run_says_what_tha
 }
 
 #[test]
-fn a_writer_that_stalls_before_its_commit_while_its_packs_are_collected_commits_nothing_that_is_gone() {
+fn a_writer_that_stalls_before_its_commit_while_its_packs_are_collected_commits_nothing_that_is_gone()
+ {
     let content = Arc::new(InMemory::new());
     let stalling = Arc::new(Stalling { store: content.clone(), meanwhile: Mutex::default() });
     let (store, others) = (over(stalling.clone()), over(content));
@@ -177,7 +178,11 @@ fn a_fork_that_stalls_while_its_parent_is_pruned_and_collected_is_refused() {
         }));
     }));
     let forked = LineWriter::fork(
-        store, &ring(), (&line("vm"), old), &line("branch"), WriterOptions::default(),
+        store,
+        &ring(),
+        (&line("vm"), old),
+        &line("branch"),
+        WriterOptions::default(),
     );
     assert!(matches!(forked, Err(StoreError::Busy(_))));
     assert!(matches!(newest(&others, "branch", "disk"), Err(StoreError::NoGeneration { .. })));

@@ -115,7 +115,9 @@ fn one_instant_holds_for_all_devices_of_a_group_while_many_threads_write() {
                     devices[0].write_at(writer * 8192 + 8, &n.to_le_bytes()).unwrap();
                     devices[1].write_at(writer * 8192 + 8, &n.to_le_bytes()).unwrap();
                     // And something that takes copies.
-                    devices[(n % 2) as usize].write_at(65536 + n * 4096 % 900_000, &[n as u8; 5000]).unwrap();
+                    devices[(n % 2) as usize]
+                        .write_at(65536 + n * 4096 % 900_000, &[n as u8; 5000])
+                        .unwrap();
                 }
             });
         }

@@ -4,7 +4,8 @@ use crate::support::*;
 use object_store::memory::InMemory;
 use silo_block::io::BlockDevice;
 use silo_store::{
-    Access, Depth, LineWriter, Store, StoreError, Which, WriterOptions, capture::{Capture, Want},
+    Access, Depth, LineWriter, Store, StoreError, Which, WriterOptions,
+    capture::{Capture, Want},
 };
 use silo_testing::{Death, Dying};
 use std::sync::{
@@ -80,7 +81,8 @@ fn a_collector_that_is_killed_at_any_request_can_be_run_again_and_nothing_is_los
                 store.mark(Duration::ZERO, false)?;
                 store.sweep(Duration::ZERO)
             };
-            let open = Store::with_backend(client.clone(), "folder", "dying", Access::Write, limits());
+            let open =
+                Store::with_backend(client.clone(), "folder", "dying", Access::Write, limits());
             let result = open.and_then(|store| collect(&store));
             let is_last = !client.is_dead();
             assert!(is_last || result.is_err());
@@ -88,9 +90,7 @@ fn a_collector_that_is_killed_at_any_request_can_be_run_again_and_nothing_is_los
             // The next one ends what the dead one began.
             while collect(&store).unwrap() != Swept::Nothing {}
             assert_eq!(newest(&store, "vm", "disk").unwrap(), disk.content(), "{death:?} {at}");
-            let scrubbed = store
-                .scrub(None, &AtomicU64::new(0), &AtomicBool::new(false))
-                .unwrap();
+            let scrubbed = store.scrub(None, &AtomicU64::new(0), &AtomicBool::new(false)).unwrap();
             assert_eq!(scrubbed.packs, 1, "only what is referred to is left: {death:?} {at}");
             // The writer of before goes on, and does not refer to what is gone.
             group.device(0).write_at(0, &noise(1, 300_000)).unwrap();

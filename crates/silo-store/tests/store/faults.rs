@@ -29,7 +29,8 @@ fn pack_keys(server: &S3Server) -> Vec<String> {
 }
 
 #[test]
-fn check_15_a_corrupt_missing_truncated_or_stale_object_is_an_error_that_names_it_and_never_content() {
+fn check_15_a_corrupt_missing_truncated_or_stale_object_is_an_error_that_names_it_and_never_content()
+ {
     let server = server();
     let store = s3(&server, limits());
     let disk = Disk::new(noise(1, 2 << 20));
@@ -42,8 +43,10 @@ fn check_15_a_corrupt_missing_truncated_or_stale_object_is_an_error_that_names_i
     let new: Vec<_> = pack_keys(&server).into_iter().filter(|key| !old.contains(key)).collect();
     let part = new[0].rsplit('/').next().unwrap().to_owned();
     let log = "lines/acme/vm/".to_owned();
-    let entries: Vec<_> = std::fs::read_dir(server.file("folder/lines/acme/vm")).unwrap()
-        .map(|file| file.unwrap().file_name().into_string().unwrap()).collect();
+    let entries: Vec<_> = std::fs::read_dir(server.file("folder/lines/acme/vm"))
+        .unwrap()
+        .map(|file| file.unwrap().file_name().into_string().unwrap())
+        .collect();
     let oldest_entry = format!("folder/lines/acme/vm/{}", entries.iter().max().unwrap());
     for (contains, fault) in [
         (&part, Fault::WrongBytes),
@@ -59,15 +62,17 @@ fn check_15_a_corrupt_missing_truncated_or_stale_object_is_an_error_that_names_i
         let lazy = generation(&store, "vm", Which::Newest).and_then(|generation| {
             let device = GenerationDevice::new(&generation, "disk", 0)?;
             let mut block = vec![0; 4096];
-            device.read_at(0, &mut block).map_err(|error| {
-                *error.into_inner().unwrap().downcast::<StoreError>().unwrap()
-            })?;
+            device
+                .read_at(0, &mut block)
+                .map_err(|error| *error.into_inner().unwrap().downcast::<StoreError>().unwrap())?;
             Ok(block)
         });
         for error in [whole.err().unwrap(), lazy.err().unwrap()] {
             let named = match &error {
-                StoreError::Corrupt { object, .. } | StoreError::Sealed { object, .. }
-                | StoreError::Missing { object } | StoreError::Request { object, .. } => object,
+                StoreError::Corrupt { object, .. }
+                | StoreError::Sealed { object, .. }
+                | StoreError::Missing { object }
+                | StoreError::Request { object, .. } => object,
                 other => panic!("{fault:?}: {other}"),
             };
             assert!(named.contains("packs/") || named.contains("lines/"), "{fault:?}: {error}");

@@ -3,8 +3,8 @@
 use crate::support::*;
 use silo_block::io::BlockDevice;
 use silo_store::{
-    Backup, BackupOptions, Depth, Generation, KeyRing, LineName, LineWriter, Retention, StoreError, Which,
-    WriterOptions, capture::Want,
+    Backup, BackupOptions, Depth, Generation, KeyRing, LineName, LineWriter, Retention, StoreError,
+    Which, WriterOptions, capture::Want,
 };
 use std::{
     sync::{
@@ -42,7 +42,10 @@ fn many_writers_that_race_for_a_line_leave_one_owner_and_no_damage() {
                 let group = group(&[("disk", 4096, &disk)]);
                 for _ in 0..3 {
                     let mut writer = match LineWriter::open(
-                        store.clone(), &ring(), &line("vm"), WriterOptions::default(),
+                        store.clone(),
+                        &ring(),
+                        &line("vm"),
+                        WriterOptions::default(),
                     ) {
                         Ok(writer) => writer,
                         Err(StoreError::Busy(_)) => continue,
@@ -69,7 +72,8 @@ fn a_running_backup_that_is_fenced_ends_and_says_so() {
     let disk = Disk::new(noise(1, 50_000));
     let group = group(&[("disk", 4096, &disk)]);
     let backup =
-        Backup::start(writer(&store, "vm"), Arc::new(group.clone()), BackupOptions::default()).unwrap();
+        Backup::start(writer(&store, "vm"), Arc::new(group.clone()), BackupOptions::default())
+            .unwrap();
     backup.now("first", Duration::from_secs(30)).unwrap();
     let _other = writer(&store, "vm");
     let error = backup.now("second", Duration::from_secs(30)).unwrap_err();
@@ -127,7 +131,8 @@ fn a_shared_base_is_forked_by_tenants_that_have_its_key() {
         LineWriter::open(store.clone(), keys, line, WriterOptions::default())
     };
     let group = group(&[("disk", 4096, &disk)]);
-    let number = round(&mut open(&base_keys, &base).unwrap(), &group, Want::Changed).unwrap().number;
+    let number =
+        round(&mut open(&base_keys, &base).unwrap(), &group, Want::Changed).unwrap().number;
     let both = KeyRing::from_keys([("tenant-key", [3; 32]), ("base-key", [9; 32])]).unwrap();
     let mine = LineName::new("acme", "vm").unwrap();
     let fork = |keys: &KeyRing| {

@@ -1,6 +1,8 @@
 //! Tests of the store as its users see it: real requests to a real S3 server, to a local folder, and
 //! to a store in memory where clients die.
 
+#![allow(clippy::unwrap_used, reason = "in tests a panic is the message")]
+
 mod basics;
 mod collection;
 mod copying;
@@ -8,4 +10,5 @@ mod crash;
 mod faults;
 mod keys;
 mod lines;
+mod moto;
 mod support;

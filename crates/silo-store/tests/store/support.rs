@@ -42,7 +42,8 @@ impl BlockDevice for Disk {
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.0.write().unwrap()[offset as usize..offset as usize + data.len()].copy_from_slice(data);
+        self.0.write().unwrap()[offset as usize..offset as usize + data.len()]
+            .copy_from_slice(data);
         Ok(())
     }
 
@@ -118,7 +119,11 @@ pub(crate) fn group(disks: &[(&str, u32, &Arc<Disk>)]) -> Arc<CopyGroup> {
 }
 
 /// One round, as the engine makes it.
-pub(crate) fn round(writer: &mut LineWriter, group: &Arc<CopyGroup>, want: Want) -> Result<Stored, StoreError> {
+pub(crate) fn round(
+    writer: &mut LineWriter,
+    group: &Arc<CopyGroup>,
+    want: Want,
+) -> Result<Stored, StoreError> {
     let want = if writer.needs_everything() { Want::Everything } else { want };
     let frozen = group.freeze(want)?;
     let everything = want == Want::Everything;
@@ -131,7 +136,11 @@ pub(crate) fn round(writer: &mut LineWriter, group: &Arc<CopyGroup>, want: Want)
     result
 }
 
-pub(crate) fn generation(store: &Arc<Store>, name: &str, which: Which) -> Result<Arc<Generation>, StoreError> {
+pub(crate) fn generation(
+    store: &Arc<Store>,
+    name: &str,
+    which: Which,
+) -> Result<Arc<Generation>, StoreError> {
     Generation::open(store, &ring(), &line(name), which, 8 << 20)
 }
 
