@@ -39,13 +39,14 @@ use fetch::Fetches;
 use silo_block::{
     block::BlockRange,
     device::DeviceName,
+    rounds::Epoch,
     session::{
         LinkId,
         destination::{
             Action, Config, Counters, Destination, DestinationDevice, Event, Phase as Step,
             WaiterId,
         },
-        messages::{DeviceIndex, Reason, SessionId, ToSource},
+        messages::{DeviceIndex, Held, Reason, SessionId, ToSource, VERSION},
     },
 };
 use std::{
@@ -677,6 +678,50 @@ impl Shared {
             rate,
             left: left.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
             wire: self.wire.read(),
+        }
+    }
+
+    /// What a source is told that comes back after this session has ended well: it may go.
+    fn last_words(&self) -> Option<[ToSource; 3]> {
+        let attempt = u32::try_from(self.attempt.load(Ordering::Acquire)).ok()?;
+        if attempt == 0 || !self.over.load(Ordering::Acquire) {
+            return None;
+        }
+        let epoch = |volume: &Arc<Volume>| {
+            volume.with_replica(|replica| {
+                let terms = replica.history().terms();
+                let own = terms.iter().find(|term| term.id == self.session)?;
+                replica.absent().is_empty().then(|| Epoch(own.first.0.saturating_sub(1)))
+            })
+        };
+        let epochs: Vec<Epoch> = self.volumes.iter().map(epoch).collect::<Option<_>>()?;
+        let held = |epoch: &Epoch| Held { clock: *epoch, missing: Vec::new() };
+        Some([
+            ToSource::Hello { version: VERSION, session: self.session },
+            ToSource::Have { devices: epochs.iter().map(held).collect(), running: Some(attempt) },
+            ToSource::Durable { epochs },
+        ])
+    }
+
+    /// Another session of the same source has some of these devices: this one ends if it has not
+    /// got the token.
+    fn make_way(&self, devices: &[silo_block::session::messages::DeviceInfo]) {
+        let shares = |info: &silo_block::session::messages::DeviceInfo| {
+            self.volumes.iter().any(|volume| *volume.name() == info.name)
+        };
+        if !devices.iter().any(shares) {
+            return;
+        }
+        self.tell(Event::Cancel("its source began another session".to_owned()));
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let receiving = || {
+            let core = lock(&self.core);
+            core.machine
+                .as_ref()
+                .is_some_and(|machine| matches!(machine.phase(), Step::Receiving | Step::Failed(_)))
+        };
+        while receiving() && Instant::now() < deadline {
+            std::thread::park_timeout(Duration::from_millis(1));
         }
     }
 

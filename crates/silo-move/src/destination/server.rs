@@ -183,7 +183,10 @@ impl Shared {
     /// Brings a link to its session, or says why not.
     fn greet(&self, mut link: Link) {
         let reason = match self.try_greet(&mut link) {
-            Ok((inbound, first)) => return inbound.shared.attach(link, first),
+            Ok((inbound, first)) => match inbound.shared.last_words() {
+                Some(words) => return dismiss(link, &words),
+                None => return inbound.shared.attach(link, first),
+            },
             Err(reason) => reason,
         };
         tracing::warn!(peer = link.peer, %reason, "a session was not taken");
@@ -224,6 +227,11 @@ impl Shared {
             return Ok((known.inbound.clone(), first));
         }
         sessions.retain(|_, session| !session.inbound.is_over());
+        // A source that was started again knows its old session no more. What has come by that is
+        // kept, and counts in the new one.
+        for old in sessions.values().filter(|old| old.owner == peer) {
+            old.inbound.shared.make_way(devices);
+        }
         let offer = Offer { session, peer: peer.as_ref(), devices };
         let accepted = self.reception.receive(&offer).map_err(Reason::Cancelled)?;
         let fits = accepted.volumes.len() == devices.len()
@@ -242,4 +250,15 @@ impl Shared {
         self.reception.began(&inbound);
         Ok((inbound, first))
     }
+}
+
+/// Tells a source that came back too late that all is well here.
+fn dismiss(mut link: Link, words: &[ToSource]) {
+    let outgoing = &mut link.control.outgoing;
+    let said = words.iter().try_for_each(|word| wire::write_to_source(outgoing, word));
+    let said = said.and_then(|()| outgoing.flush());
+    tracing::info!(peer = link.peer, session = %link.session, ?said, "a source may go");
+    link.control.control.set_read_timeout(Some(Duration::from_secs(2)));
+    // Until it has heard, and closes the link; whoever has not comes again.
+    while link.control.incoming.read().is_ok() {}
 }

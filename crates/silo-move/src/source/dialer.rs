@@ -25,7 +25,8 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_
 
 impl Shared {
     pub(super) fn keep_linked(self: &Arc<Self>) {
-        let (mut number, mut pause) = (0, PAUSES.0);
+        let (first, mut pause) = (self.first_link, PAUSES.0);
+        let mut number = first;
         loop {
             let lane = lock(&self.lane);
             let free =
@@ -46,7 +47,7 @@ impl Shared {
                     tracing::debug!(session = %self.session, %error, "no link");
                     *lock(&self.trouble) = Some(error.to_string());
                     // What is wrong with who they are does not get better; a cut does.
-                    if number == 1 && is_final(&error) {
+                    if number == first + 1 && is_final(&error) {
                         self.tell(Event::Cancel(format!("no connection: {error}")));
                     }
                 }

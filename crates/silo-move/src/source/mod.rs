@@ -162,6 +162,8 @@ struct Shared {
     host: Arc<dyn SourceHost>,
     throttle: Throttle,
     session: SessionId,
+    /// Links are numbered from here: no number twice in a session, restarts or not.
+    first_link: u64,
     lane: Mutex<Option<Lane>>,
     /// The dialer waits for this: a link is wanted.
     wanted: Condvar,
@@ -187,6 +189,12 @@ pub fn new_session() -> io::Result<SessionId> {
     let mut bytes = [0; 16];
     getrandom::fill(&mut bytes).map_err(|error| io::Error::other(error.to_string()))?;
     Ok(SessionId(bytes))
+}
+
+/// Milliseconds.
+fn since_1970() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |since| since.as_millis() as u64)
 }
 
 impl Outbound {
@@ -259,6 +267,7 @@ impl Outbound {
             dial,
             host,
             session,
+            first_link: if restored { since_1970() } else { 0 },
             lane: Mutex::new(None),
             wanted: Condvar::new(),
             over: AtomicBool::new(false),

@@ -165,18 +165,16 @@ impl State {
             let length = u32::from_le_bytes(frame[4..8].try_into().unwrap());
             frame.resize(HEADER + length as usize, 0);
             from.read_exact(&mut frame[HEADER..])?;
-            let passes = {
-                // One boundary at a time, so that the numbers mean something.
+            {
+                // One boundary at a time, so that the numbers mean something; and whoever takes the
+                // deed away finds the line as it left it.
                 let mut deed = self.deed.lock().unwrap();
                 let number = self.frames.load(Ordering::SeqCst);
-                let passes = deed.as_mut().is_none_or(|deed| deed(number, way, &frame));
-                if passes && !self.down.load(Ordering::SeqCst) {
+                if !deed.as_mut().is_none_or(|deed| deed(number, way, &frame)) {
+                    self.cut();
+                } else if !self.down.load(Ordering::SeqCst) {
                     self.frames.fetch_add(1, Ordering::SeqCst);
                 }
-                passes
-            };
-            if !passes {
-                self.cut();
             }
             if self.down.load(Ordering::SeqCst) {
                 return Ok(());
