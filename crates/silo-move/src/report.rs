@@ -59,7 +59,7 @@ pub struct MoveError {
     /// The peer.
     pub peer: String,
     /// Why.
-    pub reason: Reason,
+    pub reason: Box<Reason>,
     /// The last error of the connection, if that was the trouble.
     pub link: Option<String>,
     /// Whether the devices are this side's, and usable.
@@ -78,7 +78,7 @@ impl fmt::Display for MoveError {
             write!(f, "{}\"{device}\"", if at > 0 { ", " } else { "" })?;
         }
         write!(f, " {way} {} failed during {}: ", self.peer, self.phase)?;
-        match &self.reason {
+        match &*self.reason {
             Reason::Read { device, range, what } => write!(
                 f,
                 "{}: the source could not read {} blocks from {}: {what}",
@@ -251,11 +251,11 @@ mod tests {
             devices: vec![DeviceName::new("memory").unwrap(), DeviceName::new("root").unwrap()],
             phase: Phase::Filling,
             peer: "host b".into(),
-            reason: Reason::Store {
+            reason: Box::new(Reason::Store {
                 device: DeviceIndex(1),
                 range: BlockRange::new(7, 2),
                 what: "No space left on device".into(),
-            },
+            }),
             link: None,
             owned: true,
         };

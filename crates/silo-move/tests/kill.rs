@@ -5,6 +5,8 @@
 //! The processes are this test binary itself, started with a role in the environment; the parent
 //! holds the line between them and so sees every boundary.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 mod common;
 
 use common::{Random, WAIT, file::FileDevice, rig::name, tap::Tap};

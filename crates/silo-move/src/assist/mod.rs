@@ -106,7 +106,7 @@ pub struct Counts {
 }
 
 /// What became of a wanted block.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer<'a> {
     /// Its content, checked.
     Content(&'a [u8]),

@@ -45,7 +45,7 @@ impl Parker {
 }
 
 impl Shared {
-    pub(super) fn wake(&self, waiters: &[WaiterId], answer: Result<(), String>) {
+    pub(super) fn wake(&self, waiters: &[WaiterId], answer: &Result<(), String>) {
         let mut all = lock(&self.waiters);
         let parkers: Vec<Arc<Parker>> = waiters.iter().filter_map(|id| all.remove(id)).collect();
         drop(all);

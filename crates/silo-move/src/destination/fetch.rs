@@ -148,7 +148,7 @@ impl Shared {
     fn fetched(&self, key: Key, wanted: &Wanted, answer: Answer<'_>) {
         let purposes = lock(&self.fetches.open).purposes.remove(&key).unwrap_or_default();
         for purpose in purposes {
-            match (purpose, &answer) {
+            match (purpose, answer) {
                 (Purpose::Held(id, header), Answer::Content(content)) => {
                     self.offer_content(id, header, content);
                 }

@@ -441,10 +441,10 @@ impl Shared {
                     self.drop_fetches(device.0, range);
                 }
             }
-            Action::Wake(waiters) => self.wake(&waiters, Ok(())),
+            Action::Wake(waiters) => self.wake(&waiters, &Ok(())),
             Action::Fail(waiters, reason) => {
                 let text = self.describe(&reason);
-                self.wake(&waiters, Err(text));
+                self.wake(&waiters, &Err(text));
             }
             other => unreachable!("{other:?} is not for the thread that fed the machine"),
         }
@@ -611,7 +611,7 @@ impl Shared {
         self.backlogs.iter().for_each(Backlog::close);
         // Whoever waited finds the volumes settled.
         let waiters: Vec<WaiterId> = lock(&self.waiters).keys().copied().collect();
-        self.wake(&waiters, Ok(()));
+        self.wake(&waiters, &Ok(()));
         let places = lock(&self.assist).as_ref().map(Assist::counts).unwrap_or_default();
         // Its threads end here, and wait for nobody who holds a lock of this session.
         let assist = lock(&self.assist).take();
@@ -652,7 +652,7 @@ impl Shared {
             devices: self.volumes.iter().map(|volume| volume.name().clone()).collect(),
             phase,
             peer: lock(&self.peer).clone(),
-            reason,
+            reason: Box::new(reason),
             link: lock(&self.trouble).clone(),
             owned: self.volumes.iter().all(|volume| volume.is_owned()),
         }

@@ -26,6 +26,9 @@ use std::{
 };
 use twox_hash::XxHash3_64;
 
+/// What a thread of a session does.
+type Run<S> = Box<dyn FnOnce(&Arc<S>) + Send>;
+
 /// Why a run was not stored.
 #[derive(Debug, thiserror::Error)]
 enum StoreError {
@@ -69,7 +72,7 @@ impl Shared {
         }
         self.tell(Event::Connected(id));
         first.into_iter().for_each(|message| self.hear(id, message));
-        let spawn = |name: &str, run: Box<dyn FnOnce(&Arc<Self>) + Send>| {
+        let spawn = |name: &str, run: Run<Self>| {
             let shared = self.clone();
             Builder::new().name(name.to_owned()).spawn(move || run(&shared)).map(drop)
         };

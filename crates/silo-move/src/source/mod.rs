@@ -598,7 +598,7 @@ impl Shared {
                 devices: self.volumes.iter().map(|volume| volume.name().clone()).collect(),
                 phase: reached,
                 peer: self.peer(),
-                reason,
+                reason: Box::new(reason),
                 link: lock(&self.trouble).clone(),
                 owned: self.volumes.iter().all(|volume| volume.is_owned()),
             }),
