@@ -6,6 +6,7 @@
 //! What must hold: a row is only written from work that was done and checked in this run; where a
 //! tool for the comparison is missing, the group fails and says which package has it.
 
+mod backup;
 mod mount;
 mod serving;
 mod tracking;
@@ -64,7 +65,7 @@ impl Group {
 
 /// The groups of each part of the engine.
 const ALL: &[&[Group]] =
-    &[mount::GROUPS, vhost::GROUPS, serving::GROUPS, tracking::GROUPS];
+    &[backup::GROUPS, mount::GROUPS, vhost::GROUPS, serving::GROUPS, tracking::GROUPS];
 
 /// Runs the command. True if every promise was kept.
 pub(crate) fn run(args: &Args) -> anyhow::Result<bool> {
