@@ -444,16 +444,20 @@ impl Server {
         std::fs::write(&config, text)?;
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["--json", "serve", "--config"]).arg(&config).stdout(Stdio::piped());
-        let mut child = command.spawn().context("starting silo serve")?;
-        let output = child.stdout.take().context("no output")?;
+        let mut server = Self {
+            child: command.spawn().context("starting silo serve")?,
+            address: SocketAddr::from(([127, 0, 0, 1], 0)),
+        };
+        // Ended by being dropped if it does not say where it is.
+        let output = server.child.stdout.take().context("no output")?;
         let told = serde_json::Deserializer::from_reader(output)
             .into_iter::<serde_json::Value>()
             .next()
             .context("silo serve said nothing")??;
-        let at = told["devices"][0]["at"].as_str().context("silo serve did not say where it is")?;
-        let address = at.rsplit('/').find_map(|part| part.parse().ok());
-        let address = address.with_context(|| format!("no address in {told}"))?;
-        Ok(Self { child, address })
+        let at = told["devices"][0]["at"].as_str();
+        let address = at.and_then(|at| at.rsplit('/').find_map(|part| part.parse().ok()));
+        server.address = address.with_context(|| format!("no address in {told}"))?;
+        Ok(server)
     }
 }
 
