@@ -28,7 +28,7 @@ program=$target/$triple/release/fuzz
 
 if [ $# -eq 0 ]; then
     # shellcheck disable=SC2046  # names without spaces
-    set -- $(FUZZ_LIST=1 "$program" -runs=1 2> /dev/null)
+    set -- $(cd "$target" && FUZZ_LIST=1 "$program" -runs=1 2> /dev/null)
 fi
 
 mkdir -p "$target/findings" "$target/log"
