@@ -3,10 +3,12 @@
 //! Exit codes: 0 done; 1 failed; 2 wrong flags or a wrong config; 3 done, and what was checked is
 //! not as it should be; 130 ended by a second signal.
 
+mod backup;
 mod bench;
 mod cli;
 mod config;
 mod metrics;
+mod moving;
 mod service;
 mod stack;
 
@@ -20,9 +22,18 @@ fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(3),
         Err(error) => {
-            eprintln!("silo: {error:#}");
+            eprintln!("silo: {}", whole(&error));
             let wrong_config = error.downcast_ref::<config::ConfigError>().is_some();
             ExitCode::from(if wrong_config { 2 } else { 1 })
         }
     }
+}
+
+/// An error with its causes; one that a message repeats already is not said again.
+fn whole(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |said, cause| match cause.to_string() {
+        cause if said.is_empty() => cause,
+        cause if said.contains(&cause) => said,
+        cause => format!("{said}: {cause}"),
+    })
 }

@@ -143,10 +143,10 @@ fn a_flush_through_cache_and_filter_is_durable_across_kill_9_and_their_figures_a
     let socket = dir.path().join("s");
     let running = Running::start(["serve", "--config", &file]);
     let (mut client, _) = Client::go(&socket).unwrap();
-    assert_eq!(client.write(100_000, &[5; 200_000], 0).unwrap(), 0);
+    assert_eq!(client.write(100_000, &vec![5; 200_000], 0).unwrap(), 0);
     assert_eq!(client.call(FLUSH, 0, 0, 0).unwrap(), 0);
     // The same again changes nothing.
-    assert_eq!(client.write(100_000, &[5; 200_000], 0).unwrap(), 0);
+    assert_eq!(client.write(100_000, &vec![5; 200_000], 0).unwrap(), 0);
     let metrics = running.ready["metrics"].as_str().unwrap();
     let (_, text) = common::silo::http(metrics, "GET", "/metrics");
     for line in [
@@ -166,4 +166,61 @@ fn a_flush_through_cache_and_filter_is_durable_across_kill_9_and_their_figures_a
     assert!(have == wanted);
     drop(client);
     running.stop().good();
+}
+
+#[test]
+fn one_device_is_exposed_in_each_way_that_this_kernel_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let (image, mount) = (dir.path().join("image"), dir.path().join("mnt"));
+    fs::create_dir(&mount).unwrap();
+    let content: Vec<u8> = (0..MIB).map(|at| (at % 253) as u8).collect();
+    fs::write(&image, &content).unwrap();
+    let file = ["--file", path(&image)];
+    let fuse = Running::start(["expose", "fuse", path(&mount)].iter().chain(&file));
+    let shown = fuse.ready["devices"][0]["at"].as_str().unwrap().to_owned();
+    assert_eq!(fuse.ready["devices"][0]["protocol"], "fuse");
+    assert!(fs::read(&shown).unwrap() == content);
+    fuse.stop().good();
+    assert!(!Path::new(&shown).exists());
+
+    let socket = dir.path().join("s");
+    let nbd = ["expose", "nbd", "--socket", path(&socket)];
+    let nbd = Running::start(nbd.iter().chain(&file));
+    let (mut client, _) = Client::go(&socket).unwrap();
+    assert_eq!(client.read(1000, 100).unwrap(), content[1000..1100]);
+    drop(client);
+    nbd.stop().good();
+
+    let vhost = ["expose", "vhost-user-blk", path(&socket)];
+    let vhost = Running::start(vhost.iter().chain(&file));
+    assert_eq!(vhost.ready["devices"][0]["protocol"], "vhost-user-blk");
+    vhost.stop().good();
+
+    let attach = ["expose", "attach", "/dev/sda", "--socket", path(&socket)];
+    silo(attach.iter().chain(&file)).failed(1, "/dev/nbd0");
+}
+
+#[test]
+fn hostile_paths_are_errors_that_touch_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = path(dir.path());
+    for source in [
+        ["--file", folder],
+        ["--file", "/dev/null"],
+        ["--file", "/proc/self/mem"],
+        ["--overlay", "/dev/null"],
+        ["--nbd", "nbd+unix:///?socket=/nowhere"],
+    ] {
+        let said = silo(["serve", "--socket", "never"].iter().chain(&source));
+        assert_eq!(said.code, 1, "{source:?}: {said:?}");
+        assert!(said.err.starts_with("silo: ") && !said.err.contains("panicked"), "{said:?}");
+    }
+    // A file where a socket is wanted stays as it is.
+    let precious = dir.path().join("precious");
+    fs::write(&precious, "x").unwrap();
+    let said = silo(["serve", "--memory", "1M", "--socket", path(&precious)]);
+    assert_eq!(said.code, 1, "{said:?}");
+    assert_eq!(fs::read(&precious).unwrap(), b"x");
+    let long = dir.path().join("x".repeat(200));
+    assert_eq!(silo(["serve", "--memory", "1M", "--socket", path(&long)]).code, 1);
 }

@@ -7,9 +7,8 @@ use super::{
 };
 use crate::{
     config::{BinlogConfig, ByteSize, Config},
-    metrics::Metrics,
     service::Service,
-    stack::DeviceStack,
+    stack::{DeviceStack, Host},
 };
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Subcommand};
@@ -111,8 +110,8 @@ fn record(args: &RecordArgs, json: bool) -> Result<()> {
     config.check()?;
     let service = Service::start(&config)?;
     serve::announce(&service, None, json)?;
-    service.run(&stop);
-    service.stop()
+    let ran = service.run(&stop);
+    ran.and(service.stop())
 }
 
 fn open(log: &Path) -> Result<Reader<BufReader<File>>> {
@@ -131,7 +130,7 @@ fn replay(args: &ReplayArgs, json: bool) -> Result<()> {
     let config = args.device.config()?;
     config.check()?;
     let (name, device) = one_device(&config, args.device_name.as_deref())?;
-    let stack = DeviceStack::open(name, device, &Metrics::default())?;
+    let stack = DeviceStack::open(name, device, &Host::new(&config)?)?;
     let device = stack.device();
     let began = Instant::now();
     let played =

@@ -40,6 +40,9 @@ pub(super) struct DeviceArgs {
     #[arg(long, value_name = "URL")]
     nbd: Option<String>,
 
+    /// The name in the certificate of --nbd; the host in the address if not given
+    #[arg(long, value_name = "NAME", requires = "nbd", help_heading = "How it is opened")]
+    peer_name: Option<String>,
     /// The read-only file below --overlay, the one it was created over
     #[arg(long, value_name = "FILE", requires = "overlay", help_heading = "How it is opened")]
     base: Option<PathBuf>,
@@ -89,7 +92,7 @@ impl DeviceArgs {
         } else if let Some(path) = self.directory.clone() {
             (SourceConfig::directory(path), self.size)
         } else if let Some(url) = self.nbd.clone() {
-            (SourceConfig::silo(url), self.size)
+            (SourceConfig::silo(url, self.peer_name.clone()), self.size)
         } else {
             bail!("no device is named")
         };
@@ -128,6 +131,11 @@ pub(super) struct FrontArgs {
 }
 
 impl FrontArgs {
+    /// One NBD export.
+    pub(super) fn nbd(socket: Option<PathBuf>, tcp: Option<SocketAddr>, export: &str) -> Self {
+        Self { socket, tcp, export: export.to_owned(), ..Self::default() }
+    }
+
     /// What was asked for.
     pub(super) fn expose(&self, plaintext: bool) -> ExposeConfig {
         let nbd = (self.socket.is_some() || self.tcp.is_some()).then(|| NbdConfig {
@@ -140,7 +148,7 @@ impl FrontArgs {
         ExposeConfig {
             nbd,
             vhost_user_blk: self.vhost_user_blk.clone().map(VhostConfig::at),
-            fuse: self.fuse.clone().map(|mount| FuseConfig { mount }),
+            fuse: self.fuse.clone().map(|mount| FuseConfig { mount, write_back: false }),
             attach: self.attach.clone().map(|device| AttachConfig { device }),
         }
     }

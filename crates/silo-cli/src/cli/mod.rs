@@ -3,11 +3,21 @@
 mod binlog;
 mod check;
 mod config;
+mod connect;
 mod device;
+mod expose;
+mod give;
+mod history;
+mod keys;
+mod mount;
 pub(crate) mod progress;
+mod restore;
 mod serve;
 pub(crate) mod stop;
+mod store;
+mod sync;
 mod tls;
+mod verify;
 
 use crate::{
     config::ByteSize,
@@ -51,6 +61,30 @@ enum Command {
     },
     /// Hash each block of an image, and tell in which blocks two images differ
     Check(check::CheckArgs),
+    /// Take devices from a `silo serve` on another host, and serve them here
+    Connect(Box<connect::ConnectArgs>),
+    /// Serve one device in one way
+    #[command(subcommand)]
+    Expose(expose::ExposeCommand),
+    /// Map a device that is elsewhere, and fetch it when it is touched or before
+    Mount(Box<mount::MountArgs>),
+    /// Back devices up to an object store, continuously or once, and serve them meanwhile
+    Sync(Box<sync::SyncArgs>),
+    /// Bring devices back from a generation: whole, or served at once and fetched when touched
+    Restore(Box<restore::RestoreArgs>),
+    /// List what is in a store
+    Generations(history::GenerationsArgs),
+    /// Begin a new line of generations from one of another; nothing is copied
+    Fork(history::ForkArgs),
+    /// Say which generations a rule keeps, and delete the others with --delete
+    Prune(history::PruneArgs),
+    /// Check that a store has what its generations need: all there, or every block read
+    Verify(verify::VerifyArgs),
+    /// Delete from a store what no generation needs any more, in two steps
+    Collect(history::CollectArgs),
+    /// Make, list and change the keys of backups
+    #[command(subcommand)]
+    Keys(keys::KeysCommand),
     /// Record what is written to a device, and play it again
     #[command(subcommand)]
     Binlog(binlog::BinlogCommand),
@@ -115,6 +149,7 @@ impl Cli {
         match &self.command {
             Command::Bench(args) => crate::bench::run(args),
             Command::Check(args) => check::run(args, self.json),
+            Command::Verify(args) => verify::run(args, self.json),
             _ => self.act().map(|()| true),
         }
     }
@@ -122,7 +157,19 @@ impl Cli {
     fn act(self) -> Result<()> {
         let json = self.json;
         match self.command {
-            Command::Bench(_) | Command::Check(_) => unreachable!("run has taken them"),
+            Command::Bench(_) | Command::Check(_) | Command::Verify(_) => {
+                unreachable!("run has taken them")
+            }
+            Command::Connect(args) => connect::run(&args, json),
+            Command::Expose(command) => expose::run(&command, json),
+            Command::Mount(args) => mount::run(&args, json),
+            Command::Sync(args) => sync::run(&args, json),
+            Command::Restore(args) => restore::run(&args, json),
+            Command::Generations(args) => history::generations(&args, json),
+            Command::Fork(args) => history::fork(&args, json),
+            Command::Prune(args) => history::prune(&args, json),
+            Command::Collect(args) => history::collect(&args, json),
+            Command::Keys(command) => keys::run(&command, json),
             Command::Binlog(command) => binlog::run(&command, json),
             Command::Tls(command) => tls::run(&command, json),
             Command::Hash { file } => {

@@ -1,7 +1,10 @@
 //! How far something is: a bar with rate and time left, on a terminal only.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::{self, IsTerminal};
+use std::{
+    io::{self, IsTerminal},
+    time::Duration,
+};
 
 /// A bar on stderr; nothing at all where nobody looks at it.
 #[derive(Clone)]
@@ -14,6 +17,18 @@ impl Progress {
         Self::new(what, total, json, template)
     }
 
+    /// A count of things whose number is not known.
+    pub(crate) fn count(what: &'static str, json: bool) -> Self {
+        Self::new(what, 0, json, "{spinner} {pos} {msg} {elapsed}")
+    }
+
+    /// Something goes on, and nobody knows how long.
+    pub(crate) fn spinner(what: &'static str, json: bool) -> Self {
+        let spinner = Self::new(what, 0, json, "{spinner} {msg} {elapsed}");
+        spinner.0.enable_steady_tick(Duration::from_millis(200));
+        spinner
+    }
+
     fn new(what: &'static str, total: u64, json: bool, template: &str) -> Self {
         let seen = !json && io::stderr().is_terminal();
         let target =
@@ -23,11 +38,6 @@ impl Progress {
         bar.set_style(style);
         bar.set_message(what);
         Self(bar)
-    }
-
-    /// So much more is done.
-    pub(crate) fn add(&self, amount: u64) {
-        self.0.inc(amount);
     }
 
     /// So much is done altogether, of so much.
@@ -54,9 +64,10 @@ mod tests {
 
     #[test]
     fn the_templates_are_understood() {
+        Progress::spinner("waiting", true).end();
+        Progress::count("packs", true).end();
         let progress = Progress::bytes("reading", 0, true);
         progress.set(1, 10);
-        progress.add(2);
-        assert_eq!(progress.0.position(), 3);
+        assert_eq!(progress.0.position(), 1);
     }
 }

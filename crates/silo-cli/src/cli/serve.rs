@@ -2,13 +2,17 @@
 
 use super::{
     device::{DeviceArgs, FrontArgs, MetricsArgs, TlsArgs},
+    give::{self, Giver},
     human, print,
     stop::Stop,
 };
-use crate::{config::Config, service::Service};
+use crate::{
+    config::{Config, MigrateConfig},
+    service::Service,
+};
 use anyhow::{Result, bail};
 use clap::Args;
-use std::path::Path;
+use std::{net::SocketAddr, path::Path};
 
 #[derive(Args)]
 pub(super) struct ServeArgs {
@@ -20,6 +24,12 @@ pub(super) struct ServeArgs {
     tls: TlsArgs,
     #[command(flatten)]
     metrics: MetricsArgs,
+    /// Wait here for a destination (`silo connect`) and give the device to it
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "config")]
+    move_listen: Option<SocketAddr>,
+    /// The destination's name in its certificate
+    #[arg(long, value_name = "NAME", requires = "move_listen")]
+    destination: Option<String>,
 }
 
 impl ServeArgs {
@@ -37,6 +47,11 @@ impl ServeArgs {
         }
         config.identity = self.tls.identity();
         config.metrics = self.metrics.config();
+        if self.move_listen.is_some() {
+            let mut migrate = MigrateConfig::new(self.tls.plaintext, self.destination.clone());
+            migrate.listen = self.move_listen;
+            config.migrate = Some(migrate);
+        }
         config.check()?;
         Ok(config)
     }
@@ -45,11 +60,33 @@ impl ServeArgs {
 pub(super) fn run(args: &ServeArgs, json: bool) -> Result<()> {
     // Before anything is served, so that a signal that comes early is not lost.
     let stop = Stop::on_signals()?;
-    let service = Service::start(&args.config()?)?;
+    let config = args.config()?;
+    let note = config.migrate.as_ref().and_then(|migrate| migrate.note.as_deref());
+    give::check_note(note)?;
+    let service = Service::start(&config)?;
+    let giver = match &config.migrate {
+        Some(migrate) => Giver::start(migrate, &service, stop.clone(), json)?,
+        None => None,
+    };
     let socket = args.fronts.socket.as_deref().filter(|_| args.device.config.is_none());
     announce(&service, socket, json)?;
-    service.run(&stop);
-    service.stop()
+    if let Some(giver) = &giver
+        && !json
+    {
+        println!("waiting on {} for a destination", giver.address());
+    }
+    let ran = service.run(&stop);
+    if ran.is_err() {
+        stop.ask();
+    }
+    match giver.and_then(Giver::end) {
+        None => ran.and(service.stop()),
+        Some(report) => {
+            give::say(&report, json)?;
+            // There is nothing left here to store or to flush.
+            ran.and(service.without_backup().stop())
+        }
+    }
 }
 
 /// Says where things are, once all of them answer. `socket`: of the one device that flags describe.

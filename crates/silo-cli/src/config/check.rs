@@ -5,7 +5,7 @@ use super::{
     ByteSize, Config, DeviceConfig, NbdConfig, SourceConfig, StoreConfig,
     problem::{Finding, nearest},
 };
-use silo::{device::DeviceName, hash::RootHash};
+use silo::{device::DeviceName, hash::RootHash, nbd::NbdUri, store::LineName};
 use std::collections::BTreeMap;
 
 /// Collects findings below one place of the file.
@@ -49,8 +49,8 @@ pub(super) fn all(config: &Config) -> Vec<Finding> {
         let mut at = root.below("backup");
         check_group_of(&mut at, config, backup.group.as_deref());
         check_store(&mut at.below("store"), &backup.store);
-        if DeviceName::new(&backup.tenant).is_none() {
-            at.wrong("tenant", "a tenant's name is at most 64 lower-case letters, digits, dashes");
+        if let Err(error) = LineName::new(&backup.tenant, backup.line.as_deref().unwrap_or("x")) {
+            at.wrong("tenant", error.to_string());
         }
         if backup.max_age.0.is_zero() {
             at.wrong("max-age", "a backup needs some time; write 1s or more");
@@ -107,6 +107,7 @@ fn check_source(at: &mut At<'_>, device: &DeviceConfig) {
         SourceConfig::File { .. }
         | SourceConfig::Disk { .. }
         | SourceConfig::Silo { .. }
+        | SourceConfig::Generation { .. }
         | SourceConfig::Process { .. } => false,
     };
     if needs_size && device.size.is_none() {
@@ -121,15 +122,22 @@ fn check_source(at: &mut At<'_>, device: &DeviceConfig) {
         SourceConfig::Object { store, .. } => {
             check_store(&mut at.below("source").below("object").below("store"), store);
         }
-        SourceConfig::Silo { url, connections } => {
-            let known = ["nbd://", "nbds://", "nbd+unix://", "nbds+unix://"];
+        SourceConfig::Generation { store, line, .. } => {
+            let mut at = at.below("source");
+            let mut at = at.below("generation");
+            check_store(&mut at.below("store"), store);
+            if let Err(error) = LineName::parse(line) {
+                at.wrong("line", error.to_string());
+            }
+        }
+        SourceConfig::Silo { url, connections, .. } => {
             let mut at = at.below("source");
             let mut at = at.below("silo");
-            if !known.iter().any(|scheme| url.starts_with(scheme)) {
-                at.wrong("url", format!("must begin with {}", known.join(", ")));
+            if let Err(error) = url.parse::<NbdUri>() {
+                at.wrong("url", error.to_string());
             }
-            if !(1..=64).contains(connections) {
-                at.wrong("connections", "must be from 1 to 64");
+            if !(1..=32).contains(connections) {
+                at.wrong("connections", "must be from 1 to 32");
             }
         }
         _ => {}
@@ -146,6 +154,12 @@ fn check_nbd(at: &mut At<'_>, nbd: &NbdConfig, config: &Config) {
             "needs TLS, and [identity] is missing; add it, or write plaintext = true if the \
              network is trusted as a whole",
         );
+    }
+    if nbd.clients.iter().any(|name| name.parse::<identity::HostName>().is_err()) {
+        at.wrong("clients", "each is a host's name, as in host-a or a.example.org");
+    }
+    if !nbd.clients.is_empty() && nbd.plaintext {
+        at.wrong("clients", "cannot be told apart without TLS; leave out plaintext");
     }
     if !(1..=1024).contains(&nbd.max_connections) {
         at.wrong("max-connections", "must be from 1 to 1024");
@@ -225,11 +239,14 @@ fn check_migrate(root: &mut At<'_>, config: &Config) {
              the network is trusted as a whole",
         );
     }
+    if !migrate.plaintext && migrate.peer_name.is_none() {
+        at.wrong("peer-name", "is missing: which host may devices go to or come from?");
+    }
     if migrate.peer_name.as_ref().is_some_and(|name| name.parse::<identity::HostName>().is_err()) {
         at.wrong("peer-name", "not a host's name; write host-a or a.example.org");
     }
-    if !(1..=64).contains(&migrate.connections) {
-        at.wrong("connections", "must be from 1 to 64");
+    if !(1..=32).contains(&migrate.connections) {
+        at.wrong("connections", "must be from 1 to 32");
     }
     if migrate.in_flight.0 < 1 << 20 {
         at.wrong("in-flight", "must be at least 1M");

@@ -19,6 +19,7 @@ pub(crate) use values::{ByteSize, Secret, Span};
 
 use schemars::JsonSchema;
 use serde::Deserialize;
+use silo::store::{LineName, Retention};
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
@@ -74,6 +75,8 @@ pub(crate) struct DeviceConfig {
     pub(crate) filter: Option<FilterConfig>,
     /// Record what is written, to replay it elsewhere
     pub(crate) binlog: Option<BinlogConfig>,
+    /// Answer each request so much later: to try how something behaves with a device far away
+    pub(crate) delay: Option<Span>,
     /// What happens when the source fails
     #[serde(default)]
     pub(crate) on_error: ErrorPolicyConfig,
@@ -96,6 +99,7 @@ impl DeviceConfig {
             write_cache: None,
             filter: None,
             binlog: None,
+            delay: None,
             on_error: ErrorPolicyConfig::default(),
             expose: ExposeConfig::default(),
         }
@@ -165,6 +169,22 @@ pub(crate) enum SourceConfig {
         /// Connections to it
         #[serde(default = "SourceConfig::default_connections")]
         connections: usize,
+        /// The name in its certificate; the host in the address if not given
+        peer_name: Option<String>,
+    },
+    /// A device of a generation in a store, read when it is asked for; never written
+    #[serde(rename_all = "kebab-case")]
+    Generation {
+        /// The store
+        store: StoreConfig,
+        /// `tenant/line`
+        line: String,
+        /// Where the tenant's keys are
+        keys: Secret,
+        /// Number of the generation; the newest if not given
+        number: Option<u64>,
+        /// The device's name in the generation; the same as here if not given
+        device: Option<String>,
     },
     /// A file that a running process has mapped, read out of its memory
     #[serde(rename_all = "kebab-case")]
@@ -183,8 +203,8 @@ impl SourceConfig {
     }
 
     /// Another silo, with the usual number of connections.
-    pub(crate) fn silo(url: String) -> Self {
-        Self::Silo { url, connections: Self::default_connections() }
+    pub(crate) fn silo(url: String, peer_name: Option<String>) -> Self {
+        Self::Silo { url, connections: Self::default_connections(), peer_name }
     }
 
     fn default_piece() -> ByteSize {
@@ -308,6 +328,9 @@ pub(crate) struct NbdConfig {
     /// Refuse writes of these clients
     #[serde(default)]
     pub(crate) read_only: bool,
+    /// Names in certificates that may connect by TCP; all of the same authority if not given
+    #[serde(default)]
+    pub(crate) clients: Vec<String>,
     /// Most clients at a time
     #[serde(default = "NbdConfig::default_connections")]
     pub(crate) max_connections: usize,
@@ -321,6 +344,7 @@ impl Default for NbdConfig {
             plaintext: false,
             export: None,
             read_only: false,
+            clients: Vec::new(),
             max_connections: Self::default_connections(),
         }
     }
@@ -358,8 +382,11 @@ impl VhostConfig {
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(crate) struct FuseConfig {
-    /// An empty folder
+    /// The folder
     pub(crate) mount: PathBuf,
+    /// Let the kernel collect writes until fsync: faster, and lost with this process
+    #[serde(default)]
+    pub(crate) write_back: bool,
 }
 
 /// A kernel block device.
@@ -397,6 +424,14 @@ pub(crate) struct StoreConfig {
     pub(crate) secret_key: Option<Secret>,
 }
 
+impl StoreConfig {
+    /// With credentials from the usual variables.
+    pub(crate) fn at(url: &str) -> Self {
+        let (url, endpoint, region) = (url.to_owned(), None, None);
+        Self { url, endpoint, region, access_key: None, secret_key: None }
+    }
+}
+
 /// Continuous backup.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -407,6 +442,10 @@ pub(crate) struct BackupConfig {
     pub(crate) store: StoreConfig,
     /// The name of whoever owns these backups; blocks are shared inside a tenant only
     pub(crate) tenant: String,
+    /// The name of the history in the store; that of the group if not given
+    pub(crate) line: Option<String>,
+    /// Where blocks wait that are written while they are backed up; /var/tmp if not given
+    pub(crate) scratch: Option<PathBuf>,
     /// Where the tenant's keys are: the ring that `silo keys create` made
     pub(crate) keys: Secret,
     /// A write is in a generation at most this long after it was made
@@ -420,6 +459,21 @@ pub(crate) struct BackupConfig {
 }
 
 impl BackupConfig {
+    /// Of flags; the rest is as usual.
+    pub(crate) fn by_flags(url: &str, line: &LineName, keys: Secret) -> Self {
+        Self {
+            group: None,
+            store: StoreConfig::at(url),
+            tenant: line.tenant().to_owned(),
+            line: Some(line.line().to_owned()),
+            scratch: None,
+            keys,
+            max_age: Self::default_max_age(),
+            bandwidth: None,
+            retention: RetentionConfig::default(),
+        }
+    }
+
     fn default_max_age() -> Span {
         Span(std::time::Duration::from_secs(60))
     }
@@ -437,6 +491,25 @@ pub(crate) struct RetentionConfig {
     pub(crate) daily: Option<usize>,
     /// The newest of each of so many weeks
     pub(crate) weekly: Option<usize>,
+    /// The newest of each of so many months of 30 days
+    pub(crate) monthly: Option<usize>,
+    /// All that are younger
+    pub(crate) within: Option<Span>,
+}
+
+impl RetentionConfig {
+    /// As the store takes it; none if no rule is given.
+    pub(crate) fn rules(&self) -> Option<Retention> {
+        let rules = Retention {
+            last: self.last.unwrap_or(0),
+            hourly: self.hourly.unwrap_or(0),
+            daily: self.daily.unwrap_or(0),
+            weekly: self.weekly.unwrap_or(0),
+            monthly: self.monthly.unwrap_or(0),
+            within: self.within.map_or(std::time::Duration::ZERO, |within| within.0),
+        };
+        (rules != Retention::default()).then_some(rules)
+    }
 }
 
 /// Moving.
@@ -445,12 +518,14 @@ pub(crate) struct RetentionConfig {
 pub(crate) struct MigrateConfig {
     /// The group; may be left out where there is one
     pub(crate) group: Option<String>,
-    /// Where a source waits for its destination
+    /// Where a source waits for its destination (`silo serve`)
     pub(crate) listen: Option<SocketAddr>,
-    /// Where a destination finds its source, as in host-a:5170
+    /// Where a destination finds its source (`silo connect`), as in host-a:5170
     pub(crate) peer: Option<String>,
-    /// The peer's name in its certificate; no other is accepted
+    /// The other host's name in its certificate; no other is accepted
     pub(crate) peer_name: Option<String>,
+    /// A file in which is noted who owns the devices; without it a restart knows of no move
+    pub(crate) note: Option<PathBuf>,
     /// Move without TLS; only on a network that is trusted as a whole
     #[serde(default)]
     pub(crate) plaintext: bool,
@@ -468,6 +543,22 @@ pub(crate) struct MigrateConfig {
 }
 
 impl MigrateConfig {
+    /// Of all devices, as usual.
+    pub(crate) fn new(plaintext: bool, peer_name: Option<String>) -> Self {
+        Self {
+            group: None,
+            listen: None,
+            peer: None,
+            peer_name,
+            note: None,
+            plaintext,
+            connections: Self::default_connections(),
+            in_flight: Self::default_in_flight(),
+            bandwidth: None,
+            blackout: Self::default_blackout(),
+        }
+    }
+
     fn default_connections() -> usize {
         4
     }
@@ -568,6 +659,10 @@ impl Config {
                 | SourceConfig::Sparse { path }
                 | SourceConfig::Directory { path, .. } => at(path),
                 SourceConfig::Object { store: of, .. } => store(of),
+                SourceConfig::Generation { store: of, keys, .. } => {
+                    store(of);
+                    secret(keys);
+                }
                 SourceConfig::Memory | SourceConfig::Silo { .. } | SourceConfig::Process { .. } => {
                 }
             }
@@ -579,9 +674,11 @@ impl Config {
             expose.fuse.iter_mut().for_each(|fuse| at(&mut fuse.mount));
         }
         self.identity.iter_mut().for_each(|identity| at(&mut identity.dir));
+        self.migrate.iter_mut().filter_map(|migrate| migrate.note.as_mut()).for_each(at);
         if let Some(backup) = &mut self.backup {
             store(&mut backup.store);
             secret(&mut backup.keys);
+            backup.scratch.iter_mut().for_each(at);
         }
     }
 }

@@ -118,6 +118,7 @@ in-flight = "1K"
         "silo.toml:14:1: group.vm.devices: \"more\" is in group \"other\" already",
         "silo.toml:19:2: migrate.group: is missing: there are several groups",
         "silo.toml:19:2: migrate.plaintext: moving needs TLS",
+        "silo.toml:19:2: migrate.peer-name: is missing: which host may devices go to or come from?",
         "silo.toml:20:1: migrate.in-flight: must be at least 1M",
     ];
     for wanted in wanted {
@@ -170,7 +171,7 @@ fn the_example_of_the_documentation_is_taken_and_shows_every_section_and_source(
     let mut keys = Vec::new();
     collect_keys(&schema, &mut keys);
     assert!(keys.len() > 50, "{keys:?}");
-    let rare = ["plaintext", "device", "attach", "process", "pid", "mapping"];
+    let rare = ["plaintext", "device", "attach", "process", "pid", "mapping", "delay"];
     for key in keys.iter().filter(|key| !rare.contains(&key.as_str())) {
         assert!(example.contains(key.as_str()), "the example does not show {key}");
     }

@@ -48,6 +48,8 @@ metrics! {
     DEVICE_TRIM_BYTES Counter "device_trim_bytes" ["device"] "Bytes that are no longer needed";
     DEVICE_ERRORS Counter "device_errors" ["device", "operation"]
         "Operations that failed: read, write, flush, zero or trim";
+    FRONT_CLIENTS Gauge "front_clients" ["device", "protocol"]
+        "Clients connected: nbd-unix, nbd-tcp, vhost-user-blk, or 1 for a FUSE mount";
     CACHE_HELD Gauge "write_cache_held_bytes" ["device"] "Memory that the write cache holds";
     CACHE_WAITING Gauge "write_cache_waiting_writers" ["device"] "Writers that wait for room in it";
     CACHE_WRITTEN Counter "write_cache_written_back_bytes" ["device"]
@@ -58,4 +60,47 @@ metrics! {
         "Bytes of writes that were there already";
     FILTER_FORWARDED Counter "filter_forwarded_bytes" ["device"]
         "Bytes of writes that the filter passed on";
+    BACKUP_GENERATIONS Counter "backup_generations" ["line"] "Generations that were committed";
+    BACKUP_FAILURES Counter "backup_failures" ["line"]
+        "Rounds that failed; what they held is in the next";
+    BACKUP_BYTES Counter "backup_bytes" ["line"] "Bytes of generations in the store";
+    BACKUP_AGE Gauge "backup_age_seconds" ["line"]
+        "Time since the last generation was committed, or since the start if none was";
+    BACKUP_ENDED Gauge "backup_ended" ["line"] "1: nothing is backed up any more";
+    BACKUP_NUMBER Gauge "backup_last_generation" ["line"] "Number of the last generation";
+    BACKUP_LAST_BYTES Gauge "backup_last_bytes" ["line"] "Bytes that the last generation cost";
+    BACKUP_LAST_REQUESTS Gauge "backup_last_requests" ["line"]
+        "Requests that the last generation cost";
+    BACKUP_LAST_SECONDS Gauge "backup_last_seconds" ["line"]
+        "Time from the freeze to the commit of the last generation";
+    BACKUP_LAST_HELD Gauge "backup_last_held_seconds" ["line"]
+        "Longest time that a writer was held by the last generation";
+    STORE_REQUESTS Counter "store_requests" ["line", "kind"]
+        "Requests to the store: write, create, read, list, delete";
+    STORE_REPEATED Counter "store_repeated_requests" ["line"]
+        "Requests that repeated one that had failed";
+    STORE_UPLOADED Counter "store_uploaded_bytes" ["line"] "Bytes sent to the store";
+    STORE_DOWNLOADED Counter "store_downloaded_bytes" ["line"] "Bytes read from the store";
+    MOVE_PHASE Gauge "move_phase" ["end"]
+        "0 connecting, 1 pre-copy, 2 pausing writers, 3 switchover, 4 post-copy, 5 release";
+    MOVE_SIZE Gauge "move_size_bytes" ["end"] "Size of the devices that move";
+    MOVE_REMAINING Gauge "move_remaining_bytes" ["end"] "What the destination still lacks";
+    MOVE_RATE Gauge "move_bytes_per_second" ["end"] "Content that moves, lately";
+    MOVE_ROUNDS Counter "move_rounds" ["end"] "Rounds that were closed";
+    MOVE_WIRE Counter "move_wire_bytes" ["end", "connection"]
+        "Bytes of frames: control-sent, control-received, data, demand";
+    MOVE_WAITS Counter "move_read_waits" [] "Accesses at the destination that waited for a block";
+    MOVE_WAIT Gauge "move_read_wait_seconds" ["quantile"]
+        "How long they waited: median, 99th percentile, longest";
+    MOUNT_SIZE Gauge "mount_size_bytes" [] "Size of the device that is mounted";
+    MOUNT_HERE Gauge "mount_here_bytes" [] "Content that is here";
+    MOUNT_DIRTY Gauge "mount_dirty_bytes" [] "Content that is newer here than behind";
+    MOUNT_FETCHED Counter "mount_fetched_bytes" ["why"] "Bytes fetched: demand, first, ahead, bulk";
+    MOUNT_WRITTEN Counter "mount_written_back_bytes" [] "Bytes that went to the device behind";
+    MOUNT_FAULTS Counter "mount_faults" [] "Page faults taken";
+    MOUNT_ERRORS Counter "mount_errors" [] "Requests that the device behind answered with an error";
+    MOUNT_WAIT Gauge "mount_fault_wait_seconds" ["quantile"]
+        "How long accesses waited for their content: median, 99th percentile, longest";
+    MOUNT_ROUND_TRIP Gauge "mount_round_trip_seconds" [] "Smallest time that a request took";
+    MOUNT_RATE Gauge "mount_bytes_per_second" [] "Best rate of late";
 }

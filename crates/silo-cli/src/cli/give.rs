@@ -1,0 +1,221 @@
+//! The source of a move, beside `silo serve`: waits for a destination, gives the group away.
+
+use super::{human, print, progress::Progress, stop::Stop};
+use crate::{
+    config::MigrateConfig,
+    moving::{Waiting, Watched, peer_name, security},
+    service::Service,
+};
+use anyhow::{Context, Result};
+use identity::{HostName, Security};
+use silo::moving::SessionId;
+use silo::moving::{
+    Outbound, Volume,
+    ledger::{FileLedger, Ledger, Standing},
+    peer::Limits,
+    report::SourceReport,
+    source::{Handover, Options, SourceHost},
+};
+use std::{
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+/// How often a move is looked at.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// Refuses to use devices that are not this host's any more, or not yet.
+///
+/// # Errors
+/// If the note says so, or cannot be read.
+pub(super) fn check_note(note: Option<&Path>) -> Result<()> {
+    let Some(path) = note else { return Ok(()) };
+    let standing = match FileLedger::new(path.to_owned()).load() {
+        Ok(None) => return Ok(()),
+        Ok(Some(note)) => note.standing,
+        Err(error) => return Err(error).with_context(|| format!("the note {}", path.display())),
+    };
+    let why = match standing {
+        Standing::Here | Standing::Owner { .. } => return Ok(()),
+        Standing::Receiving { session } => {
+            format!("session {session}, by which they were coming, did not end; run silo connect")
+        }
+        Standing::Leaving { session, .. } | Standing::Away { session } => {
+            format!("they were given away by session {session}; they run elsewhere")
+        }
+    };
+    anyhow::bail!(
+        "the devices are not usable here: {why} (if you know better, remove the note {})",
+        path.display()
+    )
+}
+
+/// Writers need no telling: their requests wait, and fail once the devices have left.
+struct Quiet;
+
+impl SourceHost for Quiet {
+    fn quiesce(&self, _: SessionId, _: u32) -> Result<Handover, String> {
+        Ok(Handover::default())
+    }
+
+    fn resume(&self) {
+        tracing::warn!("the move failed; the devices are used here again");
+    }
+
+    fn handed_over(&self) {
+        tracing::info!("the destination runs; what it lacks follows");
+    }
+
+    fn overdue(&self, what: &str) {
+        tracing::warn!(what, "the move takes longer than it should");
+    }
+}
+
+/// What a giver needs for each attempt.
+struct Terms {
+    waiting: Waiting,
+    volumes: Vec<Arc<Volume>>,
+    peer: HostName,
+    security: Security,
+    limits: Limits,
+    options: Options,
+}
+
+/// A source that waits for its destination.
+pub(super) struct Giver {
+    address: std::net::SocketAddr,
+    outcome: Arc<Mutex<Option<SourceReport>>>,
+    thread: JoinHandle<()>,
+}
+
+impl Giver {
+    /// Listens; ends `stop` once the devices have left.
+    ///
+    /// # Errors
+    /// If it cannot listen, or has no certificate.
+    pub(super) fn start(
+        config: &MigrateConfig,
+        service: &Service,
+        stop: Stop,
+        json: bool,
+    ) -> Result<Option<Self>> {
+        let Some(address) = config.listen else { return Ok(None) };
+        let (security, limits) = security(config, service.host())?;
+        let mut options = Options::default();
+        options.session.window = config.in_flight.0;
+        options.session.policy.blackout = config.blackout.0;
+        options.ledger = config
+            .note
+            .as_ref()
+            .map(|path| Arc::new(FileLedger::new(path.clone())) as Arc<dyn Ledger>);
+        let waiting = Waiting::start(address)?;
+        let address = waiting.address();
+        let (volumes, peer) = (service.volumes().to_vec(), peer_name(config)?);
+        let terms = Terms { waiting, volumes, peer, security, limits, options };
+        let outcome = Arc::new(Mutex::default());
+        let (told, metrics) = (outcome.clone(), service.host().metrics.clone());
+        let thread = thread::Builder::new().name("silo-give".to_owned()).spawn(move || {
+            while !stop.wait(LOOK) {
+                if !terms.waiting.has_caller() {
+                    continue;
+                }
+                match give(&terms, &stop, &metrics, json) {
+                    Ok(report) => {
+                        *told.lock().unwrap_or_else(PoisonError::into_inner) = Some(report);
+                        stop.ask();
+                    }
+                    // The devices are here, and whoever uses them goes on; another try may come.
+                    Err(error) => eprintln!("silo: {error:#}"),
+                }
+            }
+        })?;
+        Ok(Some(Self { address, outcome, thread }))
+    }
+
+    /// Where it waits.
+    pub(super) fn address(&self) -> std::net::SocketAddr {
+        self.address
+    }
+
+    /// Waits for its end; tells of a move that went well.
+    pub(super) fn end(self) -> Option<SourceReport> {
+        // A panic there was reported there.
+        let _ = self.thread.join();
+        self.outcome.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// One attempt to give the devices away.
+#[tracing::instrument(name = "move", skip_all)]
+fn give(
+    terms: &Terms,
+    stop: &Stop,
+    metrics: &crate::metrics::Metrics,
+    json: bool,
+) -> Result<SourceReport> {
+    let dial = terms.waiting.dial(terms.peer.clone(), terms.security.clone(), terms.limits.clone());
+    let options = terms.options.clone();
+    let outbound = Outbound::start(terms.volumes.clone(), dial, Arc::new(Quiet), options)
+        .context("the move could not begin")?;
+    let mut outbound = Arc::new(outbound);
+    metrics.add(Arc::new(Watched::Source(Arc::downgrade(&outbound))));
+    let progress = Progress::bytes("moving", 0, json);
+    let mut cancelled = false;
+    while !outbound.is_over() {
+        let now = outbound.progress();
+        progress.set(now.size.saturating_sub(now.remaining), now.size);
+        if cancelled {
+            thread::park_timeout(LOOK);
+        } else if stop.wait(LOOK) {
+            // Once the token is out this changes nothing, and the move ends by itself.
+            outbound.cancel("the source is being stopped");
+            cancelled = true;
+        }
+    }
+    progress.end();
+    loop {
+        match Arc::try_unwrap(outbound) {
+            Ok(alone) => return Ok(alone.wait()?),
+            // A scrape is looking at it.
+            Err(shared) => outbound = shared,
+        }
+        thread::yield_now();
+    }
+}
+
+/// Tells of a move, for people or as JSON.
+pub(super) fn say(report: &SourceReport, json: bool) -> Result<()> {
+    let paths = &report.paths;
+    let value = serde_json::json!({
+        "moved": true,
+        "session": report.session.to_string(),
+        "peer": report.peer,
+        "bytes": report.size,
+        "rounds": report.rounds,
+        "links": report.links,
+        "wire_bytes": report.wire.total(),
+        "blocks": {
+            "zero": paths.zero, "fill": paths.fill, "same": paths.same, "held": paths.held,
+            "plain": paths.plain, "packed": paths.packed, "delta": paths.delta,
+        },
+        "seconds": {
+            "connect": report.timings.connect.as_secs_f64(),
+            "pre_copy": report.timings.filling.as_secs_f64(),
+            "pause": report.timings.quiesce.as_secs_f64(),
+            "switch": report.timings.switch.as_secs_f64(),
+            "post_copy": report.timings.following.as_secs_f64(),
+            "total": report.timings.total.as_secs_f64(),
+        },
+    });
+    let text = format!(
+        "moved {} to {}: {} on the line, {} rounds, {}",
+        human(report.size),
+        report.peer,
+        human(report.wire.total()),
+        report.rounds,
+        report.timings
+    );
+    print(json, &value, &text)
+}
