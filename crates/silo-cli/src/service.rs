@@ -361,6 +361,18 @@ impl Service {
         self.stacks.iter().for_each(DeviceStack::retry);
     }
 
+    /// Makes everything durable, while clients go on.
+    ///
+    /// # Errors
+    /// If that failed.
+    pub(crate) fn flush(&self) -> Result<()> {
+        for stack in self.stacks.iter().filter(|stack| !stack.device().is_read_only()) {
+            let flushed = stack.device().flush();
+            flushed.with_context(|| format!("device \"{}\": a flush", stack.name()))?;
+        }
+        Ok(())
+    }
+
     /// Ends the front ends, then makes everything durable.
     ///
     /// # Errors

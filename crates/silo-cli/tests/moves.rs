@@ -159,6 +159,8 @@ fn a_group_moves_under_mutual_tls_while_clients_write_and_every_answered_write_i
     assert_eq!(client.write(0, &[0x77; 4096], 0).unwrap(), 0);
     drop(client);
     destination.stop().good();
+    silo(["connect", "--config", rig.at("destination.toml").to_str().unwrap()])
+        .failed(1, "they are this host's already; run silo serve");
     let mut wanted = disk;
     wanted[..4096].fill(0x77);
     assert!(fs::read(rig.at("destination.raw")).unwrap() == wanted);

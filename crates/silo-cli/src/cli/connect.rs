@@ -2,7 +2,7 @@
 
 use super::{
     device::{DeviceArgs, FrontArgs, MetricsArgs, TlsArgs},
-    human, print,
+    give, human, print,
     progress::Progress,
     serve,
     stop::Stop,
@@ -182,6 +182,7 @@ pub(super) fn run(args: &ConnectArgs, json: bool) -> Result<()> {
     let (config, migrate) = args.config()?;
     let source = migrate.peer.clone();
     let source = source.context("where is the source? add HOST:PORT, or peer to [migrate]")?;
+    give::check_receive(migrate.note.as_deref())?;
     let mut service = Service::open(&config, Role::Receive)?;
     let (security, limits) = security(&migrate, service.host())?;
     let options = Options {
@@ -217,6 +218,8 @@ pub(super) fn run(args: &ConnectArgs, json: bool) -> Result<()> {
     drop((parking, server));
     match following.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)) {
         Ok(report) => {
+            service.flush()?;
+            give::note_whole(migrate.note.as_deref(), service.volumes())?;
             say(&report, json)?;
             if !args.once {
                 service.back_up(&config)?;

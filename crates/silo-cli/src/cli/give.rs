@@ -11,7 +11,7 @@ use identity::{HostName, Security};
 use silo::moving::SessionId;
 use silo::moving::{
     Outbound, Volume,
-    ledger::{FileLedger, Ledger, Standing},
+    ledger::{DeviceNote, FileLedger, Ledger, Note, Standing},
     peer::Limits,
     report::SourceReport,
     source::{Handover, Options, SourceHost},
@@ -26,29 +26,93 @@ use std::{
 /// How often a move is looked at.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// Refuses to use devices that are not this host's any more, or not yet.
+/// What a note says of the devices.
+enum Noted {
+    /// Nothing: they never moved.
+    Nothing,
+    /// They are this host's.
+    Here,
+    /// They came by a move and are this host's; so many blocks have not come.
+    Came(u64),
+    /// They were coming, and are not this host's.
+    Coming(SessionId),
+    /// They went, or are about to.
+    Gone(SessionId),
+}
+
+fn noted(note: Option<&Path>) -> Result<Noted> {
+    let Some(path) = note else { return Ok(Noted::Nothing) };
+    let read = || format!("the note {}", path.display());
+    let Some(note) = FileLedger::new(path.to_owned()).load().with_context(read)? else {
+        return Ok(Noted::Nothing);
+    };
+    Ok(match note.standing {
+        Standing::Here => Noted::Here,
+        Standing::Receiving { session } => Noted::Coming(session),
+        Standing::Leaving { session, .. } | Standing::Away { session } => Noted::Gone(session),
+        Standing::Owner { .. } => {
+            let mut missing = 0;
+            for device in &note.devices {
+                missing += device.replica().with_context(read)?.absent().len();
+            }
+            Noted::Came(missing)
+        }
+    })
+}
+
+/// Refuses to use devices that are not this host's any more, not yet, or not whole.
 ///
 /// # Errors
 /// If the note says so, or cannot be read.
-pub(super) fn check_note(note: Option<&Path>) -> Result<()> {
-    let Some(path) = note else { return Ok(()) };
-    let standing = match FileLedger::new(path.to_owned()).load() {
-        Ok(None) => return Ok(()),
-        Ok(Some(note)) => note.standing,
-        Err(error) => return Err(error).with_context(|| format!("the note {}", path.display())),
-    };
-    let why = match standing {
-        Standing::Here | Standing::Owner { .. } => return Ok(()),
-        Standing::Receiving { session } => {
+pub(super) fn check_use(note: Option<&Path>) -> Result<()> {
+    let why = match noted(note)? {
+        Noted::Nothing | Noted::Here | Noted::Came(0) => return Ok(()),
+        Noted::Came(blocks) => format!("{blocks} blocks of them never came"),
+        Noted::Coming(session) => {
             format!("session {session}, by which they were coming, did not end; run silo connect")
         }
-        Standing::Leaving { session, .. } | Standing::Away { session } => {
+        Noted::Gone(session) => {
             format!("they were given away by session {session}; they run elsewhere")
         }
     };
+    refuse(note, &why)
+}
+
+/// Refuses to receive devices that are this host's by a move.
+///
+/// # Errors
+/// If the note says so, or cannot be read.
+pub(super) fn check_receive(note: Option<&Path>) -> Result<()> {
+    match noted(note)? {
+        Noted::Nothing | Noted::Coming(_) | Noted::Gone(_) => Ok(()),
+        Noted::Here | Noted::Came(0) => {
+            refuse(note, "they are this host's already; run silo serve")
+        }
+        Noted::Came(blocks) => {
+            refuse(note, &format!("they are this host's, and {blocks} blocks of them never came"))
+        }
+    }
+}
+
+/// Notes that the devices are this host's and whole. Their content is durable already.
+///
+/// # Errors
+/// If the note cannot be made.
+pub(super) fn note_whole(note: Option<&Path>, volumes: &[Arc<Volume>]) -> Result<()> {
+    let Some(path) = note else { return Ok(()) };
+    let devices = volumes
+        .iter()
+        .map(|volume| volume.with_replica(|replica| DeviceNote::of(volume.name().clone(), replica)))
+        .collect();
+    FileLedger::new(path.to_owned())
+        .save(&Note { standing: Standing::Here, devices })
+        .with_context(|| format!("could not note in {} that all is here", path.display()))
+}
+
+fn refuse(note: Option<&Path>, why: &str) -> Result<()> {
+    let note = note.map_or_else(String::new, |note| note.display().to_string());
     anyhow::bail!(
-        "the devices are not usable here: {why} (if you know better, remove the note {})",
-        path.display()
+        "the devices are not usable like that: {why} (if you know better, remove the note {note})"
     )
 }
 

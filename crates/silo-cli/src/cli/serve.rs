@@ -62,7 +62,7 @@ pub(super) fn run(args: &ServeArgs, json: bool) -> Result<()> {
     let stop = Stop::on_signals()?;
     let config = args.config()?;
     let note = config.migrate.as_ref().and_then(|migrate| migrate.note.as_deref());
-    give::check_note(note)?;
+    give::check_use(note)?;
     let service = Service::start(&config)?;
     let giver = match &config.migrate {
         Some(migrate) => Giver::start(migrate, &service, stop.clone(), json)?,

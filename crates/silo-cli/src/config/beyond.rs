@@ -1,0 +1,190 @@
+//! The parts of a config that go beyond this host: who it is, stores, backup, moving, metrics.
+
+use super::{ByteSize, Secret, Span};
+use schemars::JsonSchema;
+use serde::Deserialize;
+use silo::store::{LineName, Retention};
+use std::{net::SocketAddr, path::PathBuf};
+
+/// Certificates of this host, as `silo tls` makes them.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct IdentityConfig {
+    /// The folder with ca.crt, NAME.crt and NAME.key
+    pub(crate) dir: PathBuf,
+    /// This host's name
+    pub(crate) name: String,
+}
+
+/// An object store.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct StoreConfig {
+    /// `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix`, `file:///folder`
+    pub(crate) url: String,
+    /// The service's address, where it is not the provider's own; http:// is not encrypted
+    /// (content that is backed up is, by itself)
+    pub(crate) endpoint: Option<String>,
+    /// The region, where the provider has them
+    pub(crate) region: Option<String>,
+    /// Where the access key is; else the provider's usual environment variables count
+    pub(crate) access_key: Option<Secret>,
+    /// Where the secret key is
+    pub(crate) secret_key: Option<Secret>,
+}
+
+impl StoreConfig {
+    /// With credentials from the usual variables.
+    pub(crate) fn at(url: &str) -> Self {
+        let (url, endpoint, region) = (url.to_owned(), None, None);
+        Self { url, endpoint, region, access_key: None, secret_key: None }
+    }
+}
+
+/// Continuous backup.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct BackupConfig {
+    /// The group; may be left out where there is one
+    pub(crate) group: Option<String>,
+    /// Where to
+    pub(crate) store: StoreConfig,
+    /// The name of whoever owns these backups; blocks are shared inside a tenant only
+    pub(crate) tenant: String,
+    /// The name of the history in the store; that of the group if not given
+    pub(crate) line: Option<String>,
+    /// Where blocks wait that are written while they are backed up; /var/tmp if not given
+    pub(crate) scratch: Option<PathBuf>,
+    /// Where the tenant's keys are: the ring that `silo keys create` made
+    pub(crate) keys: Secret,
+    /// A write is in a generation at most this long after it was made
+    #[serde(default = "BackupConfig::default_max_age")]
+    pub(crate) max_age: Span,
+    /// Most bytes a second to the store
+    pub(crate) bandwidth: Option<ByteSize>,
+    /// Which generations `silo prune` keeps
+    #[serde(default)]
+    pub(crate) retention: RetentionConfig,
+}
+
+impl BackupConfig {
+    /// Of flags; the rest is as usual.
+    pub(crate) fn by_flags(url: &str, line: &LineName, keys: Secret) -> Self {
+        Self {
+            group: None,
+            store: StoreConfig::at(url),
+            tenant: line.tenant().to_owned(),
+            line: Some(line.line().to_owned()),
+            scratch: None,
+            keys,
+            max_age: Self::default_max_age(),
+            bandwidth: None,
+            retention: RetentionConfig::default(),
+        }
+    }
+
+    fn default_max_age() -> Span {
+        Span(std::time::Duration::from_secs(60))
+    }
+}
+
+/// Which generations are kept: the union of these.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct RetentionConfig {
+    /// The newest ones
+    pub(crate) last: Option<usize>,
+    /// The newest of each of so many hours
+    pub(crate) hourly: Option<usize>,
+    /// The newest of each of so many days
+    pub(crate) daily: Option<usize>,
+    /// The newest of each of so many weeks
+    pub(crate) weekly: Option<usize>,
+    /// The newest of each of so many months of 30 days
+    pub(crate) monthly: Option<usize>,
+    /// All that are younger
+    pub(crate) within: Option<Span>,
+}
+
+impl RetentionConfig {
+    /// As the store takes it; none if no rule is given.
+    pub(crate) fn rules(&self) -> Option<Retention> {
+        let rules = Retention {
+            last: self.last.unwrap_or(0),
+            hourly: self.hourly.unwrap_or(0),
+            daily: self.daily.unwrap_or(0),
+            weekly: self.weekly.unwrap_or(0),
+            monthly: self.monthly.unwrap_or(0),
+            within: self.within.map_or(std::time::Duration::ZERO, |within| within.0),
+        };
+        (rules != Retention::default()).then_some(rules)
+    }
+}
+
+/// Moving.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct MigrateConfig {
+    /// The group; may be left out where there is one
+    pub(crate) group: Option<String>,
+    /// Where a source waits for its destination (`silo serve`)
+    pub(crate) listen: Option<SocketAddr>,
+    /// Where a destination finds its source (`silo connect`), as in host-a:5170
+    pub(crate) peer: Option<String>,
+    /// The other host's name in its certificate; no other is accepted
+    pub(crate) peer_name: Option<String>,
+    /// A file in which is noted who owns the devices; without it a restart knows of no move
+    pub(crate) note: Option<PathBuf>,
+    /// Move without TLS; only on a network that is trusted as a whole
+    #[serde(default)]
+    pub(crate) plaintext: bool,
+    /// Connections for bulk data
+    #[serde(default = "MigrateConfig::default_connections")]
+    pub(crate) connections: usize,
+    /// Most bytes on the way
+    #[serde(default = "MigrateConfig::default_in_flight")]
+    pub(crate) in_flight: ByteSize,
+    /// Most bytes a second
+    pub(crate) bandwidth: Option<ByteSize>,
+    /// Hand over when the rest can be sent in this time
+    #[serde(default = "MigrateConfig::default_blackout")]
+    pub(crate) blackout: Span,
+}
+
+impl MigrateConfig {
+    /// Of all devices, as usual.
+    pub(crate) fn new(plaintext: bool, peer_name: Option<String>) -> Self {
+        Self {
+            group: None,
+            listen: None,
+            peer: None,
+            peer_name,
+            note: None,
+            plaintext,
+            connections: Self::default_connections(),
+            in_flight: Self::default_in_flight(),
+            bandwidth: None,
+            blackout: Self::default_blackout(),
+        }
+    }
+
+    fn default_connections() -> usize {
+        4
+    }
+
+    fn default_in_flight() -> ByteSize {
+        ByteSize(64 << 20)
+    }
+
+    fn default_blackout() -> Span {
+        Span(std::time::Duration::from_millis(50))
+    }
+}
+
+/// Where metrics are served.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct MetricsConfig {
+    /// The address, as in 127.0.0.1:9618; /metrics and /health are answered
+    pub(crate) listen: SocketAddr,
+}
