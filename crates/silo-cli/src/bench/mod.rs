@@ -8,6 +8,7 @@
 
 mod backup;
 mod mount;
+mod moving;
 mod serving;
 mod tracking;
 mod vhost;
@@ -64,8 +65,14 @@ impl Group {
 }
 
 /// The groups of each part of the engine.
-const ALL: &[&[Group]] =
-    &[backup::GROUPS, mount::GROUPS, vhost::GROUPS, serving::GROUPS, tracking::GROUPS];
+const ALL: &[&[Group]] = &[
+    backup::GROUPS,
+    mount::GROUPS,
+    moving::GROUPS,
+    vhost::GROUPS,
+    serving::GROUPS,
+    tracking::GROUPS,
+];
 
 /// Runs the command. True if every promise was kept.
 pub(crate) fn run(args: &Args) -> anyhow::Result<bool> {
