@@ -99,7 +99,7 @@ impl BlockDevice for Disk {
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.pieces(offset, data.len(), |part, at| {
-            part.copy_from_slice(&data[at..at + part.len()])
+            part.copy_from_slice(&data[at..at + part.len()]);
         });
         Ok(())
     }

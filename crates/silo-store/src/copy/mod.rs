@@ -13,6 +13,8 @@
 //! all writes that began before the freeze and none that began after. Between looking whether a
 //! block is saved and saving it, nobody else does either (a lock per some blocks). A writer is never
 //! held by the upload: only by copying what it is about to overwrite, or by the reading of 128 KiB.
+//! Nobody waits for writes of a round whose freeze is over: their place counts the writes of the
+//! round after the next by then, and those wait for the ones of the round between.
 
 mod bits;
 mod scratch;
@@ -73,6 +75,8 @@ struct Freeze {
     spoiled: Mutex<Option<(io::ErrorKind, String)>>,
     is_spoiled: AtomicBool,
     held: AtomicU64,
+    /// Released or put back: nobody reads the frozen content any more.
+    over: AtomicBool,
 }
 
 impl Freeze {
@@ -150,11 +154,11 @@ impl CopyGroup {
         self.known.store(true, Ordering::Release);
     }
 
-    /// Waits until no write of `round` is under way.
-    fn drain(&self, device: usize, round: u64) -> io::Result<()> {
+    /// Waits until no write of `round` is under way, or what it is waited for is `over`.
+    fn drain(&self, device: usize, round: u64, over: impl Fn() -> bool) -> io::Result<()> {
         let (inside, begun) = (&self.parts[device].inside[(round & 1) as usize], Instant::now());
         for turn in 0u32.. {
-            if inside.load(Ordering::Acquire) == 0 {
+            if inside.load(Ordering::Acquire) == 0 || over() {
                 break;
             }
             if begun.elapsed() > PATIENCE {
@@ -173,7 +177,10 @@ impl CopyGroup {
     }
 
     /// Forgets a round, after its set was dealt with.
-    fn thaw(&self) {
+    fn thaw(&self, freeze: &Freeze) {
+        // Before another freeze can begin: its writers count in the place that a writer of this one
+        // may still be waiting for.
+        freeze.over.store(true, Ordering::Release);
         *self.active.write().unwrap_or_else(PoisonError::into_inner) = None;
         self.frozen.store(false, Ordering::Release);
     }
@@ -246,10 +253,11 @@ impl CopyBeforeWrite {
         if freeze.is_spoiled.load(Ordering::Acquire) || !dirty.any_without(range, saved) {
             return;
         }
-        let result = self.group.drain(self.device, freeze.round).and_then(|()| {
+        let over = || freeze.over.load(Ordering::Acquire);
+        let result = self.group.drain(self.device, freeze.round, over).and_then(|()| {
             let mut content = vec![0; geometry.block() as usize];
             let mut at = range.start.0;
-            while at < range.end() {
+            while at < range.end() && !over() {
                 let stop = ((at >> STRIPE) + 1) << STRIPE;
                 let _lock = part.lock(at >> STRIPE);
                 for block in at..stop.min(range.end()) {
@@ -349,7 +357,7 @@ impl Capture for Arc<CopyGroup> {
         let round = self.round.load(Ordering::Relaxed);
         for (device, part) in self.parts.iter().enumerate() {
             // Writes of the round before the last count in the same place as those of the next.
-            if let Err(source) = self.drain(device, round + 1) {
+            if let Err(source) = self.drain(device, round + 1, || false) {
                 self.frozen.store(false, Ordering::Release);
                 let (device, operation) = (part.info.name.clone(), "end writes");
                 return Err(CaptureError::Device { device, operation, source });
@@ -375,6 +383,7 @@ impl Capture for Arc<CopyGroup> {
             spoiled: Mutex::default(),
             is_spoiled: AtomicBool::new(false),
             held: AtomicU64::new(0),
+            over: AtomicBool::new(false),
         });
         *active = Some(freeze.clone());
         drop(gate);
@@ -399,7 +408,7 @@ impl Drop for FrozenGroup {
             let gate = self.group.gate.read().unwrap_or_else(PoisonError::into_inner);
             gate.iter().zip(&self.freeze.dirty).for_each(|(open, old)| open.add(old));
         }
-        self.group.thaw();
+        self.group.thaw(&self.freeze);
     }
 }
 
@@ -418,7 +427,7 @@ impl Frozen for FrozenGroup {
             ));
         }
         freeze.check()?;
-        self.group.drain(device, freeze.round)?;
+        self.group.drain(device, freeze.round, || false)?;
         let start = geometry.offset(range.start);
         let mut at = range.start.0;
         while at < range.end() {

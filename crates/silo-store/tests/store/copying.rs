@@ -9,10 +9,10 @@ use silo_store::{
 };
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 const BLOCK: usize = 512;
@@ -144,6 +144,81 @@ fn one_instant_holds_for_all_devices_of_a_group_while_many_threads_write() {
         }
     });
     assert_eq!(rounds.into_inner(), 200);
+}
+
+/// A disk whose writes to block 0 do not end before the lock is free.
+struct Stuck(Arc<Disk>, Mutex<()>);
+
+impl BlockDevice for Stuck {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        self.0.read_at(offset, buf)
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8]) -> std::io::Result<()> {
+        let _free = (offset == 0).then(|| self.1.lock().unwrap());
+        self.0.write_at(offset, data)
+    }
+
+    fn flush(&self) -> std::io::Result<()> {
+        self.0.flush()
+    }
+
+    fn trim(&self, offset: u64, length: u64) -> std::io::Result<()> {
+        self.0.trim(offset, length)
+    }
+
+    fn zero(&self, offset: u64, length: u64, allocate: bool) -> std::io::Result<()> {
+        self.0.zero(offset, length, allocate)
+    }
+}
+
+/// Else two writers wait for each other once the next round begins.
+#[test]
+fn a_writer_that_waits_for_writes_from_before_a_freeze_goes_on_when_it_is_over() {
+    for put_back in [false, true] {
+        let stuck = Arc::new(Stuck(Disk::new(vec![0; 1 << 20]), Mutex::new(())));
+        let scratch = ScratchOptions::in_folder(&std::env::temp_dir());
+        let inner = stuck.clone() as Arc<dyn BlockDevice>;
+        let group = CopyGroup::new(vec![("disk".to_owned(), 4096, inner)], scratch).unwrap();
+        group.set_known();
+        let noted = |blocks| {
+            let begun = Instant::now();
+            while group.changes(0).blocks != blocks {
+                assert!(begun.elapsed() < Duration::from_secs(20));
+                std::thread::yield_now();
+            }
+        };
+        let held = stuck.1.lock().unwrap();
+        std::thread::scope(|scope| {
+            let first = group.device(0);
+            scope.spawn(move || first.write_at(0, &[1; 4096]).unwrap());
+            noted(1);
+            let frozen = group.freeze(Want::Everything).unwrap();
+            let (done, end) = std::sync::mpsc::channel();
+            for writer in 1..=8 {
+                let (device, done) = (group.device(0), done.clone());
+                scope.spawn(move || {
+                    device.write_at(writer * 65536, &[2; 4096]).unwrap();
+                    done.send(()).unwrap();
+                });
+            }
+            noted(8);
+            if put_back {
+                frozen.put_back();
+            } else {
+                frozen.release();
+            }
+            // The first write is still under way.
+            let ends = (0..8).map(|_| end.recv_timeout(Duration::from_secs(10)).is_ok());
+            let ends = ends.collect::<Vec<_>>();
+            drop(held);
+            assert_eq!(ends, [true; 8]);
+        });
+    }
 }
 
 #[test]
