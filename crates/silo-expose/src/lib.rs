@@ -6,5 +6,6 @@ pub mod nbd;
 pub mod vhost;
 
 mod pool;
+mod socket;
 #[cfg(test)]
 mod test_devices;

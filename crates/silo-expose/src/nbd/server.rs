@@ -6,6 +6,7 @@ use super::{
     handshake::{self, Handshake, NbdSecurity},
     line::{Channel, Line, Socket, is_gone},
 };
+use crate::socket::{Way, make_way};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::{EfdFlags, EventFd},
@@ -15,7 +16,7 @@ use std::{
     net::{SocketAddr, TcpListener},
     os::{
         fd::{AsFd, BorrowedFd},
-        unix::net::{UnixListener, UnixStream},
+        unix::net::UnixListener,
     },
     path::Path,
     sync::{
@@ -154,13 +155,8 @@ impl Listener {
         let failed = |source| NbdError::Listen { endpoint: endpoint.clone(), source };
         let listener = match endpoint {
             Endpoint::Unix(path) => {
-                match UnixStream::connect(path) {
-                    Ok(_) => return Err(NbdError::Taken { endpoint: endpoint.clone() }),
-                    Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                        fs::remove_file(path).map_err(failed)?;
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                    Err(error) => return Err(failed(error)),
+                if let Way::Served = make_way(path).map_err(failed)? {
+                    return Err(NbdError::Taken { endpoint: endpoint.clone() });
                 }
                 Self::Unix(UnixListener::bind(path).map_err(failed)?)
             }

@@ -1,7 +1,10 @@
 //! The listening end: accepts front ends, one session with a thread each, and ends them all.
 
 use super::{pages::GuestPages, queue::Work, session::Session, sys};
-use crate::pool::Pool;
+use crate::{
+    pool::Pool,
+    socket::{Way, make_way},
+};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::{EfdFlags, EventFd},
@@ -159,13 +162,8 @@ impl VhostServer {
         options: VhostOptions,
     ) -> Result<Self, VhostError> {
         let failed = |source| VhostError::Listen { path: path.to_owned(), source };
-        match UnixStream::connect(path) {
-            Ok(_) => return Err(VhostError::Taken { path: path.to_owned() }),
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                fs::remove_file(path).map_err(failed)?;
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(failed(error)),
+        if let Way::Served = make_way(path).map_err(failed)? {
+            return Err(VhostError::Taken { path: path.to_owned() });
         }
         let listener = UnixListener::bind(path).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
