@@ -27,6 +27,9 @@ use std::{
 struct Writer {
     child: Pid,
     memory: Arc<Memory>,
+    pages: u64,
+    /// The first words of the pages during the last pause.
+    paused: Mutex<Vec<u64>>,
 }
 
 impl Writer {
@@ -84,19 +87,21 @@ impl Writer {
             .unwrap();
         assert_eq!(tracking, Tracking::WriteProtect, "these tests need Linux 6.7 or newer");
         to_child.write_all(&[1]).unwrap();
-        Self { child, memory: Arc::new(memory) }
+        Self { child, memory: Arc::new(memory), pages, paused: Mutex::default() }
     }
 
     /// Waits until the writer has come so far.
-    fn wait_for(&self, count: u64, pages: u64) {
-        let mut word = [0; 8];
-        while u64::from_ne_bytes(word) < count {
-            let page = BlockIndex((count - 1) % pages);
-            let mut block = vec![0; BLOCK_SIZE];
-            self.memory.read(page, &mut block).unwrap();
-            word.copy_from_slice(&block[..8]);
+    fn wait_for(&self, count: u64) {
+        while self.word((count - 1) % self.pages) < count {
             std::thread::yield_now();
         }
+    }
+
+    /// The first word of a page, from the memory itself.
+    fn word(&self, page: u64) -> u64 {
+        let mut block = vec![0; BLOCK_SIZE];
+        self.memory.read(BlockIndex(page), &mut block).unwrap();
+        u64::from_ne_bytes(block[..8].try_into().unwrap())
     }
 }
 
@@ -104,9 +109,11 @@ impl Pauser for Writer {
     fn pause(&self) -> io::Result<()> {
         kill(self.child, Signal::SIGSTOP)?;
         match waitpid(self.child, Some(WaitPidFlag::WUNTRACED))? {
-            WaitStatus::Stopped(..) => Ok(()),
-            other => Err(io::Error::other(format!("the writer is {other:?}"))),
+            WaitStatus::Stopped(..) => {}
+            other => return Err(io::Error::other(format!("the writer is {other:?}"))),
         }
+        *self.paused.lock().unwrap() = (0..self.pages).map(|page| self.word(page)).collect();
+        Ok(())
     }
 
     fn resume(&self) -> io::Result<()> {
@@ -133,10 +140,15 @@ fn apply(image: &mut [u64], staged: &Staged) {
     }
 }
 
-/// The image is what the writer had written at some instant: each page holds the last count before
-/// the largest one that belongs to it.
-fn assert_one_instant(image: &[u64]) -> u64 {
+/// The image is what the memory held in the last pause, and what the writer had written at some
+/// instant: each page holds the last count before the largest one that belongs to it. The writer
+/// has begun, or there is nothing to see.
+fn assert_one_instant(image: &[u64], writer: &Writer) -> u64 {
+    for (page, (found, held)) in image.iter().zip(&*writer.paused.lock().unwrap()).enumerate() {
+        assert_eq!(found, held, "page {page} in the image and in the paused memory");
+    }
     let (pages, last) = (image.len() as u64, *image.iter().max().unwrap());
+    assert!(last > 0, "wait for the writer before the freeze");
     for (page, found) in image.iter().enumerate() {
         let ahead = (last - 1 + pages - page as u64) % pages;
         let expected = last.saturating_sub(ahead);
@@ -149,7 +161,7 @@ fn assert_one_instant(image: &[u64]) -> u64 {
 fn a_frozen_image_is_of_one_instant_and_the_next_round_is_the_difference() {
     const PAGES: u64 = 1500;
     let writer = Writer::start(16_384, PAGES);
-    writer.wait_for(2 * PAGES, PAGES);
+    writer.wait_for(2 * PAGES);
     let staging = Staging::new(Arc::clone(&writer.memory) as _, StagingOptions::default()).unwrap();
     let mut image = vec![0; PAGES as usize];
     let mut before = 0;
@@ -164,11 +176,11 @@ fn a_frozen_image_is_of_one_instant_and_the_next_round_is_the_difference() {
         }
         assert!(held < Duration::from_secs(1), "paused for {held:?}");
         apply(&mut image, &staged);
-        let last = assert_one_instant(&image);
+        let last = assert_one_instant(&image, &writer);
         assert!(last > before, "the writer goes on between rounds");
         before = last;
         staged.release();
-        writer.wait_for(last + 10, PAGES);
+        writer.wait_for(last + 10);
     }
 }
 
@@ -176,6 +188,7 @@ fn a_frozen_image_is_of_one_instant_and_the_next_round_is_the_difference() {
 fn a_round_that_was_not_stored_is_listed_again_with_newer_content() {
     const PAGES: u64 = 500;
     let writer = Writer::start(4096, PAGES);
+    writer.wait_for(1);
     let staging = Staging::new(Arc::clone(&writer.memory) as _, StagingOptions::default()).unwrap();
     let mut image = vec![0; PAGES as usize];
     let (staged, _) = freeze(&[&staging], &writer).unwrap();
@@ -186,21 +199,21 @@ fn a_round_that_was_not_stored_is_listed_again_with_newer_content() {
     let (mut staged, _) = freeze(&[&staging], &writer).unwrap();
     assert_eq!(staged[0].changed(), first);
     apply(&mut image, &staged[0]);
-    let last = assert_one_instant(&image);
+    let last = assert_one_instant(&image, &writer);
     staged.remove(0).release();
     // A second round that is lost: its blocks come again in the third.
-    writer.wait_for(last + 10, PAGES);
+    writer.wait_for(last + 10);
     drop(freeze(&[&staging], &writer).unwrap());
     let (staged, _) = freeze(&[&staging], &writer).unwrap();
     apply(&mut image, &staged[0]);
-    assert!(assert_one_instant(&image) > last);
+    assert!(assert_one_instant(&image, &writer) > last);
 }
 
 #[test]
 fn a_writer_that_outpaces_the_copying_is_a_named_error_and_loses_nothing() {
     const PAGES: u64 = 6000;
     let writer = Writer::start(8192, PAGES);
-    writer.wait_for(3 * PAGES, PAGES);
+    writer.wait_for(3 * PAGES);
     let tight = StagingOptions { last_set: 64 << 10, enough: 4096, rounds: 2, pauses: 2 };
     let staging = Staging::new(Arc::clone(&writer.memory) as _, tight).unwrap();
     let error = freeze(&[&staging], &Busy(&writer)).err().expect("65536 bytes cannot be enough");
@@ -213,7 +226,7 @@ fn a_writer_that_outpaces_the_copying_is_a_named_error_and_loses_nothing() {
     assert_eq!(staged[0].changed().len(), 8192);
     let mut image = vec![0; PAGES as usize];
     apply(&mut image, &staged[0]);
-    assert_one_instant(&image);
+    assert_one_instant(&image, &writer);
     drop(now);
     staged.remove(0).release();
     assert!(staging.changed().unwrap().is_empty(), "nobody writes");
