@@ -3,10 +3,11 @@
 use super::Shared;
 use crate::{
     lane::lock,
-    ledger::{Note, Standing},
+    ledger::{DeviceNote, Note, Standing},
 };
 use silo_block::{
     block::BlockRange,
+    model::{Owner, Replica},
     session::{
         destination::Event,
         messages::{Custom, DeviceIndex, Reason},
@@ -15,11 +16,38 @@ use silo_block::{
 use std::{
     io,
     sync::{
-        Arc,
-        atomic::Ordering,
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicU64, Ordering},
         mpsc::{Receiver, Sender},
     },
+    time::Duration,
 };
+
+/// Between two tries to make a note that cannot be done without.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// Notes, one at a time; see [`Shared::note_all`].
+#[derive(Default)]
+pub(super) struct Notes {
+    asked: AtomicU64,
+    made: Mutex<Made>,
+}
+
+/// What the newest note says.
+#[derive(Default)]
+pub(super) struct Made {
+    /// Everything that was asked for up to this number.
+    upto: u64,
+    /// No block is absent in it.
+    whole: bool,
+}
+
+impl Notes {
+    /// Until this is dropped no note is under way.
+    pub(super) fn hold(&self) -> MutexGuard<'_, Made> {
+        lock(&self.made)
+    }
+}
 
 /// One thing to do.
 pub(super) enum Job {
@@ -31,6 +59,8 @@ pub(super) enum Job {
     /// So many notes are one.
     Note(usize),
     MakeDurable,
+    /// All has come: the note has to say so before the volumes are on their own.
+    Settle,
     Custom(Custom),
     Trouble(String),
     Overdue(String),
@@ -54,18 +84,20 @@ impl Shared {
                         self.tell(Event::Cancel(text));
                     }
                 }
-                Job::MakeDurable => match self.note_all() {
-                    Ok(()) => {
-                        self.tell(Event::MadeDurable);
-                        self.host.durable();
+                Job::MakeDurable => {
+                    // Not answered before: the source keeps everything, and says that it waits.
+                    self.note_at_last("what came cannot be made durable");
+                    self.tell(Event::MadeDurable);
+                    self.host.durable();
+                }
+                Job::Settle => {
+                    // Blocks that a store had promised have come since the last note. A flush of a
+                    // volume on its own makes no note, and a restart would fetch them once more,
+                    // over what was written here since.
+                    if self.options.ledger.is_some() && !self.notes.hold().whole {
+                        self.note_at_last("that all has come cannot be noted");
                     }
-                    Err(error) => {
-                        // Never answered: the source keeps everything, and says that it waits.
-                        let text = format!("what came cannot be made durable: {error}");
-                        tracing::error!(session = %self.session, text);
-                        self.host.trouble(&text);
-                    }
-                },
+                }
                 Job::Custom(custom) => {
                     self.host.custom(custom.kind, &custom.payload);
                     self.tell(Event::CustomHandled(custom.serial));
@@ -112,31 +144,74 @@ impl Shared {
         self.noted.notify_all();
     }
 
+    /// Makes a note without which the session cannot go on, however often that takes.
+    fn note_at_last(&self, what: &str) {
+        let mut told = false;
+        while let Err(error) = self.note_all() {
+            if !told {
+                let text = format!("{what}, it is tried again: {error}");
+                tracing::error!(session = %self.session, text);
+                self.host.trouble(&text);
+            }
+            told = true;
+            std::thread::sleep(AGAIN);
+        }
+    }
+
     /// Makes everything that is here durable, then notes that it is. A block that comes in between
     /// is absent in the note: the source has it until it hears that all is durable.
+    ///
+    /// One note at a time, or an older one could replace a newer one. Whoever waits here for a note
+    /// that began after he asked has what he wants.
     pub(super) fn note_all(&self) -> io::Result<()> {
-        let attempt = self.attempt.load(Ordering::Acquire) as u32;
-        let devices = {
-            let core = lock(&self.core);
-            let machine = core.machine.as_ref();
-            let note = |at: usize| {
-                self.options.ledger.as_ref()?;
-                let replica =
-                    machine.and_then(|machine| machine.replica(DeviceIndex(at as u16)))?;
-                Some(crate::ledger::DeviceNote::of(self.volumes[at].name().clone(), replica))
-            };
-            (0..self.volumes.len()).map(note).collect::<Option<Vec<_>>>()
-        };
-        for volume in &self.volumes {
-            volume.raw().flush()?;
+        let mine = self.notes.asked.fetch_add(1, Ordering::AcqRel) + 1;
+        let mut made = self.notes.hold();
+        if made.upto >= mine {
+            return Ok(());
         }
-        let (Some(ledger), Some(devices)) = (&self.options.ledger, devices) else { return Ok(()) };
+        let upto = self.notes.asked.load(Ordering::Acquire);
+        let whole = self.note_now()?;
+        *made = Made { upto, whole };
+        Ok(())
+    }
+
+    /// Gives whether the note says that nothing is absent.
+    fn note_now(&self) -> io::Result<bool> {
+        let numbers = || (0..self.volumes.len()).map(|at| DeviceIndex(at as u16));
+        if let Some(machine) = &mut lock(&self.core).machine {
+            numbers().filter_map(|at| machine.replica_mut(at).map(Replica::sync_begins)).count();
+        }
+        let flushed = self.volumes.iter().try_for_each(|volume| volume.raw().flush());
+        let (attempt, devices) = {
+            let mut core = lock(&self.core);
+            // Volumes whose session is over know for themselves what is here.
+            let Some(machine) = &mut core.machine else { return flushed.map(|()| false) };
+            let mut devices = Vec::with_capacity(self.volumes.len());
+            for (at, volume) in numbers().zip(&self.volumes) {
+                let Some(replica) = machine.replica_mut(at) else { continue };
+                replica.sync_ends(flushed.is_ok());
+                if self.options.ledger.is_some() {
+                    devices.push(DeviceNote::of(volume.name().clone(), replica));
+                }
+            }
+            (self.attempt.load(Ordering::Acquire) as u32, devices)
+        };
+        flushed?;
+        let Some(ledger) = &self.options.ledger else { return Ok(false) };
+        let mut devices = devices;
+        if attempt == 0 {
+            // A token that was taken counts from the note that says so, and no more once it is
+            // refused: until then a restart must find that the devices are the source's.
+            devices.iter_mut().for_each(|device| device.record.owner = Owner::Elsewhere);
+        }
+        let whole = devices.iter().all(|device| device.record.absent.is_empty());
         let standing = if attempt > 0 {
             Standing::Owner { session: self.session, attempt }
         } else {
             Standing::Receiving { session: self.session }
         };
-        ledger.save(&Note { standing, devices })
+        ledger.save(&Note { standing, devices })?;
+        Ok(whole)
     }
 
     /// Bytes of a range of a device.

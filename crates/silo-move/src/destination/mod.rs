@@ -173,6 +173,7 @@ pub(crate) struct Shared {
     stored: AtomicU64,
     rate: Mutex<Rate>,
     attempt: AtomicU64,
+    notes: chores::Notes,
     over: AtomicBool,
 }
 
@@ -259,12 +260,17 @@ impl Inbound {
             stored: AtomicU64::new(0),
             rate: Mutex::default(),
             attempt: AtomicU64::new(0),
+            notes: chores::Notes::default(),
             over: AtomicBool::new(false),
         });
         let mut devices = Vec::with_capacity(shared.volumes.len());
         for (at, volume) in shared.volumes.iter().enumerate() {
             let hub: Arc<dyn Hub> = shared.clone();
-            match volume.arrive(hub, at as u16) {
+            let taken = match start {
+                Start::New => volume.arrive(hub, at as u16),
+                Start::Running(_) => volume.arrive_again(hub, at as u16),
+            };
+            match taken {
                 Ok(replica) => devices.push(DestinationDevice {
                     name: volume.name().clone(),
                     base: volume.base(),
@@ -486,6 +492,9 @@ impl Shared {
                 break end;
             }
         };
+        if end.is_ok() {
+            let _ = chores.send(chores::Job::Settle);
+        }
         let (done, waited) = mpsc::channel();
         let _ = chores.send(chores::Job::Stop(done));
         let _ = waited.recv();
@@ -603,11 +612,14 @@ impl Shared {
 
     fn finish(&self, end: Result<(), Reason>) -> Result<DestinationReport, MoveError> {
         self.over.store(true, Ordering::Release);
+        // A flush that makes a note ends it first: what it made durable counts.
+        let noting = self.notes.hold();
         let machine = lock(&self.core).machine.take();
         let counters = machine.as_ref().map(Destination::counters).unwrap_or_default();
         if let Some(machine) = machine {
             give_back(&self.volumes, machine.into_devices());
         }
+        drop(noting);
         self.backlogs.iter().for_each(Backlog::close);
         // Whoever waited finds the volumes settled.
         let waiters: Vec<WaiterId> = lock(&self.waiters).keys().copied().collect();

@@ -550,8 +550,9 @@ impl Shared {
         let device = |volume: &Arc<Volume>| {
             volume.with_replica(|replica| DeviceNote::of(volume.name().clone(), replica))
         };
+        // First, or what came here but is not known to be durable would be noted as absent.
+        self.volumes.iter().try_for_each(|volume| volume.make_durable())?;
         let devices = self.volumes.iter().map(device).collect();
-        self.volumes.iter().try_for_each(|volume| volume.raw().flush())?;
         ledger.save(&Note { standing, devices })
     }
 

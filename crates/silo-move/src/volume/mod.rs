@@ -328,6 +328,18 @@ impl Volume {
         Ok(self.with_replica(|replica| SourceDevice::new(name, base, replica)))
     }
 
+    /// Makes what is here durable, and known to be so: a record made from now on has it.
+    pub(crate) fn make_durable(&self) -> io::Result<()> {
+        // The session knows what came while it was flushed.
+        if let Some((hub, _)) = self.hub() {
+            return hub.note();
+        }
+        self.with_replica(Replica::sync_begins);
+        let flushed = self.device.flush();
+        self.with_replica(|replica| replica.sync_ends(flushed.is_ok()));
+        flushed
+    }
+
     /// Reads what is in the device, whoever owns it; the caller knows which blocks are here.
     pub(crate) fn read_raw(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.device.read_at(offset, buf)
@@ -370,24 +382,40 @@ impl Volume {
 
     /// Gives what is known of the blocks to the session by which they come.
     pub(crate) fn arrive(&self, hub: Arc<dyn Hub>, device: u16) -> io::Result<Replica> {
-        let mut knowledge = lock(&self.knowledge);
-        let busy = |what: &str| {
-            let text = format!("device \"{}\" {what}", self.name);
-            io::Error::new(io::ErrorKind::ResourceBusy, text)
-        };
-        if matches!(*knowledge, Knowledge::Arriving(..)) {
-            return Err(busy("is arriving by another session"));
+        if self.is_owned() {
+            return Err(self.busy("is in use here"));
         }
-        if matches!(self.mode(), Mode::Open | Mode::Paused) {
-            return Err(busy("is in use here"));
+        let replica = self.give_to(hub, device)?;
+        self.change(|_| Mode::Arriving);
+        Ok(replica)
+    }
+
+    /// As [`Volume::arrive`], to go on with a session whose token came before a restart: a volume
+    /// that has all its blocks is open already, and stays so.
+    pub(crate) fn arrive_again(&self, hub: Arc<dyn Hub>, device: u16) -> io::Result<Replica> {
+        if self.mode() == Mode::Paused {
+            return Err(self.busy("is about to leave"));
+        }
+        let replica = self.give_to(hub, device)?;
+        self.change(|mode| if mode == Mode::Open { mode } else { Mode::Arriving });
+        Ok(replica)
+    }
+
+    fn busy(&self, what: &str) -> io::Error {
+        let text = format!("device \"{}\" {what}", self.name);
+        io::Error::new(io::ErrorKind::ResourceBusy, text)
+    }
+
+    fn give_to(&self, hub: Arc<dyn Hub>, device: u16) -> io::Result<Replica> {
+        let mut knowledge = lock(&self.knowledge);
+        if matches!(*knowledge, Knowledge::Arriving(..)) {
+            return Err(self.busy("is arriving by another session"));
         }
         let Knowledge::Own(replica) =
             std::mem::replace(&mut *knowledge, Knowledge::Arriving(hub, device))
         else {
             unreachable!("looked at above, under the same lock")
         };
-        drop(knowledge);
-        self.change(|_| Mode::Arriving);
         Ok(*replica)
     }
 
