@@ -24,6 +24,7 @@ pub mod source;
 mod files;
 mod locks;
 mod map;
+pub mod mapped_group;
 mod range;
 mod shared_sync;
 

@@ -207,6 +207,12 @@ impl Staging {
         Ok(Self { shared: Arc::new(shared), options })
     }
 
+    /// Size of the memory in blocks of 4 KiB.
+    #[must_use]
+    pub fn blocks(&self) -> u64 {
+        self.shared.memory.blocks()
+    }
+
     /// The next round holds all of the memory, whatever was stored before.
     pub fn forget(&self) {
         let blocks = self.shared.memory.blocks();
@@ -351,6 +357,20 @@ pub fn freeze(
     memories: &[&Staging],
     pauser: &dyn Pauser,
 ) -> Result<(Vec<Staged>, Duration), StagingError> {
+    freeze_with(memories, pauser, &mut || Ok(()))
+}
+
+/// As [`freeze`], with something more to do at the same instant: `also` is called while the writer is
+/// paused, once all memories have what they need, and never twice. It should take no time: disks
+/// freeze by pushing a layer.
+///
+/// # Errors
+/// As [`freeze`], or if `also` fails. The writer runs.
+pub fn freeze_with(
+    memories: &[&Staging],
+    pauser: &dyn Pauser,
+    also: &mut dyn FnMut() -> io::Result<()>,
+) -> Result<(Vec<Staged>, Duration), StagingError> {
     let mut prepared =
         memories.iter().map(|memory| memory.prepare()).collect::<Result<Vec<_>, _>>()?;
     let pauses = memories.iter().map(|memory| memory.options.pauses).max().unwrap_or(1).max(1);
@@ -383,6 +403,9 @@ pub fn freeze(
                     failure = Some(error);
                 }
             }
+        }
+        if failure.is_none() {
+            failure = also().map_err(StagingError::system("freeze the disks beside")).err();
         }
         held += began.elapsed();
         pauser.resume().map_err(StagingError::system("let the writer go on"))?;

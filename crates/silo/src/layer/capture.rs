@@ -174,7 +174,7 @@ fn freeze_all(shared: &Shared) -> Result<Vec<(View, Duration)>, CaptureError> {
 }
 
 /// The most blocks of a set in one group of `1 << shift` neighbours.
-fn fullest(set: &BlockSet, shift: u32) -> u64 {
+pub(crate) fn fullest(set: &BlockSet, shift: u32) -> u64 {
     let (mut most, mut group, mut count) = (0, u64::MAX, 0);
     for range in set.ranges() {
         let mut at = range.start.0;

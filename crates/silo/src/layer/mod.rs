@@ -39,6 +39,7 @@ mod tests;
 
 pub use base::{Base, CACHE_SUFFIX};
 pub use capture::StackGroup;
+pub(crate) use capture::fullest;
 pub use error::LayerError;
 pub use freeze::View;
 pub use manifest::StackInfo;
