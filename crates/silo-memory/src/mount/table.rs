@@ -224,6 +224,12 @@ impl Table {
         !self.busy.is_empty() && self.busy.ranges().any(|range| self.dirty.intersects(range))
     }
 
+    /// Whether no content is asked for, on its way, or just being put in place.
+    #[cfg(test)]
+    pub(super) fn is_at_rest(&self) -> bool {
+        self.busy.is_empty() && self.idle == self.absent
+    }
+
     /// Takes what a round of writing back has to write: dirty blocks whose content is here.
     pub(super) fn take_dirty(&mut self) -> BlockSet {
         let mut taken = self.dirty.clone();
