@@ -195,6 +195,7 @@ fn fio_verifies_what_it_wrote_through_the_file() {
                 "--verify=crc32c",
                 "--do_verify=1",
                 "--verify_fatal=1",
+                "--verify_state_save=0",
                 "--trim_percentage=0",
                 "--fsync=64",
                 "--fallocate=none",
