@@ -6,13 +6,13 @@ use super::{
     handshake::{self, Handshake, NbdSecurity},
     line::{Channel, Line, Socket, is_gone},
 };
-use crate::socket::{Way, make_way};
+use crate::socket::{self, Opened, SocketFile};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::{EfdFlags, EventFd},
 };
 use std::{
-    fs, io,
+    io,
     net::{SocketAddr, TcpListener},
     os::{
         fd::{AsFd, BorrowedFd},
@@ -151,24 +151,20 @@ enum Listener {
 }
 
 impl Listener {
-    fn bind(endpoint: &Endpoint) -> Result<Self, NbdError> {
+    /// Listens, and says which file that made.
+    fn bind(endpoint: &Endpoint) -> Result<(Self, Option<SocketFile>), NbdError> {
         let failed = |source| NbdError::Listen { endpoint: endpoint.clone(), source };
-        let listener = match endpoint {
-            Endpoint::Unix(path) => {
-                if let Way::Served = make_way(path).map_err(failed)? {
-                    return Err(NbdError::Taken { endpoint: endpoint.clone() });
-                }
-                Self::Unix(UnixListener::bind(path).map_err(failed)?)
+        match endpoint {
+            Endpoint::Unix(path) => match socket::listen(path).map_err(failed)? {
+                Opened::Served => Err(NbdError::Taken { endpoint: endpoint.clone() }),
+                Opened::Listens(listener, file) => Ok((Self::Unix(listener), Some(file))),
+            },
+            Endpoint::Tcp(address) => {
+                let listener = TcpListener::bind(address).map_err(failed)?;
+                listener.set_nonblocking(true).map_err(failed)?;
+                Ok((Self::Tcp(listener), None))
             }
-            Endpoint::Tcp(address) => Self::Tcp(TcpListener::bind(address).map_err(failed)?),
-        };
-        // A client that gives up between poll and accept must not block the thread.
-        match &listener {
-            Self::Unix(listener) => listener.set_nonblocking(true),
-            Self::Tcp(listener) => listener.set_nonblocking(true),
         }
-        .map_err(failed)?;
-        Ok(listener)
     }
 
     fn accept(&self) -> io::Result<Socket> {
@@ -199,6 +195,7 @@ impl AsFd for Listener {
 /// A running server. Dropping it stops it.
 pub struct NbdServer {
     endpoint: Endpoint,
+    file: Option<SocketFile>,
     exports: Arc<Exports>,
     shared: Arc<Shared>,
     wake: Arc<EventFd>,
@@ -231,7 +228,7 @@ impl NbdServer {
         exports: Arc<Exports>,
         options: NbdOptions,
     ) -> Result<Self, NbdError> {
-        let listener = Listener::bind(endpoint)?;
+        let (listener, file) = Listener::bind(endpoint)?;
         let failed = |source| NbdError::Listen { endpoint: endpoint.clone(), source };
         let endpoint = match &listener {
             Listener::Unix(_) => endpoint.clone(),
@@ -252,7 +249,7 @@ impl NbdServer {
             .name("silo-nbd-accept".to_owned())
             .spawn(move || acceptor.run())
             .map_err(failed)?;
-        Ok(Self { endpoint, exports, shared, wake, accept: Some(accept) })
+        Ok(Self { endpoint, file, exports, shared, wake, accept: Some(accept) })
     }
 
     /// Where it listens.
@@ -331,9 +328,8 @@ impl NbdServer {
         }
         // It polls, and does nothing else that takes time.
         let _ = accept.join();
-        if let Endpoint::Unix(path) = &self.endpoint {
-            // Another server may have taken the path over; then its file stays.
-            let _ = fs::remove_file(path);
+        if let Some(file) = &self.file {
+            file.remove();
         }
         let mut clients = self.shared.clients();
         while clients.threads > 0 {

@@ -3,7 +3,7 @@
 use super::{pages::GuestPages, queue::Work, session::Session, sys};
 use crate::{
     pool::Pool,
-    socket::{Way, make_way},
+    socket::{self, Opened, SocketFile},
 };
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -12,7 +12,7 @@ use nix::{
 };
 use silo_block::io::BlockDevice;
 use std::{
-    fmt, fs, io,
+    fmt, io,
     net::Shutdown,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
@@ -145,6 +145,7 @@ impl Server {
 /// A running server. Dropping it stops it.
 pub struct VhostServer {
     path: PathBuf,
+    file: SocketFile,
     server: Arc<Server>,
     wake: Arc<EventFd>,
     accept: Option<JoinHandle<()>>,
@@ -162,11 +163,10 @@ impl VhostServer {
         options: VhostOptions,
     ) -> Result<Self, VhostError> {
         let failed = |source| VhostError::Listen { path: path.to_owned(), source };
-        if let Way::Served = make_way(path).map_err(failed)? {
-            return Err(VhostError::Taken { path: path.to_owned() });
-        }
-        let listener = UnixListener::bind(path).map_err(failed)?;
-        listener.set_nonblocking(true).map_err(failed)?;
+        let (listener, file) = match socket::listen(path).map_err(failed)? {
+            Opened::Served => return Err(VhostError::Taken { path: path.to_owned() }),
+            Opened::Listens(listener, file) => (listener, file),
+        };
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|errno| failed(errno.into()))?;
         let wake = Arc::new(wake);
@@ -187,7 +187,7 @@ impl VhostServer {
             .name("silo-vhost-accept".to_owned())
             .spawn(move || accept(&listener, &waking, &serving))
             .map_err(failed)?;
-        Ok(Self { path: path.to_owned(), server, wake, accept: Some(accept) })
+        Ok(Self { path: path.to_owned(), file, server, wake, accept: Some(accept) })
     }
 
     /// Where it listens.
@@ -236,8 +236,7 @@ impl VhostServer {
         }
         // It polls, and does nothing else that takes time.
         let _ = accept.join();
-        // Another server may have taken the path over; then its file stays.
-        let _ = fs::remove_file(&self.path);
+        self.file.remove();
         let mut sessions = self.server.sessions();
         while !sessions.entries.is_empty() {
             for entry in &sessions.entries {
