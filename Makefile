@@ -24,7 +24,7 @@ demo: build ## Move a busy Redis machine between two hosts on this computer; ARG
 test: build ## Run every test; ends with the capabilities that were missing and the count
 	@scripts/test.sh $(ARGS)
 
-bench: build ## Measure against QEMU's own migration; writes the table of README.md; ONLY=move.gap. measures a part
+bench: build ## Measure against QEMU, nbdkit and others; writes the table of README.md; ONLY=move.gap. or ONLY=silo. measures a part
 	@status=0; $(ARCHITECT) bench --only '$(ONLY)' $(ARGS) || status=$$?; \
 	$(ARCHITECT) bench-table && exit $$status
 

@@ -161,6 +161,15 @@ impl Results {
         Ok(results)
     }
 
+    /// Prints those of `rows` whose names begin with `only`, and merges them into the file at `path`.
+    /// True if every promise among them was kept.
+    pub fn report(path: &Path, mut rows: Vec<Row>, only: &str) -> Result<bool, BenchError> {
+        rows.retain(|row| row.bar.starts_with(only));
+        rows.iter().for_each(|row| println!("   {row}"));
+        Results::merge(path, &rows)?;
+        Ok(rows.iter().all(|row| row.met != Some(false)))
+    }
+
     /// The table in Markdown: the bars that promise something; the others are in the file.
     pub fn markdown(&self) -> String {
         let mut out = String::from(

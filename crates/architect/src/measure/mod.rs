@@ -18,7 +18,7 @@ mod stock;
 mod versus;
 
 use anyhow::{Context, bail, ensure};
-use bench::{Results, Row};
+use bench::Results;
 use drafter::package::{
     Cache,
     build::{self, BuildRequest, recipe::AddedFile, recipe::Recipe, recipe::Root},
@@ -179,13 +179,7 @@ fn measure_machines(
                 continue;
             }
         };
-        let rows: Vec<Row> =
-            rows.into_iter().filter(|row| row.bar.starts_with(&args.only)).collect();
-        for row in &rows {
-            met &= row.met != Some(false);
-            println!("   {row}");
-        }
-        Results::merge(&path, &rows)?;
+        met &= Results::report(&path, rows, &args.only)?;
         println!("   {:.0} s", began.elapsed().as_secs_f64());
     }
     println!("{}: {:.0} s altogether", path.display(), start.elapsed().as_secs_f64());

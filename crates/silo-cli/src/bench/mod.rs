@@ -98,13 +98,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<bool> {
                 continue;
             }
         };
-        let rows: Vec<Row> =
-            rows.into_iter().filter(|row| row.bar.starts_with(&args.only)).collect();
-        for row in &rows {
-            met &= row.met != Some(false);
-            println!("   {row}");
-        }
-        Results::merge(&path, &rows)?;
+        met &= Results::report(&path, rows, &args.only)?;
         println!("   {:.0} s", began.elapsed().as_secs_f64());
     }
     println!("{}: {:.0} s altogether", path.display(), start.elapsed().as_secs_f64());
