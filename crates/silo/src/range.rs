@@ -27,6 +27,21 @@ pub(crate) fn check(size: u64, offset: u64, length: u64) -> io::Result<()> {
     }
 }
 
+/// The parts of an access, cut at multiples of `unit`: number of the unit, first byte within it,
+/// length. The access lies in the device.
+pub(crate) fn parts(unit: u64, offset: u64, length: u64) -> impl Iterator<Item = (u64, u64, u64)> {
+    let end = offset + length;
+    let mut at = offset;
+    std::iter::from_fn(move || {
+        (at < end).then(|| {
+            let stop = (at / unit * unit + unit).min(end);
+            let part = (at / unit, at % unit, stop - at);
+            at = stop;
+            part
+        })
+    })
+}
+
 /// Refuses a write to a device that takes none.
 ///
 /// # Errors

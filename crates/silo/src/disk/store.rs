@@ -9,7 +9,7 @@ use crate::{
     map::{BlockState, DiskStatus, FileNames, Overlay, Shape, StateMap, Tidy},
 };
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, File},
     io,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
@@ -42,17 +42,8 @@ fn names() -> FileNames {
 
 fn lock(dir: &Path) -> Result<File, DiskError> {
     let path = dir.join("lock");
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&path)
-        .map_err(DiskError::io("open", &path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(fs::TryLockError::WouldBlock) => Err(DiskError::InUse { path: dir.to_owned() }),
-        Err(fs::TryLockError::Error(error)) => Err(DiskError::io("lock", &path)(error)),
-    }
+    let held = crate::files::lock(&path).map_err(DiskError::io("lock", &path))?;
+    held.ok_or_else(|| DiskError::InUse { path: dir.to_owned() })
 }
 
 fn open_base(path: Option<&Path>) -> Result<Option<Base>, DiskError> {

@@ -7,7 +7,7 @@ mod real;
 pub(crate) mod sim;
 mod sys;
 
-pub(crate) use real::RealFolder;
+pub(crate) use real::{RealFolder, lock, try_lock};
 pub(crate) use sys::{extents_of, is_unsupported, read_cached};
 
 use std::{io, path::Path, sync::Arc};

@@ -24,6 +24,22 @@ impl RealFolder {
     }
 }
 
+/// Locks an open file against other processes until it is closed; false if another one has it.
+pub(crate) fn try_lock(file: &File) -> io::Result<bool> {
+    match file.try_lock() {
+        Ok(()) => Ok(true),
+        Err(fs::TryLockError::WouldBlock) => Ok(false),
+        Err(fs::TryLockError::Error(error)) => Err(error),
+    }
+}
+
+/// The file that keeps other processes out, made if it is not there; `None` if one of them is in.
+pub(crate) fn lock(path: &Path) -> io::Result<Option<File>> {
+    let mut options = OpenOptions::new();
+    let file = options.write(true).create(true).truncate(false).open(path)?;
+    Ok(try_lock(&file)?.then_some(file))
+}
+
 /// A file, and whether its file system can tell what the cache holds.
 struct RealFile(File, AtomicBool);
 

@@ -15,7 +15,7 @@ use crate::{
     shared_sync::{AfterFailure, SharedSync},
 };
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, File},
     io,
     path::{Path, PathBuf},
     sync::{
@@ -112,18 +112,8 @@ impl std::fmt::Debug for Stack {
 
 fn lock(dir: &Path) -> Result<File, LayerError> {
     let path = dir.join("lock");
-    let mut options = OpenOptions::new();
-    let file = options
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&path)
-        .map_err(LayerError::io("open", &path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(fs::TryLockError::WouldBlock) => Err(LayerError::InUse { path: dir.to_owned() }),
-        Err(fs::TryLockError::Error(error)) => Err(LayerError::io("lock", &path)(error)),
-    }
+    let held = crate::files::lock(&path).map_err(LayerError::io("lock", &path))?;
+    held.ok_or_else(|| LayerError::InUse { path: dir.to_owned() })
 }
 
 fn boot(dir: &Path) -> Result<BootId, LayerError> {

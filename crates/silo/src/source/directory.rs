@@ -15,7 +15,7 @@ use crate::{
     geometry::Geometry,
     io::{Allocation, BlockDevice, Extent},
     locks::{RangeLocks, Who},
-    range::{add_extent, check},
+    range::{add_extent, check, parts},
     shared_sync::{AfterFailure, SharedSync},
 };
 use serde::{Deserialize, Serialize};
@@ -231,20 +231,6 @@ impl DirectoryDevice {
         Ok(())
     }
 
-    /// The parts of an access: shard, first byte within it, length.
-    fn parts(&self, offset: u64, length: u64) -> impl Iterator<Item = (u64, u64, u64)> + use<> {
-        let (block, end) = (self.geometry.block(), offset + length);
-        let mut at = offset;
-        std::iter::from_fn(move || {
-            (at < end).then(|| {
-                let stop = (at / block * block + block).min(end);
-                let part = (at / block, at % block, stop - at);
-                at = stop;
-                part
-            })
-        })
-    }
-
     fn sync_all(&self) -> io::Result<()> {
         let dirty = std::mem::take(&mut *plain(&self.dirty));
         for shard in dirty.shards {
@@ -264,18 +250,8 @@ impl DirectoryDevice {
 
 fn lock(dir: &Path) -> Result<File, SourceError> {
     let path = dir.join("lock");
-    let mut options = OpenOptions::new();
-    let file = options
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&path)
-        .map_err(SourceError::io("open", &path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(fs::TryLockError::WouldBlock) => Err(SourceError::InUse { path: dir.to_owned() }),
-        Err(fs::TryLockError::Error(error)) => Err(SourceError::io("lock", &path)(error)),
-    }
+    let held = crate::files::lock(&path).map_err(SourceError::io("lock", &path))?;
+    held.ok_or_else(|| SourceError::InUse { path: dir.to_owned() })
 }
 
 impl BlockDevice for DirectoryDevice {
@@ -285,7 +261,7 @@ impl BlockDevice for DirectoryDevice {
 
     fn read_at(&self, offset: u64, mut buf: &mut [u8]) -> io::Result<()> {
         check(self.geometry.bytes(), offset, buf.len() as u64)?;
-        for (shard, within, length) in self.parts(offset, buf.len() as u64) {
+        for (shard, within, length) in parts(self.geometry.block(), offset, buf.len() as u64) {
             let (part, rest) = buf.split_at_mut(length as usize);
             match self.shard(shard)? {
                 None => part.fill(0),
@@ -304,7 +280,7 @@ impl BlockDevice for DirectoryDevice {
 
     fn write_at(&self, offset: u64, mut data: &[u8]) -> io::Result<()> {
         check(self.geometry.bytes(), offset, data.len() as u64)?;
-        for (shard, within, length) in self.parts(offset, data.len() as u64) {
+        for (shard, within, length) in parts(self.geometry.block(), offset, data.len() as u64) {
             let (part, rest) = data.split_at(length as usize);
             // A shard is made and removed by one at a time.
             let _guard = self.locks.lock(BlockRange::new(shard, 1), Who::Guest)?;
@@ -338,7 +314,7 @@ impl BlockDevice for DirectoryDevice {
 
     fn zero(&self, offset: u64, length: u64, allocate: bool) -> io::Result<()> {
         check(self.geometry.bytes(), offset, length)?;
-        for (shard, within, length) in self.parts(offset, length) {
+        for (shard, within, length) in parts(self.geometry.block(), offset, length) {
             let _guard = self.locks.lock(BlockRange::new(shard, 1), Who::Guest)?;
             let whole = length == self.geometry.length(BlockIndex(shard));
             if whole && !allocate {
@@ -369,7 +345,7 @@ impl BlockDevice for DirectoryDevice {
     fn extents(&self, offset: u64, length: u64) -> io::Result<Vec<Extent>> {
         check(self.geometry.bytes(), offset, length)?;
         let mut found = Vec::new();
-        for (shard, _, length) in self.parts(offset, length) {
+        for (shard, _, length) in parts(self.geometry.block(), offset, length) {
             let allocation = match self.shard_path(shard).exists() {
                 true => Allocation::Data,
                 false => Allocation::Hole,

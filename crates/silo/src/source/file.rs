@@ -5,14 +5,14 @@
 
 use super::SourceError;
 use crate::{
-    files::{extents_of, is_unsupported, read_cached},
+    files::{extents_of, is_unsupported, read_cached, try_lock},
     io::{BlockDevice, Extent},
     range::{ZEROS, check, refuse_write},
     shared_sync::{AfterFailure, SharedSync},
 };
 use nix::fcntl::{FallocateFlags, fallocate};
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{File, OpenOptions},
     io::{self, Seek as _},
     os::{
         fd::{AsFd, BorrowedFd},
@@ -98,16 +98,8 @@ impl FileDevice {
                 detail,
             });
         }
-        if mode == FileMode::ReadWrite {
-            match file.try_lock() {
-                Ok(()) => {}
-                Err(fs::TryLockError::WouldBlock) => {
-                    return Err(SourceError::InUse { path: path.to_owned() });
-                }
-                Err(fs::TryLockError::Error(error)) => {
-                    return Err(SourceError::io("lock", path)(error));
-                }
-            }
+        if mode == FileMode::ReadWrite && !try_lock(&file).map_err(SourceError::io("lock", path))? {
+            return Err(SourceError::InUse { path: path.to_owned() });
         }
         // Not the metadata's length, which is 0 for block devices.
         let bytes = file.seek(io::SeekFrom::End(0)).map_err(SourceError::io("measure", path))?;

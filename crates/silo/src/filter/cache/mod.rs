@@ -33,7 +33,7 @@ use crate::{
     block::BlockRange,
     io::{Allocation, BlockDevice, Extent},
     locks::{RangeLocks, Who},
-    range::{add_extent, check, same_error},
+    range::{add_extent, check, parts, same_error},
 };
 use bytes::Bytes;
 use pieces::{Content, Piece};
@@ -114,16 +114,7 @@ pub struct WriteCache {
 
 /// The parts of a byte range, cut at regions: region, offset in it, length.
 fn regions(offset: u64, length: u64) -> impl Iterator<Item = (u64, u32, u32)> {
-    let end = offset + length;
-    let mut at = offset;
-    std::iter::from_fn(move || {
-        (at < end).then(|| {
-            let stop = (at / REGION * REGION + REGION).min(end);
-            let part = (at / REGION, (at % REGION) as u32, (stop - at) as u32);
-            at = stop;
-            part
-        })
-    })
+    parts(REGION, offset, length).map(|(region, at, length)| (region, at as u32, length as u32))
 }
 
 impl WriteCache {

@@ -30,12 +30,12 @@ use crate::{
     geometry::Geometry,
     io::{Allocation, BlockDevice, Extent},
     locks::{RangeLocks, Who},
-    range::{add_extent, check},
+    range::{add_extent, check, parts},
     shared_sync::{AfterFailure, SharedSync},
 };
 use record::{HEADER, Header, Kind, RECORD, Record};
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, File},
     io,
     path::{Path, PathBuf},
     sync::{
@@ -101,18 +101,8 @@ fn lock(path: &Path) -> Result<File, SourceError> {
     let mut name = path.as_os_str().to_owned();
     name.push(".lock");
     let at = PathBuf::from(name);
-    let mut options = OpenOptions::new();
-    let file = options
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&at)
-        .map_err(SourceError::io("open", &at))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(fs::TryLockError::WouldBlock) => Err(SourceError::InUse { path: path.to_owned() }),
-        Err(fs::TryLockError::Error(error)) => Err(SourceError::io("lock", &at)(error)),
-    }
+    let held = crate::files::lock(&at).map_err(SourceError::io("lock", &at))?;
+    held.ok_or_else(|| SourceError::InUse { path: path.to_owned() })
 }
 
 impl SparseDevice {
@@ -339,20 +329,6 @@ impl SparseDevice {
         Ok(())
     }
 
-    /// The parts of an access: block, first byte within it, length.
-    fn parts(&self, offset: u64, length: u64) -> impl Iterator<Item = (u64, u64, u64)> + use<> {
-        let (block, end) = (self.geometry.block(), offset + length);
-        let mut at = offset;
-        std::iter::from_fn(move || {
-            (at < end).then(|| {
-                let stop = (at / block * block + block).min(end);
-                let part = (at / block, at % block, stop - at);
-                at = stop;
-                part
-            })
-        })
-    }
-
     fn write_part(&self, block: u64, within: u64, data: &[u8]) -> io::Result<()> {
         let _guard = self.locks.lock(BlockRange::new(block, 1), Who::Guest)?;
         let length = self.geometry.length(BlockIndex(block));
@@ -470,7 +446,7 @@ impl BlockDevice for SparseDevice {
 
     fn read_at(&self, offset: u64, mut buf: &mut [u8]) -> io::Result<()> {
         check(self.geometry.bytes(), offset, buf.len() as u64)?;
-        for (block, within, length) in self.parts(offset, buf.len() as u64) {
+        for (block, within, length) in parts(self.geometry.block(), offset, buf.len() as u64) {
             let (part, rest) = buf.split_at_mut(length as usize);
             self.read_block(block, within, part)?;
             buf = rest;
@@ -484,7 +460,7 @@ impl BlockDevice for SparseDevice {
 
     fn write_at(&self, offset: u64, mut data: &[u8]) -> io::Result<()> {
         check(self.geometry.bytes(), offset, data.len() as u64)?;
-        for (block, within, length) in self.parts(offset, data.len() as u64) {
+        for (block, within, length) in parts(self.geometry.block(), offset, data.len() as u64) {
             let (part, rest) = data.split_at(length as usize);
             self.write_part(block, within, part)?;
             data = rest;
@@ -519,7 +495,7 @@ impl BlockDevice for SparseDevice {
         check(self.geometry.bytes(), offset, length)?;
         let covered = self.geometry.covered(offset, length);
         let zeros = vec![0; self.geometry.block() as usize];
-        for (block, within, length) in self.parts(offset, length) {
+        for (block, within, length) in parts(self.geometry.block(), offset, length) {
             let whole = block >= covered.start.0 && block < covered.end();
             if allocate || (!whole && self.at(block) != 0) {
                 self.write_part(block, within, &zeros[..length as usize])?;
@@ -535,7 +511,7 @@ impl BlockDevice for SparseDevice {
     fn extents(&self, offset: u64, length: u64) -> io::Result<Vec<Extent>> {
         check(self.geometry.bytes(), offset, length)?;
         let mut found = Vec::new();
-        for (block, _, length) in self.parts(offset, length) {
+        for (block, _, length) in parts(self.geometry.block(), offset, length) {
             let held = self.at(block) != 0;
             let allocation = if held { Allocation::Data } else { Allocation::Hole };
             if !add_extent(&mut found, length, allocation) {
