@@ -22,6 +22,8 @@ use std::{
 
 /// Writes to the backend side by side.
 const WRITERS: usize = 16;
+/// Shortest interval between rounds; one of nothing would never rest.
+const LEAST_INTERVAL: Duration = Duration::from_millis(1);
 /// Largest write, in blocks (1 MiB).
 const WRITE: u64 = 256;
 
@@ -38,6 +40,12 @@ impl Shared {
         for view in std::iter::once(Arc::clone(&self.local)).chain(self.foreign()) {
             let scanned = view.scan(blocks, tell, |range, mapped| found.push((range, mapped)));
             result = result.and(scanned);
+            if view.is_over() {
+                // Nobody can tell any more what its process wrote last: it may have been anything.
+                found.push((BlockRange::new(0, blocks), true));
+                let mut foreign = self.foreign.write().unwrap_or_else(PoisonError::into_inner);
+                foreign.retain(|other| !Arc::ptr_eq(other, &view));
+            }
         }
         // What was found is protected again, so it is kept even if a scan failed later.
         let mut state = self.lock();
@@ -52,6 +60,9 @@ impl Shared {
     /// If a write or the flush failed; what they were to cover is dirty again.
     pub(super) fn write_back(&self, durable: bool) -> io::Result<()> {
         let _round = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.lock().phase == Phase::Closed {
+            return Err(self.closed());
+        }
         self.scan()?;
         let taken = {
             let mut state = self.lock();
@@ -78,7 +89,15 @@ impl Shared {
         let work = || {
             let mut buffer = Vec::new();
             while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let failed = failure.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+                let closed = self.lock().phase == Phase::Closed;
+                let failed = {
+                    let mut failure = failure.lock().unwrap_or_else(PoisonError::into_inner);
+                    if closed && failure.is_none() {
+                        // Somebody else may write there by now.
+                        *failure = Some(self.closed());
+                    }
+                    failure.is_some()
+                };
                 let result =
                     if failed { None } else { Some(self.write_piece(*piece, &mut buffer)) };
                 let mut state = self.lock();
@@ -149,7 +168,8 @@ impl Shared {
                 if state.phase != Phase::Open {
                     return;
                 }
-                let interval = self.options.write_back.unwrap_or(never).max(pause);
+                let interval =
+                    self.options.write_back.unwrap_or(never).max(LEAST_INTERVAL).max(pause);
                 let wait = if state.hurry { pause } else { interval };
                 let left = wait.saturating_sub(began.elapsed());
                 if left.is_zero() {

@@ -58,7 +58,7 @@ use std::{
     io,
     ops::Range,
     ptr::NonNull,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Condvar, Mutex, PoisonError},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -137,10 +137,16 @@ impl Mount {
         let faults = faults::start(shared, &local).map_err(system("start the fault thread"))?;
         mount.threads().push((Some(local), faults));
         if !shared.options.read_only {
+            shared.lock().writing_back = true;
             let back = Arc::clone(shared);
             let thread = std::thread::Builder::new()
                 .name("mount-back".into())
-                .spawn(move || back.write_back_loop())
+                .spawn(move || {
+                    back.write_back_loop();
+                    back.lock().writing_back = false;
+                    back.news.notify_all();
+                })
+                .inspect_err(|_| shared.lock().writing_back = false)
                 .map_err(system("start the write-back thread"))?;
             mount.threads().push((None, thread));
         }
@@ -172,7 +178,9 @@ impl Mount {
         &self.shared.file
     }
 
-    /// Serves the faults of a mapping in another process, too, and sees what it writes.
+    /// Serves the faults of a mapping in another process, too, and sees what it writes: when the
+    /// process has ended, by writing back all that is here. What it unmaps before it ends, it has to
+    /// have [`Mount::sync`]ed.
     ///
     /// # Errors
     /// If the mapping cannot be registered.
@@ -348,20 +356,23 @@ impl Mount {
             shared.last_round(shared.options.close_deadline)
         };
         shared.lock().phase = Phase::Closed;
-        if !self.fetching_ended() {
+        // Whoever pauses or waits for room sees that there is no more.
+        [&shared.work, &shared.news, &shared.round].into_iter().for_each(Condvar::notify_all);
+        if !self.requests_ended() {
             // Only now: what was written had to get through.
             shared.backend.interrupt();
-            if !self.fetching_ended() {
+            if !self.requests_ended() {
                 tracing::warn!(mount = %shared.options.name, "the backend holds a request for good");
             }
         }
         result
     }
 
-    fn fetching_ended(&self) -> bool {
+    /// Whether no thread of this mount waits for the backend, soon.
+    fn requests_ended(&self) -> bool {
         let deadline = after(LAST_ANSWERS);
         let mut state = self.shared.lock();
-        while state.threads > 0 {
+        while state.threads > 0 || state.writing_back {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return false;
@@ -379,10 +390,13 @@ impl Drop for Mount {
         }
         // First the mapping, then who serves its faults: a page must never read as zero for want of
         // somebody who knows better.
+        self.shared.local.retire();
         self.map.take();
+        // A write that the backend holds for good ends there, not here.
+        let writes = self.shared.lock().writing_back;
         for (view, thread) in self.threads().drain(..) {
-            let told = view.is_none_or(|view| view.stop.write(1).is_ok());
-            if told && thread.join().is_err() {
+            let ends = view.map_or(!writes, |view| view.stop.write(1).is_ok());
+            if ends && thread.join().is_err() {
                 tracing::error!(mount = %self.shared.options.name, "a thread of the mount panicked");
             }
         }

@@ -38,6 +38,8 @@ pub(super) struct State {
     /// Fetching threads: all, and those that wait for work.
     pub(super) threads: usize,
     pub(super) resting: usize,
+    /// The write-back thread runs.
+    pub(super) writing_back: bool,
     /// Blocks that a round of writing back has taken and not written yet.
     pub(super) in_round: u64,
     /// The write-back thread shall not wait for its interval.
@@ -84,6 +86,7 @@ impl Shared {
             interrupted: false,
             threads: 0,
             resting: 0,
+            writing_back: false,
             in_round: 0,
             hurry: false,
         };

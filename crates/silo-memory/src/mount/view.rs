@@ -6,6 +6,8 @@
 //! that somebody else's access created in the file is never taken for content.
 //!
 //! What must hold: nothing here decides whether content may be put in place; that is the table's.
+//! Nothing is done to the addresses once the mapping is gone: the next mapping of this process gets
+//! the same ones, and the kernel does not ask whose userfaultfd it is that copies to them.
 
 use super::MountError;
 use crate::sys::{self, CopyOutcome, Userfault, feature};
@@ -15,6 +17,7 @@ use std::{
     fs::File,
     io,
     os::{fd::OwnedFd, unix::fs::FileExt},
+    sync::{PoisonError, RwLock, RwLockReadGuard},
 };
 
 const PAGE: u64 = BLOCK_SIZE as u64;
@@ -33,6 +36,8 @@ pub(super) struct View {
     pagemap: File,
     address: u64,
     writable: bool,
+    /// Whether the mapping is there; held while something is done to its addresses.
+    mapped: RwLock<bool>,
     /// Ends the fault thread.
     pub(super) stop: EventFd,
 }
@@ -71,7 +76,25 @@ impl View {
         let pagemap =
             File::open(format!("/proc/{pid}/pagemap")).map_err(system("open the page map"))?;
         let stop = EventFd::new().map_err(|error| system("make an eventfd")(error.into()))?;
-        Ok(Self { userfault, pagemap, address, writable, stop })
+        let mapped = RwLock::new(true);
+        Ok(Self { userfault, pagemap, address, writable, mapped, stop })
+    }
+
+    /// The mapping is about to go: from now on its addresses are somebody else's.
+    pub(super) fn retire(&self) {
+        *self.mapped.write().unwrap_or_else(PoisonError::into_inner) = false;
+    }
+
+    /// Keeps the mapping where it is; none if it has gone.
+    fn mapped(&self) -> Option<RwLockReadGuard<'_, bool>> {
+        Some(self.mapped.read().unwrap_or_else(PoisonError::into_inner)).filter(|mapped| **mapped)
+    }
+
+    /// Whether the address space that this is a mapping of has ended, with what its page map knew.
+    pub(super) fn is_over(&self) -> bool {
+        let entry = self.address / PAGE * 8;
+        // The page map of an address space that is no more reads as empty.
+        matches!(self.pagemap.read_at(&mut [0; 8], entry), Ok(0))
     }
 
     pub(super) fn userfault(&self) -> &Userfault {
@@ -90,6 +113,9 @@ impl View {
     /// Puts whole blocks into the file and into this mapping, over whatever the file has there,
     /// and wakes whoever waits for them here.
     pub(super) fn place(&self, file: &File, start: BlockIndex, data: &[u8]) -> io::Result<()> {
+        let Some(_mapped) = self.mapped() else {
+            return file.write_all_at(data, start.offset());
+        };
         let mut at = 0;
         while at < data.len() {
             let address = self.address + start.offset() + at as u64;
@@ -100,7 +126,7 @@ impl View {
                     // Somebody's access made a page here that is not content: overwrite it.
                     let page = &data[at..at + BLOCK_SIZE];
                     file.write_all_at(page, start.offset() + at as u64)?;
-                    self.expose(BlockRange::new(start.0 + at as u64 / PAGE, 1))?;
+                    self.map(BlockRange::new(start.0 + at as u64 / PAGE, 1))?;
                     at += BLOCK_SIZE;
                 }
                 // The mapping is gone (its process ended): the file still takes the content.
@@ -116,6 +142,11 @@ impl View {
     /// Maps blocks whose content the file has (or that are zero: holes of the file) and wakes
     /// whoever waits for them.
     pub(super) fn expose(&self, range: BlockRange) -> io::Result<()> {
+        let Some(_mapped) = self.mapped() else { return Ok(()) };
+        self.map(range)
+    }
+
+    fn map(&self, range: BlockRange) -> io::Result<()> {
         let mut block = range.start.0;
         while block < range.end() {
             let left = (range.end() - block) * PAGE;
@@ -150,6 +181,7 @@ impl View {
         if !self.writable {
             return Ok(());
         }
+        let Some(_mapped) = self.mapped() else { return Ok(()) };
         match self.userfault.write_protect(self.address_of(range.start.0), range.bytes()) {
             Err(gone) if is_gone(&gone) => Ok(()),
             other => other,
@@ -158,6 +190,7 @@ impl View {
 
     /// Ends the wait of everybody who waits for these blocks here, with SIGBUS.
     pub(super) fn poison(&self, range: BlockRange) -> io::Result<()> {
+        let Some(_mapped) = self.mapped() else { return Ok(()) };
         let (mut block, mut cleared) = (range.start.0, false);
         while block < range.end() {
             let (address, left) = (self.address_of(block), (range.end() - block) * PAGE);
@@ -195,6 +228,7 @@ impl View {
         if !self.writable || blocks == 0 {
             return Ok(());
         }
+        let Some(_mapped) = self.mapped() else { return Ok(()) };
         let (start, end) = (self.address, self.address_of(blocks));
         let range = |from, to| BlockRange::new((from - start) / PAGE, (to - from) / PAGE);
         let scanned = if tell {

@@ -161,6 +161,91 @@ fn closing_with_a_backend_that_hangs_ends_and_says_what_is_not_durable() {
     far.set(Mood::Fine);
 }
 
+/// Waits until no thread of a mount that was dropped holds its backend any more.
+fn wait_until_alone(far: &Arc<Far>) {
+    let deadline = Instant::now() + LONG;
+    while Arc::strong_count(far) > 1 {
+        assert!(Instant::now() < deadline, "threads of the mount are left");
+        thread::yield_now();
+    }
+}
+
+#[test]
+fn dropping_does_not_wait_for_a_write_that_the_backend_holds_for_good() {
+    let far = Arc::new(Far::new(MIB, Duration::ZERO));
+    let soon = Options {
+        close_deadline: Duration::from_millis(100),
+        write_back: Some(Duration::from_millis(1)),
+        ..options()
+    };
+    let mount = Mount::direct(Arc::clone(&far) as _, soon).unwrap();
+    far.set(Mood::Deaf);
+    mount.write_at(0, &[7; BLOCK_SIZE]).unwrap();
+    let deadline = Instant::now() + LONG;
+    while far.writes_begun.load(Ordering::Relaxed) == 0 {
+        assert!(Instant::now() < deadline, "nothing is written back");
+        thread::yield_now();
+    }
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let dropping = thread::spawn(move || {
+        drop(mount);
+        sender.send(()).unwrap();
+    });
+    let dropped = receiver.recv_timeout(LONG);
+    far.set(Mood::Fine);
+    dropping.join().unwrap();
+    dropped.expect("dropping ends though the backend does not");
+    wait_until_alone(&far);
+}
+
+#[test]
+fn a_closed_mount_begins_no_more_writes() {
+    let far = Arc::new(Far::new(MIB, Duration::ZERO));
+    let soon = Options { close_deadline: Duration::from_millis(100), ..options() };
+    let mount = Mount::direct(Arc::clone(&far) as _, soon).unwrap();
+    (0..100).for_each(|n| mount.write_at(2 * n * BLOCK, &[7; BLOCK_SIZE]).unwrap());
+    far.set(Mood::Deaf);
+    mount.close().unwrap_err();
+    // Whoever opens the device next writes there, too.
+    let begun = far.writes_begun.load(Ordering::Relaxed);
+    assert!(begun < 100, "{begun} were under way");
+    far.set(Mood::Fine);
+    drop(mount);
+    wait_until_alone(&far);
+    assert_eq!(far.writes_begun.load(Ordering::Relaxed), begun);
+}
+
+/// The kernel gives a new mapping the addresses of the one that has just gone, and copies to them
+/// for whoever has any userfaultfd.
+#[test]
+fn late_content_of_a_mount_that_is_gone_does_not_land_in_the_next_one() {
+    const BYTES: u64 = 64 * MIB;
+    let other = Arc::new(Far::new(BYTES, Duration::ZERO));
+    other.content.write().unwrap().fill(0xee);
+    for _ in 0..20 {
+        let far = Arc::new(Far::new(BYTES, Duration::ZERO));
+        let mount = Mount::direct(Arc::clone(&far) as _, options()).unwrap();
+        far.set(Mood::Deaf);
+        thread::scope(|scope| {
+            let reader = scope.spawn(|| mount.read_at(5 * BLOCK, &mut [0; 8]));
+            far.wait_for_read(5);
+            mount.close().unwrap();
+            reader.join().unwrap().unwrap_err();
+        });
+        let address = mount.address();
+        drop(mount);
+        let next = Mount::direct(Arc::clone(&other) as _, options()).unwrap();
+        let same = next.address() == address;
+        far.set(Mood::Fine);
+        wait_until_alone(&far);
+        assert_eq!(peek(&next, 5 * BLOCK, 64), [0xee; 64]);
+        if same {
+            return;
+        }
+    }
+    panic!("the next mapping never lay where the last one had been");
+}
+
 /// In a process of its own, because the signal ends it.
 #[test]
 fn a_thread_that_touches_what_cannot_be_had_gets_sigbus() {

@@ -241,3 +241,67 @@ proptest! {
         prop_assert!(*far.durable.lock().unwrap() == model, "closing writes back, too");
     }
 }
+
+/// What the process that maps a mount is started with.
+const MAPS: &str = "SILO_MOUNT_TEST_MAPS";
+
+/// Not a test by itself: maps the file that it is told, and stores in it when it is told.
+#[test]
+fn another_process_maps_and_stores() {
+    let Some(file) = std::env::var_os(MAPS) else { return };
+    let file = File::options().read(true).write(true).open(file).unwrap();
+    let map = SharedMap::new(&file, MIB as usize, true).unwrap();
+    let device = File::options().read(true).write(true).open("/dev/userfaultfd").unwrap();
+    let userfaultfd = sys::new_userfaultfd(&device).unwrap();
+    use std::os::fd::AsRawFd;
+    println!("\nmapped {} {}", map.base().as_ptr() as u64, userfaultfd.as_raw_fd());
+    io::stdin().read_line(&mut String::new()).unwrap();
+    // SAFETY: inside the mapping.
+    unsafe { map.base().as_ptr().add(7 * BLOCK_SIZE).write_volatile(99) };
+}
+
+#[test]
+fn what_a_process_stored_before_it_ended_reaches_the_backend() {
+    use std::{
+        io::{BufRead, BufReader, Write},
+        os::fd::{AsRawFd, FromRawFd, OwnedFd},
+        process::{Command, Stdio},
+    };
+    let far = Arc::new(Far::new(MIB, Duration::ZERO));
+    let mount = Mount::managed(Arc::clone(&far) as _, options()).unwrap();
+    assert!(mount.wait_complete(LONG));
+    let path = format!("/proc/{}/fd/{}", std::process::id(), mount.file().as_raw_fd());
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "mount::tests::writing::another_process_maps_and_stores", "--nocapture"])
+        .env(MAPS, path)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let said = lines.find(|line| line.starts_with("mapped ")).unwrap();
+    let mut words = said.split(' ').skip(1).map(|word| word.parse::<u64>().unwrap());
+    let (address, fd) = (words.next().unwrap(), words.next().unwrap());
+    let pid = child.id();
+    // SAFETY: both calls take numbers and give new descriptors, which nobody else has.
+    let userfaultfd = unsafe {
+        let process = libc::syscall(libc::SYS_pidfd_open, pid, 0);
+        assert!(process >= 0, "{}", io::Error::last_os_error());
+        let process = OwnedFd::from_raw_fd(process as i32);
+        let fd = libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), fd, 0);
+        assert!(fd >= 0, "{}", io::Error::last_os_error());
+        OwnedFd::from_raw_fd(fd as i32)
+    };
+    mount.attach(Foreign { userfaultfd, pid, address }).unwrap();
+    mount.sync().unwrap();
+    assert_eq!(far.written.load(Ordering::Relaxed), 0);
+    child.stdin.take().unwrap().write_all(b"go\n").unwrap();
+    // To its end: the child has ended, and what it says finds a reader until then.
+    lines.for_each(drop);
+    assert!(child.wait().unwrap().success());
+    mount.sync().unwrap();
+    assert_eq!(far.durable.lock().unwrap()[7 * BLOCK_SIZE], 99);
+    let written = far.written.load(Ordering::Relaxed);
+    mount.sync().unwrap();
+    assert_eq!(far.written.load(Ordering::Relaxed), written, "once");
+}
