@@ -279,7 +279,9 @@ impl Encoder {
         if content.len() > PATTERN && content[PATTERN..] == content[..content.len() - PATTERN] {
             return content.first_chunk().map_or(Found::Other, |pattern| Found::Fill(*pattern));
         }
-        if let Some(hash) = known.advertised(index)
+        // The reference must be smaller than what it stands for.
+        if content.len() > HASH + SPAN
+            && let Some(hash) = known.advertised(index)
             && self.naming.name(content) == hash
         {
             made[..HASH].copy_from_slice(&hash.0);
@@ -289,7 +291,6 @@ impl Encoder {
         if known.last_version(index, &mut self.base[..content.len()]) {
             return Found::Delta;
         }
-        // The reference must be smaller than what it stands for.
         if content.len() > 2 * super::SAME
             && let Some(earlier) = self.repeats.note(device, index, content)
         {
@@ -342,7 +343,28 @@ impl Encoder {
             return;
         }
         self.tally.plain += blocks as u64;
-        self.span(kind::PLAIN, blocks, Some(Part::Content(bytes)));
+        if !self.lengthen(blocks, &bytes) {
+            self.span(kind::PLAIN, blocks, Some(Part::Content(bytes)));
+        }
+    }
+
+    /// Makes the last span longer, if it is plain too: neighbours that were found different (a
+    /// difference that does not pack, say) would else cost a span each.
+    fn lengthen(&mut self, blocks: usize, bytes: &Range<usize>) -> bool {
+        let Some(Part::Content(last)) = self.parts.last_mut() else { return false };
+        let at = self.table.len() - SPAN;
+        if self.table[at] != kind::PLAIN || last.end != bytes.start {
+            return false;
+        }
+        last.end = bytes.end;
+        let length = last.len() as u32;
+        let (_, numbers) = self.table[at..].split_at_mut(4);
+        let (count, room) = numbers.split_at_mut(4);
+        let before = u32::from_le_bytes([count[0], count[1], count[2], count[3]]);
+        count.copy_from_slice(&(before + blocks as u32).to_le_bytes());
+        room.copy_from_slice(&length.to_le_bytes());
+        self.tally.bytes += bytes.len() as u64;
+        true
     }
 
     fn close_delta(&mut self, bytes: Range<usize>, blocks: usize, content: &[u8]) {
@@ -410,8 +432,8 @@ impl Encoder {
         };
         self.packed.truncate(length);
         self.chooser.packed(method, content.len(), length, started.elapsed());
-        // A span and its check come on top.
-        length + SPAN + super::CHECK < content.len()
+        // Its span and its check come on top, and the span of the plain blocks that may follow.
+        length + 2 * SPAN + super::CHECK < content.len()
     }
 
     /// LZ4 into `self.packed`, whose length is not touched otherwise.

@@ -73,7 +73,8 @@ impl std::fmt::Debug for Naming {
     }
 }
 
-/// The most by which a parcel exceeds its content, in bytes: its table, when every block is plain.
+/// The most by which a parcel exceeds its content, in bytes: its table, when every block is plain but
+/// a last one of a few bytes.
 pub const OVERHEAD: usize = COUNT + 2 * SPAN;
 /// Blocks in one encoded run at most: a mebibyte of the smallest blocks. Zeros may be more.
 pub const MAX_BLOCKS: usize = 2048;

@@ -88,7 +88,7 @@ fn block_of(kind: u8, seed: u64, length: usize) -> Vec<u8> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(256))]
+    #![proptest_config(ProptestConfig::with_cases(5000))]
 
     #[test]
     fn check_29_every_codec_round_trips_and_never_exceeds_its_input_by_more_than_a_constant(
@@ -153,6 +153,20 @@ proptest! {
         framed.extend_from_slice(&bytes);
         fuzz_decode(&framed);
     }
+}
+
+#[test]
+fn check_29_plain_neighbours_are_one_span_however_they_were_found() {
+    let content: Vec<u8> = (0..64).flat_map(|seed| block_of(5, seed, 512)).collect();
+    let mut other = Other::default();
+    for at in (0..64).step_by(2) {
+        // A version from which the difference is noise.
+        other.versions.insert(at, block_of(5, at + 1000, 512));
+    }
+    let mut encoder = Encoder::default();
+    let parcel = encoder.encode(0, BlockIndex(0), 512, &content, &other);
+    assert_eq!((parcel.tally.plain, parcel.length()), (64, COUNT + SPAN + content.len()));
+    assert_eq!(unpack(&parcel.to_vec(), content.len(), 512, &other), content);
 }
 
 #[test]
