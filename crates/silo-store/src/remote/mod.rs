@@ -23,6 +23,7 @@ use std::{
     ops::Range,
     sync::{
         Arc,
+        atomic::{AtomicU64, Ordering},
         mpsc::{Receiver, RecvTimeoutError, sync_channel},
     },
     time::{Duration, SystemTime},
@@ -58,6 +59,9 @@ impl Limits {
         self.request + Duration::from_secs_f64(bytes as f64 / self.slowest.max(1) as f64)
     }
 }
+
+/// What an object in a listing takes on the way, in bytes.
+const LISTED: u64 = 1 << 10;
 
 /// Outcome of a create-if-absent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -152,20 +156,22 @@ impl Inner {
         Some(parts.fold(first, |name, part| name + "/" + part.as_ref()))
     }
 
-    /// Tries until it succeeds, cannot succeed, or was tried often enough. True with the result:
-    /// an earlier attempt may have taken effect.
+    /// Tries until it succeeds, cannot succeed, or was tried often enough. `bytes`: how many come or
+    /// go. Where only the answer says how many, an attempt notes it there, and if the time was too
+    /// short for so many, the next attempt has more.
     async fn tried<T, F: Future<Output = Result<T, Raw>>>(
         &self,
         operation: &'static str,
         object: &str,
-        bytes: u64,
+        bytes: &AtomicU64,
         mut attempt: impl FnMut() -> F,
     ) -> Result<T, StoreError> {
-        let (limit, mut pause) = (self.limits.attempt(bytes), self.limits.pause);
+        let mut pause = self.limits.pause;
         let mut tried = 0;
         loop {
             tried += 1;
             self.counters.count(operation, tried > 1);
+            let limit = self.limits.attempt(bytes.load(Ordering::Relaxed));
             let failed = match tokio::time::timeout(limit, attempt()).await {
                 Ok(Ok(value)) => return Ok(value),
                 Ok(Err(source)) => {
@@ -200,11 +206,12 @@ impl Inner {
         max: u64,
     ) -> Result<Option<Bytes>> {
         let (path, want) = (self.path(object), range.clone().map(|r| r.end - r.start));
+        let coming = AtomicU64::new(want.unwrap_or(0));
         let read = self
-            .tried("read", object, want.unwrap_or(0), || {
+            .tried("read", object, &coming, || {
                 let options =
                     GetOptions::new().with_range(range.clone().map(object_store::GetRange::from));
-                read_bounded(self.store.as_ref(), &path, options, want.unwrap_or(max))
+                read_bounded(self.store.as_ref(), &path, options, want.unwrap_or(max), &coming)
             })
             .await;
         let bytes = match read {
@@ -228,7 +235,7 @@ impl Inner {
 
     async fn put(&self, object: &str, bytes: Bytes) -> Result<()> {
         let (path, length) = (self.path(object), bytes.len() as u64);
-        self.tried("write", object, length, || {
+        self.tried("write", object, &AtomicU64::new(length), || {
             self.store.put(&path, PutPayload::from(bytes.clone()))
         })
         .await?;
@@ -239,7 +246,7 @@ impl Inner {
     async fn create(&self, object: &str, bytes: Bytes) -> Result<Created> {
         let (path, length) = (self.path(object), bytes.len() as u64);
         let created = self
-            .tried("create", object, length, || {
+            .tried("create", object, &AtomicU64::new(length), || {
                 let options = PutOptions::from(PutMode::Create);
                 self.store.put_opts(&path, PutPayload::from(bytes.clone()), options)
             })
@@ -264,7 +271,8 @@ impl Inner {
 
     async fn delete(&self, object: &str) -> Result<()> {
         let path = self.path(object);
-        match self.tried("delete", object, 0, || self.store.delete(&path)).await {
+        let nothing = AtomicU64::new(0);
+        match self.tried("delete", object, &nothing, || self.store.delete(&path)).await {
             Err(StoreError::Request { source, .. }) if matches!(*source, Raw::NotFound { .. }) => {
                 Ok(())
             }
@@ -276,9 +284,13 @@ impl Inner {
         let path = self.path(prefix);
         // Stores give names in order; the local folder does not.
         let ordered = first.filter(|_| !self.store.to_string().starts_with("LocalFileSystem"));
+        let coming = Arc::new(AtomicU64::new(0));
         let found: Vec<ObjectMeta> = self
-            .tried("list", prefix, 0, || {
-                let stream = self.store.list(Some(&path));
+            .tried("list", prefix, &coming, || {
+                let coming = coming.clone();
+                let stream = self.store.list(Some(&path)).inspect_ok(move |_| {
+                    coming.fetch_add(LISTED, Ordering::Relaxed);
+                });
                 async move {
                     match ordered {
                         Some(count) => stream.take(count).try_collect().await,
@@ -302,18 +314,21 @@ impl Inner {
     }
 }
 
-/// Reads at most `max` bytes; `Err` of the size if there are more.
+/// Reads at most `max` bytes, and notes in `coming` how many there are; `Err` of the size if there are
+/// more.
 async fn read_bounded(
     store: &dyn ObjectStore,
     path: &Path,
     options: GetOptions,
     max: u64,
+    coming: &AtomicU64,
 ) -> Result<Result<Bytes, u64>, Raw> {
     let answer = store.get_opts(path, options).await?;
     let size = answer.range.end.saturating_sub(answer.range.start);
     if size > max {
         return Ok(Err(size));
     }
+    coming.store(size, Ordering::Relaxed);
     if matches!(answer.payload, GetResultPayload::File(..)) {
         return Ok(Ok(answer.bytes().await?));
     }

@@ -11,4 +11,5 @@ mod faults;
 mod keys;
 mod lines;
 mod moto;
+mod slow;
 mod support;
