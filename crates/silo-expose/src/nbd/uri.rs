@@ -82,6 +82,11 @@ impl FromStr for NbdUri {
         let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
         let (authority, export) = rest.split_once('/').unwrap_or((rest, ""));
         let export = decode(export).ok_or_else(|| bad("the export's %-escapes are wrong"))?;
+        if authority.contains('@') {
+            // Not repeated: it may hold a password.
+            let uri = format!("{scheme}://…");
+            return Err(NbdError::Uri { uri, reason: "NBD knows no user and no password" });
+        }
         if unix {
             if !authority.is_empty() {
                 return Err(bad(
@@ -157,6 +162,8 @@ mod tests {
         ] {
             assert!(matches!(bad.parse::<NbdUri>(), Err(NbdError::Uri { .. })), "{bad}");
         }
+        let secret = "nbd://me:hunter2@host/x".parse::<NbdUri>().unwrap_err().to_string();
+        assert!(secret.contains("no password") && !secret.contains("hunter2"), "{secret}");
         let here = "nbd://127.0.0.1:9".parse::<NbdUri>().unwrap();
         assert_eq!(here.resolve().unwrap(), Endpoint::Tcp(([127, 0, 0, 1], 9).into()));
     }
