@@ -47,6 +47,11 @@ impl SharedSync {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// As if a run had failed that nobody waits for: a sync elsewhere that later runs rely on.
+    pub(crate) fn lose(&self, error: &io::Error) {
+        self.state().lost.get_or_insert_with(|| error.to_string());
+    }
+
     /// Returns when a run that began after this call has ended.
     ///
     /// # Errors

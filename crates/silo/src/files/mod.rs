@@ -68,6 +68,12 @@ pub(crate) trait Folder: Send + Sync {
     fn sync(&self) -> io::Result<()>;
 }
 
+/// The folder that a path is in.
+pub(crate) fn folder_of(path: &Path) -> &Path {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    folder.unwrap_or(Path::new("."))
+}
+
 /// The whole content of a file of at most `limit` bytes; `None` if there is no file.
 pub(crate) fn read_whole(
     folder: &dyn Folder,

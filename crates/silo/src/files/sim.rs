@@ -74,6 +74,10 @@ struct Names {
     left: Option<u64>,
     /// Bytes that fit; writes that would need more fail.
     room: Option<u64>,
+    /// Runs at the beginning of the next sync of a file.
+    at_sync: Option<Box<dyn FnOnce() + Send>>,
+    /// The next sync of names fails, and the one after it does not.
+    lose_names: bool,
 }
 
 /// See the [module](self).
@@ -103,6 +107,16 @@ impl SimFolder {
     /// From now on at most so many bytes fit into all files together.
     pub(crate) fn set_room(&self, bytes: Option<u64>) {
         self.names().room = bytes;
+    }
+
+    /// What another thread does while a file is being synced.
+    pub(crate) fn at_next_sync(&self, work: impl FnOnce() + Send + 'static) {
+        self.names().at_sync = Some(Box::new(work));
+    }
+
+    /// The next sync of names fails; later ones say that all is well.
+    pub(crate) fn lose_names(&self) {
+        self.names().lose_names = true;
     }
 
     fn spend(&self) -> io::Result<()> {
@@ -231,6 +245,10 @@ impl Stored for SimFile {
 
     fn sync(&self) -> io::Result<()> {
         if let Some(folder) = self.folder.upgrade() {
+            let work = folder.names().at_sync.take();
+            if let Some(work) = work {
+                work();
+            }
             folder.spend()?;
         }
         let mut content = self.content();
@@ -302,6 +320,9 @@ impl Folder for SimFolder {
     fn sync(&self) -> io::Result<()> {
         self.spend()?;
         let mut names = SimFolder::names(self);
+        if std::mem::take(&mut names.lose_names) {
+            return Err(io::Error::other("the simulated disk lost names"));
+        }
         names.durable = names.now.clone();
         names.pending.clear();
         Ok(())

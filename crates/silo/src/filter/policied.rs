@@ -175,6 +175,8 @@ impl Policied {
             | io::ErrorKind::Interrupted => OnError::Eio,
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => self.policy.full,
             _ if operation == "read" => self.policy.read,
+            // The kernel forgets what a flush could not write: one more would succeed without it.
+            _ if operation == "flush" && self.policy.write == OnError::Pause => OnError::Eio,
             _ => self.policy.write,
         }
     }
@@ -282,6 +284,24 @@ mod tests {
         device.read_at(4096, &mut buf).unwrap();
         assert_eq!(buf, [7; 4096]);
         assert_eq!(device.waiting(), 0);
+    }
+
+    #[test]
+    fn a_flush_that_failed_is_not_tried_again_until_it_succeeds_without_what_was_lost() {
+        let policy = ErrorPolicy { write: OnError::Pause, ..ErrorPolicy::default() };
+        let (faulty, device, told) = rig(policy);
+        let first = std::sync::atomic::AtomicBool::new(true);
+        faulty.set(move |op, _, _| {
+            let fails = op == Op::Flush && first.swap(false, std::sync::atomic::Ordering::SeqCst);
+            fails.then_some(Fault::Error(io::ErrorKind::Other))
+        });
+        thread::scope(|scope| {
+            let flush = scope.spawn(|| device.flush());
+            if told.recv_timeout(Duration::from_millis(200)).is_ok() {
+                device.resume();
+            }
+            assert!(flush.join().unwrap().is_err(), "the caller has to hear of it");
+        });
     }
 
     #[test]

@@ -187,10 +187,9 @@ fn root_of(file: &File, path: &Path, now: SystemTime) -> io::Result<(RootHash, b
 }
 
 fn remember(cache: &Path, cached: &Cached) -> io::Result<()> {
-    let folder = cache.parent().filter(|folder| !folder.as_os_str().is_empty());
     let name =
         cache.file_name().and_then(|name| name.to_str()).ok_or(io::ErrorKind::InvalidInput)?;
-    let folder = crate::files::RealFolder::new(folder.unwrap_or(Path::new(".")));
+    let folder = crate::files::RealFolder::new(crate::files::folder_of(cache));
     let bytes = serde_json::to_vec(cached).expect("plain fields have a JSON form");
     crate::files::replace(&*folder, name, &bytes)
 }

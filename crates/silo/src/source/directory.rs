@@ -222,12 +222,14 @@ impl DirectoryDevice {
 
     fn remove(&self, shard: u64) -> io::Result<()> {
         let path = self.shard_path(shard);
-        plain(&self.open).files.remove(&shard);
         match fs::remove_file(&path) {
             Ok(()) => plain(&self.dirty).names = true,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(SourceError::io("remove shard", &path)(error).into()),
         }
+        // After its name is gone: a reader, which takes no lock, would else open it again, and the
+        // next write would go to a file without a name.
+        plain(&self.open).files.remove(&shard);
         Ok(())
     }
 
@@ -346,7 +348,10 @@ impl BlockDevice for DirectoryDevice {
         check(self.geometry.bytes(), offset, length)?;
         let mut found = Vec::new();
         for (shard, _, length) in parts(self.geometry.block(), offset, length) {
-            let allocation = match self.shard_path(shard).exists() {
+            let path = self.shard_path(shard);
+            // An error is not a hole: who copies by this would leave the shard out.
+            let there = path.try_exists().map_err(SourceError::io("look for shard", &path))?;
+            let allocation = match there {
                 true => Allocation::Data,
                 false => Allocation::Hole,
             };
@@ -379,6 +384,39 @@ mod tests {
             assert!(error.to_string().contains("00000001"), "{error}");
         }
         device.read_at(8192, &mut [0; 100]).unwrap();
+    }
+
+    #[test]
+    fn a_write_after_a_trim_is_in_the_folder_while_others_read_the_same_shard() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = DirectoryDevice::create(dir.path(), 4096, 4096).unwrap();
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    device.read_at(0, &mut [0; 8]).unwrap();
+                }
+            });
+            let lost = (0..3000u32).find(|round| {
+                device.write_at(0, &round.to_le_bytes()).unwrap();
+                device.trim(0, 4096).unwrap();
+                device.write_at(0, &round.to_le_bytes()).unwrap();
+                let found = fs::read(dir.path().join("00000000")).unwrap_or_default();
+                found.get(..4) != Some(&round.to_le_bytes()[..])
+            });
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert_eq!(lost, None, "the write of this round is in no file");
+        });
+    }
+
+    #[test]
+    fn a_shard_that_cannot_be_looked_at_is_an_error_and_no_hole() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = DirectoryDevice::create(dir.path(), 8192, 4096).unwrap();
+        let shard = dir.path().join("00000001");
+        std::os::unix::fs::symlink(&shard, &shard).unwrap();
+        let error = device.extents(0, 8192).unwrap_err();
+        assert!(error.to_string().contains("00000001"), "{error}");
     }
 
     #[test]

@@ -5,7 +5,7 @@
 
 use super::SourceError;
 use crate::{
-    files::{extents_of, is_unsupported, read_cached, try_lock},
+    files::{extents_of, folder_of, is_unsupported, read_cached, try_lock},
     io::{BlockDevice, Extent},
     range::{ZEROS, check, refuse_write},
     shared_sync::{AfterFailure, SharedSync},
@@ -66,6 +66,10 @@ impl FileDevice {
             other => other.map_err(SourceError::io("create", path))?,
         };
         file.set_len(bytes).map_err(SourceError::io("set the size of", path))?;
+        // Its name too: a flush promises that the content is found again.
+        File::open(folder_of(path))
+            .and_then(|folder| folder.sync_all())
+            .map_err(SourceError::io("sync the folder of", path))?;
         Self::with(file, path, FileMode::ReadWrite)
     }
 

@@ -17,6 +17,8 @@
 //! Put a [`WriteCache`](crate::filter::WriteCache) over it to write in batches. Blocks of 256 KiB to
 //! 4 MiB suit stores; a partial write reads the block first.
 
+mod manifest;
+
 use super::SourceError;
 use crate::{
     block::{BlockIndex, BlockRange},
@@ -28,6 +30,7 @@ use crate::{
     store::Objects,
 };
 use bytes::{BufMut, Bytes, BytesMut};
+use manifest::{MANIFEST_BYTES, MAX_BLOCKS, Manifest};
 use std::{
     collections::BTreeSet,
     io,
@@ -40,19 +43,27 @@ use std::{
 };
 use twox_hash::XxHash3_64;
 
-const MANIFEST_MAGIC: &[u8; 8] = b"SILOOBJ\0";
-const VERSION: u32 = 1;
-/// Magic, version, block size, size, nonce, number of entries.
-const MANIFEST_HEAD: usize = 8 + 4 + 4 + 8 + 16 + 8;
-const ENTRY: usize = 12;
+pub(crate) use manifest::fuzz_manifest;
+
 /// Checksum before the bytes of a block.
 const BLOCK_HEAD: usize = 8;
-/// The most blocks: an index of them is written at each flush.
-const MAX_BLOCKS: u64 = 1 << 22;
+/// Largest number of a manifest that is believed: it is the upper half of generations, and one more
+/// has to fit.
+const MAX_MANIFEST: u64 = (1 << 31) - 1;
 /// Blocks that are read or written at once for one access.
 const AT_ONCE: usize = 64;
 /// Longest wait for a flush that another thread runs.
 const FLUSH_LIMIT: Duration = Duration::from_secs(3600);
+
+/// Whose the next manifest is.
+enum Made {
+    /// This commit's.
+    Now,
+    /// An earlier commit's, which failed because the answer was lost: it lists what was then.
+    Before,
+    /// Another writer's.
+    ByAnother,
+}
 
 /// What changes with writes and flushes.
 struct State {
@@ -95,77 +106,6 @@ fn manifest_name(number: u64) -> String {
     format!("manifest/{number:016x}")
 }
 
-/// What a manifest says.
-struct Manifest {
-    geometry: Geometry,
-    generations: Vec<(u32, u64)>,
-}
-
-impl Manifest {
-    fn encode(&self, nonce: &[u8; 16]) -> Bytes {
-        let mut bytes = BytesMut::with_capacity(MANIFEST_HEAD + self.generations.len() * ENTRY + 8);
-        bytes.put_slice(MANIFEST_MAGIC);
-        bytes.put_u32_le(VERSION);
-        bytes.put_u32_le(self.geometry.block() as u32);
-        bytes.put_u64_le(self.geometry.bytes());
-        bytes.put_slice(nonce);
-        bytes.put_u64_le(self.generations.len() as u64);
-        for (block, generation) in &self.generations {
-            bytes.put_u32_le(*block);
-            bytes.put_u64_le(*generation);
-        }
-        let sum = XxHash3_64::oneshot(&bytes);
-        bytes.put_u64_le(sum);
-        bytes.freeze()
-    }
-
-    fn decode(bytes: &[u8], path: &Path) -> Result<Self, SourceError> {
-        let corrupt = |detail: &str| SourceError::Corrupt {
-            path: path.to_owned(),
-            at: 0,
-            detail: detail.to_owned(),
-        };
-        let u64_at = |at: usize| {
-            u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes were sliced"))
-        };
-        let u32_at = |at: usize| {
-            u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes were sliced"))
-        };
-        if bytes.len() < MANIFEST_HEAD + 8 || bytes[..8] != *MANIFEST_MAGIC {
-            return Err(corrupt("this is not the manifest of a device"));
-        }
-        if u32_at(8) != VERSION {
-            let (found, known) = (u32_at(8), VERSION);
-            return Err(SourceError::Version { path: path.to_owned(), found, known });
-        }
-        let body = &bytes[..bytes.len() - 8];
-        if XxHash3_64::oneshot(body) != u64_at(body.len()) {
-            return Err(corrupt("its checksum does not match"));
-        }
-        let geometry = Geometry::new(u64_at(16), u32_at(12))?;
-        let entries = &body[MANIFEST_HEAD..];
-        if geometry.blocks() > MAX_BLOCKS
-            || u64_at(40).checked_mul(ENTRY as u64) != Some(entries.len() as u64)
-        {
-            return Err(corrupt("it is not as long as it says"));
-        }
-        let mut generations = Vec::with_capacity(entries.len() / ENTRY);
-        for at in (MANIFEST_HEAD..body.len()).step_by(ENTRY) {
-            let (block, generation) = (u32_at(at), u64_at(at + 4));
-            if u64::from(block) >= geometry.blocks() || generation == 0 {
-                return Err(corrupt("it lists a block that is not there"));
-            }
-            generations.push((block, generation));
-        }
-        Ok(Self { geometry, generations })
-    }
-}
-
-/// Reads any bytes as a manifest; for a fuzzer.
-pub(crate) fn fuzz_manifest(bytes: &[u8]) {
-    let _ = Manifest::decode(bytes, Path::new("fuzz"));
-}
-
 fn checksum(block: u64, generation: u64, data: &[u8]) -> u64 {
     XxHash3_64::oneshot_with_seed(block ^ generation.rotate_left(32), data)
 }
@@ -204,13 +144,20 @@ impl ObjectDevice {
             let newest = names
                 .last()
                 .and_then(|name| u64::from_str_radix(name.strip_prefix("manifest/")?, 16).ok());
+            if let Some(number) = newest.filter(|number| *number > MAX_MANIFEST) {
+                let detail = format!(
+                    "no device has so many flushes as {number}; remove it if something else put it there"
+                );
+                let path = path.join(manifest_name(number));
+                return Err(SourceError::Corrupt { path, at: 0, detail });
+            }
             let Some(number) = newest else {
                 let detail = "no manifest in it".to_owned();
                 return Err(SourceError::NotA { path, wanted: "a device of objects", detail });
             };
-            let most = MANIFEST_HEAD as u64 + MAX_BLOCKS * ENTRY as u64 + 8;
-            let read =
-                objects.read(&[manifest_name(number)], most).map_err(named("read", &path))?;
+            let read = objects
+                .read(&[manifest_name(number)], MANIFEST_BYTES)
+                .map_err(named("read", &path))?;
             let Some(bytes) = read.into_iter().next().flatten() else { continue };
             let manifest = Manifest::decode(&bytes, &path.join(manifest_name(number)))?;
             if !writable {
@@ -330,7 +277,10 @@ impl ObjectDevice {
             return refuse_write(self.objects.url());
         }
         if self.state().fenced {
-            let text = format!("another writer took {} over", self.objects.url());
+            let text = format!(
+                "another writer took {} over; open it again, which takes it from that one",
+                self.objects.url()
+            );
             return Err(io::Error::new(io::ErrorKind::NotConnected, text));
         }
         Ok(())
@@ -412,6 +362,17 @@ impl ObjectDevice {
         }
     }
 
+    /// Who made the manifest that has the next number.
+    fn who_made(&self, number: u64) -> Result<Made, crate::store::StoreError> {
+        let read = self.objects.read(&[manifest_name(number)], MANIFEST_BYTES)?;
+        let nonce = read
+            .into_iter()
+            .flatten()
+            .next()
+            .and_then(|bytes| Manifest::nonce_of(&bytes).map(|nonce| nonce == self.nonce));
+        Ok(if nonce == Some(true) { Made::Before } else { Made::ByAnother })
+    }
+
     /// Makes a manifest of what is in the index, then removes what it replaced.
     fn commit(&self) -> io::Result<()> {
         self.writable()?;
@@ -431,10 +392,18 @@ impl ObjectDevice {
             .collect();
         let manifest = Manifest { geometry: self.geometry, generations };
         let made = self.objects.create(&manifest_name(number), manifest.encode(&self.nonce));
+        let made = made.and_then(|new| if new { Ok(Made::Now) } else { self.who_made(number) });
         let mut state = self.state();
         match made {
-            Ok(true) => state.manifest = number,
-            Ok(false) => {
+            Ok(Made::Now) => state.manifest = number,
+            Ok(Made::Before) => {
+                state.manifest = number;
+                state.dirty = true;
+                state.garbage.extend(garbage);
+                drop(state);
+                return self.commit();
+            }
+            Ok(Made::ByAnother) => {
                 state.fenced = true;
                 drop(state);
                 return self.writable();

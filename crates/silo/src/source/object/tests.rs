@@ -64,6 +64,39 @@ fn a_lost_or_changed_object_is_an_error_that_names_it_and_never_zeros() {
 }
 
 #[test]
+fn a_commit_whose_answer_was_lost_is_known_again_and_does_not_fence_its_own_writer() {
+    let dir = tempfile::tempdir().unwrap();
+    let device = ObjectDevice::create(objects(dir.path()), 10_000, 4096).unwrap();
+    device.write_at(0, &[1; 4096]).unwrap();
+    // What the store has once a create took effect that the writer gave up.
+    let generations = vec![(0, device.index[0].load(Ordering::Relaxed))];
+    let late = Manifest { geometry: device.geometry, generations };
+    assert!(device.objects.create(&manifest_name(2), late.encode(&device.nonce)).unwrap());
+    device.write_at(0, &[2; 8192]).unwrap();
+    device.flush().unwrap();
+    device.write_at(8192, &[3; 10]).unwrap();
+    device.flush().unwrap();
+    drop(device);
+    let device = ObjectDevice::open(objects(dir.path()), true).unwrap();
+    let mut all = vec![0; 10_000];
+    device.read_at(0, &mut all).unwrap();
+    assert_eq!((all[0], all[8191], all[8192], all[9000]), (2, 2, 3, 0));
+    assert_eq!(files(dir.path(), "blocks").len(), 3, "no leftovers");
+}
+
+#[test]
+fn a_manifest_with_a_number_that_no_device_reaches_is_an_error_that_names_it() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(ObjectDevice::create(objects(dir.path()), 10_000, 4096).unwrap());
+    let manifests = files(dir.path(), "manifest");
+    let huge = dir.path().join("manifest/ffffffffffffffff");
+    fs::copy(&manifests[0], huge).unwrap();
+    let error = ObjectDevice::open(objects(dir.path()), true).unwrap_err();
+    assert!(matches!(error, SourceError::Corrupt { .. }), "{error}");
+    assert!(error.to_string().contains("ffffffffffffffff"), "{error}");
+}
+
+#[test]
 fn a_second_writer_fences_the_first() {
     let dir = tempfile::tempdir().unwrap();
     let first = ObjectDevice::create(objects(dir.path()), 10_000, 4096).unwrap();

@@ -26,10 +26,11 @@ mod tests;
 use super::SourceError;
 use crate::{
     block::{BlockIndex, BlockRange},
-    files::{Folder, RealFolder, Stored},
+    files::{Folder, RealFolder, Stored, folder_of},
     geometry::Geometry,
     io::{Allocation, BlockDevice, Extent},
     locks::{RangeLocks, Who},
+    map::MAX_BLOCKS,
     range::{add_extent, check, parts},
     shared_sync::{AfterFailure, SharedSync},
 };
@@ -92,8 +93,7 @@ fn split(path: &Path) -> Result<(Arc<dyn Folder>, String), SourceError> {
         let detail = "its name is no text".to_owned();
         return Err(SourceError::NotA { path: path.to_owned(), wanted: "a file", detail });
     };
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    Ok((RealFolder::new(folder.unwrap_or(Path::new("."))), name.to_owned()))
+    Ok((RealFolder::new(folder_of(path)), name.to_owned()))
 }
 
 /// One process at a time: the lock is beside the log, because the log is replaced.
@@ -128,6 +128,10 @@ impl SparseDevice {
     ) -> Result<Self, SourceError> {
         let geometry = Geometry::new(bytes, block)?;
         let path = folder.path().join(name);
+        if geometry.blocks() > MAX_BLOCKS {
+            let (wanted, detail) = ("a size for a sparse device", record::TOO_MANY.to_owned());
+            return Err(SourceError::NotA { path, wanted, detail });
+        }
         let instance = getrandom::u64().map_err(|error| {
             SourceError::io("draw random bytes for", &path)(io::Error::other(error.to_string()))
         })?;
@@ -342,16 +346,21 @@ impl SparseDevice {
     }
 
     fn sync_log(&self) -> io::Result<()> {
-        let (end, unmarked) = {
+        let (end, unmarked, generation) = {
             let mut log = self.log();
             self.sync_name(&mut log)?;
-            (log.end, log.unmarked)
+            (log.end, log.unmarked, log.header.generation)
         };
         if !unmarked {
             return Ok(());
         }
         self.file().sync().map_err(SourceError::io("sync", &self.path()))?;
         let mut log = self.log();
+        if log.header.generation != generation {
+            // Written anew meanwhile, durably, with all that was appended before. `end` is a place in
+            // the old log: a mark with it would call durable what was appended to the new one since.
+            return self.sync_name(&mut log);
+        }
         let mark = Record { kind: Kind::Mark, block: end, count: 0 };
         let more = log.end > end;
         // A log without this mark is as good, and longer to open.
@@ -369,7 +378,7 @@ impl SparseDevice {
     pub fn compact(&self) -> io::Result<()> {
         let path = self.path();
         let mut log = self.log();
-        let header = Header { generation: log.header.generation + 1, ..log.header };
+        let header = Header { generation: log.header.generation.wrapping_add(1), ..log.header };
         let fresh_name = format!("{}.new", self.name);
         let fresh =
             self.copy_alive(header, &fresh_name).map_err(SourceError::io("write anew", &path))?;
@@ -382,7 +391,8 @@ impl SparseDevice {
         drop(file);
         let (end, sequence, dead) = (fresh.end, fresh.sequence, RECORD as u64);
         *log = Log { header, end, sequence, dead, unmarked: false, name_unsynced: true };
-        self.sync_name(&mut log)
+        // If it fails, the next sync of the folder may succeed without the new name.
+        self.sync_name(&mut log).inspect_err(|error| self.sync.lose(error))
     }
 
     /// Makes durable which file has the name. Until that is done nothing else is.

@@ -17,7 +17,9 @@
 //! | 32 | 8 | XXH3-64 of the bytes that follow |
 //! | 40 | 8 | XXH3-64 of the 40 bytes before, seeded with instance XOR generation |
 
-use crate::{block::BlockIndex, files::Stored, geometry::Geometry, source::SourceError};
+use crate::{
+    block::BlockIndex, files::Stored, geometry::Geometry, map::MAX_BLOCKS, source::SourceError,
+};
 use std::{io, path::Path};
 use twox_hash::XxHash3_64;
 
@@ -26,6 +28,9 @@ const VERSION: u32 = 1;
 pub(super) const HEADER: usize = 64;
 const RECORD_MAGIC: &[u8; 4] = b"SPRR";
 pub(super) const RECORD: usize = 48;
+
+/// Said of more than [`MAX_BLOCKS`] blocks.
+pub(super) const TOO_MANY: &str = "it has more than 2^28 blocks; take larger ones";
 
 /// What the file header says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,6 +92,10 @@ impl Header {
         }
         let block = u32::from_le_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]);
         let geometry = Geometry::new(u64_at(bytes, 16), block)?;
+        // Before the index is made, which takes 8 bytes of memory for each.
+        if geometry.blocks() > MAX_BLOCKS {
+            return Err(not(TOO_MANY));
+        }
         Ok(Self { geometry, instance: u64_at(bytes, 24), generation: u64_at(bytes, 32) })
     }
 }

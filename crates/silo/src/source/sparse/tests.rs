@@ -82,6 +82,59 @@ fn check_27_damage_before_what_was_flushed_is_an_error_that_says_where() {
 }
 
 #[test]
+fn a_log_that_is_written_anew_during_a_flush_gets_no_mark_of_the_old_one() {
+    let folder = SimFolder::new();
+    let device =
+        Arc::new(SparseDevice::create_in(folder.clone(), "disk", 8192, 512, None).unwrap());
+    for round in 0..40 {
+        device.write_at(0, &[round; 1024]).unwrap();
+    }
+    let other = device.clone();
+    folder.at_next_sync(move || {
+        other.compact().unwrap();
+        other.write_at(2048, &[7; 2048]).unwrap();
+    });
+    device.flush().unwrap();
+    for seed in 0..200 {
+        let after = folder.crash(&mut Random(seed));
+        let device = SparseDevice::open_in(after, "disk", None)
+            .unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        let content = content_of(&device);
+        assert!(content[..1024].iter().all(|byte| *byte == 39), "seed {seed}: what was flushed");
+        for block in content[2048..4096].chunks(512) {
+            assert!(block.iter().all(|byte| *byte == block[0]), "seed {seed}: a torn block");
+        }
+    }
+}
+
+#[test]
+fn a_log_whose_new_name_may_be_lost_is_flushed_no_more() {
+    let folder = SimFolder::new();
+    let device = SparseDevice::create_in(folder.clone(), "disk", 8192, 512, None).unwrap();
+    device.write_at(0, &[1; 512]).unwrap();
+    device.flush().unwrap();
+    folder.lose_names();
+    assert!(device.compact().is_err());
+    device.write_at(0, &[2; 512]).unwrap();
+    let error = device.flush().unwrap_err();
+    assert!(error.to_string().contains("lost names"), "{error}");
+}
+
+#[test]
+fn a_header_that_asks_for_an_index_of_gigabytes_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    let geometry = Geometry::new((MAX_BLOCKS + 1) * 512, 512).unwrap();
+    fs::write(&path, Header { geometry, instance: 1, generation: 1 }.encode()).unwrap();
+    let wrong = |result: Result<SparseDevice, SourceError>| {
+        let error = result.unwrap_err();
+        assert!(matches!(error, SourceError::NotA { .. }), "{error}");
+    };
+    wrong(SparseDevice::open(&path));
+    wrong(SparseDevice::create(&dir.path().join("new"), geometry.bytes(), 512));
+}
+
+#[test]
 fn a_log_has_these_bytes() {
     let geometry = Geometry::new(0x1234, 512).unwrap();
     let header = Header { geometry, instance: 0x11, generation: 2 };
