@@ -1,18 +1,24 @@
 //! The connections of one link while they are in use, and the runs of blocks that wait for them.
-//! The same on both ends.
+//! The same on both ends. What must hold: one link at most is in use; a call for another changes
+//! nothing; each link that was in use is reported as cut once.
 
 use crate::peer::{Hangup, Outgoing};
 use silo_block::{
     block::BlockRange,
     order::Class,
-    session::messages::{BlockHeader, DeviceIndex},
+    session::{
+        LinkId,
+        messages::{BlockHeader, DeviceIndex, SessionId},
+    },
 };
 use std::{
     collections::VecDeque,
+    io,
     sync::{
-        Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 /// Locks; whatever a panic left behind a lock of this crate is whole (counters, queues, machines
@@ -124,22 +130,187 @@ impl Work {
     }
 }
 
-/// The link in use, as the driver's thread has it.
+/// One link: what is said on it, what waits to be sent, and how it is ended.
 pub(crate) struct Lane {
-    pub(crate) id: silo_block::session::LinkId,
-    pub(crate) control: Outgoing,
-    pub(crate) hangup: Hangup,
-    pub(crate) work: std::sync::Arc<Work>,
+    id: LinkId,
+    control: Outgoing,
+    hangup: Hangup,
+    work: Arc<Work>,
     /// Of `control.sent()`, what was counted already.
-    pub(crate) counted: u64,
+    counted: u64,
 }
 
 impl Lane {
+    pub(crate) fn new(id: LinkId, control: Outgoing, hangup: Hangup, work: Arc<Work>) -> Self {
+        Self { id, control, hangup, work, counted: 0 }
+    }
+
+    /// Says what was gathered; nothing more is said afterwards.
+    fn say_goodbye(&mut self) {
+        // If it does not arrive the other end finds out by itself.
+        let _ = self.control.flush();
+        let _ = self.control.inner().finish();
+    }
+
     /// Ends it, now.
-    pub(crate) fn close(&self) {
+    fn close(&self) {
         self.hangup.hang_up();
         self.work.close();
     }
+}
+
+/// What happens to the words that have not left when a link is hung up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LastWords {
+    /// They are said: why a source is refused should arrive.
+    Said,
+    /// They are dropped: the next handshake makes up for them.
+    Dropped,
+}
+
+/// The link in use, if there is one, and whether the session is over. A call that finds the link
+/// cut says so: its caller tells the machine, with no lock held.
+pub(crate) struct Lanes {
+    session: SessionId,
+    last_words: LastWords,
+    lane: Mutex<Option<Lane>>,
+    /// There is no link any more, or the session is over.
+    gone: Condvar,
+    over: AtomicBool,
+    trouble: Mutex<Option<String>>,
+    pub(crate) wire: WireCount,
+}
+
+impl Lanes {
+    pub(crate) fn new(session: SessionId, last_words: LastWords) -> Self {
+        Self {
+            session,
+            last_words,
+            lane: Mutex::new(None),
+            gone: Condvar::new(),
+            over: AtomicBool::new(false),
+            trouble: Mutex::new(None),
+            wire: WireCount::default(),
+        }
+    }
+
+    /// Puts a link to use; an older one is given up. False if the session is over.
+    pub(crate) fn put(&self, lane: Lane) -> bool {
+        let hangup = lane.hangup.clone();
+        if let Some(old) = lock(&self.lane).replace(lane) {
+            old.close();
+        }
+        // Whoever ends the session looks for a link after it is over.
+        let over = self.is_over();
+        if over {
+            hangup.hang_up();
+        }
+        !over
+    }
+
+    /// Has a run sent, if the link is in use still.
+    pub(crate) fn push(&self, link: LinkId, track: Track, header: BlockHeader) {
+        if let Some(lane) = lock(&self.lane).as_ref().filter(|lane| lane.id == link) {
+            lane.work.push(track, header);
+        }
+    }
+
+    /// Gathers a message for the control connection. True if the link was cut by that.
+    pub(crate) fn send(
+        &self,
+        link: LinkId,
+        write: impl FnOnce(&mut Outgoing) -> io::Result<()>,
+    ) -> bool {
+        let mut lane = lock(&self.lane);
+        let Some(current) = lane.as_mut().filter(|lane| lane.id == link) else { return false };
+        let result = write(&mut current.control);
+        drop(lane);
+        result.is_err_and(|error| self.hang_up(link, Some(control_trouble(&error))))
+    }
+
+    /// Sends what was gathered on the control connection. Gives the link if it was cut by that.
+    pub(crate) fn flush(&self) -> Option<LinkId> {
+        let mut lane = lock(&self.lane);
+        let current = lane.as_mut()?;
+        let (id, result) = (current.id, current.control.flush());
+        let sent = current.control.sent();
+        self.wire.control_sent.fetch_add(sent - current.counted, Ordering::Relaxed);
+        current.counted = sent;
+        drop(lane);
+        let error = result.err()?;
+        self.hang_up(id, Some(control_trouble(&error))).then_some(id)
+    }
+
+    /// Ends a link. True if it was in use.
+    pub(crate) fn hang_up(&self, link: LinkId, trouble: Option<String>) -> bool {
+        let mut lane = lock(&self.lane);
+        let Some(mut current) = lane.take_if(|lane| lane.id == link) else { return false };
+        if self.last_words == LastWords::Said {
+            current.say_goodbye();
+        }
+        current.close();
+        drop(lane);
+        if let Some(trouble) = trouble {
+            tracing::info!(session = %self.session, trouble, "a link was cut");
+            self.note_trouble(trouble);
+        }
+        self.gone.notify_all();
+        true
+    }
+
+    /// The session is over; the link stays until [`Lanes::end`].
+    pub(crate) fn set_over(&self) {
+        self.over.store(true, Ordering::Release);
+        // Whoever has looked at it and is about to wait has this lock.
+        drop(lock(&self.lane));
+        self.gone.notify_all();
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+    }
+
+    /// Ends the link of a session that is over: what was said last ("released", "abort") should
+    /// arrive, and the other end has a second to hang up.
+    pub(crate) fn end(&self) {
+        let Some(mut lane) = lock(&self.lane).take() else { return };
+        lane.say_goodbye();
+        lane.work.close();
+        let deadline = Instant::now() + Duration::from_secs(1);
+        while !lane.hangup.is_done() && Instant::now() < deadline {
+            std::thread::park_timeout(Duration::from_millis(1));
+        }
+        lane.close();
+    }
+
+    /// Waits until there is no link; false if the session is over.
+    pub(crate) fn wait_for_none(&self) -> bool {
+        let lane = lock(&self.lane);
+        let linked = |lane: &mut Option<Lane>| lane.is_some() && !self.is_over();
+        drop(self.gone.wait_while(lane, linked).unwrap_or_else(PoisonError::into_inner));
+        !self.is_over()
+    }
+
+    /// Waits for so long, or until the session is over.
+    pub(crate) fn rest(&self, pause: Duration) {
+        let lane = lock(&self.lane);
+        let goes_on = |_: &mut Option<Lane>| !self.is_over();
+        let waited = self.gone.wait_timeout_while(lane, pause, goes_on);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    pub(crate) fn note_trouble(&self, trouble: String) {
+        *lock(&self.trouble) = Some(trouble);
+    }
+
+    /// The last trouble with a connection.
+    pub(crate) fn trouble(&self) -> Option<String> {
+        lock(&self.trouble).clone()
+    }
+}
+
+fn control_trouble(error: &io::Error) -> String {
+    format!("the control connection: {error}")
 }
 
 /// Bytes of frames, counted by all threads of an end.

@@ -3,7 +3,8 @@
 //! A note is small next to its device (runs of blocks of one epoch), and replaces the one before as
 //! a whole. What must hold: after [`Ledger::save`] returned, [`Ledger::load`] gives that note or a
 //! later one, whatever was torn; a note never says that a block is here that was not made durable
-//! before.
+//! before; nobody's note makes this host the owner again once authority leaves, but that of the
+//! session by which it leaves ([`Standing::may_follow`]).
 
 use crate::wire::{Put, Take, WireError};
 use silo_block::{
@@ -15,8 +16,9 @@ use silo_block::{
     session::messages::{MAX_DEVICES, MAX_TERMS, SessionId, Term},
 };
 use std::{
+    fmt,
     fs::{self, File},
-    io::{self, Write},
+    io::{self, Read, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::Mutex,
@@ -25,6 +27,8 @@ use twox_hash::XxHash3_64;
 
 const MAGIC: [u8; 8] = *b"silonote";
 const VERSION: u32 = 1;
+/// Bytes of a note that are enough to know where its host stands.
+const START: u64 = 64;
 
 /// Where this host stands towards a group of devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,6 +62,45 @@ pub enum Standing {
     },
 }
 
+impl Standing {
+    /// Whether a note that says this may replace one that says `before`. Once authority leaves,
+    /// only the session by which it leaves can say that it came back, or is gone for good; devices
+    /// that left come back by a new session, whose first note is [`Standing::Receiving`]. A session
+    /// by which they came once, and that goes on saying so, would make two owners of one.
+    #[must_use]
+    pub fn may_follow(&self, before: &Self) -> bool {
+        use Standing::{Away, Here, Leaving, Owner, Receiving};
+        match (before, self) {
+            (
+                Leaving { session: before, .. },
+                Leaving { session: now, .. } | Away { session: now },
+            )
+            | (Away { session: before }, Away { session: now })
+            | (
+                Receiving { session: before } | Owner { session: before, .. },
+                Owner { session: now, .. },
+            ) => before == now,
+            // Of the last: authority is noted to leave before it has left.
+            (Leaving { .. }, Owner { .. })
+            | (Away { .. }, Here | Owner { .. } | Leaving { .. })
+            | (Here | Receiving { .. } | Owner { .. }, Away { .. }) => false,
+            _ => true,
+        }
+    }
+}
+
+impl fmt::Display for Standing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Here => write!(f, "the devices are here"),
+            Self::Receiving { session } => write!(f, "the devices are coming by session {session}"),
+            Self::Owner { session, .. } => write!(f, "the devices came by session {session}"),
+            Self::Leaving { session, .. } => write!(f, "the devices leave by session {session}"),
+            Self::Away { session } => write!(f, "the devices left by session {session}"),
+        }
+    }
+}
+
 /// A device in a note.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceNote {
@@ -83,7 +126,8 @@ pub trait Ledger: Send + Sync {
     /// Replaces the note. Durable when this returns.
     ///
     /// # Errors
-    /// If it could not be made durable; then the old note or the new one is there.
+    /// If it could not be made durable; then the old note or the new one is there. If it may not
+    /// follow the old one ([`Standing::may_follow`]); then that is there.
     fn save(&self, note: &Note) -> io::Result<()>;
 
     /// The note, if there is one.
@@ -156,26 +200,31 @@ impl Note {
             return Err(WireError::Damaged);
         }
         let mut take = Take(body);
-        if take.raw(MAGIC.len())? != MAGIC {
-            return Err(invalid("a file that is no note"));
-        }
-        let version = take.u32()?;
-        if version != VERSION {
-            let text = format!("a note of version {version}, this is version {VERSION}");
-            return Err(WireError::Invalid(text));
-        }
-        let standing = match take.u8()? {
-            0 => Standing::Here,
-            1 => Standing::Receiving { session: SessionId(take.id()?) },
-            2 => Standing::Owner { session: SessionId(take.id()?), attempt: take.u32()? },
-            3 => Standing::Leaving { session: SessionId(take.id()?), attempt: take.u32()? },
-            4 => Standing::Away { session: SessionId(take.id()?) },
-            other => return Err(WireError::Invalid(format!("standing {other}"))),
-        };
+        let standing = take_standing(&mut take)?;
         let devices = take.list(MAX_DEVICES, 29, take_device)?;
         take.end()?;
         Ok(Self { standing, devices })
     }
+}
+
+/// The beginning of a note, up to what it says of the group as a whole.
+fn take_standing(take: &mut Take<'_>) -> Result<Standing, WireError> {
+    if take.raw(MAGIC.len())? != MAGIC {
+        return Err(WireError::Invalid("a file that is no note".to_owned()));
+    }
+    let version = take.u32()?;
+    if version != VERSION {
+        let text = format!("a note of version {version}, this is version {VERSION}");
+        return Err(WireError::Invalid(text));
+    }
+    Ok(match take.u8()? {
+        0 => Standing::Here,
+        1 => Standing::Receiving { session: SessionId(take.id()?) },
+        2 => Standing::Owner { session: SessionId(take.id()?), attempt: take.u32()? },
+        3 => Standing::Leaving { session: SessionId(take.id()?), attempt: take.u32()? },
+        4 => Standing::Away { session: SessionId(take.id()?) },
+        other => return Err(WireError::Invalid(format!("standing {other}"))),
+    })
 }
 
 fn put_device(put: &mut Put, device: &DeviceNote) {
@@ -255,6 +304,23 @@ impl FileLedger {
         Self { path, saving: Mutex::new(()) }
     }
 
+    /// What the file says now, without the devices: whoever wrote it may have used another
+    /// [`FileLedger`] for it.
+    fn standing(&self) -> io::Result<Option<Standing>> {
+        let mut start = Vec::with_capacity(START as usize);
+        match File::open(&self.path) {
+            Ok(file) => file.take(START).read_to_end(&mut start)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        take_standing(&mut Take(&start)).map(Some).map_err(|error| self.unreadable(&error))
+    }
+
+    fn unreadable(&self, error: &WireError) -> io::Error {
+        let text = format!("the note {} cannot be read: {error}", self.path.display());
+        io::Error::new(io::ErrorKind::InvalidData, text)
+    }
+
     fn folder(&self) -> &Path {
         self.path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
     }
@@ -263,6 +329,17 @@ impl FileLedger {
 impl Ledger for FileLedger {
     fn save(&self, note: &Note) -> io::Result<()> {
         let _one = crate::lane::lock(&self.saving);
+        if let Some(before) = self.standing()?
+            && !note.standing.may_follow(&before)
+        {
+            let text = format!(
+                "the note {} says that {before}, and stays: \"{}\" is of a session that is over, or \
+                 shares this file; give each session a note of its own",
+                self.path.display(),
+                note.standing
+            );
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+        }
         let fresh = self.path.with_extension("new");
         let mut options = fs::OpenOptions::new();
         let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
@@ -278,11 +355,7 @@ impl Ledger for FileLedger {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
-        let note = Note::decode(&bytes).map_err(|error| {
-            let text = format!("the note {} cannot be read: {error}", self.path.display());
-            io::Error::new(io::ErrorKind::InvalidData, text)
-        })?;
-        Ok(Some(note))
+        Note::decode(&bytes).map(Some).map_err(|error| self.unreadable(&error))
     }
 }
 
@@ -322,6 +395,40 @@ mod tests {
         fs::write(&ledger.path, &bytes).unwrap();
         fs::write(ledger.path.with_extension("new"), &bytes[..20]).unwrap();
         assert_eq!(ledger.load().unwrap(), Some(note()));
+    }
+
+    #[test]
+    fn a_note_that_devices_leave_is_not_replaced_by_one_of_a_session_that_brought_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("note");
+        let (came, goes, back) = (SessionId([1; 16]), SessionId([2; 16]), SessionId([3; 16]));
+        // Two sessions, each with its own way to the file.
+        let ledgers = [FileLedger::new(path.clone()), FileLedger::new(path)];
+        let save = |by: usize, standing: Standing| {
+            let result = ledgers[by].save(&Note { standing: standing.clone(), ..note() });
+            let now = ledgers[0].load().unwrap().unwrap().standing;
+            assert_eq!(result.is_ok(), now == standing, "{now}");
+            result.map_err(|error| error.to_string())
+        };
+        save(0, Standing::Receiving { session: came }).unwrap();
+        save(0, Standing::Owner { session: came, attempt: 1 }).unwrap();
+        save(1, Standing::Away { session: goes }).unwrap_err();
+        save(1, Standing::Leaving { session: goes, attempt: 1 }).unwrap();
+        let error = save(0, Standing::Owner { session: came, attempt: 1 }).unwrap_err();
+        assert!(error.contains(&goes.to_string()) && error.contains("of its own"), "{error}");
+        save(0, Standing::Leaving { session: back, attempt: 1 }).unwrap_err();
+        save(0, Standing::Away { session: came }).unwrap_err();
+        save(1, Standing::Here).unwrap();
+        save(1, Standing::Leaving { session: goes, attempt: 2 }).unwrap();
+        save(1, Standing::Away { session: goes }).unwrap();
+        save(0, Standing::Owner { session: came, attempt: 1 }).unwrap_err();
+        save(0, Standing::Here).unwrap_err();
+        // They come back.
+        save(0, Standing::Owner { session: back, attempt: 1 }).unwrap_err();
+        save(0, Standing::Receiving { session: back }).unwrap();
+        save(1, Standing::Away { session: goes }).unwrap_err();
+        save(0, Standing::Owner { session: came, attempt: 1 }).unwrap_err();
+        save(0, Standing::Owner { session: back, attempt: 1 }).unwrap();
     }
 
     #[test]

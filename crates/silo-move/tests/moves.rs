@@ -672,6 +672,59 @@ fn check_36_devices_of_a_group_share_the_line_by_what_is_left_and_change_hands_a
 }
 
 #[test]
+fn of_two_moves_of_one_volume_only_one_gives_it_away() {
+    let device = filled(4 << 20, 3);
+    let volume = owned("disk", device.clone(), 4096);
+    let receivers: Vec<_> = (0..2)
+        .map(|_| Receiver::new(vec![empty("disk", Arc::new(Memory::new(4 << 20)), 4096)], quick()))
+        .collect();
+    let servers: Vec<_> = receivers.iter().map(serve).collect();
+    let policy = Policy { hold: true, ..Policy::default() };
+    let mut outbounds: Vec<_> = servers
+        .iter()
+        .map(|server| {
+            let config = Config { policy, patience: patience(20_000), ..Config::default() };
+            start(
+                std::slice::from_ref(&volume),
+                server.address(),
+                &Arc::default(),
+                source_options(config),
+            )
+        })
+        .collect();
+    outbounds.iter().for_each(|outbound| until("both copies", || outbound.progress().rounds > 1));
+    let (second, first) = (outbounds.pop().unwrap(), outbounds.pop().unwrap());
+    first.switch();
+    first.wait().unwrap();
+    second.switch();
+    let error = second.wait().unwrap_err();
+    assert!(!error.owned, "{error}");
+    assert!(error.to_string().contains("given away by another session"), "{error}");
+    assert!(!receivers[1].host.seen().iter().any(|seen| matches!(seen, Seen::Run(..))));
+    same(&*device, &*receivers[0].volumes.lock().unwrap()[0]);
+}
+
+#[test]
+fn a_peer_that_was_turned_away_and_goes_on_talking_is_cut_off() {
+    let receiver = Receiver::new(Vec::new(), quick());
+    let server = serve(&receiver);
+    let mut link = dial(server.address()).link(SessionId([9; 16]), 1).unwrap();
+    let begin = Instant::now();
+    // It does not even greet.
+    while begin.elapsed() < WAIT / 2 {
+        let said = silo_move::wire::write_to_destination(
+            &mut link.control.outgoing,
+            &silo_block::session::messages::ToDestination::Alive,
+        );
+        if said.and_then(|()| link.control.outgoing.flush()).is_err() {
+            return;
+        }
+        thread::park_timeout(Duration::from_millis(20));
+    }
+    panic!("still listened to after {:?}", begin.elapsed());
+}
+
+#[test]
 fn check_38_a_chain_through_a_host_that_is_still_filling_is_right() {
     let mut first = early(8 * MIB, quick(), 30_000);
     let bottom = Arc::new(Memory::new(8 * MIB));

@@ -16,6 +16,7 @@ use silo_move::{
     Content, Inbound, Volume, destination,
     ledger::{FileLedger, Ledger, Note, Standing},
     peer::{Dial, Limits},
+    report::Phase,
 };
 use std::{
     io,
@@ -150,10 +151,10 @@ fn what_was_flushed_at_the_destination_before_its_block_came_survives_a_restart(
     // One byte a second: almost nothing comes by itself.
     let limits = Limits { bandwidth: Some(1), ..limits() };
     let peer = identity::HostName::new("b").unwrap();
-    let dial = Dial::new(server.address(), peer, identity::Security::Plaintext, limits);
+    let slow = Dial::new(server.address(), peer, identity::Security::Plaintext, limits);
     let outbound = silo_move::Outbound::start(
         vec![owned("disk", device, 4096)],
-        dial,
+        slow,
         Arc::new(Host::default()),
         source_options(Config::default()),
     )
@@ -163,6 +164,15 @@ fn what_was_flushed_at_the_destination_before_its_block_came_survives_a_restart(
     let last = SIZE / 4096 - 1;
     let data = vec![7; 4096];
     there.write_at(last * 4096, &data).unwrap();
+    // The note of a session is no other's for as long as that goes on.
+    let mut away = source_options(Config::default());
+    away.ledger = Some(Arc::new(FileLedger::new(dir.path().join("note"))));
+    let to = dial("127.0.0.1:1".parse().unwrap());
+    let onward =
+        silo_move::Outbound::start(vec![there.clone()], to, Arc::new(Host::default()), away);
+    let error = onward.err().expect("two sessions with one note").to_string();
+    assert!(error.contains("a note of its own"), "{error}");
+    assert!(matches!(noted(dir.path()).standing, Standing::Owner { .. }));
     let waits = |note: &Note| absent(note).iter().any(|range| range.end() > last);
     assert!(waits(&noted(dir.path())), "not flushed yet");
     there.flush().unwrap();
@@ -202,6 +212,52 @@ fn a_note_that_fails_is_made_again_and_the_source_stays_until_it_is_there() {
     assert!(matches!(trouble, Seen::Trouble(text) if text.contains("cannot be made durable")));
     receiver.session(1).wait().unwrap();
     same(&*device, &*there);
+}
+
+#[test]
+fn a_note_that_fails_while_the_token_comes_costs_nothing_once_the_next_is_made() {
+    /// Fails its first note, when the token has come.
+    struct Late {
+        inner: FileLedger,
+        session: Mutex<Option<Arc<Inbound>>>,
+        failed: AtomicBool,
+    }
+    impl Ledger for Late {
+        fn save(&self, note: &Note) -> io::Result<()> {
+            if self.failed.swap(true, Ordering::SeqCst) {
+                return self.inner.save(note);
+            }
+            common::until("the token", || {
+                let session = self.session.lock().unwrap();
+                session.as_ref().is_some_and(|s| s.progress().phase >= Phase::Switching)
+            });
+            Err(io::ErrorKind::StorageFull.into())
+        }
+        fn load(&self) -> io::Result<Option<Note>> {
+            self.inner.load()
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let inner = FileLedger::new(dir.path().join("note"));
+    let late = Late { inner, session: Mutex::default(), failed: AtomicBool::new(false) };
+    let ledger = Arc::new(late);
+    let device = noise(4);
+    let there = empty("disk", Arc::new(Memory::new(SIZE)), 4096);
+    let mut options = options(ledger.clone());
+    options.session.patience = patience(30_000);
+    let receiver = Receiver::new(vec![there.clone()], options);
+    let server = serve(&receiver);
+    let config = Config { patience: patience(30_000), ..Config::default() };
+    let volume = owned("disk", device.clone(), 4096);
+    let outbound = start(&[volume], server.address(), &Arc::default(), source_options(config));
+    outbound.switch();
+    *ledger.session.lock().unwrap() = Some(receiver.session(1));
+    common::until("everything", || outbound.is_over());
+    outbound.wait().unwrap();
+    receiver.session(1).wait().unwrap();
+    same(&*device, &*there);
+    let trouble = receiver.host.seen();
+    assert!(!trouble.iter().any(|seen| matches!(seen, Seen::Trouble(_))), "{trouble:?}");
 }
 
 #[test]

@@ -78,9 +78,11 @@ impl Customs {
         }
     }
 
-    /// One came. True if it is to be handed up; false if it was before, or is not its turn.
+    /// One came. True if it is to be handed up; false if it was before, is not its turn, or comes
+    /// from a peer that does not wait for answers: what waits here is bounded.
     pub(super) fn take(&mut self, serial: u32) -> bool {
-        let turn = serial == self.taken + 1;
+        let room = self.taken - self.handled < OUTBOX as u32;
+        let turn = room && self.taken.checked_add(1) == Some(serial);
         self.taken += u32::from(turn);
         turn
     }
@@ -93,5 +95,21 @@ impl Customs {
     /// Whether one that came was handled before, so that the answer got lost.
     pub(super) fn is_handled(&self, serial: u32) -> bool {
         serial <= self.handled
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_that_does_not_wait_for_answers_has_no_more_handed_up_than_one_that_does() {
+        let mut customs = Customs::default();
+        let taken =
+            |customs: &mut Customs| (1..5000).filter(|serial| customs.take(*serial)).count();
+        assert_eq!(taken(&mut customs), OUTBOX);
+        customs.handled(3);
+        assert_eq!(taken(&mut customs), 3, "as many as were handled");
+        assert!(customs.is_handled(3) && !customs.is_handled(4));
     }
 }

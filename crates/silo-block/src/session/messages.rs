@@ -180,6 +180,18 @@ pub enum ToDestination {
     Alive,
 }
 
+/// What became of the token, as its receiver says after a cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Token {
+    /// It has not come.
+    Awaited,
+    /// That of this try has come. Whether this side runs by it is not certain yet: it may refuse,
+    /// or die before it has noted that it owns the devices.
+    Taken(u32),
+    /// It runs, by this try.
+    Runs(u32),
+}
+
 /// What is said from destination to source on the control connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ToSource {
@@ -201,8 +213,8 @@ pub enum ToSource {
     Have {
         /// In the order of the group; `missing` adds to [`ToSource::Missing`].
         devices: Vec<Held>,
-        /// The try whose token was received, if one was.
-        running: Option<u32>,
+        /// What became of the token.
+        token: Token,
     },
     /// A dirty list is applied: no read of its blocks returns what was there before.
     Applied {

@@ -44,6 +44,8 @@ struct Pair {
     slot: u64,
     paused: bool,
     runs_there: bool,
+    /// The destination's host does not answer when it is to run.
+    starts_slowly: bool,
     sent: Vec<BlockHeader>,
     needs: Vec<(BlockRange, Class)>,
     /// Control messages to the destination are kept instead of delivered.
@@ -85,6 +87,7 @@ fn between(here: Replica, content: Vec<u64>, there: Replica, other: Vec<u64>, id
         slot: 0,
         paused: false,
         runs_there: false,
+        starts_slowly: false,
         sent: Vec::new(),
         needs: Vec::new(),
         held: None,
@@ -225,6 +228,7 @@ impl Pair {
                 }
                 self.destination.handle(self.now, Event::Stored { slot, result: Ok(()) });
             }
+            Action::Run { .. } if self.starts_slowly => {}
             Action::Run { .. } => {
                 assert!(self.paused && !self.runs_there, "two sides run");
                 self.runs_there = true;
@@ -488,6 +492,42 @@ fn check_21_a_refused_token_gives_the_source_its_authority_back() {
 }
 
 #[test]
+fn check_21_a_cut_while_the_destination_starts_gives_nothing_up_before_it_runs() {
+    for refuses in [true, false] {
+        let mut pair = pair(8);
+        pair.data.clear();
+        pair.starts_slowly = true;
+        pair.switch();
+        assert_eq!(*pair.destination.phase(), destination::Phase::Starting);
+        pair.cut();
+        pair.connect();
+        assert_eq!(*pair.source.phase(), source::Phase::Switched, "it may still refuse");
+        assert!(!pair.given.contains(&source::Action::HandedOver));
+        // What it needs in order to run comes all the same.
+        assert!(!pair.read(5, 1));
+        pair.deliver_all();
+        assert!(pair.read(5, 2));
+        let answer = if refuses {
+            destination::Event::CannotRun(Reason::Cancelled("no room".into()))
+        } else {
+            destination::Event::Ran
+        };
+        pair.destination.handle(pair.now, answer);
+        pair.settle();
+        assert_eq!(pair.paused, !refuses);
+        assert_eq!(pair.given.contains(&source::Action::HandedOver), !refuses);
+        assert_eq!(matches!(pair.source.phase(), source::Phase::Failed(_)), refuses);
+        // Whoever has run cannot refuse any more, whatever he says.
+        let refused =
+            ToSource::Refused { attempt: 1, reason: Reason::Cancelled("after all".into()) };
+        let event = source::Event::Received(LinkId(pair.link), refused);
+        pair.source.handle(pair.now, event);
+        pair.settle();
+        assert_eq!(pair.paused, !refuses);
+    }
+}
+
+#[test]
 fn check_18_a_destination_that_dies_before_the_token_leaves_the_source_running() {
     let mut pair = pair(8);
     pair.cut();
@@ -559,7 +599,7 @@ fn check_38_a_destination_that_still_fills_passes_on_what_comes() {
     let mut onward = Source::new(config, SessionId([4; 16]), 1, devices, first.now);
     let link = LinkId(50);
     let held = |clock| Held { clock, missing: Vec::new() };
-    let have = ToSource::Have { devices: vec![held(Epoch::BASE)], running: None };
+    let have = ToSource::Have { devices: vec![held(Epoch::BASE)], token: Token::Awaited };
     onward.handle(first.now, source::Event::Connected(link));
     onward.handle(first.now, source::Event::Received(link, have));
     let (mut sent, mut pulled) = (0, 0);

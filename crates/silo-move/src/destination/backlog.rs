@@ -59,6 +59,12 @@ impl Backlog {
         !self.served.swap(true, Ordering::AcqRel)
     }
 
+    /// There is no thread for it: runs are stored as they come, and the next slow one asks again.
+    pub(super) fn give_up(&self) {
+        self.slow.store(false, Ordering::Release);
+        self.served.store(false, Ordering::Release);
+    }
+
     /// A run that had waited was stored in so long: the device may be fast again.
     pub(super) fn recovered(&self, time: Duration) {
         if time < SLOW / 10 && lock(&self.state).runs.is_empty() {

@@ -137,9 +137,8 @@ impl Shared {
     fn noted(&self, count: usize, error: Option<&io::Error>) {
         let mut core = lock(&self.core);
         core.notes = core.notes.saturating_sub(count);
-        if let Some(error) = error {
-            core.note_failed = Some(format!("what is here cannot be noted: {error}"));
-        }
+        // A note says all that those before it would have said.
+        core.note_failed = error.map(|error| format!("what is here cannot be noted: {error}"));
         drop(core);
         self.noted.notify_all();
     }

@@ -24,8 +24,9 @@ pub use server::{Accepted, Offer, Reception, Server};
 
 use crate::{
     assist::{Assist, Counts, Fetch, Lookup, Policy},
+    clock::Clock,
     codec::Naming,
-    lane::{Lane, WireCount, lock},
+    lane::{Lanes, LastWords, lock},
     ledger::Ledger,
     peer::Link,
     report::{End, MoveError, Phase, Progress, Rate, Timings, WireBytes},
@@ -46,7 +47,7 @@ use silo_block::{
             Action, Config, Counters, Destination, DestinationDevice, Event, Phase as Step,
             WaiterId,
         },
-        messages::{DeviceIndex, Held, Reason, SessionId, ToSource, VERSION},
+        messages::{DeviceIndex, Held, Reason, SessionId, ToSource, Token, VERSION},
     },
 };
 use std::{
@@ -54,7 +55,7 @@ use std::{
     io,
     sync::{
         Arc, Condvar, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
         mpsc,
     },
     thread::{Builder, JoinHandle},
@@ -137,14 +138,8 @@ struct Core {
     pending: VecDeque<Action>,
     /// Notes that have to be durable before anything more is stored.
     notes: usize,
-    /// Why a note could not be made: nothing more is stored.
+    /// Why the last note could not be made: nothing is stored before one can.
     note_failed: Option<String>,
-}
-
-struct Clockwork {
-    phase: Phase,
-    since: Duration,
-    timings: Timings,
 }
 
 pub(crate) struct Shared {
@@ -153,28 +148,24 @@ pub(crate) struct Shared {
     changed: Condvar,
     /// A note was made.
     noted: Condvar,
-    began: Instant,
+    clock: Clock,
     /// In the order of the group.
     volumes: Vec<Arc<Volume>>,
     host: Arc<dyn DestinationHost>,
     options: Options,
-    lane: Mutex<Option<Lane>>,
+    lanes: Lanes,
     slots: AtomicU64,
     waiters: Mutex<HashMap<WaiterId, Arc<Parker>>>,
     next_waiter: AtomicU64,
     fetches: Fetches,
     backlogs: Vec<Backlog>,
     assist: Mutex<Option<Assist>>,
-    clockwork: Mutex<Clockwork>,
     peer: Mutex<String>,
-    trouble: Mutex<Option<String>>,
-    wire: WireCount,
     waits: Waits,
     stored: AtomicU64,
     rate: Mutex<Rate>,
     attempt: AtomicU64,
     notes: chores::Notes,
-    over: AtomicBool,
 }
 
 /// A move under way, at its destination.
@@ -226,10 +217,9 @@ impl Inbound {
         options: Options,
         start: &Start,
     ) -> io::Result<Self> {
-        let clockwork = Clockwork {
-            phase: Phase::Connecting,
-            since: Duration::ZERO,
-            timings: Timings::default(),
+        let phase = match start {
+            Start::New => Phase::Connecting,
+            Start::Running(_) => Phase::Following,
         };
         let shared = Arc::new(Shared {
             session,
@@ -241,27 +231,23 @@ impl Inbound {
             }),
             changed: Condvar::new(),
             noted: Condvar::new(),
-            began: Instant::now(),
+            clock: Clock::new(session, Instant::now(), phase),
             backlogs: volumes.iter().map(|_| Backlog::default()).collect(),
             volumes,
             host,
             options,
-            lane: Mutex::new(None),
+            lanes: Lanes::new(session, LastWords::Said),
             slots: AtomicU64::new(1),
             waiters: Mutex::default(),
             next_waiter: AtomicU64::new(1),
             fetches: Fetches::default(),
             assist: Mutex::new(None),
-            clockwork: Mutex::new(clockwork),
             peer: Mutex::new("a peer that has not connected".to_owned()),
-            trouble: Mutex::new(None),
-            wire: WireCount::default(),
             waits: Waits::default(),
             stored: AtomicU64::new(0),
             rate: Mutex::default(),
             attempt: AtomicU64::new(0),
             notes: chores::Notes::default(),
-            over: AtomicBool::new(false),
         });
         let mut devices = Vec::with_capacity(shared.volumes.len());
         for (at, volume) in shared.volumes.iter().enumerate() {
@@ -291,20 +277,24 @@ impl Inbound {
                     volume.open(device.replica.absent(), device.replica.rounds());
                 }
                 shared.attempt.store(u64::from(*attempt), Ordering::Release);
-                lock(&shared.clockwork).phase = Phase::Following;
                 Destination::restored(config, session, devices, hashes, *attempt, Duration::ZERO)
             }
         };
         lock(&shared.core).machine = Some(machine);
-        shared.start_assist()?;
-        let (chores, jobs) = mpsc::channel();
-        let for_chores = shared.clone();
-        Builder::new().name("silo-chores".to_owned()).spawn(move || for_chores.do_chores(&jobs))?;
-        let for_driver = shared.clone();
-        let driver = Builder::new()
-            .name("silo-destination".to_owned())
-            .spawn(move || for_driver.drive(&chores))?;
-        Ok(Self { shared, driver: Mutex::new(Some(driver)) })
+        match shared.start_threads() {
+            Ok(driver) => Ok(Self { shared, driver: Mutex::new(Some(driver)) }),
+            Err(error) => {
+                // Another try finds the volumes as they were.
+                shared.lanes.set_over();
+                let machine = lock(&shared.core).machine.take();
+                give_back(
+                    &shared.volumes,
+                    machine.map_or_else(Vec::new, Destination::into_devices),
+                );
+                drop(lock(&shared.assist).take());
+                Err(error)
+            }
+        }
     }
 
     /// Which move this is.
@@ -378,8 +368,19 @@ fn give_back(volumes: &[Arc<Volume>], devices: Vec<DestinationDevice>) {
 }
 
 impl Shared {
+    fn start_threads(
+        self: &Arc<Self>,
+    ) -> io::Result<JoinHandle<Result<DestinationReport, MoveError>>> {
+        self.start_assist()?;
+        let (chores, jobs) = mpsc::channel();
+        let for_chores = self.clone();
+        Builder::new().name("silo-chores".to_owned()).spawn(move || for_chores.do_chores(&jobs))?;
+        let for_driver = self.clone();
+        Builder::new().name("silo-destination".to_owned()).spawn(move || for_driver.drive(&chores))
+    }
+
     fn now(&self) -> Duration {
-        self.began.elapsed()
+        self.clock.now()
     }
 
     /// Feeds the machine; what is to be done is left to the driver.
@@ -433,7 +434,7 @@ impl Shared {
     /// Waits until everything is noted that must be before content is stored.
     fn wait_for_notes(&self) -> Result<(), String> {
         let core = lock(&self.core);
-        let open = |core: &mut Core| core.notes > 0 && core.note_failed.is_none();
+        let open = |core: &mut Core| core.notes > 0;
         let core = self.noted.wait_while(core, open).unwrap_or_else(PoisonError::into_inner);
         core.note_failed.clone().map_or(Ok(()), Err)
     }
@@ -543,78 +544,43 @@ impl Shared {
     }
 
     fn send(&self, link: LinkId, message: &ToSource) {
-        let mut lane = lock(&self.lane);
-        let Some(current) = lane.as_mut().filter(|lane| lane.id == link) else { return };
-        let result = wire::write_to_source(&mut current.control, message);
-        drop(lane);
-        if let Err(error) = result {
-            self.hang_up(link, Some(format!("the control connection: {error}")));
+        if self.lanes.send(link, |control| wire::write_to_source(control, message)) {
+            self.tell(Event::Cut(link));
         }
     }
 
     fn flush(&self) {
-        let mut lane = lock(&self.lane);
-        let Some(current) = lane.as_mut() else { return };
-        let (id, result) = (current.id, current.control.flush());
-        let sent = current.control.sent();
-        self.wire.control_sent.fetch_add(sent - current.counted, Ordering::Relaxed);
-        current.counted = sent;
-        drop(lane);
-        if let Err(error) = result {
-            self.hang_up(id, Some(format!("the control connection: {error}")));
+        if let Some(link) = self.lanes.flush() {
+            self.tell(Event::Cut(link));
         }
     }
 
     fn hang_up(&self, link: LinkId, trouble: Option<String>) {
-        let mut lane = lock(&self.lane);
-        let Some(mut current) = lane.take_if(|lane| lane.id == link) else { return };
-        // What was said last (why it is refused) should arrive.
-        let _ = current.control.flush();
-        let _ = current.control.inner().finish();
-        current.close();
-        drop(lane);
-        if let Some(trouble) = trouble {
-            tracing::info!(session = %self.session, trouble, "a link was cut");
-            *lock(&self.trouble) = Some(trouble);
+        if self.lanes.hang_up(link, trouble) {
+            self.tell(Event::Cut(link));
         }
-        self.tell(Event::Cut(link));
     }
 
     fn note_phase(&self, step: &Step) {
-        let phase = match step {
+        self.clock.enter(match step {
             Step::Receiving | Step::Failed(_) => return,
             Step::Starting => Phase::Switching,
             Step::Running => Phase::Following,
             Step::Durable | Step::Complete => Phase::Durable,
-        };
-        self.enter(phase);
-    }
-
-    fn enter(&self, phase: Phase) {
-        let mut clockwork = lock(&self.clockwork);
-        if phase <= clockwork.phase {
-            return;
-        }
-        let now = self.now();
-        let spent = now - clockwork.since;
-        let Clockwork { phase: left, timings, .. } = &mut *clockwork;
-        match *left {
-            Phase::Connecting => timings.connect += spent,
-            Phase::Filling => timings.filling += spent,
-            Phase::Quiescing => timings.quiesce += spent,
-            Phase::Switching => timings.switch += spent,
-            Phase::Following | Phase::Durable => timings.following += spent,
-        }
-        timings.total = now;
-        (clockwork.phase, clockwork.since) = (phase, now);
-        tracing::info!(session = %self.session, %phase, "a move enters a phase");
+        });
     }
 
     fn finish(&self, end: Result<(), Reason>) -> Result<DestinationReport, MoveError> {
-        self.over.store(true, Ordering::Release);
+        self.lanes.set_over();
         // A flush that makes a note ends it first: what it made durable counts.
         let noting = self.notes.hold();
-        let machine = lock(&self.core).machine.take();
+        let machine = {
+            let mut core = lock(&self.core);
+            // Nobody makes notes any more, and whoever has content finds that it is too late.
+            core.notes = 0;
+            core.machine.take()
+        };
+        self.noted.notify_all();
         let counters = machine.as_ref().map(Destination::counters).unwrap_or_default();
         if let Some(machine) = machine {
             give_back(&self.volumes, machine.into_devices());
@@ -628,29 +594,18 @@ impl Shared {
         // Its threads end here, and wait for nobody who holds a lock of this session.
         let assist = lock(&self.assist).take();
         drop(assist);
-        let lane = lock(&self.lane).take();
-        if let Some(mut lane) = lane {
-            let _ = lane.control.flush();
-            let _ = lane.control.inner().finish();
-            let deadline = Instant::now() + Duration::from_secs(1);
-            while !lane.hangup.is_done() && Instant::now() < deadline {
-                std::thread::park_timeout(Duration::from_millis(1));
-            }
-            lane.close();
-        }
-        let reached = lock(&self.clockwork).phase;
+        self.lanes.end();
+        let reached = self.clock.phase();
         match end {
             Ok(()) => {
-                self.enter(Phase::Durable);
-                let mut clockwork = lock(&self.clockwork);
-                clockwork.timings.total = self.now();
+                let timings = self.clock.end();
                 Ok(DestinationReport {
                     session: self.session,
                     peer: lock(&self.peer).clone(),
-                    timings: clockwork.timings,
+                    timings,
                     counters,
                     places,
-                    wire: self.wire.read(),
+                    wire: self.lanes.wire.read(),
                     waits: self.waits.summary(),
                 })
             }
@@ -665,14 +620,13 @@ impl Shared {
             phase,
             peer: lock(&self.peer).clone(),
             reason: Box::new(reason),
-            link: lock(&self.trouble).clone(),
+            link: self.lanes.trouble(),
             owned: self.volumes.iter().all(|volume| volume.is_owned()),
         }
     }
 
     fn describe(&self, reason: &Reason) -> String {
-        let phase = lock(&self.clockwork).phase;
-        self.error(reason.clone(), phase).to_string()
+        self.error(reason.clone(), self.clock.phase()).to_string()
     }
 
     fn progress(&self) -> Progress {
@@ -683,20 +637,20 @@ impl Shared {
         let rate = lock(&self.rate).update(self.now(), self.stored.load(Ordering::Relaxed));
         let left = (rate > 0.0).then(|| remaining as f64 / rate);
         Progress {
-            phase: lock(&self.clockwork).phase,
+            phase: self.clock.phase(),
             size: self.volumes.iter().map(|volume| volume.geometry().bytes()).sum(),
             remaining,
             rounds: 0,
             rate,
             left: left.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
-            wire: self.wire.read(),
+            wire: self.lanes.wire.read(),
         }
     }
 
     /// What a source is told that comes back after this session has ended well: it may go.
     fn last_words(&self) -> Option<[ToSource; 3]> {
         let attempt = u32::try_from(self.attempt.load(Ordering::Acquire)).ok()?;
-        if attempt == 0 || !self.over.load(Ordering::Acquire) {
+        if attempt == 0 || !self.lanes.is_over() {
             return None;
         }
         let epoch = |volume: &Arc<Volume>| {
@@ -710,7 +664,10 @@ impl Shared {
         let held = |epoch: &Epoch| Held { clock: *epoch, missing: Vec::new() };
         Some([
             ToSource::Hello { version: VERSION, session: self.session },
-            ToSource::Have { devices: epochs.iter().map(held).collect(), running: Some(attempt) },
+            ToSource::Have {
+                devices: epochs.iter().map(held).collect(),
+                token: Token::Runs(attempt),
+            },
             ToSource::Durable { epochs },
         ])
     }

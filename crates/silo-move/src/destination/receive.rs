@@ -54,20 +54,9 @@ impl Shared {
     pub(super) fn attach(self: &Arc<Self>, link: Link, first: Vec<ToDestination>) {
         let id = LinkId(link.attempt);
         let hangup = link.hangup();
-        let lane = Lane {
-            id,
-            control: link.control.outgoing,
-            hangup: hangup.clone(),
-            work: Arc::new(Work::default()),
-            counted: 0,
-        };
         lock(&self.peer).clone_from(&link.peer);
-        let old = lock(&self.lane).replace(lane);
-        if let Some(old) = old {
-            old.close();
-        }
-        if self.over.load(Ordering::Acquire) {
-            hangup.hang_up();
+        let control = link.control.outgoing;
+        if !self.lanes.put(Lane::new(id, control, hangup.clone(), Arc::new(Work::default()))) {
             return;
         }
         self.tell(Event::Connected(id));
@@ -97,7 +86,7 @@ impl Shared {
         let group = matches!(message, ToDestination::Group(_));
         self.tell(Event::Received(id, message));
         if group {
-            self.enter(Phase::Filling);
+            self.clock.enter(Phase::Filling);
         }
     }
 
@@ -109,7 +98,7 @@ impl Shared {
                 Err(error) => break error,
             };
             let received = incoming.received();
-            self.wire.control_received.fetch_add(received - counted, Ordering::Relaxed);
+            self.lanes.wire.control_received.fetch_add(received - counted, Ordering::Relaxed);
             counted = received;
             match message {
                 Ok(Some(message)) => self.hear(id, message),
@@ -136,7 +125,7 @@ impl Shared {
                 Err(error) => Err(error),
             };
             let received = incoming.received();
-            self.wire.blocks(track).fetch_add(received - counted, Ordering::Relaxed);
+            self.lanes.wire.blocks(track).fetch_add(received - counted, Ordering::Relaxed);
             counted = received;
             if let Err(error) = result {
                 break error;
@@ -192,7 +181,8 @@ impl Shared {
                 }
             }
         };
-        Builder::new().name("silo-backlog".to_owned()).spawn(run).map(drop)
+        let thread = Builder::new().name("silo-backlog".to_owned()).spawn(run);
+        thread.inspect_err(|_| self.backlogs[usize::from(device.0)].give_up()).map(drop)
     }
 
     fn take_now(

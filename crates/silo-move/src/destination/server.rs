@@ -22,11 +22,15 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::{Builder, JoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// Messages that are read before a session is found: a greeting and a group.
 const FIRST: usize = 2;
+/// Messages of unknown kinds that are skipped before these.
+const SKIPPED: usize = 16;
+/// How long a peer has to close a link when all is said.
+const LINGER: Duration = Duration::from_secs(2);
 /// How often it is looked whether to stop.
 const LOOK: Duration = Duration::from_millis(100);
 /// How long a peer that fetches may think between two questions.
@@ -194,13 +198,15 @@ impl Shared {
         let said = wire::write_to_source(outgoing, &ToSource::Abort(reason));
         let _ = said.and_then(|()| outgoing.flush()).and_then(|()| outgoing.inner().finish());
         // Closing at once could reset the connection before the reason was read.
-        link.control.control.set_read_timeout(Some(Duration::from_secs(2)));
-        while link.control.incoming.read().is_ok() {}
+        wait_for_end(&mut link);
     }
 
     fn try_greet(&self, link: &mut Link) -> Result<(Arc<Inbound>, Vec<ToDestination>), Reason> {
         let mut first = Vec::with_capacity(FIRST);
-        while first.len() < FIRST {
+        for _ in 0..FIRST + SKIPPED {
+            if first.len() == FIRST {
+                break;
+            }
             let frame = link.control.incoming.read();
             let message = frame.and_then(|frame| wire::read_to_destination(&frame));
             match message {
@@ -210,8 +216,8 @@ impl Shared {
             }
         }
         let session = link.session;
-        let (ToDestination::Hello { session: named, .. }, ToDestination::Group(devices)) =
-            (&first[0], &first[1])
+        let [ToDestination::Hello { session: named, .. }, ToDestination::Group(devices)] =
+            &first[..]
         else {
             return Err(Reason::Protocol("it did not begin with a greeting and a group".into()));
         };
@@ -258,7 +264,14 @@ fn dismiss(mut link: Link, words: &[ToSource]) {
     let said = words.iter().try_for_each(|word| wire::write_to_source(outgoing, word));
     let said = said.and_then(|()| outgoing.flush());
     tracing::info!(peer = link.peer, session = %link.session, ?said, "a source may go");
-    link.control.control.set_read_timeout(Some(Duration::from_secs(2)));
-    // Until it has heard, and closes the link; whoever has not comes again.
-    while link.control.incoming.read().is_ok() {}
+    // Until it has heard; whoever has not comes again.
+    wait_for_end(&mut link);
+}
+
+/// Waits for the peer to close a link over which nothing more is said.
+fn wait_for_end(link: &mut Link) {
+    link.control.control.set_read_timeout(Some(LINGER));
+    let begin = Instant::now();
+    while begin.elapsed() < LINGER && link.control.incoming.read().is_ok() {}
+    link.hangup().hang_up();
 }

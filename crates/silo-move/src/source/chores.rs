@@ -1,7 +1,7 @@
 //! What the machine wants from the host and from the volumes: on a thread of its own, in order.
 
 use super::{Handover, Shared};
-use crate::{lane::lock, ledger::Standing};
+use crate::ledger::Standing;
 use silo_block::{
     rounds::{Epoch, RoundError},
     session::{
@@ -12,7 +12,6 @@ use silo_block::{
 use std::{
     sync::{
         Arc,
-        atomic::Ordering,
         mpsc::{Receiver, Sender},
     },
     time::Duration,
@@ -48,12 +47,14 @@ impl Shared {
                     Err(reason) => self.tell(Event::Unable(reason)),
                 },
                 Job::Resume => {
-                    if let Err(error) = self.note(Standing::Here) {
-                        // Safe: a restart finds that authority left, and asks the other end.
-                        tracing::error!(session = %self.session, %error, "cannot note a return");
+                    if self.volumes.iter().all(|volume| volume.is_left_to(self.session)) {
+                        if let Err(error) = self.note(Standing::Here) {
+                            // Safe: a restart finds that authority left, and asks the other end.
+                            tracing::error!(session = %self.session, %error, "cannot note a return");
+                        }
+                        self.host.resume();
                     }
-                    self.host.resume();
-                    self.volumes.iter().for_each(|volume| volume.resume());
+                    self.volumes.iter().for_each(|volume| volume.resume(self.session));
                 }
                 Job::Released => {
                     if let Err(error) = self.note(Standing::Away { session: self.session }) {
@@ -95,7 +96,7 @@ impl Shared {
                 Ok(epoch) => return Ok(epoch),
                 Err(RoundError::StillWriting { .. }) => {
                     let waited = self.now() - begin;
-                    if waited >= limit || self.over.load(Ordering::Acquire) {
+                    if waited >= limit || self.lanes.is_over() {
                         return Err(Reason::Deadline { what, after: waited });
                     }
                 }
@@ -113,14 +114,16 @@ impl Shared {
         let Handover { state, mut flushes } = handover;
         // From here on nothing is written: who comes now waits, who is inside ends before the
         // round does.
-        self.volumes.iter().for_each(|volume| volume.pause());
+        let pause = |volume: &Arc<crate::volume::Volume>| volume.pause(session);
+        let paused = self.volumes.iter().try_for_each(pause);
+        paused.map_err(|error| Reason::Cancelled(error.to_string()))?;
         let last = self.host.before_round().map_err(Reason::Cancelled);
         let epochs = last.and_then(|()| self.advance(Wait::Quiesce))?;
         // Durable, with all that was written, before the token can be out.
         self.note(Standing::Leaving { session, attempt })
             .map_err(|error| Reason::Cancelled(format!("cannot note the handover: {error}")))?;
         flushes.resize(self.volumes.len(), Vec::new());
-        let trouble = lock(&self.trouble).clone();
+        let trouble = self.lanes.trouble();
         tracing::debug!(session = %self.session, ?trouble, "writers are paused");
         Ok(Event::Quiesced { ticket, epochs, flushes, state })
     }

@@ -16,7 +16,7 @@ use silo_block::{
     },
 };
 use std::{
-    sync::{Arc, PoisonError, atomic::Ordering},
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
@@ -27,15 +27,7 @@ impl Shared {
     pub(super) fn keep_linked(self: &Arc<Self>) {
         let (first, mut pause) = (self.first_link, PAUSES.0);
         let mut number = first;
-        loop {
-            let lane = lock(&self.lane);
-            let free =
-                |lane: &mut Option<Lane>| lane.is_some() && !self.over.load(Ordering::Acquire);
-            let lane = self.wanted.wait_while(lane, free).unwrap_or_else(PoisonError::into_inner);
-            drop(lane);
-            if self.over.load(Ordering::Acquire) {
-                return;
-            }
+        while self.lanes.wait_for_none() {
             number += 1;
             match self.dial.link(self.session, number) {
                 Ok(link) => {
@@ -45,17 +37,14 @@ impl Shared {
                 }
                 Err(error) => {
                     tracing::debug!(session = %self.session, %error, "no link");
-                    *lock(&self.trouble) = Some(error.to_string());
+                    self.lanes.note_trouble(error.to_string());
                     // What is wrong with who they are does not get better; a cut does.
                     if number == first + 1 && is_final(&error) {
                         self.tell(Event::Cancel(format!("no connection: {error}")));
                     }
                 }
             }
-            let lane = lock(&self.lane);
-            let over = |_: &mut Option<Lane>| !self.over.load(Ordering::Acquire);
-            let waited = self.wanted.wait_timeout_while(lane, pause, over);
-            drop(waited.unwrap_or_else(PoisonError::into_inner));
+            self.lanes.rest(pause);
             pause = (pause * 2).min(PAUSES.1);
         }
     }
@@ -65,16 +54,8 @@ impl Shared {
         let id = LinkId(link.attempt);
         let work = Arc::new(Work::default());
         let hangup = link.hangup();
-        let lane = Lane {
-            id,
-            control: link.control.outgoing,
-            hangup: hangup.clone(),
-            work: work.clone(),
-            counted: 0,
-        };
-        *lock(&self.lane) = Some(lane);
-        if self.over.load(Ordering::Acquire) {
-            hangup.hang_up();
+        let control = link.control.outgoing;
+        if !self.lanes.put(Lane::new(id, control, hangup.clone(), work.clone())) {
             return;
         }
         let mut started = vec![{
@@ -105,14 +86,13 @@ impl Shared {
                 Err(error) => break error,
             };
             let received = incoming.received();
-            self.wire.control_received.fetch_add(received - counted, Ordering::Relaxed);
+            self.lanes.wire.control_received.fetch_add(received - counted, Ordering::Relaxed);
             counted = received;
             match message {
                 Ok(Some(message)) => {
                     if !heard && matches!(message, ToSource::Have { .. }) {
                         heard = true;
-                        let mut clockwork = lock(&self.clockwork);
-                        self.enter(&mut clockwork, Phase::Filling);
+                        self.clock.enter(Phase::Filling);
                     }
                     if let ToSource::Receipt { device, range, epoch, retry } = &message
                         && let Some(versions) = self.versions.get(usize::from(device.0))

@@ -17,11 +17,12 @@ mod dialer;
 mod send;
 
 use crate::{
+    clock::Clock,
     codec::{Method, Naming, Tally, Versions},
-    lane::{Lane, Track, WireCount, lock},
+    lane::{Lanes, LastWords, Track, lock},
     ledger::{DeviceNote, Ledger, Note, Standing},
     peer::{Dial, Throttle},
-    report::{End, MoveError, Phase, Progress, Rate, SourceReport, Timings},
+    report::{End, MoveError, Phase, Progress, Rate, SourceReport},
     volume::Volume,
     wire,
 };
@@ -37,11 +38,7 @@ use silo_block::{
 };
 use std::{
     io,
-    sync::{
-        Arc, Condvar, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-        mpsc,
-    },
+    sync::{Arc, Condvar, Mutex, PoisonError, mpsc},
     thread::{Builder, JoinHandle},
     time::{Duration, Instant},
 };
@@ -69,7 +66,8 @@ pub trait SourceHost: Send + Sync {
     /// A sentence for people; the move fails and writers go on.
     fn quiesce(&self, session: SessionId, attempt: u32) -> Result<Handover, String>;
 
-    /// The move failed and the devices are this side's: notes so durably, and lets writers go on.
+    /// The move failed and the devices are this side's (no other session has taken them away
+    /// meanwhile): notes so durably, and lets writers go on.
     fn resume(&self);
 
     /// The destination runs. From here on nobody writes here.
@@ -124,7 +122,9 @@ pub struct Options {
     pub naming: Naming,
     /// Blocks that may travel as hashes.
     pub advertised: Option<Arc<dyn Advertised>>,
-    /// Where what must survive this process is noted; nothing survives without.
+    /// Where what must survive this process is noted; nothing survives without. A volume that
+    /// still arrives has the note of that session: this one needs another. After a restart the
+    /// devices are this host's only if no note says that they leave.
     pub ledger: Option<Arc<dyn Ledger>>,
 }
 
@@ -143,16 +143,10 @@ impl Default for Options {
     }
 }
 
-struct Clockwork {
-    phase: Phase,
-    since: Duration,
-    timings: Timings,
-}
-
 struct Shared {
     machine: Mutex<Source>,
     changed: Condvar,
-    began: Instant,
+    clock: Clock,
     volumes: Vec<Arc<Volume>>,
     versions: Vec<Versions>,
     /// Blocks that came to nothing as a reference: they are sent as they are.
@@ -164,14 +158,8 @@ struct Shared {
     session: SessionId,
     /// Links are numbered from here: no number twice in a session, restarts or not.
     first_link: u64,
-    lane: Mutex<Option<Lane>>,
-    /// The dialer waits for this: a link is wanted.
-    wanted: Condvar,
-    over: AtomicBool,
-    clockwork: Mutex<Clockwork>,
-    trouble: Mutex<Option<String>>,
+    lanes: Lanes,
     paths: Mutex<Tally>,
-    wire: WireCount,
     rate: Mutex<Rate>,
 }
 
@@ -201,7 +189,8 @@ impl Outbound {
     /// Starts to move `volumes`, all or none of them, to the peer.
     ///
     /// # Errors
-    /// If there is no randomness or no thread, or a volume is not this side's.
+    /// If there is no randomness or no thread, a volume is not this side's or about to leave, or
+    /// the note cannot be made or is another session's.
     pub fn start(
         volumes: Vec<Arc<Volume>>,
         dial: Dial,
@@ -237,7 +226,8 @@ impl Outbound {
         restored: bool,
     ) -> io::Result<Self> {
         let began = Instant::now();
-        let devices = volumes.iter().map(|volume| volume.as_source()).collect::<io::Result<_>>()?;
+        let devices =
+            volumes.iter().map(|volume| volume.as_source(restored)).collect::<io::Result<_>>()?;
         let make = if restored { Source::restored } else { Source::new };
         let machine = make(options.session, session, options.attempt, devices, Duration::ZERO);
         let size: u64 = volumes.iter().map(|volume| volume.geometry().bytes()).sum();
@@ -247,15 +237,10 @@ impl Outbound {
         };
         let versions =
             |volume: &Arc<Volume>| Versions::new(share(volume), volume.geometry().block() as usize);
-        let clockwork = Clockwork {
-            phase: Phase::Connecting,
-            since: Duration::ZERO,
-            timings: Timings::default(),
-        };
         let shared = Arc::new(Shared {
             machine: Mutex::new(machine),
             changed: Condvar::new(),
-            began,
+            clock: Clock::new(session, began, Phase::Connecting),
             versions: volumes.iter().map(versions).collect(),
             refused: volumes
                 .iter()
@@ -268,16 +253,12 @@ impl Outbound {
             host,
             session,
             first_link: if restored { since_1970() } else { 0 },
-            lane: Mutex::new(None),
-            wanted: Condvar::new(),
-            over: AtomicBool::new(false),
-            clockwork: Mutex::new(clockwork),
-            trouble: Mutex::new(None),
+            lanes: Lanes::new(session, LastWords::Dropped),
             paths: Mutex::default(),
-            wire: WireCount::default(),
             rate: Mutex::default(),
         });
         if !restored {
+            shared.check_ledger()?;
             // What was shared from here on is known after a crash.
             shared.note(Standing::Here)?;
         }
@@ -295,7 +276,8 @@ impl Outbound {
         let for_driver = shared.clone();
         let driver = Builder::new()
             .name("silo-source".to_owned())
-            .spawn(move || for_driver.drive(&chores))?;
+            .spawn(move || for_driver.drive(&chores))
+            .inspect_err(|_| shared.lanes.set_over())?;
         Ok(Self { shared, driver: Some(driver) })
     }
 
@@ -380,7 +362,7 @@ impl Shared {
     }
 
     fn now(&self) -> Duration {
-        self.began.elapsed()
+        self.clock.now()
     }
 
     /// Feeds the machine.
@@ -442,9 +424,7 @@ impl Shared {
             }
             Action::Blocks(link, header) => {
                 let track = if header.class == Class::Demand { Track::Demand } else { Track::Bulk };
-                if let Some(lane) = lock(&self.lane).as_ref().filter(|lane| lane.id == link) {
-                    lane.work.push(track, header);
-                }
+                self.lanes.push(link, track, header);
                 return None;
             }
             Action::Hangup(link) => {
@@ -474,74 +454,52 @@ impl Shared {
     }
 
     fn send(&self, link: LinkId, message: &ToDestination) {
-        let mut lane = lock(&self.lane);
-        let Some(current) = lane.as_mut().filter(|lane| lane.id == link) else { return };
-        let result = wire::write_to_destination(&mut current.control, message);
-        drop(lane);
-        if let Err(error) = result {
-            self.hang_up(link, Some(format!("the control connection: {error}")));
+        if self.lanes.send(link, |control| wire::write_to_destination(control, message)) {
+            self.tell(Event::Cut(link));
         }
     }
 
     /// Sends what was gathered on the control connection.
     fn flush(&self) {
-        let mut lane = lock(&self.lane);
-        let Some(current) = lane.as_mut() else { return };
-        let (id, result) = (current.id, current.control.flush());
-        let sent = current.control.sent();
-        self.wire.control_sent.fetch_add(sent - current.counted, Ordering::Relaxed);
-        current.counted = sent;
-        drop(lane);
-        if let Err(error) = result {
-            self.hang_up(id, Some(format!("the control connection: {error}")));
+        if let Some(link) = self.lanes.flush() {
+            self.tell(Event::Cut(link));
         }
     }
 
     /// Ends a link; the dialer makes a new one.
     fn hang_up(&self, link: LinkId, trouble: Option<String>) {
-        let mut lane = lock(&self.lane);
-        let Some(current) = lane.take_if(|lane| lane.id == link) else { return };
-        current.close();
-        drop(lane);
-        if let Some(trouble) = trouble {
-            tracing::info!(session = %self.session, trouble, "a link was cut");
-            *lock(&self.trouble) = Some(trouble);
+        if self.lanes.hang_up(link, trouble) {
+            self.tell(Event::Cut(link));
         }
-        self.wanted.notify_all();
-        self.tell(Event::Cut(link));
     }
 
     fn note_phase(&self, step: &Step) {
-        let mut clockwork = lock(&self.clockwork);
-        let phase = match step {
-            Step::Filling if clockwork.phase == Phase::Connecting => return,
+        self.clock.enter(match step {
+            Step::Filling if self.clock.phase() == Phase::Connecting => return,
             Step::Filling => Phase::Filling,
             Step::Quiescing | Step::Draining => Phase::Quiescing,
             Step::Switched => Phase::Switching,
             Step::Serving => Phase::Following,
             Step::Released => Phase::Durable,
             Step::Failed(_) => return,
-        };
-        self.enter(&mut clockwork, phase);
+        });
     }
 
-    fn enter(&self, clockwork: &mut Clockwork, phase: Phase) {
-        if phase <= clockwork.phase {
-            return;
-        }
-        let now = self.now();
-        let spent = now - clockwork.since;
-        let Clockwork { phase: left, timings, .. } = &mut *clockwork;
-        match *left {
-            Phase::Connecting => timings.connect += spent,
-            Phase::Filling => timings.filling += spent,
-            Phase::Quiescing => timings.quiesce += spent,
-            Phase::Switching => timings.switch += spent,
-            Phase::Following | Phase::Durable => timings.following += spent,
-        }
-        timings.total = now;
-        (clockwork.phase, clockwork.since) = (phase, now);
-        tracing::info!(session = %self.session, %phase, "a move enters a phase");
+    /// Refuses the note of a session by which the devices still come: of two sessions with one
+    /// note, a restart would believe the one that spoke last.
+    fn check_ledger(&self) -> io::Result<()> {
+        let Some(ledger) = &self.options.ledger else { return Ok(()) };
+        let arriving = |volume: &&Arc<Volume>| volume.is_arriving();
+        let Some(volume) = self.volumes.iter().find(arriving) else { return Ok(()) };
+        let Some(Note { standing: standing @ Standing::Owner { .. }, .. }) = ledger.load()? else {
+            return Ok(());
+        };
+        let text = format!(
+            "device \"{}\" cannot be given on with this note: it says that {standing}, which has not \
+             ended; give this move a note of its own, or wait until all has come",
+            volume.name()
+        );
+        Err(io::Error::new(io::ErrorKind::ResourceBusy, text))
     }
 
     /// Makes what is here durable, then notes it, if there is a ledger.
@@ -557,40 +515,25 @@ impl Shared {
     }
 
     fn finish(&self, end: Result<(), Reason>) -> Result<SourceReport, MoveError> {
-        self.over.store(true, Ordering::Release);
-        self.wanted.notify_all();
+        self.lanes.set_over();
         self.throttle.stop();
-        let lane = lock(&self.lane).take();
-        if let Some(mut lane) = lane {
-            // What was said last ("released", "abort") should arrive; if not, the other end finds
-            // out by itself.
-            let _ = lane.control.flush();
-            let _ = lane.control.inner().finish();
-            lane.work.close();
-            let deadline = Instant::now() + Duration::from_secs(1);
-            while !lane.hangup.is_done() && Instant::now() < deadline {
-                std::thread::park_timeout(Duration::from_millis(1));
-            }
-            lane.close();
-        }
+        self.lanes.end();
         let machine = lock(&self.machine);
-        let mut clockwork = lock(&self.clockwork);
-        let reached = clockwork.phase;
+        let reached = self.clock.phase();
         let counters = machine.counters();
         match end {
             Ok(()) => {
-                self.enter(&mut clockwork, Phase::Durable);
-                clockwork.timings.total = self.now();
+                let timings = self.clock.end();
                 Ok(SourceReport {
                     session: self.session,
                     peer: self.peer(),
                     size: self.volumes.iter().map(|volume| volume.geometry().bytes()).sum(),
-                    timings: clockwork.timings,
+                    timings,
                     rounds: machine.forecast(self.now()).0,
                     links: counters.links,
                     sent: counters.sent,
                     paths: *lock(&self.paths),
-                    wire: self.wire.read(),
+                    wire: self.lanes.wire.read(),
                     spared: counters.spared,
                 })
             }
@@ -600,7 +543,7 @@ impl Shared {
                 phase: reached,
                 peer: self.peer(),
                 reason: Box::new(reason),
-                link: lock(&self.trouble).clone(),
+                link: self.lanes.trouble(),
                 owned: self.volumes.iter().all(|volume| volume.is_owned()),
             }),
         }
@@ -619,13 +562,13 @@ impl Shared {
         let rate = lock(&self.rate).update(self.now(), sent);
         let left = (rate > 0.0).then(|| remaining as f64 / rate);
         Progress {
-            phase: lock(&self.clockwork).phase,
+            phase: self.clock.phase(),
             size: self.volumes.iter().map(|volume| volume.geometry().bytes()).sum(),
             remaining,
             rounds,
             rate,
             left: left.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
-            wire: self.wire.read(),
+            wire: self.lanes.wire.read(),
         }
     }
 }

@@ -127,7 +127,7 @@ impl Sender {
 
     fn count(&mut self, shared: &Shared, track: Track) {
         let sent = self.outgoing.sent();
-        shared.wire.blocks(track).fetch_add(sent - self.counted, Ordering::Relaxed);
+        shared.lanes.wire.blocks(track).fetch_add(sent - self.counted, Ordering::Relaxed);
         self.counted = sent;
     }
 }

@@ -137,6 +137,8 @@ pub struct Volume {
     /// Held for reading between a look at the mode and the guard of a round, where that matters.
     entering: RwLock<()>,
     knowledge: Mutex<Knowledge>,
+    /// The session that has paused it, or has given it away.
+    leaving: Mutex<Option<SessionId>>,
     /// The mode has changed.
     changed: Condvar,
     waiting: Mutex<()>,
@@ -243,6 +245,7 @@ impl Volume {
             mode: AtomicU8::new(mode as u8),
             entering: RwLock::new(()),
             knowledge: Mutex::new(Knowledge::Own(Box::new(replica))),
+            leaving: Mutex::new(None),
             changed: Condvar::new(),
             waiting: Mutex::new(()),
             listeners: Mutex::default(),
@@ -319,10 +322,16 @@ impl Volume {
 
     // ---- as a source
 
-    pub(crate) fn as_source(&self) -> io::Result<SourceDevice> {
-        if !self.is_owned() {
-            let text = format!("device \"{}\" is not in use on this host", self.name);
-            return Err(io::Error::new(io::ErrorKind::NotConnected, text));
+    /// `restored`: authority was about to leave, or had left, when this process began.
+    pub(crate) fn as_source(&self, restored: bool) -> io::Result<SourceDevice> {
+        match self.mode() {
+            Mode::Open => {}
+            Mode::Paused if restored => {}
+            Mode::Paused => return Err(self.busy("is about to leave by another session")),
+            Mode::Idle | Mode::Arriving | Mode::Away => {
+                let text = format!("device \"{}\" is not in use on this host", self.name);
+                return Err(io::Error::new(io::ErrorKind::NotConnected, text));
+            }
         }
         let (name, base) = (self.name.clone(), self.base);
         Ok(self.with_replica(|replica| SourceDevice::new(name, base, replica)))
@@ -360,15 +369,38 @@ impl Volume {
         lock(&self.listeners).push(listener);
     }
 
-    /// Lets nobody write from here on; who is inside ends in the open round.
-    pub(crate) fn pause(&self) {
-        self.change(|mode| if mode == Mode::Open { Mode::Paused } else { mode });
+    /// Lets nobody write from here on; who is inside ends in the open round. Of several sessions
+    /// that would give it away only one gets so far: else two others could own it.
+    pub(crate) fn pause(&self, session: SessionId) -> io::Result<()> {
+        {
+            let mut leaving = lock(&self.leaving);
+            match self.mode() {
+                Mode::Open => *leaving = Some(session),
+                Mode::Paused if *leaving == Some(session) => {}
+                Mode::Paused => return Err(self.busy("is about to leave by another session")),
+                Mode::Idle | Mode::Arriving => return Err(self.busy("is not in use on this host")),
+                Mode::Away => return Err(self.busy("was given away by another session")),
+            }
+            self.change(|_| Mode::Paused);
+        }
         // Whoever saw it open is inside its round when this is had.
         drop(self.entering.write().unwrap_or_else(PoisonError::into_inner));
+        Ok(())
     }
 
-    pub(crate) fn resume(&self) {
-        self.change(|mode| if mode == Mode::Paused { Mode::Open } else { mode });
+    /// Whether it is this host's, and this session may say so: no other is about to give it away.
+    pub(crate) fn is_left_to(&self, session: SessionId) -> bool {
+        let leaving = lock(&self.leaving);
+        self.is_owned() && leaving.is_none_or(|by| by == session)
+    }
+
+    /// What this session has paused goes on.
+    pub(crate) fn resume(&self, session: SessionId) {
+        let mut leaving = lock(&self.leaving);
+        if leaving.is_none_or(|by| by == session) {
+            self.change(|mode| if mode == Mode::Paused { Mode::Open } else { mode });
+            *leaving = None;
+        }
     }
 
     /// The round that is closed now was the last of this host.
@@ -436,6 +468,7 @@ impl Volume {
         self.here.insert(whole);
         absent.ranges().for_each(|range| self.here.remove(range));
         *lock(&self.rounds) = rounds.clone();
+        *lock(&self.leaving) = None;
         self.change(|_| Mode::Open);
     }
 
@@ -469,6 +502,11 @@ impl Volume {
 
     pub(crate) fn raw(&self) -> &dyn BlockDevice {
         &*self.device
+    }
+
+    /// Whether a session has not ended by which it comes.
+    pub(crate) fn is_arriving(&self) -> bool {
+        self.hub().is_some()
     }
 
     fn hub(&self) -> Option<(Arc<dyn Hub>, u16)> {

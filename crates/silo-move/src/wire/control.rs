@@ -15,7 +15,7 @@ use silo_block::{
     session::messages::{
         BlockHash, Custom, DeviceIndex, DeviceInfo, Held, LastRound, MAX_CUSTOM, MAX_DEVICES,
         MAX_PROMISES, MAX_RANGES, MAX_STATE, MAX_TERMS, MAX_TEXT, MAX_TOKEN_RANGES, Reason,
-        SessionId, Term, ToDestination, ToSource, Wait,
+        SessionId, Term, ToDestination, ToSource, Token, Wait,
     },
 };
 use std::{
@@ -220,13 +220,18 @@ fn put_to_source(put: &mut Put, message: &ToSource) -> u8 {
             put_ranges(put, blocks);
             kind::MISSING
         }
-        ToSource::Have { devices, running } => {
+        ToSource::Have { devices, token } => {
             put.list(devices, |put, held| {
                 put.u32(held.clock.0);
                 put_ranges(put, &held.missing);
             });
-            put.u8(u8::from(running.is_some()));
-            put.u32(running.unwrap_or(0));
+            let (state, attempt) = match token {
+                Token::Awaited => (0, 0),
+                Token::Taken(attempt) => (1, *attempt),
+                Token::Runs(attempt) => (2, *attempt),
+            };
+            put.u8(state);
+            put.u32(attempt);
             kind::HAVE
         }
         ToSource::Applied { device, epoch } => {
@@ -297,8 +302,13 @@ fn take_to_source(take: &mut Take<'_>, kind: u8) -> Result<Option<ToSource>, Wir
                 let clock = Epoch(take.u32()?);
                 Ok(Held { clock, missing: take_ranges(take, MAX_RANGES)? })
             })?;
-            let (running, attempt) = (take.flag()?, take.u32()?);
-            ToSource::Have { devices, running: running.then_some(attempt) }
+            let token = match (take.u8()?, take.u32()?) {
+                (0, _) => Token::Awaited,
+                (1, attempt) => Token::Taken(attempt),
+                (2, attempt) => Token::Runs(attempt),
+                (other, _) => return Err(WireError::Invalid(format!("state {other} of a token"))),
+            };
+            ToSource::Have { devices, token }
         }
         kind::APPLIED => {
             ToSource::Applied { device: DeviceIndex(take.u16()?), epoch: Epoch(take.u32()?) }

@@ -10,7 +10,7 @@ use silo_block::{
     rounds::Epoch,
     session::messages::{
         BlockHeader, Custom, DeviceIndex, DeviceInfo, Held, LastRound, Reason, SessionId, Term,
-        ToDestination, ToSource, Wait,
+        ToDestination, ToSource, Token, Wait,
     },
 };
 use std::{io::Read, time::Duration};
@@ -82,7 +82,7 @@ fn all_to_source() -> Vec<ToSource> {
         ToSource::Missing { device, blocks: vec![range] },
         ToSource::Have {
             devices: vec![Held { clock: Epoch(3), missing: vec![range, range] }],
-            running: Some(7),
+            token: Token::Runs(7),
         },
         ToSource::Applied { device, epoch: Epoch(1) },
         ToSource::Receipt { device, range, epoch: Epoch(1), retry: vec![range] },

@@ -32,7 +32,7 @@ use super::{
     link::{Customs, Link, LinkId, Patience},
     messages::{
         BlockHash, BlockHeader, Custom, DeviceIndex, MAX_CUSTOM, Reason, SessionId, ToDestination,
-        ToSource, Wait,
+        ToSource, Token, Wait,
     },
 };
 use crate::{
@@ -468,9 +468,13 @@ impl Destination {
         Some(at.max(now + Duration::from_micros(1)))
     }
 
-    /// The token has come, and was not refused.
-    fn has_token(&self) -> bool {
-        self.phase == Phase::Starting || self.runs()
+    /// The token, if it has come and was not refused.
+    fn token_state(&self) -> Token {
+        match (self.attempt, &self.phase) {
+            (Some(attempt), Phase::Starting) => Token::Taken(attempt),
+            (Some(attempt), _) if self.runs() => Token::Runs(attempt),
+            _ => Token::Awaited,
+        }
     }
 
     fn runs(&self) -> bool {

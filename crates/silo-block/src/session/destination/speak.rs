@@ -11,7 +11,7 @@ use crate::{
         link::{Link, LinkId},
         messages::{
             BlockHeader, DeviceIndex, DeviceInfo, Held, LastRound, MAX_RANGES, Reason, SessionId,
-            Term, ToDestination, ToSource, VERSION,
+            Term, ToDestination, ToSource, Token, VERSION,
         },
     },
 };
@@ -137,10 +137,13 @@ impl Destination {
             self.say(now, ToSource::Abort(reason));
         }
         let mut held = Vec::with_capacity(self.devices.len());
-        let runs = self.has_token();
+        let token = self.token_state();
         for (at, info) in devices.iter().enumerate() {
             let (incoming, device) = (&self.devices[at], DeviceIndex(at as u16));
-            let clock = if runs { incoming.moved(self.session) } else { incoming.replica.clock() };
+            let clock = match token {
+                Token::Awaited => incoming.replica.clock(),
+                Token::Taken(_) | Token::Runs(_) => incoming.moved(self.session),
+            };
             let clock = clock.min(info.clock);
             let ranges: Vec<BlockRange> = incoming.replica.absent().ranges().collect();
             let mut parts = ranges.chunks(MAX_RANGES).map(<[BlockRange]>::to_vec);
@@ -150,8 +153,7 @@ impl Destination {
             }
             held.push(Held { clock, missing });
         }
-        let running = self.attempt.filter(|_| runs);
-        self.say(now, ToSource::Have { devices: held, running });
+        self.say(now, ToSource::Have { devices: held, token });
         if let Some(link) = &mut self.link {
             link.ready = true;
         }

@@ -9,7 +9,7 @@ use crate::{
         link::{Link, LinkId},
         messages::{
             DeviceIndex, Held, LastRound, MAX_RANGES, MAX_TOKEN_RANGES, Reason, ToDestination,
-            ToSource, VERSION,
+            ToSource, Token, VERSION,
         },
     },
 };
@@ -94,10 +94,11 @@ impl Source {
                     device.missing(&blocks);
                 }
             }
-            ToSource::Have { devices, running } if !ready => self.have(now, &devices, running),
+            ToSource::Have { devices, token } if !ready => self.have(now, &devices, token),
             ToSource::Abort(reason) => self.aborted(reason),
             ToSource::Refused { attempt, reason } if attempt == self.attempt => {
-                if matches!(self.phase, Phase::Switched | Phase::Serving) {
+                // Whoever has run may have answered its clients: it cannot refuse any more.
+                if self.phase == Phase::Switched {
                     self.take_back(reason);
                 }
             }
@@ -135,7 +136,7 @@ impl Source {
     }
 
     /// The destination has said what it has: the link can be used.
-    fn have(&mut self, now: Duration, held: &[Held], running: Option<u32>) {
+    fn have(&mut self, now: Duration, held: &[Held], token: Token) {
         let known = |device: &Outgoing, held: &Held| held.clock <= device.closed();
         let fits = held.len() == self.devices.len()
             && self.devices.iter().zip(held).all(|(device, held)| known(device, held));
@@ -154,28 +155,30 @@ impl Source {
             self.say(now, ToDestination::Custom(custom));
         }
         let current = self.devices.iter().all(|device| device.label == device.closed());
-        match (&self.phase, running) {
-            (Phase::Switched, Some(attempt)) if attempt == self.attempt && current => {
-                self.running(now);
+        let ours =
+            current && matches!(token, Token::Taken(by) | Token::Runs(by) if by == self.attempt);
+        match (&self.phase, token) {
+            (Phase::Switched | Phase::Serving, Token::Taken(_) | Token::Runs(_)) if ours => {
+                // One that has not begun to run may refuse: until then nothing is given up here.
+                if matches!(token, Token::Runs(_)) {
+                    self.running(now);
+                }
                 self.devices.iter_mut().for_each(|device| device.queue_missing(Class::Bulk));
             }
-            (Phase::Switched, Some(_)) => {
+            (Phase::Switched, Token::Taken(_) | Token::Runs(_)) => {
                 self.fail(Reason::Protocol("it runs by another token, or other lists".into()));
             }
-            (Phase::Switched, None) if self.hand_over.is_some() => self.send_token(now),
-            (Phase::Switched, None) => {
+            (Phase::Switched, Token::Awaited) if self.hand_over.is_some() => self.send_token(now),
+            (Phase::Switched, Token::Awaited) => {
                 // On this link no token was sent, and those of older links are not heard any more.
                 let reason = Reason::Cancelled("the source was restarted".into());
                 self.tell_abort(&reason);
                 self.take_back(reason);
             }
-            (Phase::Serving, Some(attempt)) if attempt == self.attempt && current => {
-                self.devices.iter_mut().for_each(|device| device.queue_missing(Class::Bulk));
-            }
             (Phase::Serving, _) => {
                 self.fail(Reason::Protocol("it has forgotten that it runs, or with what".into()));
             }
-            (Phase::Filling, Some(_)) => {
+            (Phase::Filling, Token::Taken(_) | Token::Runs(_)) => {
                 self.fail(Reason::Protocol("it runs without a token".into()));
             }
             _ => {}

@@ -1,0 +1,68 @@
+//! Where a move stands, and how long its phases took. The same on both ends.
+
+use crate::{
+    lane::lock,
+    report::{Phase, Timings},
+};
+use silo_block::session::messages::SessionId;
+use std::{
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+struct State {
+    phase: Phase,
+    since: Duration,
+    timings: Timings,
+}
+
+/// See the module. Times are since the session began in this process.
+pub(crate) struct Clock {
+    session: SessionId,
+    began: Instant,
+    state: Mutex<State>,
+}
+
+impl Clock {
+    pub(crate) fn new(session: SessionId, began: Instant, phase: Phase) -> Self {
+        let state = State { phase, since: Duration::ZERO, timings: Timings::default() };
+        Self { session, began, state: Mutex::new(state) }
+    }
+
+    pub(crate) fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        lock(&self.state).phase
+    }
+
+    /// The move is in this phase, or in a later one already.
+    pub(crate) fn enter(&self, phase: Phase) {
+        let mut state = lock(&self.state);
+        if phase <= state.phase {
+            return;
+        }
+        let now = self.now();
+        let spent = now - state.since;
+        let State { phase: left, timings, .. } = &mut *state;
+        match *left {
+            Phase::Connecting => timings.connect += spent,
+            Phase::Filling => timings.filling += spent,
+            Phase::Quiescing => timings.quiesce += spent,
+            Phase::Switching => timings.switch += spent,
+            Phase::Following | Phase::Durable => timings.following += spent,
+        }
+        timings.total = now;
+        (state.phase, state.since) = (phase, now);
+        tracing::info!(session = %self.session, %phase, "a move enters a phase");
+    }
+
+    /// All is done: what the phases took.
+    pub(crate) fn end(&self) -> Timings {
+        self.enter(Phase::Durable);
+        let mut state = lock(&self.state);
+        state.timings.total = self.now();
+        state.timings
+    }
+}
