@@ -8,12 +8,13 @@ use crate::{
     config::{BackupConfig, Secret, StoreConfig},
     metrics::{Readings, Source, names},
 };
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use silo::store::{
     Access, Backup, BackupOptions, Environment, KeyRing, Limits, LineName, LineWriter, Objects,
     Policy, Store, StoreUrl, WriterOptions, capture::Capture,
 };
 use std::{
+    ffi::OsString,
     fmt, fs,
     os::unix::fs::PermissionsExt,
     path::Path,
@@ -53,7 +54,11 @@ impl Place {
                 url.push_str(&format!("{key}={value}"));
             }
         }
-        let mut environment: Vec<(String, String)> = std::env::vars().collect();
+        // What is no text is nothing that a store asks for.
+        let text = |(name, value): (OsString, OsString)| {
+            Some((name.into_string().ok()?, value.into_string().ok()?))
+        };
+        let mut environment: Vec<_> = std::env::vars_os().filter_map(text).collect();
         if let (Some(access), Some(secret)) = (&config.access_key, &config.secret_key) {
             let (access_name, secret_name) = variables(&config.url)?;
             environment.push((access_name.to_owned(), read_secret(access)?));
@@ -103,8 +108,11 @@ fn variables(url: &str) -> Result<(&'static str, &'static str)> {
 /// Reads a secret from where it is.
 fn read_secret(secret: &Secret) -> Result<String> {
     match secret {
-        Secret::Env(name) => std::env::var(name)
-            .with_context(|| format!("the environment variable {name} is to hold a secret")),
+        // The system's own error repeats a value that is no text.
+        Secret::Env(name) => std::env::var_os(name)
+            .with_context(|| format!("the environment variable {name} is to hold a secret"))?
+            .into_string()
+            .map_err(|_| anyhow!("the secret in the environment variable {name} is no text")),
         Secret::File(path) => {
             let read = || format!("could not read the secret in {}", path.display());
             let mode = fs::metadata(path).with_context(read)?.permissions().mode();

@@ -6,10 +6,10 @@
 
 use crate::{
     backup::{Running, Target},
-    cli::stop::Stop,
+    cli::{give, stop::Stop},
     config::{AttachConfig, Config, ExposeConfig, FuseConfig, NbdConfig, VhostConfig},
     metrics::{Endpoint, Readings, Source, names},
-    stack::{DeviceStack, Devices, Host, Role},
+    stack::{DeviceStack, Devices, Host, ROOM_LIMIT, Role},
 };
 use anyhow::{Context, Result, bail};
 use identity::TlsServer;
@@ -128,8 +128,11 @@ impl Service {
     /// Opens all devices; nobody can reach them yet.
     ///
     /// # Errors
-    /// If one cannot be opened.
+    /// If one cannot be opened, or is not this host's to use.
     pub(crate) fn open(config: &Config, role: Role) -> Result<Self> {
+        if role == Role::Use {
+            give::check_use(config)?;
+        }
         let host = Host::new(config)?;
         let fronts = Arc::new(Fronts::default());
         host.metrics.add(fronts.clone());
@@ -367,7 +370,7 @@ impl Service {
     /// If that failed.
     pub(crate) fn flush(&self) -> Result<()> {
         for stack in self.stacks.iter().filter(|stack| !stack.device().is_read_only()) {
-            let flushed = stack.device().flush();
+            let flushed = stack.flush(ROOM_LIMIT);
             flushed.with_context(|| format!("device \"{}\": a flush", stack.name()))?;
         }
         Ok(())

@@ -22,6 +22,9 @@
 //! hold: a source with a configured hash is checked before a byte of it is served; an error names
 //! the device; closing makes durable what was written, and tells if that failed.
 
+#[cfg(test)]
+mod tests;
+
 use crate::{
     backup::{Place, key_ring},
     config::{BackupConfig, BinlogConfig, Config, DeviceConfig, OnError, SourceConfig},
@@ -55,8 +58,12 @@ use std::{
     fs::OpenOptions,
     io::{self, BufWriter},
     path::{Path, PathBuf},
-    sync::Arc,
-    time::{Duration, SystemTime},
+    sync::{
+        Arc,
+        mpsc::{self, RecvTimeoutError},
+    },
+    thread,
+    time::{Duration, Instant, SystemTime},
 };
 
 /// How much is read at once where a whole device is read.
@@ -67,6 +74,9 @@ const BINLOG_BUFFER: usize = 1 << 20;
 const GENERATION_CACHE: usize = 256 << 20;
 /// Threads that fetch ahead of a reader of a generation.
 const FETCHERS: usize = 4;
+/// How long a flush may wait for room when nobody is served any more, and how often it is looked at.
+pub(crate) const ROOM_LIMIT: Duration = Duration::from_secs(20);
+const LOOK: Duration = Duration::from_millis(100);
 /// Longest time that writers are held for a backup before its round is given up.
 const HELD_LIMIT: Duration = Duration::from_secs(5);
 
@@ -305,6 +315,30 @@ impl DeviceStack {
         }
     }
 
+    /// Makes everything durable. Where there is no room it is tried again, but for no longer than
+    /// `limit`: who ends a command does not wait for a day.
+    ///
+    /// # Errors
+    /// If that failed.
+    pub(crate) fn flush(&self, limit: Duration) -> io::Result<()> {
+        let (done, ended) = mpsc::channel::<()>();
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                let deadline = Instant::now() + limit;
+                while ended.recv_timeout(LOOK) == Err(RecvTimeoutError::Timeout) {
+                    if Instant::now() < deadline {
+                        self.retry();
+                    } else if self.policied.waiting() > 0 {
+                        self.policied.interrupt();
+                    }
+                }
+            });
+            let flushed = self.device.flush();
+            drop(done);
+            flushed
+        })
+    }
+
     /// Makes everything durable; after the last client has gone.
     ///
     /// # Errors
@@ -313,7 +347,7 @@ impl DeviceStack {
         let device = || format!("device \"{}\"", self.name);
         let away = self.volume.as_ref().is_some_and(|volume| !volume.is_owned());
         if !self.device.is_read_only() && !away {
-            self.device.flush().with_context(|| format!("{}: the last flush", device()))?;
+            self.flush(ROOM_LIMIT).with_context(|| format!("{}: the last flush", device()))?;
         }
         if let Some(recorder) = &self.recorder {
             let records = recorder.finish().with_context(device)?;

@@ -248,6 +248,27 @@ fn one_device_moves_by_flags_and_devices_that_do_not_fit_are_refused_with_the_re
     assert!(read_all(&rig.at("there"), 1 << 20) == wanted);
     source.wait().good();
     destination.stop().good();
+
+    // A device that stays when its process has ended is noted beside it: whatever command asks.
+    let (file, there) = (rig.at("left.raw"), rig.at("came.raw"));
+    fs::write(&file, fill(8, 1 << 20)).unwrap();
+    let (file, there) = (file.to_str().unwrap(), there.to_str().unwrap());
+    let flags =
+        ["serve", "--file", file, "--socket", socket, "--plaintext", "--move-listen", &address];
+    let source = Running::start(flags);
+    let flags = ["connect", &address, "--file", there, "--create", "--size", "1M", "--plaintext"];
+    silo([&flags[..], &["--once"]].concat()).good();
+    source.wait().good();
+    assert!(fs::read(there).unwrap() == fs::read(file).unwrap());
+    for command in [
+        &["serve", "--socket", socket][..],
+        &["expose", "nbd", "--socket", socket],
+        &["mount", "--socket", socket],
+    ] {
+        silo([command, &["--file", file]].concat()).failed(1, "they run elsewhere");
+    }
+    silo(["connect", &address, "--file", there, "--plaintext"]).failed(1, "run silo serve");
+    Running::start(["serve", "--file", there, "--socket", socket]).stop().good();
     silo(["connect", "--memory", "1M", "--plaintext"]).failed(1, "where is the source?");
     silo(["connect", "x:1", "--memory", "1M"]).failed(2, "moving needs TLS");
 }

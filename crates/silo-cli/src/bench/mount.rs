@@ -2,8 +2,8 @@
 //! that answers after a time, as many requests at once as are made, no limit of bandwidth), mapped
 //! stores and what tracking them costs.
 //!
-//! Each read adds up what it reads, and the sums are compared with those of the content, so that a
-//! figure counts only for the right bytes. Memory is touched before a timed row: what a mount frees
+//! Each read adds up what it reads, and the sums are compared with those of the content; afterwards,
+//! untimed, all bytes are compared, so that a figure counts only for the right bytes at their places. Memory is touched before a timed row: what a mount frees
 //! is used by the next, and the first one is not counted.
 
 use super::{Group, Setting};
@@ -155,6 +155,14 @@ impl Bytes {
             .fold(0, u64::wrapping_add)
     }
 
+    /// Whether it begins with these bytes; a sum says nothing of their places.
+    fn holds(self, content: &[u8]) -> bool {
+        assert!(content.len() <= self.len);
+        // SAFETY: as in `sum`.
+        let bytes = unsafe { std::slice::from_raw_parts(self.base.as_ptr(), content.len()) };
+        bytes == content
+    }
+
     /// Reads the first word of a page.
     fn touch(self, page: usize) -> u64 {
         assert!((page + 1) * PAGE <= self.len);
@@ -211,7 +219,8 @@ fn distances(setting: &Setting) -> anyhow::Result<Vec<Row>> {
             let mount = Mount::managed(Arc::clone(&device) as _, options()?)?;
             let found = Bytes::of(&mount).sum();
             rates.push(gigabytes(size, began.elapsed()));
-            ensure!(found == sum, "a managed mount {trip} ms away read other bytes");
+            let all = found == sum && Bytes::of(&mount).holds(&device.content());
+            ensure!(all, "a managed mount {trip} ms away read other bytes");
         }
         let bar = format!("silo.mount.read_managed_rtt{trip}");
         let target = least.map(|(_, rate)| Target::AtLeast(rate));
@@ -295,7 +304,8 @@ fn direct(device: &Arc<Distant>, size: usize, sum: u64) -> anyhow::Result<Row> {
         let mount = Mount::direct(Arc::clone(device) as _, options()?)?;
         let found = Bytes::of(&mount).sum();
         rates.push(gigabytes(size, began.elapsed()) * 1e3);
-        ensure!(found == sum, "a direct mount read other bytes");
+        let all = found == sum && Bytes::of(&mount).holds(&device.content());
+        ensure!(all, "a direct mount read other bytes");
     }
     // What the thesis' direct mount reached at this distance.
     let (before, target) = (Some(7.0), Some(Target::RatioAtLeast(20.0)));
@@ -496,7 +506,8 @@ fn remote(setting: &Setting) -> anyhow::Result<Vec<Row>> {
             let mount = Mount::managed(Arc::new(device), self::options()?)?;
             let found = Bytes::of(&mount).sum();
             mounted.push(gigabytes(size, began.elapsed()));
-            ensure!(found == sum, "a mount over TLS read other bytes");
+            let all = found == sum && Bytes::of(&mount).holds(&far.content());
+            ensure!(all, "a mount over TLS read other bytes");
         }
         let (plain, mounted) = (median(plain.split_off(1))?, median(mounted.split_off(1))?);
         let bar = format!("silo.mount.tls_rtt{trip}");
@@ -538,6 +549,7 @@ fn plain_socket(far: &Distant, trip: Duration, sum: u64) -> anyhow::Result<f64> 
         sender.join().map_err(|_| anyhow::anyhow!("the sender panicked"))??;
         Ok(took)
     })?;
-    ensure!(Bytes { base: map.base(), len: size }.sum() == sum, "the socket brought other bytes");
+    let all = Bytes { base: map.base(), len: size };
+    ensure!(all.sum() == sum && all.holds(&content), "the socket brought other bytes");
     Ok(gigabytes(size, took))
 }

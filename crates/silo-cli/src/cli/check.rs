@@ -234,6 +234,20 @@ impl Differences {
         }
     }
 
+    /// All blocks from `first` to before `end`.
+    fn add_all(&mut self, first: u64, end: u64) {
+        if first >= end {
+            return;
+        }
+        self.add(first);
+        self.blocks += end - first - 1;
+        if let Some((_, last)) = self.ranges.last_mut()
+            && *last == first
+        {
+            *last = end - 1;
+        }
+    }
+
     fn text(&self) -> String {
         let mut text = String::new();
         for (first, last) in &self.ranges {
@@ -299,6 +313,7 @@ fn check(
         writeln!(map.to, "{}", head.line())?;
     }
     let (mut at, mut zero, mut differences) = (0, 0, Differences::default());
+    let mut same = true;
     while image.left > 0 {
         let blocks = image.portion()?;
         progress.set(head.bytes - image.left, head.bytes);
@@ -307,17 +322,22 @@ fn check(
             if let Some(map) = &mut map {
                 map.block(one)?;
             }
-            if let Some(other) = &mut other
-                && other.next()? != Some(one)
-            {
-                differences.add(at);
+            if let Some(other) = &mut other {
+                same = other.next()? == Some(one);
+                if !same {
+                    differences.add(at);
+                }
             }
             at += 1;
         }
     }
     if let Some(other) = &other {
-        // A block that only one side has differs.
-        (at..other.head.blocks()).for_each(|block| differences.add(block));
+        // A block that only one side has differs, and a last one that is longer there: of zeros,
+        // which look the same in any number.
+        if same && at > 0 && at == other.head.blocks() && head.bytes != other.head.bytes {
+            differences.add(at - 1);
+        }
+        differences.add_all(at, other.head.blocks());
     }
     let root = RootHash::from(*image.whole.finalize().as_bytes());
     Ok(Checked { head, zero, root, differences })
@@ -387,4 +407,36 @@ fn report(args: &CheckArgs, checked: &Checked, compared: bool, json: bool) -> Re
         });
     }
     print(json, &value, &text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn compared(image: u64, other: &[u8]) -> Differences {
+        let dir = tempfile::tempdir().unwrap();
+        let (one, two) = (dir.path().join("one"), dir.path().join("two"));
+        File::create(&one).unwrap().set_len(image).unwrap();
+        std::fs::write(&two, other).unwrap();
+        let other = Other::open(&two, 4096).unwrap();
+        check(&one, 4096, None, Some(other), true).unwrap().differences
+    }
+
+    #[test]
+    fn zeros_of_another_length_differ() {
+        assert_eq!(compared(8192, &[0; 8192]).blocks, 0);
+        assert_eq!(compared(5000, &[0; 6000]).ranges, [(1, 1)]);
+        assert_eq!(compared(5000, &[0; 20_000]).ranges, [(2, 4)]);
+        assert_eq!(compared(20_000, &[0; 5000]).ranges, [(2, 4)]);
+        assert_eq!(compared(0, &[]).blocks, 0);
+    }
+
+    #[test]
+    fn a_map_of_any_size_is_compared_in_the_time_of_the_image() {
+        // As many lines as are read at once.
+        let map = format!("{} {} 4096\n{}", Head::BEGIN, u64::MAX, "-\n".repeat(4096));
+        let found = compared(4096, map.as_bytes());
+        assert_eq!(found.blocks, u64::MAX.div_ceil(4096) - 1);
+        assert_eq!(found.ranges, [(1, u64::MAX.div_ceil(4096) - 1)]);
+    }
 }

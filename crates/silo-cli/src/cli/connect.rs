@@ -8,7 +8,7 @@ use super::{
     stop::Stop,
 };
 use crate::{
-    config::{Config, MigrateConfig},
+    config::{Config, DeviceConfig, MigrateConfig},
     moving::{Parking, Watched, peer_name, security},
     service::Service,
     stack::Role,
@@ -28,6 +28,7 @@ use silo::{
 };
 use std::{
     net::{Ipv4Addr, TcpListener},
+    path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError,
         mpsc::{self, RecvTimeoutError, SyncSender},
@@ -51,6 +52,9 @@ pub(super) struct ConnectArgs {
     /// End as soon as everything is here and durable
     #[arg(long)]
     once: bool,
+    /// Note in this file who owns the device; without it in DEVICE.silo-note beside it
+    #[arg(long, value_name = "FILE", conflicts_with = "config")]
+    note: Option<PathBuf>,
     #[command(flatten)]
     device: DeviceArgs,
     #[command(flatten)]
@@ -70,7 +74,9 @@ impl ConnectArgs {
             }
             config.identity = self.tls.identity();
             config.metrics = self.metrics.config();
-            let migrate = MigrateConfig::new(self.tls.plaintext, self.source_name.clone());
+            let mut migrate = MigrateConfig::new(self.tls.plaintext, self.source_name.clone());
+            let own = || config.device.values().find_map(DeviceConfig::own_note);
+            migrate.note = self.note.clone().or_else(own);
             config.migrate = Some(migrate);
         }
         let migrate = config.migrate.as_mut().context("the config has no [migrate]")?;

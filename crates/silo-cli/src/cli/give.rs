@@ -2,7 +2,7 @@
 
 use super::{human, print, progress::Progress, stop::Stop};
 use crate::{
-    config::MigrateConfig,
+    config::{Config, DeviceConfig, MigrateConfig},
     moving::{Waiting, Watched, peer_name, security},
     service::Service,
 };
@@ -25,6 +25,9 @@ use std::{
 
 /// How often a move is looked at.
 const LOOK: Duration = Duration::from_millis(50);
+
+/// Between two attempts.
+const AGAIN: Duration = Duration::from_millis(500);
 
 /// What a note says of the devices.
 enum Noted {
@@ -64,7 +67,15 @@ fn noted(note: Option<&Path>) -> Result<Noted> {
 ///
 /// # Errors
 /// If the note says so, or cannot be read.
-pub(super) fn check_use(note: Option<&Path>) -> Result<()> {
+pub(crate) fn check_use(config: &Config) -> Result<()> {
+    let note = config.migrate.iter().filter_map(|migrate| migrate.note.clone());
+    // Whoever moved a device by flags has it noted beside the device.
+    let own = config.device.values().filter_map(DeviceConfig::own_note);
+    note.chain(own).try_for_each(|note| check_note(&note))
+}
+
+fn check_note(note: &Path) -> Result<()> {
+    let note = Some(note);
     let why = match noted(note)? {
         Noted::Nothing | Noted::Here | Noted::Came(0) => return Ok(()),
         Noted::Came(blocks) => format!("{blocks} blocks of them never came"),
@@ -191,7 +202,10 @@ impl Giver {
                         stop.ask();
                     }
                     // The devices are here, and whoever uses them goes on; another try may come.
-                    Err(error) => eprintln!("silo: {error:#}"),
+                    Err(error) => {
+                        eprintln!("silo: {error:#}");
+                        stop.wait(AGAIN);
+                    }
                 }
             }
         })?;

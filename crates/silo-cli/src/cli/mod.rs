@@ -6,7 +6,7 @@ mod config;
 mod connect;
 mod device;
 mod expose;
-mod give;
+pub(crate) mod give;
 mod history;
 mod keys;
 mod mount;
@@ -196,8 +196,10 @@ impl Cli {
                 print(json, &seen, &describe(&seen))
             }
             Command::Completions { shell } => {
-                clap_complete::generate(shell, &mut Self::command(), "silo", &mut io::stdout());
-                Ok(())
+                // It panics where it cannot write: into memory it can.
+                let mut script = Vec::new();
+                clap_complete::generate(shell, &mut Self::command(), "silo", &mut script);
+                io::stdout().lock().write_all(&script).context("could not write to stdout")
             }
         }
     }

@@ -7,12 +7,15 @@ use super::{
     stop::Stop,
 };
 use crate::{
-    config::{Config, MigrateConfig},
+    config::{Config, DeviceConfig, MigrateConfig},
     service::Service,
 };
 use anyhow::{Result, bail};
 use clap::Args;
-use std::{net::SocketAddr, path::Path};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
 
 #[derive(Args)]
 pub(super) struct ServeArgs {
@@ -30,6 +33,9 @@ pub(super) struct ServeArgs {
     /// The destination's name in its certificate
     #[arg(long, value_name = "NAME", requires = "move_listen")]
     destination: Option<String>,
+    /// Note in this file who owns the device; without it in DEVICE.silo-note beside it
+    #[arg(long, value_name = "FILE", requires = "move_listen")]
+    note: Option<PathBuf>,
 }
 
 impl ServeArgs {
@@ -50,6 +56,8 @@ impl ServeArgs {
         if self.move_listen.is_some() {
             let mut migrate = MigrateConfig::new(self.tls.plaintext, self.destination.clone());
             migrate.listen = self.move_listen;
+            let own = || config.device.values().find_map(DeviceConfig::own_note);
+            migrate.note = self.note.clone().or_else(own);
             config.migrate = Some(migrate);
         }
         config.check()?;
@@ -61,8 +69,6 @@ pub(super) fn run(args: &ServeArgs, json: bool) -> Result<()> {
     // Before anything is served, so that a signal that comes early is not lost.
     let stop = Stop::on_signals()?;
     let config = args.config()?;
-    let note = config.migrate.as_ref().and_then(|migrate| migrate.note.as_deref());
-    give::check_use(note)?;
     let service = Service::start(&config)?;
     let giver = match &config.migrate {
         Some(migrate) => Giver::start(migrate, &service, stop.clone(), json)?,

@@ -2,7 +2,7 @@
 
 use super::{
     device::{DeviceArgs, FrontArgs, MetricsArgs, TlsArgs},
-    give, human, print,
+    human, print,
     progress::Progress,
     serve,
     stop::Stop,
@@ -73,8 +73,6 @@ pub(super) fn run(args: &SyncArgs, json: bool) -> Result<()> {
     let stop = Stop::on_signals()?;
     let config = args.config()?;
     let (target, max_age, rate) = args.target(&config)?;
-    let note = config.migrate.as_ref().and_then(|migrate| migrate.note.as_deref());
-    give::check_use(note)?;
     let mut service = Service::open(&config, Role::Use)?;
     let capture = service.capture().context("no device is backed up")?;
     if args.once {

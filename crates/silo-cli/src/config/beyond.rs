@@ -133,7 +133,8 @@ pub(crate) struct MigrateConfig {
     pub(crate) peer: Option<String>,
     /// The other host's name in its certificate; no other is accepted
     pub(crate) peer_name: Option<String>,
-    /// A file in which is noted who owns the devices; without it a restart knows of no move
+    /// A file in which is noted who owns the devices, so that after a restart nobody uses what has
+    /// left or has not come whole; may be left out where all of them are memory
     pub(crate) note: Option<PathBuf>,
     /// Move without TLS; only on a network that is trusted as a whole
     #[serde(default)]

@@ -6,7 +6,10 @@ use super::{
     problem::{Finding, nearest},
 };
 use silo::{device::DeviceName, hash::RootHash, nbd::NbdUri, store::LineName};
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    path::{Component, Path, PathBuf},
+};
 
 /// Collects findings below one place of the file.
 struct At<'a> {
@@ -189,6 +192,10 @@ fn check_store(at: &mut At<'_>, store: &StoreConfig) {
     {
         at.wrong("endpoint", "must begin with https:// or http://");
     }
+    let host = store.endpoint.as_deref().and_then(|endpoint| endpoint.split('/').nth(2));
+    if host.is_some_and(|host| host.contains('@')) {
+        at.wrong("endpoint", "credentials do not belong in an address");
+    }
 }
 
 fn check_groups(root: &mut At<'_>, config: &Config) {
@@ -245,6 +252,15 @@ fn check_migrate(root: &mut At<'_>, config: &Config) {
     if migrate.peer_name.as_ref().is_some_and(|name| name.parse::<identity::HostName>().is_err()) {
         at.wrong("peer-name", "not a host's name; write host-a or a.example.org");
     }
+    let members = config.members(migrate.group.as_deref());
+    let kept = |name: &String| config.device.get(name).is_some_and(DeviceConfig::is_kept);
+    if migrate.note.is_none() && members.is_some_and(|(_, names)| names.iter().any(kept)) {
+        at.wrong(
+            "note",
+            "is missing: without it a restart would serve devices that have left or have not come \
+             whole; name a file of this host",
+        );
+    }
     if !(1..=32).contains(&migrate.connections) {
         at.wrong("connections", "must be from 1 to 32");
     }
@@ -256,33 +272,39 @@ fn check_migrate(root: &mut At<'_>, config: &Config) {
     }
 }
 
+/// A path as it is told apart from others.
+fn plain(path: &Path) -> String {
+    let parts = path.components().filter(|part| *part != Component::CurDir);
+    parts.collect::<PathBuf>().display().to_string()
+}
+
 /// Two devices must not share a file, a folder or a socket: each would destroy the other's.
 fn check_shared_places(root: &mut At<'_>, config: &Config) {
     let mut taken: BTreeMap<String, String> = BTreeMap::new();
     for (name, device) in &config.device {
         let mut places: Vec<(&str, String)> = Vec::new();
         match &device.source {
-            SourceConfig::Disk { dir, .. } => places.push(("source", dir.display().to_string())),
+            SourceConfig::Disk { dir, .. } => places.push(("source", plain(dir))),
             SourceConfig::File { path, .. } if !device.read_only && device.overlays.is_empty() => {
-                places.push(("source", path.display().to_string()));
+                places.push(("source", plain(path)));
             }
             SourceConfig::Sparse { path } | SourceConfig::Directory { path, .. } => {
-                places.push(("source", path.display().to_string()));
+                places.push(("source", plain(path)));
             }
             _ => {}
         }
-        places.extend(device.overlays.iter().map(|dir| ("overlays", dir.display().to_string())));
+        places.extend(device.overlays.iter().map(|dir| ("overlays", plain(dir))));
         let expose = &device.expose;
         if let Some(nbd) = &expose.nbd {
-            places.extend(nbd.unix.iter().map(|path| ("expose", path.display().to_string())));
+            places.extend(nbd.unix.iter().map(|path| ("expose", plain(path))));
             places.extend(nbd.tcp.iter().map(|address| ("expose", address.to_string())));
         }
         let vhost = expose.vhost_user_blk.iter();
-        places.extend(vhost.map(|vhost| ("expose", vhost.socket.display().to_string())));
+        places.extend(vhost.map(|vhost| ("expose", plain(&vhost.socket))));
         let fuse = expose.fuse.iter();
-        places.extend(fuse.map(|fuse| ("expose", fuse.mount.display().to_string())));
+        places.extend(fuse.map(|fuse| ("expose", plain(&fuse.mount))));
         let attach = expose.attach.iter();
-        places.extend(attach.map(|attach| ("expose", attach.device.display().to_string())));
+        places.extend(attach.map(|attach| ("expose", plain(&attach.device))));
         for (key, place) in places {
             if let Some(other) = taken.insert(place.clone(), name.clone()) {
                 let mut at = root.below("device");

@@ -108,6 +108,41 @@ impl DeviceConfig {
         }
     }
 
+    /// Where is noted that it moves, if nobody says where: beside what takes its writes. None if
+    /// nothing on this host keeps it.
+    pub(crate) fn own_note(&self) -> Option<PathBuf> {
+        let place = match (self.overlays.last(), &self.source) {
+            (Some(dir), _) | (None, SourceConfig::Disk { dir, .. }) => dir,
+            (
+                None,
+                SourceConfig::File { path, .. }
+                | SourceConfig::Sparse { path }
+                | SourceConfig::Directory { path, .. },
+            ) => path,
+            (
+                None,
+                SourceConfig::Memory
+                | SourceConfig::Object { .. }
+                | SourceConfig::Silo { .. }
+                | SourceConfig::Generation { .. }
+                | SourceConfig::Process { .. },
+            ) => return None,
+        };
+        // Nothing beside a device node survives a restart of the host.
+        if place.starts_with("/dev") {
+            return None;
+        }
+        // Without a slash at its end: beside a folder, not in it.
+        let mut note = place.components().collect::<PathBuf>().into_os_string();
+        note.push(".silo-note");
+        Some(note.into())
+    }
+
+    /// Whether what is written to it is there after a restart.
+    pub(crate) fn is_kept(&self) -> bool {
+        !self.overlays.is_empty() || !matches!(self.source, SourceConfig::Memory)
+    }
+
     /// 4 KiB: what memory and file systems work in.
     fn default_block_size() -> ByteSize {
         ByteSize(4096)

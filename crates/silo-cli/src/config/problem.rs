@@ -64,17 +64,27 @@ pub(super) struct Finding {
 /// The parser's error.
 pub(super) fn of_parser(path: &Path, text: &str, error: &toml::de::Error) -> ConfigError {
     let message = error.message();
-    // A line with a secret is not shown: errors end up in logs and in questions.
-    let secret = message.contains(SECRET_REFUSED);
     let (place, source) = match error.span() {
         Some(span) => {
             let (place, source) = position(text, &span);
+            let secret = may_hold_a_secret(&source, message);
             (Some(place), (!secret).then_some(source))
         }
         None => (None, None),
     };
     let message = suggestion(message).unwrap_or_else(|| message.trim_end().to_owned());
     ConfigError::Wrong(vec![Problem { path: Some(path.to_owned()), place, message, source }])
+}
+
+/// Whether a line is better not shown: errors end up in logs and in questions, and a secret that is
+/// written where it does not belong often stands at a key that is misspelt.
+fn may_hold_a_secret(line: &str, message: &str) -> bool {
+    let line = line.to_ascii_lowercase();
+    message.contains(SECRET_REFUSED)
+        || message.contains("expected `env` or `file`")
+        || ["key", "secret", "token", "passw", "credential", "@"]
+            .iter()
+            .any(|word| line.contains(word))
 }
 
 /// What the checks found, in the order of the file.

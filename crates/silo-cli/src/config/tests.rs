@@ -80,6 +80,43 @@ fn secrets_in_the_file_are_refused_and_never_shown() {
     assert!(error(&both).contains("env or file, not both"));
     let text = format!("{head}keys = {{ enw = \"A\" }}\n");
     assert!(error(&text).contains("did you mean \"env\"?"));
+
+    // At a key that is misspelt, in a table of its own, and in an address.
+    for wrong in [
+        "[backup]\nsecret_key = \"hunter2\"\n",
+        "[backup.store]\nurl = \"file:///b\"\nsecret_key = \"hunter2\"\n",
+        "[backup.keys]\nvalue = \"hunter2\"\n",
+        "[backup]\nkeys = hunter2\n",
+        "[backup]\ntenant = \"t\"\nkeys = { env = \"K\" }\n\
+         store = { url = \"s3://b\", endpoint = \"http://me:hunter2@host\" }\n",
+        "[device.a]\nsource = { silo = { url = \"nbd://me:hunter2@host/x\" } }\n",
+    ] {
+        let message = error(wrong);
+        assert!(!message.contains("hunter2"), "{message}");
+    }
+}
+
+#[test]
+fn devices_that_outlive_the_process_do_not_move_without_a_note() {
+    let text = |source: &str, note: &str| {
+        format!("[device.a]\nsize = \"1M\"\nsource = {source}\n[migrate]\nplaintext = true\n{note}")
+    };
+    let file = "{ file = { path = \"x\" } }";
+    let message = error(&text(file, ""));
+    assert!(message.contains("migrate.note: is missing"), "{message}");
+    parsed(&text(file, "note = \"n\"\n"));
+    parsed(&text("\"memory\"", ""));
+    let own = |source: &str| parsed(&text(source, "note = \"n\"\n")).device["a"].own_note();
+    assert_eq!(own(file), Some("x.silo-note".into()));
+    assert_eq!(own("{ directory = { path = \"d/\" } }"), Some("d.silo-note".into()));
+    assert_eq!(own("{ file = { path = \"/dev/sdb\" } }"), None);
+}
+
+#[test]
+fn one_file_under_two_spellings_is_one_file() {
+    let text = "[device.a]\nsource = { file = { path = \"x\" } }\n\
+                [device.b]\nsource = { file = { path = \"./x\" } }\n";
+    assert!(error(text).contains("x is used by \"a\" too"));
 }
 
 #[test]
