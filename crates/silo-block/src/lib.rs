@@ -10,3 +10,4 @@ pub mod model;
 pub mod order;
 pub mod rounds;
 pub mod session;
+pub mod times;
