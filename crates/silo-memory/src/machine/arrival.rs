@@ -58,7 +58,7 @@ impl Memory {
     /// the memory beside the guest.
     ///
     /// # Errors
-    /// If they do not come in time, or nobody serves them.
+    /// If they do not come in time, nobody serves them, or [`Memory::interrupt`] was called.
     pub fn bring(&self, range: BlockRange, within: Duration) -> Result<()> {
         let late = |left: u64, why: &str| {
             let at = format!("{} and {} more", range.start, left.saturating_sub(1));
@@ -72,22 +72,26 @@ impl Memory {
         let Some(demand) = holes.demand.clone() else {
             return Err(late(holes.missing.count_in(range), "nobody serves the memory's faults"));
         };
+        let interrupted = holes.interrupted;
         let missing: Vec<_> = holes.missing.ranges_in(range).collect();
-        let asked: Vec<_> = missing
-            .into_iter()
-            .flat_map(|piece| piece.chunks(1))
-            .filter(|block| match holes.waiting.entry(block.start.0) {
-                Entry::Occupied(_) => false,
-                Entry::Vacant(place) => {
-                    place.insert(began);
-                    true
-                }
-            })
-            .collect();
+        let mut asked: Vec<BlockRange> = Vec::new();
+        for block in missing.into_iter().flat_map(|piece| piece.start.0..piece.end()) {
+            let Entry::Vacant(place) = holes.waiting.entry(block) else { continue };
+            place.insert(began);
+            match asked.last_mut() {
+                Some(run) if run.end() == block => run.count += 1,
+                _ => asked.push(BlockRange::new(block, 1)),
+            }
+        }
         drop(holes);
-        asked.into_iter().for_each(|block| demand(block));
+        asked.into_iter().for_each(|run| demand(run));
         holes = self.holes();
         while holes.missing.intersects(range) {
+            if holes.interrupted != interrupted {
+                let at = range.start.to_string();
+                let why = io::Error::new(io::ErrorKind::Interrupted, "the wait was called off");
+                return Err(self.error("bring", at, why));
+            }
             let left = within.saturating_sub(began.elapsed());
             if left.is_zero() {
                 return Err(late(holes.missing.count_in(range), "no answer in time"));

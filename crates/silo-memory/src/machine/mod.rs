@@ -13,8 +13,12 @@
 //! After [`Device::arm`] a hole is in one of two states: *missing* (its content is elsewhere: the
 //! guest waits and `demand` is called) or *zero* (served at once, here). Zero memory therefore
 //! costs neither transfer nor room.
+//!
+//! A third party, such as the server of a vhost-user disk, may touch the memory through a mapping
+//! of its own, beside the guest: the part [`beside`] says what it has to call.
 
 mod arrival;
+mod beside;
 mod faults;
 #[cfg(test)]
 mod tests;
@@ -22,6 +26,7 @@ mod tests;
 pub use crate::sys;
 pub use faults::{FaultStats, FaultSummary};
 
+use beside::{Beside, Stage};
 use silo_block::{
     block::{BLOCK_SIZE, BlockIndex, BlockRange, BlockSet},
     device::{Demand, Device, DeviceError, DeviceName, Result},
@@ -92,6 +97,7 @@ pub struct Memory {
     discarded: Mutex<Option<BlockSet>>,
     shared: Arc<Shared>,
     attached: RwLock<Option<Attached>>,
+    beside: Beside,
 }
 
 /// What the fault thread shares with the rest.
@@ -110,6 +116,8 @@ struct Holes {
     /// Somebody waits, since when.
     waiting: HashMap<u64, Instant>,
     demand: Option<Arc<Demand>>,
+    /// Grows when those who wait beside the guest shall give up.
+    interrupted: u64,
 }
 
 struct Attached {
@@ -162,11 +170,13 @@ impl Memory {
                     landing: BlockSet::new(blocks),
                     waiting: HashMap::new(),
                     demand: None,
+                    interrupted: 0,
                 }),
                 arrived: Condvar::new(),
                 stats: Mutex::new(FaultStats::default()),
             }),
             attached: RwLock::new(None),
+            beside: Beside::new(blocks),
             name,
         }
     }
@@ -243,7 +253,14 @@ impl Memory {
         } else {
             None
         };
-        *self.attached.write().unwrap_or_else(PoisonError::into_inner) = Some(Attached {
+        let stage = match (mapping.incoming, mapping.adopted) {
+            (false, _) => Stage::Here,
+            (true, false) => Stage::Receiving,
+            (true, true) => Stage::Armed,
+        };
+        let mut place = self.attached.write().unwrap_or_else(PoisonError::into_inner);
+        self.beside.enter(stage);
+        *place = Some(Attached {
             userfault,
             pagemap,
             address: mapping.address,
@@ -256,7 +273,9 @@ impl Memory {
 
     /// The monitor is gone; the content stays.
     pub fn detach(&self) {
-        self.attached.write().unwrap_or_else(PoisonError::into_inner).take();
+        let mut place = self.attached.write().unwrap_or_else(PoisonError::into_inner);
+        self.beside.enter(Stage::Detached);
+        place.take();
     }
 
     /// Fault statistics since the last [`Device::arm`].
@@ -387,6 +406,7 @@ impl Device for Memory {
 
     fn start_tracking(&self) -> Result<()> {
         *self.returned.lock().unwrap_or_else(PoisonError::into_inner) = BlockSet::new(self.blocks);
+        self.beside.forget_written();
         self.with_attached("start tracking", |attached| {
             if attached.tracking == Tracking::None {
                 return Err(io::Error::new(
@@ -403,6 +423,7 @@ impl Device for Memory {
             &mut *self.returned.lock().unwrap_or_else(PoisonError::into_inner),
             BlockSet::new(self.blocks),
         );
+        self.beside.take_written(&mut dirty);
         let scanned = self.with_attached("track", |attached| self.scan(attached, &mut dirty));
         if let Err(error) = scanned {
             self.put_back(&dirty);
@@ -466,6 +487,7 @@ impl Device for Memory {
             holes.demand = None;
         }
         *self.returned.lock().unwrap_or_else(PoisonError::into_inner) = BlockSet::new(self.blocks);
+        self.beside.forget();
         self.punch(BlockRange::new(0, self.blocks))
             .map_err(|e| self.error("reset", "all".into(), e))
     }
@@ -507,6 +529,7 @@ impl Device for Memory {
         for range in stale.ranges() {
             self.punch(range).map_err(|e| self.error("arm", range.start.to_string(), e))?;
         }
+        self.beside.enter(Stage::Armed);
         Ok(())
     }
 

@@ -1,5 +1,7 @@
 //! Against the running kernel: this process plays the monitor and the guest.
 
+mod beside;
+
 use super::*;
 use std::{num::NonZeroUsize, ptr::NonNull, sync::mpsc, thread, time::Duration};
 

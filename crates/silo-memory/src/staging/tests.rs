@@ -344,8 +344,13 @@ fn a_machines_missing_memory_is_brought_by_its_pager() {
     memory.arm(&BlockSet::full(64), Box::new(demand)).unwrap();
     let filler = Arc::clone(&memory);
     let peer = std::thread::spawn(move || {
-        for range in answers.iter().take(3) {
-            filler.fill(range.start, &[range.start.0 as u8 + 1; BLOCK_SIZE]).unwrap();
+        let mut brought = 0;
+        while brought < 3 {
+            let range = answers.recv().unwrap();
+            for block in range.chunks(1) {
+                brought +=
+                    filler.fill(block.start, &[block.start.0 as u8 + 1; BLOCK_SIZE]).unwrap();
+            }
         }
     });
     let mut bytes = vec![0; 3 * BLOCK_SIZE];
