@@ -2,6 +2,8 @@
 #![allow(dead_code, unreachable_pub, reason = "each test uses a part")]
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
+pub mod content;
+pub mod early;
 pub mod file;
 pub mod memory;
 pub mod rig;
@@ -9,6 +11,8 @@ pub mod tap;
 
 use std::time::{Duration, Instant};
 
+/// A mebibyte.
+pub const MIB: u64 = 1 << 20;
 /// The longest that a test waits for anything.
 pub const WAIT: Duration = Duration::from_secs(60);
 

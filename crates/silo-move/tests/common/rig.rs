@@ -214,6 +214,15 @@ pub fn dial(address: SocketAddr) -> Dial {
     Dial::new(address, HostName::new("b").unwrap(), Security::Plaintext, limits())
 }
 
+/// A destination that fetches nothing in advance.
+pub fn quick() -> destination::Options {
+    let session = silo_block::session::destination::Config {
+        prefetch: 0,
+        ..silo_block::session::destination::Config::default()
+    };
+    destination::Options { session, ..destination::Options::default() }
+}
+
 /// Options of a source.
 pub fn source_options(config: Config) -> source::Options {
     source::Options { session: config, ..source::Options::default() }

@@ -18,6 +18,18 @@ const GREETING: usize = 16;
 const PREAMBLE: usize = 40;
 const HEADER: usize = 32;
 
+/// Kinds of frames, as they are on the wire.
+pub mod kind {
+    /// A run of blocks.
+    pub const BLOCKS: u8 = 1;
+    /// The token.
+    pub const TOKEN: u8 = 37;
+    /// The source has gone.
+    pub const RELEASED: u8 = 40;
+    /// Somebody waits.
+    pub const NEED: u8 = 69;
+}
+
 /// Which way a frame goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Way {

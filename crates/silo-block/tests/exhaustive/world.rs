@@ -1,12 +1,6 @@
-//! Every order of events in a small move, by `stateright`: two blocks, two writes, one fault, a store
-//! that has one block. The machines are the real ones: a state is the list of steps that leads to
-//! it, and is rebuilt by taking them again; two states are the same if all that the machines, the
-//! hosts and the lines hold is the same.
-//!
-//! Checked in every state: a block that is here for whoever runs has the newest write (after a crash
-//! none older than the last flush); one side at most runs; who can do nothing more has finished.
-#![allow(clippy::unwrap_used, reason = "a test")]
+//! The two machines, their hosts and the lines between them, and what each step does to them.
 
+use super::{BLOCKS, DEVICE, NOW, SESSION, Seen, Small, Step};
 use silo_block::{
     block::{BlockIndex, BlockRange},
     device::DeviceName,
@@ -19,143 +13,16 @@ use silo_block::{
             self, Access, Destination, DestinationDevice, MemoryHashes, Phase as Receiving,
             WaiterId,
         },
-        messages::{BlockHash, BlockHeader, DeviceIndex, SessionId, Term, ToDestination, ToSource},
+        messages::{BlockHash, BlockHeader, SessionId, Term, ToDestination, ToSource},
         source::{self, Phase as Giving, Source, SourceDevice},
     },
 };
-use stateright::{Checker, Model, Property};
 use std::{
     collections::{BTreeMap, VecDeque, hash_map::DefaultHasher},
     fmt::Write as _,
     hash::{Hash, Hasher},
     time::Duration,
 };
-
-const BLOCKS: u64 = 2;
-const DEVICE: DeviceIndex = DeviceIndex(0);
-const NOW: Duration = Duration::ZERO;
-const SESSION: SessionId = SessionId([9; 16]);
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Step {
-    Write(u64),
-    Flush,
-    ToDestination,
-    ToSource,
-    Data(usize),
-    Stored(u64),
-    Promise,
-    Fetched { right: bool },
-    Cut,
-    CrashSource,
-    CrashDestination,
-}
-
-/// What may happen in a model, so that several small ones cover more than one large one.
-#[derive(Clone, Copy, Debug)]
-struct Small {
-    writes: usize,
-    store: bool,
-    cut: bool,
-    crashes: bool,
-}
-
-#[derive(Clone, Debug)]
-struct State {
-    path: Vec<Step>,
-    steps: Vec<Step>,
-    digest: u128,
-    wrong: Option<String>,
-    seen: Seen,
-}
-
-/// What has happened on the way, to show that it can.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Seen {
-    handed_over: bool,
-    released: bool,
-    late: bool,
-    early_write: bool,
-    from_store: bool,
-    wrong_answer: bool,
-    taken_back: bool,
-    resumed_after_fault: bool,
-}
-
-impl PartialEq for State {
-    fn eq(&self, other: &Self) -> bool {
-        self.digest == other.digest
-    }
-}
-
-impl Hash for State {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        self.digest.hash(state);
-    }
-}
-
-impl Model for Small {
-    type State = State;
-    type Action = Step;
-
-    fn init_states(&self) -> Vec<State> {
-        vec![state(self, Vec::new())]
-    }
-
-    fn actions(&self, state: &State, actions: &mut Vec<Step>) {
-        actions.extend(&state.steps);
-    }
-
-    fn next_state(&self, last: &State, step: Step) -> Option<State> {
-        let mut path = last.path.clone();
-        path.push(step);
-        Some(state(self, path))
-    }
-
-    fn properties(&self) -> Vec<Property<Self>> {
-        vec![
-            Property::always("nothing is lost, and one side runs", |_, state: &State| {
-                state.wrong.is_none()
-            }),
-            Property::always("who stands still has finished", |_, state: &State| {
-                !state.steps.is_empty() || state.wrong.is_none()
-            }),
-            Property::sometimes("the token arrives", |_, state: &State| state.seen.handed_over),
-            Property::sometimes("the source may go", |_, state: &State| state.seen.released),
-            Property::sometimes("content comes late", |small: &Small, state: &State| {
-                state.seen.late || small.writes == 0
-            }),
-            Property::sometimes(
-                "a block is written before it comes",
-                |small: &Small, state: &State| state.seen.early_write || small.writes < 2,
-            ),
-            Property::sometimes("the store is faster", |small: &Small, state: &State| {
-                state.seen.from_store || !small.store
-            }),
-            Property::sometimes("the store is wrong", |small: &Small, state: &State| {
-                state.seen.wrong_answer || !small.store
-            }),
-            Property::sometimes("authority is taken back", |small: &Small, state: &State| {
-                state.seen.taken_back || !small.crashes
-            }),
-            Property::sometimes("a fault is survived", |small: &Small, state: &State| {
-                state.seen.resumed_after_fault || !(small.cut || small.crashes)
-            }),
-        ]
-    }
-}
-
-fn state(small: &Small, path: Vec<Step>) -> State {
-    let mut world = World::new();
-    for step in &path {
-        world.step(*step);
-    }
-    let steps = if world.wrong.is_some() { Vec::new() } else { world.steps(small) };
-    if steps.is_empty() && world.wrong.is_none() && !world.finished() {
-        world.wrong = Some(format!("stands still: {:?}", world.phases()));
-    }
-    State { steps, digest: world.digest(), wrong: world.wrong, seen: world.seen, path }
-}
 
 #[derive(Clone, Debug)]
 struct Disk {
@@ -166,7 +33,7 @@ struct Disk {
 }
 
 #[derive(Debug)]
-struct World {
+pub(super) struct World {
     source: Option<Source>,
     replica: Replica,
     destination: Option<Destination>,
@@ -189,8 +56,8 @@ struct World {
     flushes: usize,
     faults: usize,
     fault_seen: bool,
-    seen: Seen,
-    wrong: Option<String>,
+    pub(super) seen: Seen,
+    pub(super) wrong: Option<String>,
 }
 
 fn hash_of(value: u32) -> BlockHash {
@@ -198,7 +65,7 @@ fn hash_of(value: u32) -> BlockHash {
 }
 
 impl World {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let geometry = Geometry::new(BLOCKS * 4096, 4096).unwrap();
         let term = Term { id: SessionId([1; 16]), first: Epoch(1) };
         let replica = Replica::owned(geometry, term);
@@ -250,12 +117,12 @@ impl World {
         vec![SourceDevice::new(name(), None, &self.replica)]
     }
 
-    fn phases(&self) -> String {
+    pub(super) fn phases(&self) -> String {
         let source = self.source.as_ref().map(Source::phase);
         format!("{source:?} {:?}", self.destination.as_ref().map(Destination::phase))
     }
 
-    fn digest(&self) -> u128 {
+    pub(super) fn digest(&self) -> u128 {
         let mut text = format!("{self:?}");
         // What only counts how often something happened makes a new state of every turn of a loop.
         // Nothing here depends on it, as long as no budget is used up.
@@ -273,7 +140,7 @@ impl World {
     }
 
     /// Everything is where it belongs, and nobody waits for anybody.
-    fn finished(&self) -> bool {
+    pub(super) fn finished(&self) -> bool {
         let full = self.destination.as_ref().is_none_or(|d| d.missing() == 0);
         match self.runs {
             Some(0) => matches!(self.source.as_ref().map(Source::phase), Some(Giving::Failed(_))),
@@ -282,7 +149,7 @@ impl World {
         }
     }
 
-    fn steps(&self, small: &Small) -> Vec<Step> {
+    pub(super) fn steps(&self, small: &Small) -> Vec<Step> {
         let mut steps = Vec::new();
         let guest = self.runs.filter(|_| !self.paused);
         if guest.is_some() && self.writes < small.writes {
@@ -315,7 +182,7 @@ impl World {
         steps
     }
 
-    fn step(&mut self, step: Step) {
+    pub(super) fn step(&mut self, step: Step) {
         match step {
             Step::Write(block) => self.write(block),
             Step::Flush => {
@@ -623,40 +490,4 @@ fn config() -> source::Config {
 
 fn there() -> destination::Config {
     destination::Config { prefetch: 0, ..destination::Config::default() }
-}
-
-fn explore(small: Small) {
-    let checker = small.checker().threads(2).target_state_count(LIMIT).spawn_bfs().join();
-    let states = checker.unique_state_count();
-    println!("{small:?}: {states} states, depth {}", checker.max_depth());
-    for (name, path) in checker.discoveries() {
-        let last = path.last_state();
-        if let Some(wrong) = &last.wrong {
-            panic!("{name}: {wrong}\n{:#?}", last.path);
-        }
-    }
-    checker.assert_properties();
-    assert!(states < LIMIT, "not all states were seen");
-}
-
-const LIMIT: usize = 1_000_000;
-
-#[test]
-fn check_21_every_order_of_a_move_with_two_writes_and_a_cut() {
-    explore(Small { writes: 2, store: false, cut: true, crashes: false });
-}
-
-#[test]
-fn check_21_every_order_of_a_move_with_two_writes_a_flush_and_a_crash() {
-    explore(Small { writes: 2, store: false, cut: false, crashes: true });
-}
-
-#[test]
-fn every_order_of_a_move_with_two_writes_and_a_store_that_may_lie() {
-    explore(Small { writes: 2, store: true, cut: false, crashes: false });
-}
-
-#[test]
-fn every_order_of_a_move_with_a_write_a_store_and_a_cut() {
-    explore(Small { writes: 1, store: true, cut: true, crashes: false });
 }
