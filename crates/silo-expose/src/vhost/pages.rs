@@ -54,4 +54,7 @@ pub trait GuestPages: Send + Sync {
     fn wrote(&self, range: GuestRange) {
         let _ = range;
     }
+
+    /// Makes calls that wait return an error soon: the server stops.
+    fn interrupt(&self) {}
 }

@@ -19,7 +19,7 @@ use std::{
     fs::File,
     io,
     os::unix::fs::FileExt,
-    sync::{Arc, Mutex, atomic::Ordering, mpsc},
+    sync::{Arc, Mutex, mpsc},
     thread,
     time::Duration,
 };
@@ -27,32 +27,35 @@ use std::{
 const PAGE: usize = BLOCK_SIZE;
 const DISK: u64 = 4 << 20;
 
-/// Brings a page by touching it where the monitor maps it: that faults, and the memory's own fault
-/// thread asks the peer.
-struct Touch {
-    guest: Arc<Shared>,
+/// The machine's memory as the server sees it; notes what was asked of it.
+struct Machine {
+    memory: Arc<Memory>,
     touched: Mutex<BlockSet>,
     written: Mutex<BlockSet>,
 }
 
-fn pages(range: GuestRange) -> std::ops::Range<u64> {
-    range.offset / PAGE as u64..(range.offset + range.length).div_ceil(PAGE as u64)
+fn blocks(range: GuestRange) -> BlockRange {
+    let start = range.offset / PAGE as u64;
+    BlockRange::new(start, (range.offset + range.length).div_ceil(PAGE as u64) - start)
 }
 
-impl GuestPages for Touch {
+impl GuestPages for Machine {
+    fn is_present(&self, range: GuestRange) -> bool {
+        self.memory.is_present(blocks(range))
+    }
+
     fn make_present(&self, range: GuestRange) -> io::Result<()> {
-        for page in pages(range) {
-            // The load that faults.
-            self.guest.span().u8_at(page as usize * PAGE).load(Ordering::SeqCst);
-            self.touched.lock().unwrap().insert(BlockIndex(page));
-        }
-        Ok(())
+        self.touched.lock().unwrap().insert_range(blocks(range));
+        self.memory.make_present(blocks(range), LIMIT).map_err(io::Error::other)
     }
 
     fn wrote(&self, range: GuestRange) {
-        for page in pages(range) {
-            self.written.lock().unwrap().insert(BlockIndex(page));
-        }
+        self.written.lock().unwrap().insert_range(blocks(range));
+        self.memory.note_written(blocks(range));
+    }
+
+    fn interrupt(&self) {
+        self.memory.interrupt();
     }
 }
 
@@ -60,6 +63,7 @@ struct Outcome {
     /// Reads that delivered something else, and writes that stored something else.
     mismatches: usize,
     demanded: u64,
+    /// What the tracking reports.
     written: BlockSet,
     changed: BlockSet,
 }
@@ -104,7 +108,7 @@ fn moved_with_requests_in_its_rings(with_pager: bool) -> Outcome {
     let image = file;
 
     // The destination: the monitor's mapping, with every page missing.
-    let blocks = bytes / PAGE as u64;
+    let count = bytes / PAGE as u64;
     let memory = Arc::new(Memory::new(DeviceName::new("memory").unwrap(), bytes).unwrap());
     let guest = Arc::new(Shared::map(memory.file().try_clone().unwrap(), 0, bytes).unwrap());
     let userfaultfd = File::options().read(true).write(true).open("/dev/userfaultfd").unwrap();
@@ -118,8 +122,8 @@ fn moved_with_requests_in_its_rings(with_pager: bool) -> Outcome {
             track: true,
         })
         .unwrap();
-    let mut missing = BlockSet::new(blocks);
-    missing.insert_range(BlockRange::new(0, blocks));
+    let mut missing = BlockSet::new(count);
+    missing.insert_range(BlockRange::new(0, count));
     let (demand, demands) = mpsc::channel::<BlockRange>();
     memory
         .arm(
@@ -142,12 +146,12 @@ fn moved_with_requests_in_its_rings(with_pager: bool) -> Outcome {
             }
         }
     });
-    let touch = Arc::new(Touch {
-        guest: guest.clone(),
-        touched: Mutex::new(BlockSet::new(blocks)),
-        written: Mutex::new(BlockSet::new(blocks)),
+    let machine = Arc::new(Machine {
+        memory: memory.clone(),
+        touched: Mutex::new(BlockSet::new(count)),
+        written: Mutex::new(BlockSet::new(count)),
     });
-    let pages = with_pager.then(|| touch.clone() as Arc<dyn GuestPages>);
+    let pages = with_pager.then(|| machine.clone() as Arc<dyn GuestPages>);
     let options = VhostOptions { pages, ..VhostOptions::default() };
     let server = VhostServer::start(&new, disk.clone(), options).unwrap();
     let Ok(mut client) = source.moved_to(&new, memory.file().try_clone().unwrap(), &guest) else {
@@ -177,16 +181,19 @@ fn moved_with_requests_in_its_rings(with_pager: bool) -> Outcome {
     }
     server.stop(LIMIT).unwrap();
     // Everything else in the guest's memory is as it was at the source.
-    let (mut changed, mut ours, mut theirs) = (BlockSet::new(blocks), [0; PAGE], [0; PAGE]);
-    for page in 0..blocks {
+    let (mut changed, mut ours, mut theirs) = (BlockSet::new(count), [0; PAGE], [0; PAGE]);
+    for page in 0..count {
         guest.span().part(page as usize * PAGE, PAGE).copy_to(&mut ours);
         image.read_exact_at(&mut theirs, page * PAGE as u64).unwrap();
         if ours != theirs {
             changed.insert(BlockIndex(page));
         }
     }
-    let demanded = touch.touched.lock().unwrap().len();
-    let written = touch.written.lock().unwrap().clone();
+    let demanded = machine.touched.lock().unwrap().len();
+    // The tracking tells the server's writes from the stores of this process, which plays the
+    // guest through the tracked mapping: only what the server says can be compared with it.
+    let mut written = memory.take_dirty().unwrap();
+    written.intersect_with(&machine.written.lock().unwrap());
     memory.detach();
     Outcome { mismatches, demanded, written, changed }
 }
@@ -204,4 +211,81 @@ fn requests_in_absent_pages_demand_them_and_nothing_is_ever_read_as_zeros() {
 #[test]
 fn without_the_pager_the_same_requests_go_wrong() {
     assert!(moved_with_requests_in_its_rings(false).mismatches > 0, "or the test proves nothing");
+}
+
+#[test]
+fn a_server_that_stops_ends_the_wait_for_a_page_that_never_comes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (old, new) = (dir.path().join("source"), dir.path().join("destination"));
+    let disk = Plain::new(DISK, false);
+    let options = ClientOptions { slot_bytes: 4096, ..ClientOptions::default() };
+    let bytes = VhostClient::bytes(&options);
+    let file = sys::scratch(&[]).unwrap();
+    file.set_len(bytes).unwrap();
+    let server = VhostServer::start(&old, disk.clone(), VhostOptions::default()).unwrap();
+    assert!(!server.is_at_rest(), "nobody is connected");
+    let mut source = VhostClient::connect_with(&old, options, file.try_clone().unwrap()).unwrap();
+    assert_eq!(source.queues[0].call(Ask::Read, 0, &mut [0; 512]).unwrap(), 0);
+    assert!(!server.is_at_rest(), "its ring runs");
+    source.stop_queue(0).unwrap();
+    assert!(server.is_at_rest());
+    let slot = source.queues[0].take_slot().unwrap();
+    source.queues[0].fill(slot, &[0xee; 4096]);
+    source.queues[0].submit(slot, Ask::Read, 0, 512);
+    server.stop(LIMIT).unwrap();
+
+    let memory = Arc::new(Memory::new(DeviceName::new("memory").unwrap(), bytes).unwrap());
+    let guest = Arc::new(Shared::map(memory.file().try_clone().unwrap(), 0, bytes).unwrap());
+    let userfaultfd = File::options().read(true).write(true).open("/dev/userfaultfd").unwrap();
+    memory
+        .attach(Mapping {
+            userfaultfd: kernel::new_userfaultfd(&userfaultfd).unwrap(),
+            pid: std::process::id(),
+            address: guest.span().address() as u64,
+            incoming: true,
+            adopted: false,
+            track: true,
+        })
+        .unwrap();
+    // The peer has everything but the pages that the request's data lie in.
+    let count = bytes / PAGE as u64;
+    let mut image = vec![0; bytes as usize];
+    file.read_exact_at(&mut image, 0).unwrap();
+    let (demand, demands) = mpsc::channel::<BlockRange>();
+    let demand = Box::new(move |range| {
+        // It fails when the test is over.
+        let _ = demand.send(range);
+    });
+    memory.arm(&BlockSet::full(count), demand).unwrap();
+    let (ask, asked) = mpsc::channel();
+    thread::spawn({
+        let memory = Arc::downgrade(&memory);
+        move || {
+            for block in demands.iter().flat_map(|range| range.chunks(1)) {
+                let page = &image[block.start.0 as usize * PAGE..][..PAGE];
+                if page.windows(64).any(|bytes| bytes == [0xee; 64]) {
+                    ask.send(()).unwrap();
+                    continue;
+                }
+                let Some(memory) = memory.upgrade() else { return };
+                memory.fill(block.start, page).unwrap();
+            }
+        }
+    });
+    let machine = Arc::new(Machine {
+        memory: memory.clone(),
+        touched: Mutex::new(BlockSet::new(count)),
+        written: Mutex::new(BlockSet::new(count)),
+    });
+    let pages = Some(machine as Arc<dyn GuestPages>);
+    let server =
+        VhostServer::start(&new, disk, VhostOptions { pages, ..VhostOptions::default() }).unwrap();
+    let Ok(mut client) = source.moved_to(&new, memory.file().try_clone().unwrap(), &guest) else {
+        panic!("the destination's server refuses the rings");
+    };
+    asked.recv_timeout(LIMIT).unwrap();
+    assert!(!server.is_at_rest(), "a request is in hand");
+    server.stop(LIMIT).unwrap();
+    assert!(client.queues[0].poll().is_none(), "the request is left to the next daemon");
+    memory.detach();
 }

@@ -12,7 +12,7 @@ use super::{
     request::{By, Manner, Request, Status, Tried},
     ring::{self, Absent, Chain, Place, RingError, Used},
 };
-use crate::pool::Pool;
+use crate::{polling::Polling, pool::Pool};
 use nix::{
     fcntl::{FcntlArg, OFlag, fcntl},
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -35,8 +35,10 @@ use std::{
 /// After so many bytes or requests the driver is told even if more can be done at once.
 const TELL_BYTES: u64 = 64 << 10;
 const TELL_REQUESTS: u32 = 8;
-/// The shortest time that is worth looking again and again.
-const LEAST_POLL: Duration = Duration::from_micros(4);
+
+/// Requests from this length on are given to the pool while more are available: copying takes
+/// longer than handing over, and several processors copy at a time.
+const LONG: u64 = 256 << 10;
 
 /// What the queues of all sessions share.
 pub(super) struct Work {
@@ -321,14 +323,15 @@ struct Runner {
     /// Handed back and not told yet.
     bytes: u64,
     requests: u32,
-    poll: Duration,
+    polling: Polling,
 }
 
 impl Runner {
     fn new(shared: Arc<Shared>) -> Self {
         let next = shared.next.load(Ordering::SeqCst);
         let (chain, buffer) = (Chain::default(), Vec::new());
-        Self { shared, chain, buffer, next, bytes: 0, requests: 0, poll: Duration::ZERO }
+        let polling = Polling::new(shared.setup.work.poll);
+        Self { shared, chain, buffer, next, bytes: 0, requests: 0, polling }
     }
 
     fn run(mut self, left: &[u16]) {
@@ -403,6 +406,9 @@ impl Runner {
             return self.give(head, None, in_hand);
         }
         let request = Request::parse(&mut self.chain)?;
+        if request.length() >= LONG && self.next != place.available_index() {
+            return self.give(head, Some(request), in_hand);
+        }
         let device = work.device();
         match request.run(&*device, memory, manner, By::Queue, &mut self.buffer) {
             Tried::WouldWait => return self.give(head, Some(request), in_hand),
@@ -436,11 +442,9 @@ impl Runner {
 
     /// Looks for requests for a while. True if there is something.
     fn look(&self) -> bool {
-        if self.poll < LEAST_POLL {
-            return false;
-        }
+        let Some(span) = self.polling.span() else { return false };
         let (start, place) = (Instant::now(), &self.shared.setup.place);
-        while start.elapsed() < self.poll {
+        while start.elapsed() < span {
             for _ in 0..16 {
                 if place.available_index() != self.next || !self.shared.is(State::Running) {
                     return true;
@@ -451,10 +455,9 @@ impl Runner {
         false
     }
 
-    /// Sleeps until a kick or the end, and learns how long it is worth looking next time: longer
-    /// after a short sleep, shorter after one that no look would have bridged.
+    /// Sleeps until a kick or the end, and learns how long it is worth looking next time.
     fn sleep(&mut self) {
-        let Setup { kick, work, .. } = &self.shared.setup;
+        let kick = &self.shared.setup.kick;
         let began = Instant::now();
         let mut fds = [
             PollFd::new(kick.as_fd(), PollFlags::POLLIN),
@@ -481,13 +484,6 @@ impl Runner {
                 }
             }
         }
-        self.poll = if began.elapsed() <= work.poll {
-            (self.poll * 2).clamp(LEAST_POLL, work.poll.max(LEAST_POLL))
-        } else {
-            self.poll / 2
-        };
-        if work.poll.is_zero() {
-            self.poll = Duration::ZERO;
-        }
+        self.polling.slept(began.elapsed());
     }
 }

@@ -120,6 +120,7 @@ struct Entry {
     stream: Arc<UnixStream>,
     /// Where it listens for messages from us.
     channel: Option<OwnedFd>,
+    session: Option<Arc<Mutex<Session>>>,
 }
 
 #[derive(Default)]
@@ -202,6 +203,19 @@ impl VhostServer {
         self.server.sessions().entries.len()
     }
 
+    /// Whether a front end is connected and the rings of all front ends are stopped: nothing is in
+    /// hand, and neither the device nor a guest's memory is touched until a ring starts again. So
+    /// it is when a monitor has stopped its machine. A ring that is just being stopped is not.
+    #[must_use]
+    pub fn is_at_rest(&self) -> bool {
+        let sessions = self.server.sessions();
+        !sessions.entries.is_empty()
+            && sessions.entries.iter().all(|entry| {
+                let session = entry.session.as_ref().and_then(|session| session.try_lock().ok());
+                session.is_some_and(|session| session.is_at_rest())
+            })
+    }
+
     /// Serves `device` from now on, which holds the same content and may be larger, and tells the
     /// front ends to look at the size again. Requests in hand end on the device before.
     pub fn resize(&self, device: Arc<dyn BlockDevice>) {
@@ -244,6 +258,9 @@ impl VhostServer {
                 let _ = entry.stream.shutdown(Shutdown::Both);
             }
             work.device().interrupt();
+            if let Some(pages) = &self.server.options.pages {
+                pages.interrupt();
+            }
             if Instant::now() >= deadline {
                 let threads = sessions.entries.len();
                 return Err(VhostError::StillWorking { path: self.path.clone(), threads, limit });
@@ -318,7 +335,12 @@ fn admit(server: &Arc<Server>, stream: UnixStream) {
         }
         let number = sessions.next;
         sessions.next += 1;
-        sessions.entries.push(Entry { number, stream: stream.clone(), channel: None });
+        sessions.entries.push(Entry {
+            number,
+            stream: stream.clone(),
+            channel: None,
+            session: None,
+        });
         number
     };
     let leaving = Leaving(server.clone(), number);
@@ -368,6 +390,9 @@ fn serve(leaving: &Leaving, stream: &Arc<UnixStream>) {
         return;
     }
     let session = Arc::new(Mutex::new(Session::new(server.work.clone(), server.options.clone())));
+    if let Some(entry) = server.sessions().entries.iter_mut().find(|e| e.number == *number) {
+        entry.session = Some(session.clone());
+    }
     let mut handler = BackendReqHandler::from_stream(socket, session.clone());
     loop {
         match sys::peek_request(stream) {

@@ -161,6 +161,11 @@ impl Session {
         }
     }
 
+    /// Whether no ring runs; one whose requests are not done yet counts as running.
+    pub(super) fn is_at_rest(&self) -> bool {
+        self.vrings.iter().all(|vring| vring.queue.is_none())
+    }
+
     /// Requests in hand, of all rings.
     pub(super) fn in_hand(&self) -> u32 {
         self.vrings.iter().filter_map(|vring| vring.queue.as_ref()).map(Queue::in_hand).sum()
