@@ -5,6 +5,7 @@ pub mod fuse;
 pub mod nbd;
 pub mod vhost;
 
+mod polling;
 mod pool;
 mod socket;
 #[cfg(test)]

@@ -3,8 +3,9 @@
 //! stores and what tracking them costs.
 //!
 //! Each read adds up what it reads, and the sums are compared with those of the content; afterwards,
-//! untimed, all bytes are compared, so that a figure counts only for the right bytes at their places. Memory is touched before a timed row: what a mount frees
-//! is used by the next, and the first one is not counted.
+//! untimed, all bytes are compared, so that a figure counts only for the right bytes at their
+//! places. Memory is touched before a timed row: what a mount frees is used by the next, and the
+//! first one is not counted.
 
 use super::{Group, Setting};
 use anyhow::{Context, ensure};
@@ -82,10 +83,15 @@ impl Distant {
         self.content.read().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// The answer comes a round trip after the question.
+    /// The answer comes a round trip after the question, and not when the kernel thinks that it is
+    /// as good to wake more threads at once (50 µs later by default).
     fn travel(&self) {
+        thread_local!(static EXACT: () = {
+            // If it fails the trip is longer.
+            let _ = nix::sys::prctl::set_timerslack(1);
+        });
         if !self.trip.is_zero() {
-            std::thread::sleep(self.trip);
+            EXACT.with(|()| std::thread::sleep(self.trip));
         }
     }
 }

@@ -6,10 +6,18 @@
 //! one thread that keeps as many requests under way as are asked for and takes all answers that
 //! have come at once; it uses simple replies, which all three speak. Of every 4 KiB that were read
 //! the first and the last word are compared while it runs, and all bytes at the end.
+//!
+//! One request at a time takes what waking the other side takes, and that differs by factors with
+//! where the kernel happens to put both: on one processor, or on two of which one sleeps. So these
+//! rows are measured in both ways, each with client and server bound to their places.
 
 use super::{Group, Setting};
 use anyhow::{Context, Result, bail, ensure};
 use bench::{Row, Samples, Target};
+use nix::{
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    unistd::Pid,
+};
 use silo::{
     expose::nbd::{BlockDevice, Endpoint, NbdClient, NbdClientOptions, NbdOptions, NbdServer},
     source::{FileDevice, FileMode, MemoryDevice},
@@ -266,6 +274,48 @@ impl Client {
     }
 }
 
+/// Where client and server run.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Places {
+    /// Wherever the kernel puts them.
+    Any,
+    /// On the same processor.
+    One,
+    /// Each on one of its own.
+    Two,
+}
+
+impl Places {
+    /// Binds this thread and all threads of the servers.
+    fn bind(self, processors: &CpuSet, servers: &[u32]) -> Result<()> {
+        let every = (0..CpuSet::count()).filter(|at| processors.is_set(*at).unwrap_or(false));
+        let every: Vec<usize> = every.collect();
+        let one = |at: usize| -> Result<CpuSet> {
+            let mut set = CpuSet::new();
+            set.set(every[at.min(every.len() - 1)])?;
+            Ok(set)
+        };
+        let (client, server) = match self {
+            Self::Any => (*processors, *processors),
+            Self::One => (one(0)?, one(0)?),
+            Self::Two => (one(0)?, one(1)?),
+        };
+        sched_setaffinity(Pid::from_raw(0), &client).context("could not bind the client")?;
+        for process in servers {
+            for task in fs::read_dir(format!("/proc/{process}/task"))? {
+                let thread = task?.file_name().into_string().ok().and_then(|t| t.parse().ok());
+                let thread = Pid::from_raw(thread.context("a thread's number")?);
+                match sched_setaffinity(thread, &server) {
+                    // It ended meanwhile.
+                    Ok(()) | Err(nix::errno::Errno::ESRCH) => {}
+                    Err(error) => bail!("could not bind a server: {error}"),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
 #[derive(Clone, Copy)]
 enum Figure {
     Latency,
@@ -278,19 +328,24 @@ struct Bar {
     work: Work,
     count: usize,
     figure: Figure,
+    places: Places,
 }
 
 fn bars() -> Vec<Bar> {
     let small = |command, depth| Work { command, bytes: BLOCK, depth, sequential: false };
     let large = |command| Work { command, bytes: LARGE, depth: 4, sequential: true };
-    let bar = |name, work, count, figure| Bar { name, work, count, figure };
+    let bar = |name, work, count, figure, places| Bar { name, work, count, figure, places };
+    let latency =
+        |name, command, places| bar(name, small(command, 1), 8000, Figure::Latency, places);
     vec![
-        bar("read 4 KiB, 1 at a time", small(READ, 1), 8000, Figure::Latency),
-        bar("write 4 KiB, 1 at a time", small(WRITE, 1), 8000, Figure::Latency),
-        bar("read 4 KiB, 16 at a time", small(READ, 16), 30_000, Figure::Rate),
-        bar("write 4 KiB, 16 at a time", small(WRITE, 16), 30_000, Figure::Rate),
-        bar("read 1 MiB", large(READ), 512, Figure::Throughput),
-        bar("write 1 MiB", large(WRITE), 256, Figure::Throughput),
+        latency("read 4 KiB, 1 at a time, one processor", READ, Places::One),
+        latency("read 4 KiB, 1 at a time, two processors", READ, Places::Two),
+        latency("write 4 KiB, 1 at a time, one processor", WRITE, Places::One),
+        latency("write 4 KiB, 1 at a time, two processors", WRITE, Places::Two),
+        bar("read 4 KiB, 16 at a time", small(READ, 16), 30_000, Figure::Rate, Places::Any),
+        bar("write 4 KiB, 16 at a time", small(WRITE, 16), 30_000, Figure::Rate, Places::Any),
+        bar("read 1 MiB", large(READ), 512, Figure::Throughput, Places::Any),
+        bar("write 1 MiB", large(WRITE), 256, Figure::Throughput, Places::Any),
     ]
 }
 
@@ -313,8 +368,31 @@ fn measure(kind: &str, folder: Option<&Path>, setting: &Setting) -> Result<Vec<R
             }
         }
     }
+    let processors = sched_getaffinity(Pid::from_raw(0))?;
+    let servers: Vec<u32> = subjects.iter().map(|(_, _, server)| server.child.id()).collect();
+    let measured = interleaved(kind, &mut subjects, setting, |places: Places| {
+        places.bind(&processors, &servers)
+    });
+    // Whatever comes next runs anywhere.
+    Places::Any.bind(&processors, &[])?;
+    let mut rows = measured?;
+    for (name, client, _) in &mut subjects {
+        client.verify().with_context(|| (*name).to_owned())?;
+    }
+    rows.extend(own_client(kind, &subjects[0].2.socket, &subjects[0].1.rounds, setting)?);
+    Ok(rows)
+}
+
+/// Runs every bar with all of them in turn.
+fn interleaved(
+    kind: &str,
+    subjects: &mut [(&'static str, Client, Server)],
+    setting: &Setting,
+    bind: impl Fn(Places) -> Result<()>,
+) -> Result<Vec<Row>> {
     let (mut rows, mut round) = (Vec::new(), 1);
     for bar in bars() {
+        bind(bar.places)?;
         let mut figures = vec![Vec::new(); subjects.len()];
         for run in 0..RUNS {
             round += 1;
@@ -345,10 +423,6 @@ fn measure(kind: &str, folder: Option<&Path>, setting: &Setting) -> Result<Vec<R
         println!("   {name}: silo {ours:.2}, qemu-nbd {qemu:.2}, nbdkit {nbdkit:.2} {unit}");
         rows.push(Row::judged(&name, ours, unit, Some(better), Some(target)));
     }
-    for (name, client, _) in &mut subjects {
-        client.verify().with_context(|| (*name).to_owned())?;
-    }
-    rows.extend(own_client(kind, &subjects[0].2.socket, &subjects[0].1.rounds, setting)?);
     Ok(rows)
 }
 

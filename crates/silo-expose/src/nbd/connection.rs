@@ -31,7 +31,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// Most requests of one connection in hand; QEMU sends at most 16 at a time.
@@ -109,13 +109,14 @@ impl Connection {
         agreement: Agreement,
         input: Input,
         output: Output,
+        poll: Duration,
     ) -> Self {
         Self {
             client,
             export: agreement.export,
             structured: agreement.structured,
             status: agreement.status,
-            receiver: Mutex::new(Receiver::new(input)),
+            receiver: Mutex::new(Receiver::new(input, poll)),
             takes_files: output.takes_files(),
             sender: Mutex::new(output),
             ended: AtomicBool::new(false),

@@ -122,6 +122,15 @@ impl Socket {
         }
     }
 
+    /// Reads what is there; `None` if nothing is.
+    fn try_read(&self, buf: &mut [u8]) -> io::Result<Option<usize>> {
+        match recv(self.0.as_raw_fd(), buf, MsgFlags::MSG_DONTWAIT) {
+            Ok(count) => Ok(Some(count)),
+            Err(Errno::EINTR | Errno::EAGAIN) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     fn write(&self, parts: &[IoSlice<'_>], flags: MsgFlags) -> io::Result<usize> {
         let flags = flags | MsgFlags::MSG_NOSIGNAL;
         loop {
@@ -284,6 +293,23 @@ impl Write for Channel {
 pub(super) enum Input {
     Plain(Arc<Socket>),
     Secure(Reader),
+}
+
+impl Input {
+    /// Looks whether something has come, without waiting, for so long; `None` if nothing has, or if
+    /// it cannot be told without waiting (TLS).
+    pub(super) fn look(&mut self, buf: &mut [u8], span: Duration) -> io::Result<Option<usize>> {
+        let Self::Plain(socket) = self else { return Ok(None) };
+        let start = Instant::now();
+        while start.elapsed() < span {
+            if let Some(count) = socket.try_read(buf)? {
+                return Ok(Some(count));
+            }
+            // Whoever is to ask next may wait for this processor.
+            std::thread::yield_now();
+        }
+        Ok(None)
+    }
 }
 
 impl Read for Input {

@@ -4,7 +4,11 @@ use super::{
     line::{Input, is_gone},
     protocol::{REQUEST_BYTES, Request},
 };
-use std::io::{self, Read};
+use crate::polling::Polling;
+use std::{
+    io::{self, Read},
+    time::{Duration, Instant},
+};
 
 /// Room for what comes in at a time: sixteen small writes and more.
 const RECEIVE_BYTES: usize = 128 << 10;
@@ -44,12 +48,14 @@ pub(super) struct Receiver {
     buf: Box<[u8]>,
     start: usize,
     end: usize,
+    polling: Polling,
 }
 
 impl Receiver {
-    pub(super) fn new(input: Input) -> Self {
+    /// `poll`: the longest that it looks for a request before it sleeps.
+    pub(super) fn new(input: Input, poll: Duration) -> Self {
         let buf = vec![0; RECEIVE_BYTES].into_boxed_slice();
-        Self { input, buf, start: 0, end: 0 }
+        Self { input, buf, start: 0, end: 0, polling: Polling::new(poll) }
     }
 
     fn available(&self) -> &[u8] {
@@ -77,7 +83,7 @@ impl Receiver {
                 (self.start, self.end) = (0, self.end - self.start);
             }
             let idle = self.end == 0;
-            match self.input.read(&mut self.buf[self.end..]) {
+            match self.read(idle) {
                 Ok(0) if idle => return Err(End::Closed),
                 Ok(0) => return Err(broken("the client hung up inside a request".to_owned())),
                 Ok(count) => self.end += count,
@@ -90,6 +96,22 @@ impl Receiver {
             .ok_or_else(|| broken("the client sent a request without its magic".to_owned()))?;
         self.take(REQUEST_BYTES);
         Ok(request)
+    }
+
+    /// Reads what comes next; between requests it looks for a while before it sleeps.
+    fn read(&mut self, idle: bool) -> io::Result<usize> {
+        let room = &mut self.buf[self.end..];
+        if let Some(span) = self.polling.span().filter(|_| idle)
+            && let Some(count) = self.input.look(room, span)?
+        {
+            return Ok(count);
+        }
+        let began = Instant::now();
+        let read = self.input.read(room);
+        if idle {
+            self.polling.slept(began.elapsed());
+        }
+        read
     }
 
     fn take(&mut self, count: usize) {

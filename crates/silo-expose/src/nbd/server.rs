@@ -45,6 +45,9 @@ pub struct NbdOptions {
     pub max_connections: usize,
     /// Whether the line is protected.
     pub security: NbdSecurity,
+    /// Longest time that a connection's thread looks for requests before it sleeps; it learns by
+    /// itself whether that is of use. Zero: it sleeps at once. Lines under TLS always do.
+    pub poll: Duration,
 }
 
 impl Default for NbdOptions {
@@ -55,6 +58,7 @@ impl Default for NbdOptions {
             stall_limit: Duration::from_secs(600),
             max_connections: 64,
             security: NbdSecurity::Plain,
+            poll: Duration::from_micros(32),
         }
     }
 }
@@ -469,7 +473,7 @@ fn serve(
         }
     };
     if client.begin_asking() {
-        Arc::new(Connection::new(client, agreement, input, output)).work(guard);
+        Arc::new(Connection::new(client, agreement, input, output, options.poll)).work(guard);
     }
 }
 
