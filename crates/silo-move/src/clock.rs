@@ -16,6 +16,23 @@ struct State {
     timings: Timings,
 }
 
+impl State {
+    /// What the phases took if the one that goes on ends at `now`.
+    fn until(&self, now: Duration) -> Timings {
+        let (mut timings, spent) = (self.timings, now.saturating_sub(self.since));
+        match self.phase {
+            Phase::Connecting => timings.connect += spent,
+            Phase::Filling => timings.filling += spent,
+            Phase::Quiescing => timings.quiesce += spent,
+            Phase::Switching => timings.switch += spent,
+            Phase::Following => timings.following += spent,
+            Phase::Durable => return timings,
+        }
+        timings.total = now;
+        timings
+    }
+}
+
 /// See the module. Times are since the session began in this process.
 pub(crate) struct Clock {
     session: SessionId,
@@ -37,6 +54,12 @@ impl Clock {
         lock(&self.state).phase
     }
 
+    /// What the phases have taken so far, the one that goes on included.
+    pub(crate) fn timings(&self) -> Timings {
+        let state = lock(&self.state);
+        state.until(self.now())
+    }
+
     /// The move is in this phase, or in a later one already.
     pub(crate) fn enter(&self, phase: Phase) {
         let mut state = lock(&self.state);
@@ -44,16 +67,7 @@ impl Clock {
             return;
         }
         let now = self.now();
-        let spent = now - state.since;
-        let State { phase: left, timings, .. } = &mut *state;
-        match *left {
-            Phase::Connecting => timings.connect += spent,
-            Phase::Filling => timings.filling += spent,
-            Phase::Quiescing => timings.quiesce += spent,
-            Phase::Switching => timings.switch += spent,
-            Phase::Following | Phase::Durable => timings.following += spent,
-        }
-        timings.total = now;
+        state.timings = state.until(now);
         (state.phase, state.since) = (phase, now);
         tracing::info!(session = %self.session, %phase, "a move enters a phase");
     }

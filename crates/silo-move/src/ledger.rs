@@ -8,12 +8,12 @@
 
 use crate::wire::{Put, Take, WireError};
 use silo_block::{
-    block::BlockRange,
+    block::{BlockIndex, BlockRange},
     device::DeviceName,
     geometry::Geometry,
     model::{History, Owner, Record, Replica},
     rounds::Epoch,
-    session::messages::{MAX_DEVICES, MAX_TERMS, SessionId, Term},
+    session::messages::{BlockHash, MAX_DEVICES, MAX_TERMS, SessionId, Term},
 };
 use std::{
     fmt,
@@ -26,7 +26,8 @@ use std::{
 use twox_hash::XxHash3_64;
 
 const MAGIC: [u8; 8] = *b"silonote";
-const VERSION: u32 = 1;
+/// Version 1 had no promises, and is read.
+const VERSION: u32 = 2;
 /// Bytes of a note that are enough to know where its host stands.
 const START: u64 = 64;
 
@@ -110,6 +111,8 @@ pub struct DeviceNote {
     pub geometry: Geometry,
     /// What is known of its blocks.
     pub record: Record,
+    /// Absent blocks that a store has, once the source may have gone on the strength of that.
+    pub promised: Vec<(BlockIndex, BlockHash)>,
 }
 
 /// Everything that is noted of a group.
@@ -141,7 +144,8 @@ impl DeviceNote {
     /// What a replica knows now.
     #[must_use]
     pub fn of(name: DeviceName, replica: &Replica) -> Self {
-        Self { name, geometry: replica.geometry(), record: replica.record() }
+        let (geometry, record) = (replica.geometry(), replica.record());
+        Self { name, geometry, record, promised: Vec::new() }
     }
 
     /// The replica that goes on from this note.
@@ -200,31 +204,32 @@ impl Note {
             return Err(WireError::Damaged);
         }
         let mut take = Take(body);
-        let standing = take_standing(&mut take)?;
-        let devices = take.list(MAX_DEVICES, 29, take_device)?;
+        let (version, standing) = take_head(&mut take)?;
+        let devices = take.list(MAX_DEVICES, 29, |take| take_device(take, version))?;
         take.end()?;
         Ok(Self { standing, devices })
     }
 }
 
 /// The beginning of a note, up to what it says of the group as a whole.
-fn take_standing(take: &mut Take<'_>) -> Result<Standing, WireError> {
+fn take_head(take: &mut Take<'_>) -> Result<(u32, Standing), WireError> {
     if take.raw(MAGIC.len())? != MAGIC {
         return Err(WireError::Invalid("a file that is no note".to_owned()));
     }
     let version = take.u32()?;
-    if version != VERSION {
-        let text = format!("a note of version {version}, this is version {VERSION}");
+    if !(1..=VERSION).contains(&version) {
+        let text = format!("a note of version {version}; this release reads up to {VERSION}");
         return Err(WireError::Invalid(text));
     }
-    Ok(match take.u8()? {
+    let standing = match take.u8()? {
         0 => Standing::Here,
         1 => Standing::Receiving { session: SessionId(take.id()?) },
         2 => Standing::Owner { session: SessionId(take.id()?), attempt: take.u32()? },
         3 => Standing::Leaving { session: SessionId(take.id()?), attempt: take.u32()? },
         4 => Standing::Away { session: SessionId(take.id()?) },
         other => return Err(WireError::Invalid(format!("standing {other}"))),
-    })
+    };
+    Ok((version, standing))
 }
 
 fn put_device(put: &mut Put, device: &DeviceNote) {
@@ -244,6 +249,10 @@ fn put_device(put: &mut Put, device: &DeviceNote) {
         put.u32(epoch.0);
     });
     put.list(&record.absent, |put, range| put_range(put, *range));
+    put.list(&device.promised, |put, (block, hash)| {
+        put.u32(block.0 as u32);
+        put.raw(&hash.0);
+    });
 }
 
 fn put_range(put: &mut Put, range: BlockRange) {
@@ -251,7 +260,7 @@ fn put_range(put: &mut Put, range: BlockRange) {
     put.u32(range.count as u32);
 }
 
-fn take_device(take: &mut Take<'_>) -> Result<DeviceNote, WireError> {
+fn take_device(take: &mut Take<'_>, version: u32) -> Result<DeviceNote, WireError> {
     let invalid = |text: String| WireError::Invalid(text);
     let name = DeviceName::new(&take.text(64)?);
     let name = name.ok_or_else(|| invalid("a device with an invalid name".to_owned()))?;
@@ -274,8 +283,19 @@ fn take_device(take: &mut Take<'_>) -> Result<DeviceNote, WireError> {
     };
     let epochs = take.list(blocks as usize, 12, |take| Ok((range(take)?, Epoch(take.u32()?))))?;
     let absent = take.list(blocks as usize, 8, range)?;
+    let promised = if version < 2 {
+        Vec::new()
+    } else {
+        take.list(blocks as usize, 36, |take| {
+            let block = BlockIndex(u64::from(take.u32()?));
+            if block.0 >= blocks {
+                return Err(WireError::Invalid(format!("a promise of {block:?} of {blocks}")));
+            }
+            Ok((block, BlockHash(take.hash()?)))
+        })?
+    };
     let record = Record { owner, history, clock, open, epochs, absent };
-    Ok(DeviceNote { name, geometry, record })
+    Ok(DeviceNote { name, geometry, record, promised })
 }
 
 /// For fuzzing: a note, with a right check so that the rest is reached.
@@ -313,7 +333,8 @@ impl FileLedger {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
-        take_standing(&mut Take(&start)).map(Some).map_err(|error| self.unreadable(&error))
+        let head = take_head(&mut Take(&start));
+        head.map(|(_, standing)| Some(standing)).map_err(|error| self.unreadable(&error))
     }
 
     fn unreadable(&self, error: &WireError) -> io::Error {
@@ -363,7 +384,6 @@ impl Ledger for FileLedger {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use silo_block::block::BlockIndex;
 
     fn note() -> Note {
         let geometry = Geometry::new(40_000, 4096).unwrap();
@@ -374,6 +394,7 @@ mod tests {
         drop(replica.rounds().write(BlockRange::new(4, 1)));
         let mut device = DeviceNote::of(DeviceName::new("root").unwrap(), &replica);
         device.record.absent.push(BlockRange::new(7, 2));
+        device.promised.push((BlockIndex(8), BlockHash([5; 32])));
         let standing = Standing::Leaving { session: SessionId([4; 16]), attempt: 2 };
         Note { standing, devices: vec![device] }
     }

@@ -2,6 +2,7 @@
 
 use crate::codec::Tally;
 use silo_block::{
+    block::BlockRange,
     device::DeviceName,
     order::Class,
     session::messages::{DeviceIndex, Reason, SessionId},
@@ -113,6 +114,43 @@ impl fmt::Display for MoveError {
 }
 
 impl std::error::Error for MoveError {}
+
+/// What a destination lacks of one device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lacking {
+    /// The device.
+    pub device: DeviceName,
+    /// Blocks that a store has promised.
+    pub in_store: Vec<BlockRange>,
+    /// Blocks that only the source has.
+    pub at_source: Vec<BlockRange>,
+}
+
+/// Ranges that are named in a text; of more, the count has to do.
+const NAMED: usize = 8;
+
+impl fmt::Display for Lacking {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let count = |ranges: &[BlockRange]| ranges.iter().map(|range| range.count).sum::<u64>();
+        write!(f, "device \"{}\" lacks ", self.device)?;
+        let parts =
+            [(&self.at_source, "that only the source has"), (&self.in_store, "that a store has")];
+        let mut first = true;
+        for (ranges, where_) in parts.into_iter().filter(|(ranges, _)| !ranges.is_empty()) {
+            let and = if std::mem::take(&mut first) { "" } else { " and " };
+            write!(f, "{and}{} blocks {where_} (", count(ranges))?;
+            for (at, range) in ranges.iter().take(NAMED).enumerate() {
+                let (comma, start) = (if at > 0 { ", " } else { "" }, range.start.0);
+                match range.count {
+                    1 => write!(f, "{comma}{start}")?,
+                    _ => write!(f, "{comma}{start}-{}", range.end() - 1)?,
+                }
+            }
+            f.write_str(if ranges.len() > NAMED { ", …)" } else { ")" })?;
+        }
+        Ok(())
+    }
+}
 
 /// How long the phases of a move took, at the end that reports. Zero for one that did not happen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -242,7 +280,6 @@ impl Rate {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use silo_block::block::BlockRange;
 
     #[test]
     fn an_error_names_device_phase_peer_and_who_owns_the_devices() {
@@ -264,6 +301,20 @@ mod tests {
             "moving \"memory\", \"root\" to host b failed during pre-copy: device \"root\": the \
              destination could not store 2 blocks from 7: No space left on device; the devices are \
              still here and usable"
+        );
+    }
+
+    #[test]
+    fn what_is_missing_is_named_by_device_and_block() {
+        let lacking = Lacking {
+            device: DeviceName::new("root").unwrap(),
+            in_store: (0..20).map(|at| BlockRange::new(at * 10 + 100, 3)).collect(),
+            at_source: vec![BlockRange::new(7, 1), BlockRange::new(9, 2)],
+        };
+        assert_eq!(
+            lacking.to_string(),
+            "device \"root\" lacks 3 blocks that only the source has (7, 9-10) and 60 blocks that a \
+             store has (100-102, 110-112, 120-122, 130-132, 140-142, 150-152, 160-162, 170-172, …)"
         );
     }
 

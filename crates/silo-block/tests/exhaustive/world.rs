@@ -229,7 +229,7 @@ impl World {
                 self.seen.wrong_answer |= !right;
                 let slot = self.free_slot();
                 self.slots.insert(slot, (range, vec![value; range.count as usize], Vec::new()));
-                let hashes = vec![hash_of(value); range.count as usize];
+                let hashes = vec![Some(hash_of(value)); range.count as usize];
                 self.tell_destination(destination::Event::Fetched { ticket, hashes, slot });
             }
             Step::Cut => {

@@ -34,6 +34,8 @@ pub struct Wanted {
     pub device: DeviceName,
     /// Which.
     pub block: BlockIndex,
+    /// Where that is in the device, in bytes.
+    pub offset: u64,
     /// BLAKE3 of its content, as the source names it.
     pub hash: BlockHash,
     /// Its length in bytes.
@@ -157,6 +159,8 @@ struct State {
     requests: HashMap<Key, Request>,
     queues: Vec<Queue>,
     counts: Counts,
+    /// Of these, what each place did.
+    by_place: Vec<Counts>,
     stop: bool,
 }
 
@@ -189,11 +193,12 @@ impl Assist {
         done: impl Fn(Key, &Wanted, Answer<'_>) + Send + Sync + 'static,
     ) -> io::Result<Self> {
         let queues = places.iter().map(|_| Queue::default()).collect();
+        let by_place = vec![Counts::default(); places.len()];
         let shared = Arc::new(Shared {
             places,
             policy,
             naming,
-            state: Mutex::new(State { queues, ..State::default() }),
+            state: Mutex::new(State { queues, by_place, ..State::default() }),
             work: Condvar::new(),
             hedge: Condvar::new(),
             done: Box::new(done),
@@ -281,6 +286,13 @@ impl Assist {
     pub fn counts(&self) -> Counts {
         self.shared.lock().counts
     }
+
+    /// The same, of each place: what it gave, and what it did not.
+    #[must_use]
+    pub fn by_place(&self) -> Vec<(String, Counts)> {
+        let names = self.shared.places.iter().map(|place| place.name().to_owned());
+        names.zip(self.shared.lock().by_place.iter().copied()).collect()
+    }
 }
 
 impl Drop for Assist {
@@ -343,18 +355,24 @@ impl Shared {
             let result = self.places[place].fetch(&wanted, &mut buffer, &cancel);
             let right = result.is_ok() && self.naming.name(&buffer) == wanted.hash;
             let mut state = self.lock();
-            match &result {
-                _ if cancel.is_set() => continue,
-                Ok(()) if right => {}
-                Ok(()) => state.counts.wrong += 1,
-                Err(FetchError::Missing) => state.counts.missing += 1,
-                Err(FetchError::Cancelled | FetchError::Failed(_)) => state.counts.failed += 1,
+            if cancel.is_set() {
+                continue;
+            }
+            let State { counts, by_place, .. } = &mut *state;
+            for counts in [counts, &mut by_place[place]] {
+                match &result {
+                    Ok(()) if right => {
+                        counts.fetched += 1;
+                        counts.bytes += wanted.length as u64;
+                    }
+                    Ok(()) => counts.wrong += 1,
+                    Err(FetchError::Missing) => counts.missing += 1,
+                    Err(FetchError::Cancelled | FetchError::Failed(_)) => counts.failed += 1,
+                }
             }
             if right {
                 state.requests.remove(&key);
                 cancel.set();
-                state.counts.fetched += 1;
-                state.counts.bytes += wanted.length as u64;
                 drop(state);
                 (self.done)(key, &wanted, Answer::Content(&buffer));
                 continue;

@@ -74,6 +74,7 @@ fn wanted(number: u64) -> Wanted {
     Wanted {
         device: DeviceName::new("root").unwrap(),
         block: BlockIndex(number),
+        offset: number * BLOCK as u64,
         hash: Naming::Plain.name(&content(number)),
         length: BLOCK,
     }

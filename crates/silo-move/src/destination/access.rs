@@ -52,9 +52,19 @@ impl Shared {
         parkers.iter().for_each(|parker| parker.answer(answer.clone()));
     }
 
+    fn not_had(&self, device: u16, range: BlockRange, why: &str) -> io::Error {
+        let (name, last) =
+            (self.volumes[usize::from(device)].name(), range.end().saturating_sub(1));
+        let (first, count) = (range.start.0, range.count);
+        io::Error::other(format!(
+            "device \"{name}\": {count} blocks, {first} to {last}, are not here: {why}"
+        ))
+    }
+
     /// Asks until there is an answer.
     fn access(
         &self,
+        (device, range): (u16, BlockRange),
         mut ask: impl FnMut(
             &mut silo_block::session::destination::Destination,
             Duration,
@@ -76,11 +86,11 @@ impl Shared {
                         waited = true;
                         continue;
                     }
-                    Err(text) => Turn::Fail(io::Error::other(text)),
+                    Err(text) => Turn::Fail(self.not_had(device, range, &text)),
                 },
                 Some(Access::Go(range)) => Turn::Go(range),
                 Some(Access::Refused(reason)) => {
-                    Turn::Fail(io::Error::other(self.describe(&reason)))
+                    Turn::Fail(self.not_had(device, range, &self.describe(&reason)))
                 }
                 // The session is over, and the volume has what there is.
                 None => Turn::Go(BlockRange::new(0, 0)),
@@ -97,11 +107,16 @@ impl Shared {
 impl Hub for Shared {
     fn read(&self, device: u16, range: BlockRange) -> Turn {
         self.urge_fetches(device, range);
-        self.access(|machine, now, id| machine.read(now, DeviceIndex(device), range, id))
+        self.access((device, range), |machine, now, id| {
+            machine.read(now, DeviceIndex(device), range, id)
+        })
     }
 
     fn write(&self, device: u16, offset: u64, length: u64) -> Turn {
-        self.access(|machine, now, id| machine.write(now, DeviceIndex(device), offset, length, id))
+        let range = self.volumes[usize::from(device)].geometry().touched(offset, length);
+        self.access((device, range), |machine, now, id| {
+            machine.write(now, DeviceIndex(device), offset, length, id)
+        })
     }
 
     fn wrote(&self, device: u16, range: BlockRange, well: bool) {

@@ -103,7 +103,11 @@ impl Shared {
                     self.tell(Event::CustomHandled(custom.serial));
                 }
                 Job::Trouble(what) => self.host.trouble(&what),
-                Job::Overdue(what) => self.host.overdue(&what),
+                Job::Overdue(what) => {
+                    let lacking = self.lacking();
+                    let lacking = lacking.iter().map(|lacking| format!("; {lacking}"));
+                    self.host.overdue(&(what + &lacking.collect::<String>()));
+                }
                 Job::Stop(done) => return drop(done),
             }
         }
@@ -186,11 +190,16 @@ impl Shared {
             // Volumes whose session is over know for themselves what is here.
             let Some(machine) = &mut core.machine else { return flushed.map(|()| false) };
             let mut devices = Vec::with_capacity(self.volumes.len());
+            let relies = machine.relies_on_stores();
             for (at, volume) in numbers().zip(&self.volumes) {
                 let Some(replica) = machine.replica_mut(at) else { continue };
                 replica.sync_ends(flushed.is_ok());
                 if self.options.ledger.is_some() {
-                    devices.push(DeviceNote::of(volume.name().clone(), replica));
+                    let mut note = DeviceNote::of(volume.name().clone(), replica);
+                    if relies {
+                        note.promised = machine.promised(at);
+                    }
+                    devices.push(note);
                 }
             }
             (self.attempt.load(Ordering::Acquire) as u32, devices)

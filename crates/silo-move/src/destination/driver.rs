@@ -3,7 +3,6 @@
 
 use super::{Core, DestinationReport, Shared, chores, give_back};
 use crate::{
-    assist::Assist,
     destination::backlog::Backlog,
     lane::lock,
     report::{MoveError, Phase},
@@ -153,7 +152,10 @@ impl Shared {
         // Whoever waited finds the volumes settled.
         let waiters: Vec<WaiterId> = lock(&self.waiters).keys().copied().collect();
         self.wake(&waiters, &Ok(()));
-        let places = lock(&self.assist).as_ref().map(Assist::counts).unwrap_or_default();
+        let (places, by_place) = match &*lock(&self.assist) {
+            Some(assist) => (assist.counts(), assist.by_place()),
+            None => Default::default(),
+        };
         // Its threads end here, and wait for nobody who holds a lock of this session.
         let assist = lock(&self.assist).take();
         drop(assist);
@@ -168,6 +170,7 @@ impl Shared {
                     timings,
                     counters,
                     places,
+                    by_place,
                     wire: self.lanes.wire.read(),
                     waits: self.waits.summary(),
                 })

@@ -40,7 +40,8 @@ struct Ticket {
     device: DeviceIndex,
     range: BlockRange,
     content: Vec<u8>,
-    hashes: Vec<BlockHash>,
+    /// What came of each block; none for one that no place had.
+    hashes: Vec<Option<BlockHash>>,
     left: u64,
 }
 
@@ -108,7 +109,7 @@ impl Shared {
             device,
             range,
             content: vec![0; geometry.bytes_of(range) as usize],
-            hashes: hashes.clone(),
+            hashes: vec![None; hashes.len()],
             left: range.count,
         };
         {
@@ -122,7 +123,8 @@ impl Shared {
         for (block, hash) in range.chunks(1).zip(hashes) {
             let length = geometry.length(block.start) as usize;
             let (name, block) = (volume.name().clone(), block.start);
-            let wanted = Wanted { device: name, block, hash, length };
+            let offset = geometry.offset(block);
+            let wanted = Wanted { device: name, block, offset, hash, length };
             assist.want((device.0, block), wanted, class == Class::Demand);
         }
     }
@@ -136,7 +138,9 @@ impl Shared {
             let purpose = Purpose::Held(id, one);
             lock(&self.fetches.open).purposes.entry(key).or_default().push(purpose);
             let length = volume.geometry().length(range.start) as usize;
-            let wanted = Wanted { device: volume.name().clone(), block: range.start, hash, length };
+            let (device, block) = (volume.name().clone(), range.start);
+            let offset = volume.geometry().offset(block);
+            let wanted = Wanted { device, block, offset, hash, length };
             match &*lock(&self.assist) {
                 Some(assist) => assist.want(key, wanted, header.class == Class::Demand),
                 None => self.ask_again(id, one),
@@ -153,33 +157,33 @@ impl Shared {
                     self.offer_content(id, header, content);
                 }
                 (Purpose::Held(id, header), Answer::Nowhere) => self.ask_again(id, header),
-                (Purpose::Ticket(number), Answer::Nowhere) => {
-                    if lock(&self.fetches.open).tickets.remove(&number).is_some() {
-                        self.tell(Event::FetchFailed(number));
-                    }
-                }
-                (Purpose::Ticket(number), Answer::Content(content)) => {
-                    self.fill_ticket(number, wanted, content);
-                }
+                (Purpose::Ticket(number), answer) => self.fill_ticket(number, wanted, answer),
             }
         }
     }
 
-    fn fill_ticket(&self, number: u64, wanted: &Wanted, content: &[u8]) {
+    /// The other blocks of a request do not suffer from one that is nowhere.
+    fn fill_ticket(&self, number: u64, wanted: &Wanted, answer: Answer<'_>) {
         let mut open = lock(&self.fetches.open);
         let Some(ticket) = open.tickets.get_mut(&number) else { return };
         let Some(volume) = self.device_of(ticket.device) else { return };
-        let at = (wanted.block.0 - ticket.range.start.0) as usize;
-        let from = at * volume.geometry().block() as usize;
-        ticket.content[from..from + content.len()].copy_from_slice(content);
-        // The place's answer was hashed, and had this hash, or it would not be here.
-        ticket.hashes[at] = wanted.hash;
+        if let Answer::Content(content) = answer {
+            let at = (wanted.block.0 - ticket.range.start.0) as usize;
+            let from = at * volume.geometry().block() as usize;
+            ticket.content[from..from + content.len()].copy_from_slice(content);
+            // The place's answer was hashed, and had this hash, or it would not be here.
+            ticket.hashes[at] = Some(wanted.hash);
+        }
         ticket.left -= 1;
         if ticket.left > 0 {
             return;
         }
         let Some(ticket) = open.tickets.remove(&number) else { return };
         drop(open);
+        if ticket.hashes.iter().all(Option::is_none) {
+            self.tell(Event::FetchFailed(number));
+            return;
+        }
         let slot = self.slots.fetch_add(1, Ordering::Relaxed);
         let event = Event::Fetched { ticket: number, hashes: ticket.hashes, slot };
         let Some(Action::Store { parts, device, .. }) = self.feed(event, Some(slot)) else {
@@ -251,9 +255,26 @@ impl Shared {
         if self.fetches.is_empty() {
             return;
         }
+        let mut keys: Vec<Key> = range.chunks(1).map(|block| (device, block.start)).collect();
+        {
+            // A block is stored with all of its request: so that goes first as a whole.
+            let open = lock(&self.fetches.open);
+            let purposes: Vec<&Purpose> =
+                keys.iter().filter_map(|key| open.purposes.get(key)).flatten().collect();
+            let tickets = purposes.into_iter().filter_map(|purpose| match purpose {
+                Purpose::Ticket(number) => open.tickets.get(number),
+                Purpose::Held(..) => None,
+            });
+            let more: Vec<Key> = tickets
+                .flat_map(|ticket| ticket.range.chunks(1).map(|block| (device, block.start)))
+                .collect();
+            keys.extend(more);
+        }
+        keys.sort_unstable();
+        keys.dedup();
         if let Some(assist) = &*lock(&self.assist) {
-            range.chunks(1).for_each(|block| {
-                assist.urge((device, block.start));
+            keys.into_iter().for_each(|key| {
+                assist.urge(key);
             });
         }
     }

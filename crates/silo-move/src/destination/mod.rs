@@ -30,7 +30,7 @@ use crate::{
     lane::{Lanes, LastWords, lock},
     ledger::Ledger,
     peer::Link,
-    report::{End, MoveError, Phase, Progress, Rate, Timings, WireBytes},
+    report::{End, Lacking, MoveError, Phase, Progress, Rate, Timings, WireBytes},
     volume::{Hub, Volume},
     waits::{WaitSummary, Waits},
 };
@@ -48,6 +48,7 @@ use silo_block::{
         },
         messages::{DeviceIndex, Held, Reason, SessionId, ToSource, Token, VERSION},
     },
+    times::Histogram,
 };
 use std::{
     collections::{HashMap, VecDeque},
@@ -122,8 +123,10 @@ pub struct DestinationReport {
     pub timings: Timings,
     /// What was counted.
     pub counters: Counters,
-    /// How stores and peers answered.
+    /// How stores and peers answered, all together.
     pub places: Counts,
+    /// How each of them did: taken, wrong, missing, failed.
+    pub by_place: Vec<(String, Counts)>,
     /// Bytes of frames.
     pub wire: WireBytes,
     /// How long accesses waited for blocks.
@@ -269,7 +272,7 @@ impl Inbound {
         }
         let hashes = Box::new(shared.fetches.hashes());
         let config = shared.options.session;
-        let machine = match start {
+        let mut machine = match start {
             Start::New => Destination::new(config, session, devices, hashes, Duration::ZERO),
             Start::Running(attempt) => {
                 for (volume, device) in shared.volumes.iter().zip(&devices) {
@@ -279,6 +282,23 @@ impl Inbound {
                 Destination::restored(config, session, devices, hashes, *attempt, Duration::ZERO)
             }
         };
+        if let Start::Running(_) = start {
+            // The source may have gone because stores have the rest.
+            let note = shared.options.ledger.as_ref().map(|ledger| ledger.load());
+            let devices = match note.transpose() {
+                Ok(note) => note.flatten().map_or_else(Vec::new, |note| note.devices),
+                Err(error) => {
+                    give_back(&shared.volumes, machine.into_devices());
+                    return Err(error);
+                }
+            };
+            for (at, volume) in shared.volumes.iter().enumerate() {
+                let noted = devices.iter().find(|device| device.name == *volume.name());
+                if let Some(noted) = noted {
+                    machine.remember(DeviceIndex(at as u16), &noted.promised);
+                }
+            }
+        }
         lock(&shared.core).machine = Some(machine);
         match shared.start_threads() {
             Ok(driver) => Ok(Self { shared, driver: Mutex::new(Some(driver)) }),
@@ -323,10 +343,35 @@ impl Inbound {
         self.shared.progress()
     }
 
+    /// What is not here yet, by device, and where it is; only devices that lack something.
+    #[must_use]
+    pub fn lacking(&self) -> Vec<Lacking> {
+        self.shared.lacking()
+    }
+
     /// How long accesses have waited for blocks so far.
     #[must_use]
     pub fn waits(&self) -> WaitSummary {
         self.shared.waits.summary()
+    }
+
+    /// The same waits, each counted.
+    #[must_use]
+    pub fn wait_times(&self) -> Histogram {
+        self.shared.waits.read()
+    }
+
+    /// How blocks came so far; nothing once it is over (see the report).
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        let core = lock(&self.shared.core);
+        core.machine.as_ref().map(Destination::counters).unwrap_or_default()
+    }
+
+    /// How long the phases have taken so far.
+    #[must_use]
+    pub fn timings(&self) -> Timings {
+        self.shared.clock.timings()
     }
 
     /// Whether it is over.
@@ -488,6 +533,18 @@ impl Shared {
             left: left.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
             wire: self.lanes.wire.read(),
         }
+    }
+
+    fn lacking(&self) -> Vec<Lacking> {
+        let core = lock(&self.core);
+        let Some(machine) = &core.machine else { return Vec::new() };
+        let of = |(at, volume): (usize, &Arc<Volume>)| {
+            let (in_store, at_source) = machine.lacking(DeviceIndex(at as u16));
+            Lacking { device: volume.name().clone(), in_store, at_source }
+        };
+        let some =
+            |lacking: &Lacking| !(lacking.in_store.is_empty() && lacking.at_source.is_empty());
+        self.volumes.iter().enumerate().map(of).filter(some).collect()
     }
 
     /// What a source is told that comes back after this session has ended well: it may go.

@@ -14,7 +14,10 @@
 
 mod chores;
 mod dialer;
+mod promise;
 mod send;
+
+pub use promise::Stored;
 
 use crate::{
     clock::Clock,
@@ -22,7 +25,7 @@ use crate::{
     lane::{Lanes, LastWords, Track, lock},
     ledger::{DeviceNote, Ledger, Note, Standing},
     peer::{Dial, Throttle},
-    report::{End, MoveError, Phase, Progress, Rate, SourceReport},
+    report::{End, MoveError, Phase, Progress, Rate, SourceReport, Timings},
     volume::Volume,
     wire,
 };
@@ -33,7 +36,7 @@ use silo_block::{
     session::{
         LinkId,
         messages::{BlockHash, DeviceIndex, Reason, SessionId, ToDestination},
-        source::{Action, Config, Event, Phase as Step, Source},
+        source::{Action, Config, Counters, Event, Phase as Step, Source},
     },
 };
 use std::{
@@ -122,6 +125,8 @@ pub struct Options {
     pub naming: Naming,
     /// Blocks that may travel as hashes.
     pub advertised: Option<Arc<dyn Advertised>>,
+    /// A store that the destination reads too: what it has is promised, and sent last.
+    pub stored: Option<Arc<dyn Stored>>,
     /// Where what must survive this process is noted; nothing survives without. A volume that
     /// still arrives has the note of that session: this one needs another. After a restart the
     /// devices are this host's only if no note says that they leave.
@@ -138,6 +143,7 @@ impl Default for Options {
             method: None,
             naming: Naming::Plain,
             advertised: None,
+            stored: None,
             ledger: None,
         }
     }
@@ -265,6 +271,9 @@ impl Outbound {
         let (chores, jobs) = mpsc::channel();
         shared.spawn("silo-chores", move |shared| shared.do_chores(&jobs))?;
         shared.spawn("silo-dial", Shared::keep_linked)?;
+        if let Some(stored) = shared.options.stored.clone() {
+            shared.spawn("silo-promise", move |shared| shared.promise(&*stored))?;
+        }
         for (at, volume) in shared.volumes.iter().enumerate() {
             let weak = Arc::downgrade(&shared);
             volume.on_arrival(Box::new(move |range| {
@@ -322,6 +331,24 @@ impl Outbound {
     #[must_use]
     pub fn progress(&self) -> Progress {
         self.shared.progress()
+    }
+
+    /// Which way blocks went so far.
+    #[must_use]
+    pub fn paths(&self) -> Tally {
+        *lock(&self.shared.paths)
+    }
+
+    /// What was sent so far, and what was not because it came to the destination otherwise.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        lock(&self.shared.machine).counters()
+    }
+
+    /// How long the phases have taken so far.
+    #[must_use]
+    pub fn timings(&self) -> Timings {
+        self.shared.clock.timings()
     }
 
     /// Waits for the end: everything durable at the destination, or a failure. A move ends by its
@@ -516,6 +543,7 @@ impl Shared {
 
     fn finish(&self, end: Result<(), Reason>) -> Result<SourceReport, MoveError> {
         self.lanes.set_over();
+        self.changed.notify_all();
         self.throttle.stop();
         self.lanes.end();
         let machine = lock(&self.machine);

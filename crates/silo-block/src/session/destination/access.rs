@@ -3,7 +3,7 @@
 use super::{Action, Destination, Incoming, Phase};
 use crate::{
     block::{BlockIndex, BlockRange, BlockSet},
-    model::Owner,
+    model::{Owner, Replica},
     order::{Class, Prefetch},
     rounds::Epoch,
     session::{
@@ -87,10 +87,10 @@ impl Destination {
         if incoming.replica.is_here(range) {
             return Access::Go(BlockRange::new(range.start.0, 0));
         }
-        if self.lost {
+        let absent: Vec<BlockRange> = incoming.replica.absent().ranges_in(range).collect();
+        if self.lost && !incoming.store_has(&absent) {
             return Access::Refused(self.lost_reason());
         }
-        let absent: Vec<BlockRange> = incoming.replica.absent().ranges_in(range).collect();
         incoming.wait(now, waiter, Until::Here, absent.clone());
         self.demand(now, device, &absent);
         Access::Wait
@@ -130,7 +130,7 @@ impl Destination {
         };
         let absent: Vec<BlockRange> =
             edges.iter().flat_map(|edge| incoming.replica.absent().ranges_in(*edge)).collect();
-        if !absent.is_empty() && self.lost {
+        if self.lost && !incoming.store_has(&absent) {
             return Access::Refused(self.lost_reason());
         }
         if !absent.is_empty() {
@@ -200,10 +200,15 @@ impl Destination {
         }
     }
 
-    pub(super) fn fail_waiters(&mut self, which: impl Fn(&Waiter) -> bool, reason: &Reason) {
+    pub(super) fn fail_waiters(
+        &mut self,
+        which: impl Fn(&Waiter, &Fetching) -> bool,
+        reason: &Reason,
+    ) {
         let mut failed = Vec::new();
         for device in &mut self.devices {
-            failed.extend(device.waiters.extract_if(.., |w| which(w)).map(|waiter| waiter.id));
+            let Incoming { waiters, fetching, .. } = device;
+            failed.extend(waiters.extract_if(.., |w| which(w, fetching)).map(|waiter| waiter.id));
         }
         if !failed.is_empty() {
             self.actions.push_back(Action::Fail(failed, reason.clone()));
@@ -321,9 +326,26 @@ impl Incoming {
 
     /// What somebody waits for.
     pub(super) fn awaited(&self) -> Vec<BlockRange> {
-        let waiting = self.waiters.iter().filter(|waiter| waiter.until == Until::Here);
-        let ranges = waiting.flat_map(|waiter| &waiter.ranges);
-        ranges.flat_map(|range| self.replica.absent().ranges_in(*range)).collect()
+        awaited(&self.waiters, &self.replica)
+    }
+
+    /// Whether a store has said that it has all of these.
+    fn store_has(&self, ranges: &[BlockRange]) -> bool {
+        ranges.iter().all(|range| self.fetching.may_bring(*range))
+    }
+}
+
+/// What those who wait still lack.
+pub(super) fn awaited(waiters: &[Waiter], replica: &Replica) -> Vec<BlockRange> {
+    let waiting = waiters.iter().filter(|waiter| waiter.until == Until::Here);
+    let ranges = waiting.flat_map(|waiter| &waiter.ranges);
+    ranges.flat_map(|range| replica.absent().ranges_in(*range)).collect()
+}
+
+impl Waiter {
+    /// Whether nobody but the peer can bring what it waits for.
+    pub(super) fn needs_the_peer(&self, fetching: &Fetching) -> bool {
+        self.ranges.iter().any(|range| !fetching.may_bring(*range))
     }
 }
 

@@ -10,7 +10,7 @@ use crate::{
     model::Replica,
     order::{Class, Heat, Order},
     rounds::Epoch,
-    session::messages::{BlockHash, DeviceIndex, MAX_RUN, Reason, ToSource},
+    session::messages::{BlockHash, DeviceIndex, Reason, ToSource},
 };
 use std::{
     collections::{BTreeMap, HashMap},
@@ -50,11 +50,19 @@ pub(super) struct Fetching {
     promised: Option<BlockSet>,
     queue: Option<Order>,
     under_way: BTreeMap<u64, (BlockRange, Epoch)>,
-    /// Nothing is fetched before: the store has just failed, and there is nobody else.
+    /// Promised, but the store has failed to give them. The peer is asked, and the store again: it
+    /// may be the only one that is left.
+    doubted: Option<BlockSet>,
+    /// Those of them that are not asked for again before [`Fetching::pause`] has passed.
+    aside: Option<BlockSet>,
     pause: Duration,
+    /// Will probably be used soon.
+    expected: Option<BlockSet>,
 }
 
-/// How long a store is left alone that has failed when there is nobody else to ask.
+/// Longest run in one request: who waits for a block of it waits for no more than this.
+const MAX_FETCH: u64 = 64 << 10;
+/// How long a store is not asked for a block that it has failed to give.
 const PAUSE: Duration = Duration::from_secs(1);
 
 impl Fetching {
@@ -64,35 +72,87 @@ impl Fetching {
             promised: None,
             queue: None,
             under_way: BTreeMap::new(),
+            doubted: None,
+            aside: None,
             pause: Duration::ZERO,
+            expected: None,
         }
     }
 
-    /// Whether a store has all of these.
+    /// Whether a store has all of these, and has never failed to give one.
     pub(super) fn covers(&self, absent: &BlockSet) -> bool {
-        self.promised.as_ref().is_some_and(|set| absent.ranges().all(|r| set.contains_range(r)))
+        let doubted = |range| self.doubted.as_ref().is_some_and(|set| set.intersects(range));
+        absent.ranges().all(|range| self.may_bring(range) && !doubted(range))
+    }
+
+    /// Whether a store has said that it has all of these.
+    pub(super) fn may_bring(&self, range: BlockRange) -> bool {
+        self.promised.as_ref().is_some_and(|set| set.contains_range(range))
+    }
+
+    /// The parts of a range that no store has.
+    pub(super) fn unpromised(&self, range: BlockRange) -> Vec<BlockRange> {
+        let (mut at, mut rest) = (range.start.0, Vec::new());
+        let promised = self.promised.iter().flat_map(|set| set.ranges_in(range));
+        for part in promised.chain([BlockRange::new(range.end(), 0)]) {
+            if part.start.0 > at {
+                rest.push(BlockRange::new(at, part.start.0 - at));
+            }
+            at = part.end();
+        }
+        rest
     }
 
     /// Somebody waits for these: if they are promised, they are next.
     pub(super) fn urge(&mut self, class: Class, range: BlockRange) {
         let (Some(promised), Some(queue)) = (&self.promised, &mut self.queue) else { return };
         for part in promised.ranges_in(range) {
-            // What is on its way already is only asked for again if it waits in the queue.
-            if queue.class_of(part.start).is_some() {
-                queue.insert(class, part);
+            for block in part.chunks(1) {
+                // What is on its way already comes by itself.
+                let aside = self.aside.as_mut().is_some_and(|aside| aside.remove(block.start));
+                if aside || queue.class_of(block.start).is_some() {
+                    queue.insert(class, block);
+                }
             }
         }
     }
 
-    /// What is still promised of these is fetched again.
-    fn again(&mut self, range: BlockRange) {
-        if let (Some(promised), Some(queue)) = (&self.promised, &mut self.queue) {
-            promised.ranges_in(range).for_each(|part| queue.insert(Class::Bulk, part));
+    /// The store has failed to give these: what is still promised is asked for again, later.
+    fn doubt(&mut self, now: Duration, range: BlockRange) {
+        let Some(promised) = &self.promised else { return };
+        let blocks = self.blocks;
+        let doubted = self.doubted.get_or_insert_with(|| BlockSet::new(blocks));
+        let aside = self.aside.get_or_insert_with(|| BlockSet::new(blocks));
+        if aside.is_empty() {
+            self.pause = now + PAUSE;
         }
+        for part in promised.ranges_in(range) {
+            doubted.insert_range(part);
+            aside.insert_range(part);
+        }
+    }
+
+    /// What was put aside is asked for again, if it is time; first what somebody waits for.
+    fn come_back(&mut self, now: Duration, awaited: impl FnOnce() -> Vec<BlockRange>) {
+        if now < self.pause || self.aside.as_ref().is_none_or(BlockSet::is_empty) {
+            return;
+        }
+        let Some(aside) = self.aside.take() else { return };
+        let (Some(promised), Some(queue)) = (&self.promised, &mut self.queue) else { return };
+        let still: Vec<BlockRange> = aside
+            .ranges()
+            .flat_map(|range| promised.ranges_in(range).collect::<Vec<_>>())
+            .collect();
+        still.into_iter().for_each(|part| queue.insert(Class::Bulk, part));
+        awaited().into_iter().for_each(|part| self.urge(Class::Demand, part));
     }
 
     /// These will probably be used soon.
     pub(super) fn expect(&mut self, range: BlockRange) {
+        let blocks = self.blocks;
+        if range.end() <= blocks {
+            self.expected.get_or_insert_with(|| BlockSet::new(blocks)).insert_range(range);
+        }
         if let Some(queue) = &mut self.queue {
             queue.promote(range);
         }
@@ -103,7 +163,9 @@ impl Fetching {
         let set = self.promised.get_or_insert_with(|| BlockSet::new(blocks));
         let queue = self.queue.get_or_insert_with(|| Order::new(blocks, Heat::new(blocks)));
         if set.insert(block) {
-            queue.insert(Class::Bulk, BlockRange::new(block.0, 1));
+            let soon = self.expected.as_ref().is_some_and(|set| set.contains(block));
+            let class = if soon { Class::Prefetch } else { Class::Bulk };
+            queue.insert(class, BlockRange::new(block.0, 1));
         }
     }
 
@@ -112,6 +174,9 @@ impl Fetching {
     pub(super) fn useless(&mut self, range: BlockRange) -> Vec<u64> {
         let Some(promised) = &mut self.promised else { return Vec::new() };
         promised.remove_range(range);
+        for set in [&mut self.doubted, &mut self.aside].into_iter().flatten() {
+            set.remove_range(range);
+        }
         if let Some(queue) = &mut self.queue {
             queue.remove(range);
         }
@@ -124,9 +189,9 @@ impl Fetching {
         useless
     }
 
-    /// Until when nothing is fetched, if that is still to come and there is something to fetch.
+    /// When something is asked for again.
     pub(super) fn paused(&self, now: Duration) -> Option<Duration> {
-        let waits = self.queue.as_ref().is_some_and(|queue| !queue.is_empty());
+        let waits = self.aside.as_ref().is_some_and(|aside| !aside.is_empty());
         (waits && now < self.pause).then_some(self.pause)
     }
 
@@ -176,6 +241,7 @@ impl Destination {
     /// come since are left out.
     pub fn remember(&mut self, device: DeviceIndex, blocks: &[(BlockIndex, BlockHash)]) {
         let clock = self.replica(device).map(Replica::clock);
+        self.relies |= !blocks.is_empty();
         self.promise(device, clock.unwrap_or(Epoch::BASE), blocks);
     }
 
@@ -195,9 +261,8 @@ impl Destination {
         let window = self.config.fetch_window;
         let used: u64 = self.devices.iter().map(Incoming::fetched_bytes).sum();
         for (at, incoming) in self.devices.iter_mut().enumerate() {
-            if now < incoming.fetching.pause {
-                continue;
-            }
+            let Incoming { fetching, waiters, replica, .. } = incoming;
+            fetching.come_back(now, || super::access::awaited(waiters, replica));
             let Some(queue) = &mut incoming.fetching.queue else { continue };
             let Some(class) = queue.most_urgent() else { continue };
             let room = if class == Class::Demand { 2 * window } else { window };
@@ -205,7 +270,7 @@ impl Destination {
                 continue;
             }
             let block = incoming.replica.geometry().block();
-            let Some((class, range)) = queue.next((MAX_RUN / block).max(1)) else { continue };
+            let Some((class, range)) = queue.next((MAX_FETCH / block).max(1)) else { continue };
             self.tickets += 1;
             let (ticket, device) = (self.tickets, DeviceIndex(at as u16));
             let epoch = incoming.replica.clock();
@@ -223,7 +288,13 @@ impl Destination {
     }
 
     /// Content came from a store.
-    pub(super) fn fetched(&mut self, now: Duration, ticket: u64, hashes: &[BlockHash], slot: u64) {
+    pub(super) fn fetched(
+        &mut self,
+        now: Duration,
+        ticket: u64,
+        hashes: &[Option<BlockHash>],
+        slot: u64,
+    ) {
         let Some((device, range, epoch)) = self.take_ticket(ticket) else {
             self.counters.store_late += hashes.len() as u64;
             self.actions.push_back(Action::Discard(slot));
@@ -237,10 +308,14 @@ impl Destination {
                 self.counters.store_late += 1;
                 continue;
             }
-            let right = hashes.get(at).copied();
-            if right.is_none() || right != self.hashes.get(device, block.start) {
+            let Some(hash) = hashes.get(at).copied().flatten() else {
+                self.counters.store_failed += 1;
+                push(&mut wrong, block);
+                continue;
+            };
+            if Some(hash) != self.hashes.get(device, block.start) {
                 self.counters.store_wrong += 1;
-                wrong.push(block);
+                push(&mut wrong, block);
                 continue;
             }
             let verdict = incoming.replica.offer(block, epoch);
@@ -264,21 +339,15 @@ impl Destination {
 
     pub(super) fn fetch_failed(&mut self, now: Duration, ticket: u64) {
         let Some((device, range, _)) = self.take_ticket(ticket) else { return };
-        self.counters.store_failed += 1;
+        self.counters.store_failed += range.count;
         self.ask_the_peer(now, device, range);
     }
 
-    /// A store does not have what was promised.
+    /// A store does not give what was promised. The peer does, if it is there; it may have gone
+    /// because of this promise, or be about to die, so the store is asked again too.
     fn ask_the_peer(&mut self, now: Duration, device: DeviceIndex, range: BlockRange) {
-        let gone = self.link.as_ref().is_none_or(|link| !link.ready);
         let incoming = &mut self.devices[device.0 as usize];
-        if gone {
-            // The source may have gone because of this promise: only the store can keep it.
-            incoming.fetching.pause = now + PAUSE;
-            incoming.fetching.again(range);
-            return;
-        }
-        incoming.fetching.useless(range);
+        incoming.fetching.doubt(now, range);
         let awaited = incoming.awaited().iter().any(|part| overlaps(*part, range));
         let class = if awaited { Class::Demand } else { Class::Dirty };
         let absent: Vec<BlockRange> = incoming.replica.absent().ranges_in(range).collect();

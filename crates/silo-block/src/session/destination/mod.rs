@@ -107,8 +107,9 @@ pub enum Event {
     Fetched {
         /// The number of the request.
         ticket: u64,
-        /// The hashes of what came, a block each; computed, not copied from anywhere.
-        hashes: Vec<BlockHash>,
+        /// The hashes of what came, a block each; computed, not copied from anywhere. None for a
+        /// block that could not be had.
+        hashes: Vec<Option<BlockHash>>,
         /// Where the content is.
         slot: u64,
     },
@@ -239,7 +240,7 @@ pub struct Counters {
     pub store_wrong: u64,
     /// Fetches that were cancelled because the peer was faster, or the block changed.
     pub cancelled: u64,
-    /// Fetches that failed.
+    /// A store had promised them, and did not give them.
     pub store_failed: u64,
     /// Demands sent.
     pub demands: u64,
@@ -301,6 +302,8 @@ pub struct Destination {
     attempt: Option<u32>,
     /// The driver was asked to make everything durable.
     making_durable: bool,
+    /// The source may go, or has gone, because stores have what is missing.
+    relies: bool,
     released: bool,
     link: Option<Link>,
     customs: Customs,
@@ -336,6 +339,7 @@ impl Destination {
             phase: Phase::Receiving,
             attempt: None,
             making_durable: false,
+            relies: false,
             released: false,
             link: None,
             customs: Customs::default(),
@@ -401,6 +405,33 @@ impl Destination {
             replica: incoming.replica,
         };
         self.devices.into_iter().map(device).collect()
+    }
+
+    /// Blocks of a device that are not here: those that a store has promised, and those that only
+    /// the source has.
+    #[must_use]
+    pub fn lacking(&self, device: DeviceIndex) -> (Vec<BlockRange>, Vec<BlockRange>) {
+        let Some(incoming) = self.devices.get(device.0 as usize) else { return Default::default() };
+        let (mut promised, mut others) = (Vec::new(), Vec::new());
+        for range in incoming.replica.absent().ranges() {
+            let rest = incoming.fetching.unpromised(range);
+            let mut at = range.start.0;
+            for part in rest.iter().copied().chain([BlockRange::new(range.end(), 0)]) {
+                if part.start.0 > at {
+                    promised.push(BlockRange::new(at, part.start.0 - at));
+                }
+                at = part.end();
+            }
+            others.extend(rest);
+        }
+        (promised, others)
+    }
+
+    /// Whether the source may go, or has gone, because stores have what is missing here: every
+    /// record of this side goes with [`Destination::promised`] then.
+    #[must_use]
+    pub fn relies_on_stores(&self) -> bool {
+        self.relies
     }
 
     /// Bytes that are not here.
@@ -491,7 +522,7 @@ impl Destination {
     }
 
     fn end(&mut self, reason: Reason) {
-        self.fail_waiters(|_| true, &reason);
+        self.fail_waiters(|_, _| true, &reason);
         self.actions.push_back(Action::Failed(reason.clone()));
         self.phase = Phase::Failed(reason);
     }
@@ -510,7 +541,7 @@ impl Destination {
             }
         }
         let late = Reason::Deadline { what: Wait::Blocks, after: patience.answer };
-        self.fail_waiters(|waiter| now >= waiter.since + patience.answer, &late);
+        self.fail_waiters(|waiter, _| now >= waiter.since + patience.answer, &late);
         if now < self.told.max(self.alone) + patience.answer {
             return;
         }
@@ -529,7 +560,7 @@ impl Destination {
                 if what != Wait::Blocks && self.phase == Phase::Running {
                     self.lost = true;
                     let reason = Reason::Deadline { what, after: patience.answer };
-                    self.fail_waiters(|_| true, &reason);
+                    self.fail_waiters(Waiter::needs_the_peer, &reason);
                 }
             }
             Phase::Starting => self.actions.push_back(Action::Overdue(Wait::Running)),
@@ -560,6 +591,7 @@ impl Destination {
         };
         if self.slots.is_empty() && self.devices.iter().all(safe) {
             self.making_durable = true;
+            self.relies |= self.devices.iter().any(|device| !device.replica.absent().is_empty());
             self.actions.push_back(Action::MakeDurable);
         }
     }

@@ -218,7 +218,7 @@ impl Destination {
             Phase::Receiving => self.end(reason),
             Phase::Running => {
                 // It runs here, and the source says that it cannot give what is missing.
-                self.fail_waiters(|_| true, &reason);
+                self.fail_waiters(super::Waiter::needs_the_peer, &reason);
                 self.actions.push_back(Action::Trouble(reason));
             }
             Phase::Starting | Phase::Durable | Phase::Complete | Phase::Failed(_) => {}

@@ -35,6 +35,8 @@ impl Outgoing {
             absent: device.absent,
             awaited: set(),
             promised: set(),
+            hedged: blocks,
+            expected: Vec::new(),
             early: Vec::new(),
         }
     }
@@ -119,6 +121,30 @@ impl Outgoing {
         for range in self.promised.ranges() {
             self.order.remove(range);
         }
+        // The first list on a link: most of what was recorded has not come yet.
+        self.expected.iter().for_each(|range| self.order.promote(*range));
+    }
+
+    /// The next run of what a store has promised, to be sent all the same.
+    fn next_promised(&mut self) -> Option<BlockRange> {
+        if self.promised.is_empty() {
+            return None;
+        }
+        let (blocks, step) = (self.geometry.blocks(), self.max_run());
+        for _ in 0..=blocks.div_ceil(step) + 1 {
+            if self.hedged == 0 {
+                self.hedged = blocks;
+            }
+            let start = (self.hedged - 1) / step * step;
+            let window = BlockRange::new(start, self.hedged - start);
+            if let Some(range) = self.promised.ranges_in(window).last() {
+                self.hedged = range.start.0;
+                self.promised.remove_range(range);
+                return Some(range);
+            }
+            self.hedged = start;
+        }
+        None
     }
 
     pub(super) fn queue(&mut self, list: &BlockSet, class: Class) {
@@ -216,15 +242,18 @@ impl Source {
         self.fair.next(self.devices.iter().map(left)).map(|at| Some((at, class)))
     }
 
-    /// Nothing else is left: what a store has promised goes too, so that a slow store delays
-    /// nobody. True if there was something.
+    /// Nothing else is left: what a store has promised goes too, a run at a time from the other
+    /// end, so that a slow store delays nobody. True if there was something.
     fn hedge(&mut self) -> bool {
+        if self.in_flight >= self.config.window {
+            return false;
+        }
         let mut some = false;
-        for device in self.devices.iter_mut().filter(|device| !device.promised.is_empty()) {
-            let blocks = device.geometry.blocks();
-            let promised = std::mem::replace(&mut device.promised, BlockSet::new(blocks));
-            device.queue(&promised, Class::Bulk);
-            some = true;
+        for device in &mut self.devices {
+            if let Some(range) = device.next_promised() {
+                device.order.insert(Class::Bulk, range);
+                some = true;
+            }
         }
         some
     }
@@ -374,10 +403,21 @@ impl Source {
 
     pub(super) fn expected(&mut self, now: Duration, index: DeviceIndex, order: &[BlockRange]) {
         let Some(device) = self.devices.get_mut(index.0 as usize) else { return };
-        order.iter().for_each(|range| device.order.promote(*range));
-        for part in order.chunks(MAX_RANGES) {
+        let blocks = device.geometry.blocks();
+        let fits = |range: &&BlockRange| range.count > 0 && range.end() <= blocks;
+        device.expected = order.iter().filter(fits).copied().collect();
+        device.expected.iter().for_each(|range| device.order.promote(*range));
+        if self.link.as_ref().is_some_and(|link| link.ready) {
+            self.tell_expected(now, index);
+        }
+    }
+
+    /// Tells the destination what will be used first; again on every link.
+    pub(super) fn tell_expected(&mut self, now: Duration, index: DeviceIndex) {
+        let Some(device) = self.devices.get(index.0 as usize) else { return };
+        for part in device.expected.clone().chunks(MAX_RANGES) {
             let order = part.to_vec();
-            self.say_if_ready(now, ToDestination::Expect { device: index, order });
+            self.say(now, ToDestination::Expect { device: index, order });
         }
     }
 }

@@ -33,14 +33,15 @@ mod speak;
 pub use face::{Action, Config, Counters, Event, Phase, SourceDevice};
 
 use super::{
-    link::{Customs, Link},
+    link::{Customs, Link, LinkId},
     messages::{
-        BlockHash, DeviceInfo, MAX_CUSTOM, MAX_STATE, Reason, SessionId, ToDestination, Wait,
+        BlockHash, DeviceIndex, DeviceInfo, MAX_CUSTOM, MAX_STATE, Reason, SessionId,
+        ToDestination, Wait,
     },
     pace::{Finish, Next, Pace},
 };
 use crate::{
-    block::{BlockIndex, BlockSet},
+    block::{BlockIndex, BlockRange, BlockSet},
     device::DeviceName,
     geometry::Geometry,
     hash::RootHash,
@@ -87,6 +88,11 @@ struct Outgoing {
     awaited: BlockSet,
     /// A store has them: the last to be sent.
     promised: BlockSet,
+    /// Where those are looked for next, from the end of the device downwards: the destination
+    /// fetches upwards, so they meet.
+    hedged: u64,
+    /// The recorded order of first use.
+    expected: Vec<BlockRange>,
     /// Promises that came before the list that they belong to was confirmed.
     early: Vec<(Epoch, Vec<(BlockIndex, BlockHash)>)>,
 }
@@ -204,6 +210,36 @@ impl Source {
     #[must_use]
     pub fn remaining(&self) -> u64 {
         self.devices.iter().map(Outgoing::remaining).sum()
+    }
+
+    /// The link that is in use, once the first lists of the session are confirmed.
+    #[must_use]
+    pub fn listed_on(&self) -> Option<LinkId> {
+        let listed = self.devices.iter().all(|device| device.first_done);
+        self.link
+            .as_ref()
+            .filter(|link| link.ready && listed && !self.is_over())
+            .map(|link| link.id)
+    }
+
+    /// What a store could spare of `range`: blocks that the destination lacks, that are here and not
+    /// on their way, with the round as of which their contents count.
+    #[must_use]
+    pub fn lacking(&self, device: DeviceIndex, range: BlockRange) -> (Vec<BlockRange>, Epoch) {
+        let Some(device) = self.devices.get(device.0 as usize) else { return Default::default() };
+        let Some(holder) = &device.holder else { return Default::default() };
+        let out = [&device.flying, &device.absent, &device.promised];
+        let mut lacking: Vec<BlockRange> = Vec::new();
+        for block in holder.exceptions().ranges_in(range).flat_map(|part| part.chunks(1)) {
+            if out.iter().any(|set| set.contains(block.start)) {
+                continue;
+            }
+            match lacking.last_mut() {
+                Some(last) if last.end() == block.start.0 => last.count += 1,
+                _ => lacking.push(block),
+            }
+        }
+        (lacking, device.label)
     }
 
     /// Bytes on their way.

@@ -154,6 +154,9 @@ impl Source {
         for custom in waiting {
             self.say(now, ToDestination::Custom(custom));
         }
+        for at in 0..self.devices.len() {
+            self.tell_expected(now, DeviceIndex(at as u16));
+        }
         let current = self.devices.iter().all(|device| device.label == device.closed());
         let ours =
             current && matches!(token, Token::Taken(by) | Token::Runs(by) if by == self.attempt);

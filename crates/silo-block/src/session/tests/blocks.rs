@@ -47,7 +47,7 @@ fn check_07_a_late_answer_of_a_store_does_not_satisfy_a_newer_list() {
     pair.connect();
     // The new link's first list has block 5; now the store answers for what it was.
     pair.slots.insert(900, (one(3999), vec![4099]));
-    let hashes = vec![hash_of(4099)];
+    let hashes = vec![Some(hash_of(4099))];
     let event = destination::Event::Fetched { ticket, hashes, slot: 900 };
     pair.destination.handle(pair.now, event);
     pair.settle();
@@ -314,5 +314,103 @@ proptest! {
         prop_assert!(pair.runs_there);
         prop_assert_eq!(&pair.there, &pair.here);
         prop_assert_eq!(pair.source.phase(), &source::Phase::Released);
+    }
+}
+
+/// A pair whose destination runs and has nothing but promises: of two blocks that are far
+/// behind in the queue.
+fn promised() -> Pair {
+    let mut pair = pair(4000);
+    let epoch = Epoch(pair.replica.rounds().clock().0 - 1);
+    let hash = |block: u64| (BlockIndex(block), hash_of(100 + block));
+    let blocks = vec![hash(3000), hash(3001)];
+    pair.source.handle(pair.now, source::Event::Promised { device: DEVICE, epoch, blocks });
+    pair.settle();
+    pair.switch();
+    assert!(pair.runs_there);
+    pair
+}
+
+fn fetches(pair: &mut Pair) -> Vec<(u64, BlockRange)> {
+    let fetch = |action: &destination::Action| match action {
+        destination::Action::Fetch { ticket, range, .. } => Some((*ticket, *range)),
+        _ => None,
+    };
+    let fetches = pair.taken.iter().filter_map(fetch).collect();
+    pair.taken.clear();
+    fetches
+}
+
+#[test]
+fn without_the_source_a_reader_waits_for_what_a_store_has_and_only_the_rest_fails() {
+    let mut pair = promised();
+    assert_eq!(fetches(&mut pair).len(), 1);
+    pair.cut();
+    pair.now += SECOND * 60;
+    pair.settle();
+    let rest = vec![BlockRange::new(0, 3000), BlockRange::new(3002, 998)];
+    let lacking = pair.destination.lacking(DEVICE);
+    assert_eq!(lacking, (vec![BlockRange::new(3000, 2)], rest));
+    let read = |pair: &mut Pair, block: u64| {
+        pair.destination.read(pair.now, DEVICE, one(block), WaiterId(block))
+    };
+    assert!(matches!(read(&mut pair, 0), Access::Refused(_)));
+    assert_eq!(read(&mut pair, 3000), Access::Wait);
+    assert!(matches!(
+        pair.destination.write(pair.now, DEVICE, 4, 4, WaiterId(9)),
+        Access::Refused(_)
+    ));
+}
+
+#[test]
+fn a_store_that_fails_is_asked_again_later_block_by_block_and_the_peer_at_once() {
+    let mut pair = promised();
+    let (ticket, range) = fetches(&mut pair)[0];
+    assert_eq!(range, BlockRange::new(3000, 2));
+    // One block of the two cannot be had.
+    pair.needs.clear();
+    pair.slots.insert(900, (range, pair.here[3000..3002].to_vec()));
+    let hashes = vec![None, Some(hash_of(pair.here[3001]))];
+    let event = destination::Event::Fetched { ticket, hashes, slot: 900 };
+    pair.destination.handle(pair.now, event);
+    pair.settle();
+    assert_eq!(pair.there[3001], pair.here[3001]);
+    assert_eq!(pair.needs, [(one(3000), Class::Dirty)]);
+    let counters = pair.destination.counters();
+    assert_eq!((counters.from_store, counters.store_failed), (1, 1), "{counters:?}");
+    // The source dies before it has sent it; the store comes back.
+    pair.cut();
+    assert!(fetches(&mut pair).is_empty(), "not at once");
+    let wake = pair.destination.wake(pair.now).unwrap();
+    assert!(wake <= pair.now + SECOND);
+    pair.now += SECOND;
+    pair.settle();
+    let (ticket, range) = fetches(&mut pair)[0];
+    assert_eq!(range, one(3000));
+    pair.slots.insert(901, (range, vec![pair.here[3000]]));
+    let hashes = vec![Some(hash_of(pair.here[3000]))];
+    let event = destination::Event::Fetched { ticket, hashes, slot: 901 };
+    pair.destination.handle(pair.now, event);
+    pair.settle();
+    assert_eq!(pair.there[3000], pair.here[3000]);
+}
+
+#[test]
+fn the_recorded_order_of_first_use_is_told_on_every_link_and_goes_ahead_of_the_rest() {
+    let mut pair = pair(4000);
+    let order = vec![BlockRange::new(3000, 3), BlockRange::new(10, 1)];
+    pair.source.handle(pair.now, source::Event::Expected(DEVICE, order.clone()));
+    for _ in 0..2 {
+        pair.cut();
+        pair.given.clear();
+        pair.connect();
+        let told = pair.given.iter().any(|action| {
+            matches!(action, source::Action::Send(_, ToDestination::Expect { order: told, .. })
+                if *told == order)
+        });
+        assert!(told);
+        let ranges: Vec<BlockRange> =
+            pair.data.iter().take(2).map(|(_, header, _)| header.range).collect();
+        assert_eq!(ranges, order);
     }
 }

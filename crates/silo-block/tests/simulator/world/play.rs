@@ -48,10 +48,10 @@ impl World {
                 found = known.get(any).copied().unwrap_or([found[1] ^ 1, found[0]]);
             }
             content.push(found);
-            hashes.push(match (self.broken, promised) {
+            hashes.push(Some(match (self.broken, promised) {
                 (Broken::HashesAreNotChecked, Some(promised)) => promised,
                 _ => hash_of(device, block, found),
-            });
+            }));
         }
         self.slots += 1;
         let slot = self.slots;
