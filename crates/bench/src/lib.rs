@@ -153,20 +153,42 @@ impl Results {
         let mut results = Results::read(path)?;
         results.0.retain(|old| rows.iter().all(|row| row.bar != old.bar));
         results.0.extend_from_slice(rows);
-        results.0.sort_by(|a, b| a.bar.cmp(&b.bar));
-        let mut text = serde_json::to_string_pretty(&results.0)
-            .map_err(|source| BenchError::Unreadable { path: path.into(), source })?;
-        text.push('\n');
-        replace(path, &text)?;
+        results.write(path)?;
         Ok(results)
     }
 
-    /// Prints those of `rows` whose names begin with `only`, and merges them into the file at `path`.
-    /// True if every promise among them was kept.
-    pub fn report(path: &Path, mut rows: Vec<Row>, only: &str) -> Result<bool, BenchError> {
+    /// Takes out of the file at `path` the rows of which `measured` says that they should have been
+    /// measured now, and that are not among `bars`: their bars do not exist any more.
+    pub fn retire(
+        path: &Path,
+        bars: &[String],
+        measured: impl Fn(&str) -> bool,
+    ) -> Result<(), BenchError> {
+        let mut results = Results::read(path)?;
+        results.0.retain(|row| bars.contains(&row.bar) || !measured(&row.bar));
+        results.write(path)
+    }
+
+    fn write(&mut self, path: &Path) -> Result<(), BenchError> {
+        self.0.sort_by(|a, b| a.bar.cmp(&b.bar));
+        let mut text = serde_json::to_string_pretty(&self.0)
+            .map_err(|source| BenchError::Unreadable { path: path.into(), source })?;
+        text.push('\n');
+        replace(path, &text)
+    }
+
+    /// Prints those of `rows` whose names begin with `only`, merges them into the file at `path`, and
+    /// adds their names to `bars`. True if every promise among them was kept.
+    pub fn report(
+        path: &Path,
+        mut rows: Vec<Row>,
+        only: &str,
+        bars: &mut Vec<String>,
+    ) -> Result<bool, BenchError> {
         rows.retain(|row| row.bar.starts_with(only));
         rows.iter().for_each(|row| println!("   {row}"));
         Results::merge(path, &rows)?;
+        bars.extend(rows.iter().map(|row| row.bar.clone()));
         Ok(rows.iter().all(|row| row.met != Some(false)))
     }
 
@@ -276,6 +298,20 @@ mod tests {
             serde_json::json!({"bar": "a", "value": 2.0, "unit": "ms", "baseline": null,
                 "ratio": null, "target": "", "met": null})
         );
+    }
+
+    #[test]
+    fn bars_that_are_not_measured_any_more_are_taken_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("results.json");
+        let row = |bar| Row::judged(bar, 1.0, "ms", None, None);
+        Results::merge(&path, &[row("a.old"), row("b.other")]).unwrap();
+        let mut bars = Vec::new();
+        Results::report(&path, vec![row("a.new"), row("b.not-asked-for")], "a.", &mut bars)
+            .unwrap();
+        Results::retire(&path, &bars, |bar| bar.starts_with("a.")).unwrap();
+        let left: Vec<_> = Results::read(&path).unwrap().0.into_iter().map(|r| r.bar).collect();
+        assert_eq!(left, ["a.new", "b.other"]);
     }
 
     #[test]

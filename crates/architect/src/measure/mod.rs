@@ -166,6 +166,7 @@ fn measure_machines(
     };
     let path = args.output.join(if args.quick { "quick.json" } else { "results.json" });
     let (start, mut failed, mut met) = (Instant::now(), Vec::new(), true);
+    let mut bars = Vec::new();
     for group in chosen {
         let began = Instant::now();
         println!("== {}: {}", group.name, group.about);
@@ -179,11 +180,12 @@ fn measure_machines(
                 continue;
             }
         };
-        met &= Results::report(&path, rows, &args.only)?;
+        met &= Results::report(&path, rows, &args.only, &mut bars)?;
         println!("   {:.0} s", began.elapsed().as_secs_f64());
     }
     println!("{}: {:.0} s altogether", path.display(), start.elapsed().as_secs_f64());
     ensure!(failed.is_empty(), "could not be measured: {}", failed.join(", "));
+    Results::retire(&path, &bars, |bar| bar.starts_with(&args.only) && !bar.starts_with(STORAGE))?;
     Ok(met)
 }
 

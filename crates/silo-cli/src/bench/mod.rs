@@ -85,6 +85,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<bool> {
     std::fs::create_dir_all(&args.output)?;
     let path = args.output.join(if args.quick { "quick.json" } else { "results.json" });
     let (start, mut failed, mut met) = (Instant::now(), Vec::new(), true);
+    let mut bars = Vec::new();
     for group in chosen {
         let began = Instant::now();
         println!("== {}: {}", group.name, group.about);
@@ -98,10 +99,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<bool> {
                 continue;
             }
         };
-        met &= Results::report(&path, rows, &args.only)?;
+        met &= Results::report(&path, rows, &args.only, &mut bars)?;
         println!("   {:.0} s", began.elapsed().as_secs_f64());
     }
     println!("{}: {:.0} s altogether", path.display(), start.elapsed().as_secs_f64());
     ensure!(failed.is_empty(), "could not be measured: {}", failed.join(", "));
+    Results::retire(&path, &bars, |bar| bar.starts_with(&args.only))?;
     Ok(met)
 }
