@@ -6,7 +6,7 @@
 
 use crate::{
     config::{BackupConfig, Secret, StoreConfig},
-    metrics::{Readings, Source, names},
+    metrics::{Readings, Source, Spread, names},
 };
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use silo::store::{
@@ -248,6 +248,12 @@ impl Source for Running {
             readings.level(&names::BACKUP_LAST_SECONDS, &line, last.took.as_secs_f64());
             readings.level(&names::BACKUP_LAST_HELD, &line, last.held.as_secs_f64());
         }
+        readings.spread(&names::BACKUP_HELD, &line, Spread::of(&status.holds));
+        readings.level(&names::BACKUP_TRACKED, &line, status.tracked as f64);
+        readings.level(&names::BACKUP_CHANGED, &line, status.changed.blocks as f64);
+        readings.level(&names::BACKUP_FULLEST, &line, status.changed.fullest as f64);
+        let oldest = status.oldest.map_or(0.0, |oldest| oldest.elapsed().as_secs_f64());
+        readings.level(&names::BACKUP_OLDEST, &line, oldest);
         let requests = self.store.requests();
         for (kind, count) in [
             ("write", requests.writes),

@@ -13,18 +13,13 @@
 //! proves names under mutual TLS; what a stranger can do is take places in the pool, which is
 //! bounded; a socket whose other end has gone is never handed out.
 
-use crate::{
-    config::MigrateConfig,
-    metrics::{Readings, Source, names},
-    stack::Host,
-};
+use crate::{config::MigrateConfig, stack::Host};
 use anyhow::{Context, Result};
 use identity::{HostName, Security};
 use nix::poll::{PollFd, PollFlags, poll};
 use silo::moving::{
-    Inbound, Outbound, Server,
+    Server,
     peer::{Dial, Limits},
-    report::Phase,
 };
 use std::{
     collections::VecDeque,
@@ -32,7 +27,7 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
     os::fd::AsFd,
     sync::{
-        Arc, Condvar, Mutex, PoisonError, Weak,
+        Arc, Condvar, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
@@ -263,56 +258,5 @@ fn hand_over(parked: &mut Vec<TcpStream>, server: &Server) {
             server.take_socket(socket);
         }
         // Else the source has closed it.
-    }
-}
-
-/// A move at one of its ends, for the metrics.
-pub(crate) enum Watched {
-    /// At the source.
-    Source(Weak<Outbound>),
-    /// At the destination.
-    Destination(Weak<Inbound>),
-}
-
-impl Source for Watched {
-    fn read(&self, readings: &mut Readings) {
-        let (end, progress, waits) = match self {
-            Self::Source(outbound) => match outbound.upgrade() {
-                Some(outbound) => ("source", outbound.progress(), None),
-                None => return,
-            },
-            Self::Destination(inbound) => match inbound.upgrade() {
-                Some(inbound) => ("destination", inbound.progress(), Some(inbound.waits())),
-                None => return,
-            },
-        };
-        let phase = match progress.phase {
-            Phase::Connecting => 0,
-            Phase::Filling => 1,
-            Phase::Quiescing => 2,
-            Phase::Switching => 3,
-            Phase::Following => 4,
-            Phase::Durable => 5,
-        };
-        readings.level(&names::MOVE_PHASE, &[end], f64::from(phase));
-        readings.level(&names::MOVE_SIZE, &[end], progress.size as f64);
-        readings.level(&names::MOVE_REMAINING, &[end], progress.remaining as f64);
-        readings.level(&names::MOVE_RATE, &[end], progress.rate);
-        readings.count(&names::MOVE_ROUNDS, &[end], u64::from(progress.rounds));
-        for (connection, bytes) in [
-            ("control-sent", progress.wire.control_sent),
-            ("control-received", progress.wire.control_received),
-            ("data", progress.wire.data),
-            ("demand", progress.wire.demand),
-        ] {
-            readings.count(&names::MOVE_WIRE, &[end, connection], bytes);
-        }
-        if let Some(waits) = waits {
-            readings.count(&names::MOVE_WAITS, &[], waits.count);
-            for (quantile, wait) in [("0.5", waits.p50), ("0.99", waits.p99), ("1", waits.longest)]
-            {
-                readings.level(&names::MOVE_WAIT, &[quantile], wait.as_secs_f64());
-            }
-        }
     }
 }

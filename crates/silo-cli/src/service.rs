@@ -27,9 +27,7 @@ use silo::{
     store::capture::Capture,
 };
 use std::{
-    fs,
-    os::unix::fs::FileTypeExt,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -225,9 +223,6 @@ impl Service {
         let unix = wanted.unix.iter().map(|path| nbd::Endpoint::unix(path));
         let tcp = wanted.tcp.iter().map(|address| nbd::Endpoint::Tcp(*address));
         for endpoint in unix.chain(tcp) {
-            if let nbd::Endpoint::Unix(path) = &endpoint {
-                check_socket(path)?;
-            }
             let mut options = ExportOptions { access, ..ExportOptions::default() };
             let security = match (&endpoint, wanted.plaintext, &self.host.identity) {
                 (nbd::Endpoint::Unix(_), _, _) | (_, true, _) => NbdSecurity::Plain,
@@ -265,7 +260,6 @@ impl Service {
             queues: u16::try_from(wanted.queues)?,
             ..VhostOptions::default()
         };
-        check_socket(&wanted.socket)?;
         let server = VhostServer::start(&wanted.socket, device.clone(), options)?;
         let place = wanted.socket.display().to_string();
         self.listening(name, device, "vhost-user-blk", place, Front::Vhost(server));
@@ -407,15 +401,5 @@ impl Service {
             outcome = outcome.and(stopped);
         }
         outcome
-    }
-}
-
-/// Refuses a path where something lies that is no socket: servers replace what nobody answers at.
-fn check_socket(path: &Path) -> Result<()> {
-    match fs::symlink_metadata(path) {
-        Ok(found) if !found.file_type().is_socket() => {
-            bail!("{} exists and is not a socket; it was left as it is", path.display())
-        }
-        _ => Ok(()),
     }
 }

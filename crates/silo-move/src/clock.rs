@@ -14,6 +14,12 @@ struct State {
     phase: Phase,
     since: Duration,
     timings: Timings,
+    /// Open as long as the phase.
+    span: tracing::Span,
+}
+
+fn span(session: SessionId, phase: Phase) -> tracing::Span {
+    tracing::info_span!("phase", %session, %phase)
 }
 
 impl State {
@@ -42,7 +48,8 @@ pub(crate) struct Clock {
 
 impl Clock {
     pub(crate) fn new(session: SessionId, began: Instant, phase: Phase) -> Self {
-        let state = State { phase, since: Duration::ZERO, timings: Timings::default() };
+        let (since, timings, span) = (Duration::ZERO, Timings::default(), span(session, phase));
+        let state = State { phase, since, timings, span };
         Self { session, began, state: Mutex::new(state) }
     }
 
@@ -69,6 +76,7 @@ impl Clock {
         let now = self.now();
         state.timings = state.until(now);
         (state.phase, state.since) = (phase, now);
+        state.span = span(self.session, phase);
         tracing::info!(session = %self.session, %phase, "a move enters a phase");
     }
 

@@ -10,6 +10,7 @@ use crate::{
     capture::{Capture, Changes, Want},
     writer::{LineWriter, Stored},
 };
+use silo_block::times::Histogram;
 use std::{
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
@@ -123,6 +124,15 @@ pub struct BackupStatus {
     pub failures: u64,
     /// Bytes that were sent to the store.
     pub bytes: u64,
+    /// Blocks of all devices together.
+    pub tracked: u64,
+    /// What had changed and was in no generation when it was looked at last, at most a
+    /// [period](Policy::period) ago or when the round under way began.
+    pub changed: Changes,
+    /// When the oldest of these changes was seen.
+    pub oldest: Option<Instant>,
+    /// How long writers were held.
+    pub holds: Histogram,
     /// It has ended: another writer took the line, or it was told to.
     pub ended: bool,
 }
@@ -152,6 +162,7 @@ impl Shared {
 /// A running backup. Dropping it ends it, without a last generation.
 pub struct Backup {
     shared: Arc<Shared>,
+    capture: Arc<dyn Capture>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -177,10 +188,12 @@ impl Backup {
             stop: AtomicBool::new(false),
         });
         let compare = options.tracked_since.is_none_or(|number| number != writer.newest());
+        let tracked = capture.devices().iter().map(|device| device.geometry.blocks()).sum();
+        shared.lock().status.tracked = tracked;
         let runner = Runner {
             shared: shared.clone(),
             writer,
-            capture,
+            capture: capture.clone(),
             policy: options.policy,
             compare,
             pace: Pace::default(),
@@ -190,13 +203,15 @@ impl Backup {
             .name("silo-backup".to_owned())
             .spawn(move || runner.run())
             .map_err(|source| StoreError::Local { operation: "start a thread", source })?;
-        Ok(Self { shared, thread: Some(thread) })
+        Ok(Self { shared, capture, thread: Some(thread) })
     }
 
     /// How it is doing.
     #[must_use]
     pub fn status(&self) -> BackupStatus {
-        self.shared.lock().status.clone()
+        let mut status = self.shared.lock().status.clone();
+        status.holds = self.capture.holds();
+        status
     }
 
     /// Makes a generation now, of everything that was acknowledged to writers before the call, and
@@ -260,6 +275,7 @@ impl Runner {
             let asked = std::mem::take(&mut self.shared.lock().asked);
             let now = self.began.elapsed();
             let due = self.policy.is_due(&mut self.pace, now, changes);
+            self.tell(changes);
             // What the store may lack altogether does not wait to be old.
             let due = due || (first && (self.compare || self.writer.needs_everything()));
             if due || !asked.is_empty() {
@@ -277,6 +293,13 @@ impl Runner {
         }
         self.shared.lock().status.ended = true;
         self.shared.changed.notify_all();
+    }
+
+    /// What was seen, for whoever asks.
+    fn tell(&self, changes: Changes) {
+        let oldest = self.pace.seen.map(|seen| self.began + seen);
+        let mut state = self.shared.lock();
+        (state.status.changed, state.status.oldest) = (changes, oldest);
     }
 
     /// Makes a generation; true if there is no point in another.
@@ -300,6 +323,7 @@ impl Runner {
                 state.status.last = Some(stored.clone());
                 state.status.committed = Some(Instant::now());
                 state.status.error = None;
+                (state.status.changed, state.status.oldest) = (Changes::default(), None);
             }
             Err(error) => {
                 tracing::warn!(line = %self.writer.line(), %error, "generation not stored");
@@ -320,7 +344,8 @@ impl Runner {
         let everything = self.compare || self.writer.needs_everything();
         let want = if everything { Want::Everything } else { Want::Changed };
         let infos = self.capture.devices();
-        let frozen = self.capture.freeze(want)?;
+        let frozen = tracing::info_span!("freeze", line = %self.writer.line())
+            .in_scope(|| self.capture.freeze(want))?;
         match self.writer.store(&infos, frozen.as_ref(), everything, label, &self.shared.stop) {
             Ok(stored) => {
                 frozen.release();

@@ -15,6 +15,7 @@
 use silo_block::{
     block::{BlockRange, BlockSet},
     geometry::Geometry,
+    times::Histogram,
 };
 use std::{io, time::Duration};
 
@@ -77,6 +78,10 @@ pub trait Capture: Send + Sync {
     /// # Errors
     /// If a round is under way, or a device cannot be frozen; then nothing is.
     fn freeze(&self, want: Want) -> Result<Box<dyn Frozen>, CaptureError>;
+
+    /// How long writers were held by the rounds so far, each that was; where that is not known, how
+    /// long each freeze held all of them.
+    fn holds(&self) -> Histogram;
 }
 
 /// The content of a group at one instant. Dropping it without [`Frozen::release`] is

@@ -22,6 +22,7 @@ pub(crate) const PACKS: &str = "packs";
 pub(crate) const MAPS: &str = "maps";
 pub(crate) const LINES: &str = "lines";
 pub(crate) const COLLECTIONS: &str = "collections";
+pub(crate) const PROBES: &str = "probe";
 
 /// Names an immutable object: BLAKE3 of its bytes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

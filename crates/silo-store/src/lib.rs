@@ -9,6 +9,7 @@ mod format;
 mod generation;
 mod keys;
 mod layout;
+mod leftovers;
 mod log;
 mod objects;
 mod prune;

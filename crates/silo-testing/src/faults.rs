@@ -2,8 +2,8 @@
 
 use std::{
     path::PathBuf,
-    sync::{Mutex, PoisonError},
-    time::Duration,
+    sync::{Condvar, Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 /// What a server can do wrong.
@@ -21,8 +21,10 @@ pub enum Fault {
     WrongBytes,
     /// Sends the content of this object (a key in the bucket) instead: an old version, or another one.
     Stale(String),
-    /// Never answers.
+    /// Does nothing and never answers.
     Hangs,
+    /// Does it, and never answers.
+    NoAnswer,
 }
 
 /// A request, as it came.
@@ -70,6 +72,9 @@ impl Rule {
 pub struct Faults {
     rules: Mutex<Vec<Rule>>,
     seen: Mutex<Vec<Request>>,
+    /// Faults that have taken their effect on the store.
+    happened: Mutex<u64>,
+    changed: Condvar,
 }
 
 impl Faults {
@@ -81,6 +86,35 @@ impl Faults {
     /// Removes all rules.
     pub fn clear(&self) {
         self.rules.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// How many faults have happened: what one does to the store is done, and its answer is on its
+    /// way or will never be.
+    #[must_use]
+    pub fn happened(&self) -> u64 {
+        *self.happened.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until more than `before` faults have happened; false if that takes longer than `limit`.
+    #[must_use]
+    pub fn wait_for_more(&self, before: u64, limit: Duration) -> bool {
+        let until = Instant::now() + limit;
+        let mut happened = self.happened.lock().unwrap_or_else(PoisonError::into_inner);
+        while *happened <= before {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            let waited = self.changed.wait_timeout(happened, left);
+            happened = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// A fault has done what it does to the store.
+    pub(crate) fn note(&self) {
+        *self.happened.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        self.changed.notify_all();
     }
 
     /// The requests since the last call.

@@ -27,9 +27,14 @@ use std::{
     net::SocketAddr,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, PoisonError},
 };
-use tokio::{net::TcpListener, runtime::Runtime, sync::Mutex};
+use tokio::{
+    net::TcpListener,
+    runtime::Runtime,
+    sync::Mutex,
+    task::{JoinHandle, JoinSet},
+};
 
 /// Why the server did not start.
 #[derive(Debug, thiserror::Error)]
@@ -47,8 +52,10 @@ fn failed(operation: &'static str) -> impl Fn(io::Error) -> ServerError {
 pub struct S3Server {
     address: SocketAddr,
     folder: tempfile::TempDir,
-    faults: Arc<Faults>,
+    shared: Arc<Shared>,
     runtime: Option<Runtime>,
+    /// Accepts; none while the server is away.
+    serving: std::sync::Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Drop for S3Server {
@@ -61,7 +68,7 @@ impl Drop for S3Server {
 
 struct Shared {
     service: S3Service,
-    faults: Arc<Faults>,
+    faults: Faults,
     root: PathBuf,
     /// Held by whoever makes a conditional put.
     conditional: Mutex<()>,
@@ -90,10 +97,9 @@ impl S3Server {
         })?;
         let mut builder = S3ServiceBuilder::new(files);
         builder.set_auth(SimpleAuth::from_single(Self::ACCESS, Self::SECRET));
-        let faults = Arc::new(Faults::default());
         let shared = Arc::new(Shared {
             service: builder.build(),
-            faults: faults.clone(),
+            faults: Faults::default(),
             root,
             conditional: Mutex::new(()),
         });
@@ -107,23 +113,36 @@ impl S3Server {
             .block_on(TcpListener::bind(("127.0.0.1", 0)))
             .map_err(failed("listen on the loopback"))?;
         let address = listener.local_addr().map_err(failed("ask for the port"))?;
-        runtime.spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                let _ = stream.set_nodelay(true);
-                let shared = shared.clone();
-                tokio::spawn(async move {
-                    let service = service_fn(move |request| {
-                        let shared = shared.clone();
-                        async move { shared.answer(request).await }
-                    });
-                    // A client that went away is its own affair.
-                    let _ = auto::Builder::new(TokioExecutor::new())
-                        .serve_connection(TokioIo::new(stream), service)
-                        .await;
-                });
-            }
-        });
-        Ok(Self { address, folder, faults, runtime: Some(runtime) })
+        let serving = std::sync::Mutex::new(Some(runtime.spawn(serve(listener, shared.clone()))));
+        Ok(Self { address, folder, shared, runtime: Some(runtime), serving })
+    }
+
+    fn serving(&self) -> std::sync::MutexGuard<'_, Option<JoinHandle<()>>> {
+        self.serving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Closes all connections and the port: nobody is there any more. What is stored stays.
+    pub fn go_away(&self) {
+        let (serving, runtime) = (self.serving().take(), &self.runtime);
+        if let (Some(serving), Some(runtime)) = (serving, runtime) {
+            serving.abort();
+            // An error is what ends it: it was aborted.
+            let _ = runtime.block_on(serving);
+        }
+    }
+
+    /// Is there again, on the same port.
+    ///
+    /// # Errors
+    /// If somebody else has taken the port.
+    pub fn come_back(&self) -> Result<(), ServerError> {
+        let mut serving = self.serving();
+        if let (None, Some(runtime)) = (&*serving, &self.runtime) {
+            let listener = runtime.block_on(TcpListener::bind(self.address));
+            let listener = listener.map_err(failed("listen on the same port"))?;
+            *serving = Some(runtime.spawn(serve(listener, self.shared.clone())));
+        }
+        Ok(())
     }
 
     /// Address of a folder in the bucket, as `silo` takes it.
@@ -147,13 +166,33 @@ impl S3Server {
     /// Where a test says what goes wrong.
     #[must_use]
     pub fn faults(&self) -> &Faults {
-        &self.faults
+        &self.shared.faults
     }
 
     /// The file that holds an object.
     #[must_use]
     pub fn file(&self, key: &str) -> PathBuf {
         file_of(self.folder.path(), Self::BUCKET, key)
+    }
+}
+
+/// Accepts connections; all of them end with it.
+async fn serve(listener: TcpListener, shared: Arc<Shared>) {
+    let mut connections = JoinSet::new();
+    while let Ok((stream, _)) = listener.accept().await {
+        let _ = stream.set_nodelay(true);
+        let shared = shared.clone();
+        connections.spawn(async move {
+            let service = service_fn(move |request| {
+                let shared = shared.clone();
+                async move { shared.answer(request).await }
+            });
+            // A client that went away is its own affair.
+            let _ = auto::Builder::new(TokioExecutor::new())
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
+        });
+        while connections.try_join_next().is_some() {}
     }
 }
 
@@ -165,7 +204,18 @@ impl Shared {
         let range = request.headers().get(header::RANGE).cloned();
         let is_object = request.uri().query().is_none_or(|query| !query.contains("list-type"));
         let file = self.root.join(request.uri().path().trim_start_matches('/'));
+        // s3s-fs takes objects into buckets that do not exist.
+        let bucket = request.uri().path().trim_start_matches('/').split('/').next().unwrap_or("");
+        if !bucket.is_empty() && !self.root.join(bucket).is_dir() {
+            return Ok(no_such_bucket());
+        }
         let fault = self.faults.meet(Request { method: method.clone(), path, creates });
+        if fault
+            .as_ref()
+            .is_some_and(|fault| !matches!(fault, Fault::NoAnswer | Fault::LostAnswer(_)))
+        {
+            self.faults.note();
+        }
         match &fault {
             Some(Fault::Slow(by)) => tokio::time::sleep(*by).await,
             Some(Fault::Hangs) => std::future::pending().await,
@@ -178,7 +228,8 @@ impl Shared {
                 let file = file_of(&self.root, S3Server::BUCKET, key);
                 return Ok(file_as_answer(&file, range.as_ref().and_then(|r| r.to_str().ok())));
             }
-            Some(Fault::LostAnswer(_) | Fault::Truncated | Fault::WrongBytes) | None => {}
+            Some(Fault::LostAnswer(_) | Fault::NoAnswer | Fault::Truncated | Fault::WrongBytes)
+            | None => {}
         }
         let request = request.map(Body::from);
         let response = if creates && method == "PUT" {
@@ -193,7 +244,14 @@ impl Shared {
             response
         };
         Ok(match fault {
-            Some(Fault::LostAnswer(status)) => status_only(status),
+            Some(Fault::LostAnswer(status)) => {
+                self.faults.note();
+                status_only(status)
+            }
+            Some(Fault::NoAnswer) => {
+                self.faults.note();
+                std::future::pending().await
+            }
             Some(Fault::Truncated) => {
                 let (parts, body) = response.into_parts();
                 let bytes = body.collect().await.map(http_body_util::Collected::to_bytes);
@@ -248,6 +306,14 @@ fn in_larger_pieces(response: Response<Body>, file: &Path) -> Response<Body> {
         });
     let (parts, _) = response.into_parts();
     Response::from_parts(parts, Body::http_body_unsync(StreamBody::new(stream)))
+}
+
+fn no_such_bucket() -> Response<Body> {
+    let text =
+        "<Error><Code>NoSuchBucket</Code><Message>The bucket does not exist</Message></Error>";
+    let mut response = Response::new(Body::from(text.to_owned()));
+    *response.status_mut() = StatusCode::NOT_FOUND;
+    response
 }
 
 fn status_only(status: u16) -> Response<Body> {

@@ -11,6 +11,7 @@ use crate::{
     layer::fullest,
     mapped::staging::{self, Pauser, Staged, Staging, StagingError},
     store::capture::{Capture, CaptureError, Changes, DeviceInfo, Frozen, Want},
+    times::{Histogram, Times},
 };
 use std::{io, sync::Arc, time::Duration};
 
@@ -19,6 +20,7 @@ pub struct MappedGroup {
     memories: Vec<(DeviceInfo, Arc<Staging>)>,
     disks: Box<dyn Capture>,
     pauser: Box<dyn Pauser + Send + Sync>,
+    holds: Times,
 }
 
 impl MappedGroup {
@@ -36,7 +38,8 @@ impl MappedGroup {
                 .expect("a memory that can be mapped has fewer than 2^32 pages");
             (DeviceInfo { name, geometry }, Arc::new(staging))
         };
-        Self { memories: memories.into_iter().map(info).collect(), disks, pauser }
+        let memories = memories.into_iter().map(info).collect();
+        Self { memories, disks, pauser, holds: Times::default() }
     }
 
     fn error(&self, error: StagingError) -> CaptureError {
@@ -97,7 +100,13 @@ impl Capture for MappedGroup {
         };
         let memories = staged.into_iter().map(|staged| (staged.changed(), staged)).collect();
         let disks = disks.expect("a freeze that worked has frozen the disks");
+        self.holds.add(held);
         Ok(Box::new(FrozenGroup { memories, disks, held }))
+    }
+
+    /// Pauses of the writer: the disks freeze within.
+    fn holds(&self) -> Histogram {
+        self.holds.read()
     }
 }
 

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     config::{Config, DeviceConfig, MigrateConfig},
-    moving::{Parking, Watched, peer_name, security},
+    moving::{Parking, peer_name, security},
     service::Service,
     stack::Role,
 };
@@ -224,6 +224,7 @@ pub(super) fn run(args: &ConnectArgs, json: bool) -> Result<()> {
     drop((parking, server));
     match following.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)) {
         Ok(report) => {
+            service.host().moves.received(&report, inbound.wait_times());
             service.flush()?;
             give::note_whole(migrate.note.as_deref(), service.volumes())?;
             say(&report, json)?;
@@ -258,8 +259,7 @@ fn receive(
     loop {
         match said.recv_timeout(LOOK) {
             Ok(Said::Began(inbound)) => {
-                let watched = Watched::Destination(Arc::downgrade(&inbound));
-                service.host().metrics.add(Arc::new(watched));
+                service.host().moves.receives(&inbound);
                 session = Some(inbound);
             }
             Ok(Said::Run(answer)) => {

@@ -3,7 +3,8 @@
 use super::{human, print, progress::Progress, stop::Stop};
 use crate::{
     config::{Config, DeviceConfig, MigrateConfig},
-    moving::{Waiting, Watched, peer_name, security},
+    metrics::MoveFigures,
+    moving::{Waiting, peer_name, security},
     service::Service,
 };
 use anyhow::{Context, Result};
@@ -190,13 +191,13 @@ impl Giver {
         let (volumes, peer) = (service.volumes().to_vec(), peer_name(config)?);
         let terms = Terms { waiting, volumes, peer, security, limits, options };
         let outcome = Arc::new(Mutex::default());
-        let (told, metrics) = (outcome.clone(), service.host().metrics.clone());
+        let (told, moves) = (outcome.clone(), service.host().moves.clone());
         let thread = thread::Builder::new().name("silo-give".to_owned()).spawn(move || {
             while !stop.wait(LOOK) {
                 if !terms.waiting.has_caller() {
                     continue;
                 }
-                match give(&terms, &stop, &metrics, json) {
+                match give(&terms, &stop, &moves, json) {
                     Ok(report) => {
                         *told.lock().unwrap_or_else(PoisonError::into_inner) = Some(report);
                         stop.ask();
@@ -227,18 +228,13 @@ impl Giver {
 
 /// One attempt to give the devices away.
 #[tracing::instrument(name = "move", skip_all)]
-fn give(
-    terms: &Terms,
-    stop: &Stop,
-    metrics: &crate::metrics::Metrics,
-    json: bool,
-) -> Result<SourceReport> {
+fn give(terms: &Terms, stop: &Stop, moves: &MoveFigures, json: bool) -> Result<SourceReport> {
     let dial = terms.waiting.dial(terms.peer.clone(), terms.security.clone(), terms.limits.clone());
     let options = terms.options.clone();
     let outbound = Outbound::start(terms.volumes.clone(), dial, Arc::new(Quiet), options)
         .context("the move could not begin")?;
     let mut outbound = Arc::new(outbound);
-    metrics.add(Arc::new(Watched::Source(Arc::downgrade(&outbound))));
+    moves.gives(&outbound);
     let progress = Progress::bytes("moving", 0, json);
     let mut cancelled = false;
     while !outbound.is_over() {
@@ -255,7 +251,11 @@ fn give(
     progress.end();
     loop {
         match Arc::try_unwrap(outbound) {
-            Ok(alone) => return Ok(alone.wait()?),
+            Ok(alone) => {
+                let report = alone.wait()?;
+                moves.gave(&report);
+                return Ok(report);
+            }
             // A scrape is looking at it.
             Err(shared) => outbound = shared,
         }

@@ -161,8 +161,10 @@ pub(super) fn collect(args: &CollectArgs, json: bool) -> Result<()> {
     };
     // One collection at a time: what waits is swept before more is condemned.
     let marked = if wait.is_some() { None } else { store.mark(grace, args.dry_run)? };
+    let leftovers = store.tidy(grace, args.dry_run)?;
     let value = serde_json::json!({
         "dry_run": args.dry_run,
+        "leftovers": leftovers,
         "deleted": deleted.as_ref().map(told),
         "condemned": marked.as_ref().map(told),
         "wait_seconds": wait.map(|wait| wait.as_secs()),
@@ -199,6 +201,11 @@ pub(super) fn collect(args: &CollectArgs, json: bool) -> Result<()> {
         )),
         None if wait.is_none() => lines.push("nothing is to be collected".to_owned()),
         None => {}
+    }
+    if !leftovers.is_empty() {
+        let word = if args.dry_run { "would delete" } else { "deleted" };
+        lines.push(format!("{word} {} leftovers of commands that were killed:", leftovers.len()));
+        lines.extend(leftovers.iter().map(|object| format!("  {object}")));
     }
     print(json, &value, &lines.join("\n"))
 }

@@ -30,7 +30,7 @@ impl Source for DeviceFigures {
             (&names::DEVICE_WRITE, &measures.write),
             (&names::DEVICE_FLUSH, &measures.flush),
         ] {
-            readings.spread(metric, &device, Spread::new(&of.latency, of.time));
+            readings.spread(metric, &device, Spread::of(&of.latency));
         }
         for (metric, of) in [
             (&names::DEVICE_READ_BYTES, &measures.read),

@@ -1,6 +1,6 @@
 //! Latencies as Prometheus wants them: the same few buckets always, so that rates can be taken.
 
-use silo::filter::Histogram;
+use silo::times::Histogram;
 use std::time::Duration;
 
 /// Upper ends of the buckets: 1 us to 4 s in steps of 4 and 2.5, then everything.
@@ -33,10 +33,10 @@ pub(crate) struct Spread {
 }
 
 impl Spread {
-    /// Of latencies that were counted in finer buckets, and their sum. One that may lie on either
-    /// side of an end is counted above it.
-    pub(crate) fn new(latencies: &Histogram, sum: Duration) -> Self {
-        Self::from_cumulative(latencies.cumulative(), sum)
+    /// Of times that were counted in finer buckets. One that may lie on either side of an end is
+    /// counted above it.
+    pub(crate) fn of(times: &Histogram) -> Self {
+        Self::from_cumulative(times.cumulative(), times.sum())
     }
 
     /// Of upper bounds, each with how many are up to there.

@@ -15,11 +15,13 @@
 mod device;
 mod histogram;
 mod http;
+mod moving;
 pub(crate) mod names;
 
 pub(crate) use device::{CacheFigures, DeviceFigures, FilterFigures};
 pub(crate) use histogram::Spread;
 pub(crate) use http::Endpoint;
+pub(crate) use moving::{MoveFigures, Tracking};
 
 use names::{Kind, Metric};
 use prometheus_client::{

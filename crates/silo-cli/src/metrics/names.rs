@@ -75,6 +75,15 @@ metrics! {
         "Time from the freeze to the commit of the last generation";
     BACKUP_LAST_HELD Gauge "backup_last_held_seconds" ["line"]
         "Longest time that a writer was held by the last generation";
+    BACKUP_HELD Histogram "backup_held_seconds" ["line"]
+        "Times that writers were held: each that copied a block first, and each freeze";
+    BACKUP_TRACKED Gauge "backup_tracked_blocks" ["line"] "Blocks that are tracked for the backup";
+    BACKUP_CHANGED Gauge "backup_changed_blocks" ["line"]
+        "Of these, blocks that have changed and are in no generation, when last looked at";
+    BACKUP_FULLEST Gauge "backup_changed_fullest_blocks" ["line"]
+        "Changed blocks in the 1024 neighbours that have most of them";
+    BACKUP_OLDEST Gauge "backup_oldest_change_seconds" ["line"]
+        "Age of the oldest change that is in no generation; 0 if there is none";
     STORE_REQUESTS Counter "store_requests" ["line", "kind"]
         "Requests to the store: write, create, read, list, delete";
     STORE_REPEATED Counter "store_repeated_requests" ["line"]
@@ -86,12 +95,24 @@ metrics! {
     MOVE_SIZE Gauge "move_size_bytes" ["end"] "Size of the devices that move";
     MOVE_REMAINING Gauge "move_remaining_bytes" ["end"] "What the destination still lacks";
     MOVE_RATE Gauge "move_bytes_per_second" ["end"] "Content that moves, lately";
-    MOVE_ROUNDS Counter "move_rounds" ["end"] "Rounds that were closed";
+    MOVE_ROUNDS Counter "move_rounds" [] "Rounds that the source has closed";
+    MOVE_PHASE_SECONDS Gauge "move_phase_seconds" ["end", "phase"]
+        "Time in each phase so far: connect, pre-copy, pause, switch, post-copy";
+    MOVE_BLACKOUT Gauge "move_blackout_seconds" ["end"]
+        "Time so far in which nobody could write: pause and switch";
+    MOVE_BLOCKS Counter "move_blocks" ["end", "path"]
+        "Blocks by the way they went; docs/silo-metrics.md says which there are";
+    MOVE_SENT Counter "move_sent_blocks" ["class"]
+        "Blocks sent by why: demand, prefetch, dirty, bulk";
     MOVE_WIRE Counter "move_wire_bytes" ["end", "connection"]
         "Bytes of frames: control-sent, control-received, data, demand";
-    MOVE_WAITS Counter "move_read_waits" [] "Accesses at the destination that waited for a block";
-    MOVE_WAIT Gauge "move_read_wait_seconds" ["quantile"]
-        "How long they waited: median, 99th percentile, longest";
+    MOVE_WAIT Histogram "move_read_wait_seconds" []
+        "How long accesses at the destination waited for a block, those that waited";
+    TRACKING_BLOCKS Gauge "tracking_blocks" ["device"] "Blocks that are tracked for moves";
+    TRACKING_EPOCH Gauge "tracking_epoch" ["device"] "Round that is open: its clock";
+    TRACKING_ABSENT Gauge "tracking_absent_blocks" ["device"]
+        "Blocks of which the newest content is not here";
+    TRACKING_MEMORY Gauge "tracking_memory_bytes" ["device"] "Memory that the tracking takes";
     MOUNT_SIZE Gauge "mount_size_bytes" [] "Size of the device that is mounted";
     MOUNT_HERE Gauge "mount_here_bytes" [] "Content that is here";
     MOUNT_DIRTY Gauge "mount_dirty_bytes" [] "Content that is newer here than behind";

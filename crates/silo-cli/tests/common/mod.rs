@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test file uses a part of it")]
 
+pub mod s3;
 pub mod silo;
 
 use ::silo::{
@@ -149,6 +150,16 @@ impl Client {
         self.read_data(length)
     }
 
+    /// A whole device, in requests that every server takes.
+    pub fn read_all(&mut self, size: usize) -> io::Result<Vec<u8>> {
+        let mut content = Vec::with_capacity(size);
+        while content.len() < size {
+            let length = (size - content.len()).min(1 << 20);
+            content.extend(self.read(content.len() as u64, length as u32)?);
+        }
+        Ok(content)
+    }
+
     pub fn read_data(&mut self, length: u32) -> io::Result<Vec<u8>> {
         let mut data = vec![0; length as usize];
         self.stream.read_exact(&mut data)?;
@@ -163,6 +174,13 @@ impl Client {
             Err(error) => error.kind() == io::ErrorKind::ConnectionReset,
         }
     }
+}
+
+/// A file that only its owner can read.
+pub fn write_private(path: &Path, text: &str) {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::write(path, text).unwrap();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).unwrap();
 }
 
 /// A child process that dies with the test.

@@ -28,6 +28,7 @@ use silo_block::{
     block::{BlockIndex, BlockRange, BlockSet},
     geometry::{Geometry, GeometryError},
     io::{BlockDevice, Extent},
+    times::{Histogram, Times},
 };
 use std::{
     io,
@@ -56,6 +57,8 @@ pub struct CopyGroup {
     scratch: ScratchOptions,
     /// A round was released: what is not noted is in the store.
     known: AtomicBool,
+    /// Writers that copied what they were about to overwrite, and freezes.
+    holds: Times,
 }
 
 struct Part {
@@ -128,6 +131,7 @@ impl CopyGroup {
             frozen: AtomicBool::new(false),
             scratch,
             known: AtomicBool::new(false),
+            holds: Times::default(),
         }))
     }
 
@@ -239,19 +243,21 @@ impl CopyBeforeWrite {
         if group.frozen.load(Ordering::Acquire) {
             let active = group.active.read().unwrap_or_else(PoisonError::into_inner).clone();
             if let Some(freeze) = active.filter(|freeze| freeze.round + 1 == round) {
-                self.save(&freeze, range);
+                if self.save(&freeze, range) {
+                    group.holds.add(begun.elapsed());
+                }
                 freeze.note_held(begun);
             }
         }
         write(part.inner.as_ref())
     }
 
-    /// Copies frozen blocks of a range that are not saved yet.
-    fn save(&self, freeze: &Freeze, range: BlockRange) {
+    /// Copies frozen blocks of a range that are not saved yet; false if there are none.
+    fn save(&self, freeze: &Freeze, range: BlockRange) -> bool {
         let (part, geometry) = (self.part(), self.part().info.geometry);
         let (dirty, saved) = (&freeze.dirty[self.device], &freeze.saved[self.device]);
         if freeze.is_spoiled.load(Ordering::Acquire) || !dirty.any_without(range, saved) {
-            return;
+            return false;
         }
         let over = || freeze.over.load(Ordering::Acquire);
         let result = self.group.drain(self.device, freeze.round, over).and_then(|()| {
@@ -278,6 +284,7 @@ impl CopyBeforeWrite {
         if let Err(error) = result {
             freeze.spoil(&error);
         }
+        true
     }
 }
 
@@ -388,9 +395,14 @@ impl Capture for Arc<CopyGroup> {
         *active = Some(freeze.clone());
         drop(gate);
         freeze.note_held(begun);
+        self.holds.add(begun.elapsed());
         drop(active);
         let changed = freeze.dirty.iter().map(|bits| bits.to_set()).collect();
         Ok(Box::new(FrozenGroup { group: self.clone(), freeze, changed, released: false }))
+    }
+
+    fn holds(&self) -> Histogram {
+        self.holds.read()
     }
 }
 

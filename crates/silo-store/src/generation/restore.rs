@@ -97,6 +97,8 @@ impl Generation {
         stop: &AtomicBool,
     ) -> Result<Restored> {
         let (device, start) = (self.find(name)?, Instant::now());
+        let _span = tracing::info_span!("restore", line = %self.line, number = self.number(), name)
+            .entered();
         let geometry = self.parts[device].entry.geometry;
         if target.size() < geometry.bytes() {
             let (bytes, target) = (geometry.bytes(), target.size());

@@ -21,6 +21,7 @@ use requests::Counters;
 use std::{
     future::Future,
     ops::Range,
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -92,6 +93,8 @@ struct Inner {
 pub(crate) struct Remote {
     inner: Arc<Inner>,
     url: String,
+    /// Of a local store.
+    folder: Option<PathBuf>,
     runtime: Option<Runtime>,
 }
 
@@ -359,7 +362,12 @@ impl Remote {
             .build()
             .map_err(|source| StoreError::Local { operation: "start threads", source })?;
         let inner = Inner { store, prefix, limits, counters: Counters::default() };
-        Ok(Self { inner: Arc::new(inner), url, runtime: Some(runtime) })
+        Ok(Self { inner: Arc::new(inner), url, folder: None, runtime: Some(runtime) })
+    }
+
+    /// The folder of a local store.
+    pub(crate) fn folder(&self) -> Option<&std::path::Path> {
+        self.folder.as_deref()
     }
 
     pub(crate) fn url(&self) -> &str {
@@ -459,7 +467,7 @@ impl Remote {
         let refused =
             |detail: String| StoreError::NoCreateIfAbsent { url: self.url.clone(), detail };
         let nonce: [u8; 16] = crate::keys::random()?;
-        let object = format!("probe/{}", ObjectId::of(&nonce));
+        let object = format!("{PROBES}/{}", ObjectId::of(&nonce));
         let tries: Vec<(Bytes, Pending<Created>)> = (0..4u8)
             .map(|writer| {
                 let content = Bytes::from(vec![writer; 16]);
@@ -489,4 +497,4 @@ impl Remote {
     }
 }
 
-use crate::layout::ObjectId;
+use crate::layout::{ObjectId, PROBES};

@@ -210,7 +210,11 @@ impl StoreUrl {
             Kind::Memory => Arc::new(InMemory::new()),
         };
         let prefix = Path::parse(&self.prefix).map_err(|e| failed(e.into()))?;
-        Remote::new(store, prefix, self.text.clone(), limits)
+        let mut remote = Remote::new(store, prefix, self.text.clone(), limits)?;
+        if let Kind::Folder(path) = &self.kind {
+            remote.folder = Some(path.clone());
+        }
+        Ok(remote)
     }
 }
 

@@ -215,9 +215,10 @@ impl LineWriter {
         stop: &AtomicBool,
     ) -> Result<Stored> {
         self.check_owner()?;
+        let _span = tracing::info_span!("generation", line = %self.line).entered();
         let (start, before) = (Instant::now(), self.store.requests());
         if everything && !self.seeded {
-            self.seed()?;
+            tracing::info_span!("seed").in_scope(|| self.seed())?;
         }
         if self.needs_everything() && !everything {
             let detail = "the round lists changes only, but content stored before is not sure";
@@ -228,7 +229,8 @@ impl LineWriter {
         }
         self.fit(infos)?;
         let mut stored = Stored::default();
-        let changes = self.upload(infos, frozen, stop, &mut stored)?;
+        let changes = tracing::info_span!("upload")
+            .in_scope(|| self.upload(infos, frozen, stop, &mut stored))?;
         let undo: Vec<Vec<Run>> = changes
             .iter()
             .zip(&mut self.devices)
@@ -236,7 +238,9 @@ impl LineWriter {
             .collect();
         let was_incomplete = self.incomplete;
         self.incomplete &= !everything;
-        match self.commit(label, stop, &mut stored) {
+        let committed =
+            tracing::info_span!("commit").in_scope(|| self.commit(label, stop, &mut stored));
+        match committed {
             Ok(number) => stored.number = number,
             Err(error) => {
                 for (runs, held) in undo.iter().zip(&mut self.devices) {

@@ -76,7 +76,7 @@ pub use cache::{CacheOptions, CacheStatus, WriteCache};
 pub use combinator::{Combinator, Mark, Taken};
 pub use delayed::{Delayed, Delays};
 pub use faulty::{Fault, Faulty, Op};
-pub use metered::{Histogram, Measures, Metered, OpMeasures};
+pub use metered::{Measures, Metered, OpMeasures};
 pub use mirror::Mirror;
 pub use policied::{ErrorPolicy, OnError, Policied, Trouble};
 pub use read_only::ReadOnly;

@@ -9,6 +9,7 @@ use crate::{
     block::{BlockRange, BlockSet},
     io::BlockDevice,
     store::capture::{Capture, CaptureError, Changes, DeviceInfo, Frozen, Want},
+    times::{Histogram, Times},
 };
 use std::{
     io,
@@ -40,6 +41,7 @@ struct Shared {
     frozen: AtomicBool,
     stop: Arc<AtomicBool>,
     merger: Mutex<Option<JoinHandle<()>>>,
+    holds: Times,
 }
 
 /// Several stacks, frozen and backed up together. Layers that are backed up are merged down in the
@@ -61,7 +63,8 @@ impl StackGroup {
         let members = stacks.into_iter().map(member).collect();
         let (frozen, stop) = (AtomicBool::new(false), Arc::new(AtomicBool::new(false)));
         let merger = Mutex::new(None);
-        Self { shared: Arc::new(Shared { members, limit, frozen, stop, merger }) }
+        let holds = Times::default();
+        Self { shared: Arc::new(Shared { members, limit, frozen, stop, merger, holds }) }
     }
 }
 
@@ -136,6 +139,7 @@ impl Capture for StackGroup {
             shared.frozen.store(false, Ordering::Release);
         })?;
         let held = views.iter().map(|(_, held)| *held).max().unwrap_or_default();
+        shared.holds.add(held);
         let mut devices = Vec::new();
         for (member, (view, _)) in shared.members.iter().zip(views) {
             let mut debt = member.debt();
@@ -149,6 +153,10 @@ impl Capture for StackGroup {
             devices.push(FrozenStack { view, changed });
         }
         Ok(Box::new(FrozenGroup { shared: shared.clone(), devices, held, stored: false }))
+    }
+
+    fn holds(&self) -> Histogram {
+        self.shared.holds.read()
     }
 }
 
