@@ -16,6 +16,7 @@ pub use silo_memory::machine as memory;
 pub use silo_move as moving;
 pub use silo_store as store;
 
+pub mod assist;
 pub mod disk;
 pub mod filter;
 pub mod layer;

@@ -225,14 +225,18 @@ impl Shared {
 
     /// Blocks have come: nobody needs to go on looking for them.
     pub(super) fn fetches_arrived(&self, device: u16, range: BlockRange) {
-        let mut gone = Vec::new();
+        let (mut gone, mut held) = (Vec::new(), Vec::new());
         {
             let mut open = lock(&self.fetches.open);
             for block in range.chunks(1) {
                 let key = (device, block.start);
                 let Some(purposes) = open.purposes.get_mut(&key) else { continue };
                 // Tickets are the machine's to cancel.
-                purposes.retain(|purpose| matches!(purpose, Purpose::Ticket(_)));
+                let sent = purposes.extract_if(.., |of| matches!(of, Purpose::Held(..)));
+                held.extend(sent.filter_map(|purpose| match purpose {
+                    Purpose::Held(id, header) => Some((id, header)),
+                    Purpose::Ticket(_) => None,
+                }));
                 if purposes.is_empty() {
                     open.purposes.remove(&key);
                     gone.push(key);
@@ -240,6 +244,8 @@ impl Shared {
             }
         }
         self.call_off(&gone);
+        // The source waits for a word about what it has sent.
+        held.into_iter().for_each(|(id, header)| self.confirm(id, header, Vec::new()));
     }
 
     fn call_off(&self, keys: &[Key]) {

@@ -277,8 +277,13 @@ impl Shared {
 
     /// Has the source send blocks again, as they are.
     pub(super) fn ask_again(&self, id: LinkId, header: BlockHeader) {
+        self.confirm(id, header, vec![header.range]);
+    }
+
+    /// Says what became of blocks that the machine was not asked about.
+    pub(super) fn confirm(&self, id: LinkId, header: BlockHeader, retry: Vec<BlockRange>) {
         let BlockHeader { device, range, epoch, .. } = header;
-        let message = ToSource::Receipt { device, range, epoch, retry: vec![range] };
+        let message = ToSource::Receipt { device, range, epoch, retry };
         lock(&self.core).pending.push_back(Action::Send(id, message));
         self.changed.notify_all();
     }

@@ -270,11 +270,21 @@ impl Source {
         if range.count == 0 || range.end() > device.geometry.blocks() {
             return;
         }
-        // A confirmation that comes twice says nothing about what was sent since.
-        if device.sent.get(&range.start.0) != Some(&(range.count, epoch)) {
+        // A confirmation that comes twice says nothing about what was sent since. One may be of a
+        // part: where some blocks of a run were references, they have fates of their own.
+        let run = device.sent.range(..=range.start.0).next_back();
+        let Some((start, (count, as_of))) = run.map(|(start, run)| (*start, *run)) else { return };
+        let run = BlockRange::new(start, count);
+        if as_of != epoch || range.end() > run.end() {
             return;
         }
-        device.sent.remove(&range.start.0);
+        device.sent.remove(&start);
+        if range.start > run.start {
+            device.sent.insert(start, (range.start.0 - start, epoch));
+        }
+        if range.end() < run.end() {
+            device.sent.insert(range.end(), (run.end() - range.end(), epoch));
+        }
         device.flying.remove_range(range);
         let bytes = range.count * device.geometry.block();
         self.in_flight = self.in_flight.saturating_sub(bytes);

@@ -414,3 +414,24 @@ fn the_recorded_order_of_first_use_is_told_on_every_link_and_goes_ahead_of_the_r
         assert_eq!(ranges, order);
     }
 }
+
+#[test]
+fn a_run_may_be_confirmed_in_parts_in_any_order_and_each_counts_once() {
+    let mut pair = pair(8);
+    let (link, header, _) = pair.data.remove(0);
+    assert_eq!((header.range, pair.data.len()), (BlockRange::new(0, 8), 0));
+    let confirm = |pair: &mut Pair, range: BlockRange, retry: Vec<BlockRange>| {
+        let (device, epoch) = (DEVICE, header.epoch);
+        let message = ToSource::Receipt { device, range, epoch, retry };
+        pair.source.handle(pair.now, source::Event::Received(link, message));
+        pair.source.in_flight() / BLOCK
+    };
+    assert_eq!(confirm(&mut pair, BlockRange::new(3, 2), vec![]), 6);
+    assert_eq!(confirm(&mut pair, BlockRange::new(3, 2), vec![]), 6, "twice");
+    assert_eq!(confirm(&mut pair, BlockRange::new(2, 2), vec![]), 6, "over its end");
+    assert_eq!(confirm(&mut pair, BlockRange::new(5, 3), vec![one(6)]), 3);
+    assert_eq!(confirm(&mut pair, BlockRange::new(0, 3), vec![]), 0);
+    pair.settle();
+    assert_eq!(pair.source.remaining(), BLOCK);
+    assert_eq!(pair.data.remove(0).1.range, one(6));
+}
