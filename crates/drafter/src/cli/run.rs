@@ -1,6 +1,7 @@
 //! `run`, `receive`, `resume`: the commands that become (or start) a runner.
 
 use super::StateArgs;
+use crate::driver::DiskKind;
 use crate::runner::{
     self,
     api::{Client, Request},
@@ -92,6 +93,10 @@ pub struct RunArgs {
     /// Start from the disks that this host has of the machine, as after a crash of the host
     #[arg(long)]
     keep_disks: bool,
+    /// How the machine reaches its disks, for life: nbd through QEMU's block layer, vhost-user-blk
+    /// without it
+    #[arg(long, value_enum, env = "DRAFTER_DISK_KIND", default_value_t)]
+    disk_kind: DiskKind,
     /// Take over the running monitor of a runner that is gone
     #[arg(long, conflicts_with = "keep_disks")]
     take_over: bool,
@@ -190,6 +195,7 @@ pub(super) fn run(args: RunArgs, state: &StateArgs) -> anyhow::Result<()> {
         mtu: args.mtu,
         ports: args.publish,
         keep_disks: args.keep_disks,
+        disk_kind: args.disk_kind,
     };
     let launch = if args.take_over { Launch::TakeOver(boot) } else { Launch::Boot(boot) };
     start(config, launch, args.on.detach)

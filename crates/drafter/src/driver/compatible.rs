@@ -95,6 +95,7 @@ mod tests {
             command_line: String::new(),
             network: None,
             disks: vec![],
+            disk_kind: crate::driver::DiskKind::default(),
             tsc_khz: 2_700_000,
         }
     }

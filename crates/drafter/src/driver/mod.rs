@@ -1,6 +1,6 @@
 //! Machine drivers: what drafter needs from a virtual machine monitor, and nothing more.
 //!
-//! Drafter owns memory (a memfd) and disks (block servers on unix sockets); the driver gives
+//! Drafter owns memory (a memfd) and disks (servers on unix sockets, see [`DiskKind`]); the driver gives
 //! boot, pause, save, load, run and stop. QEMU is the first implementation ([`qemu`]); a native
 //! monitor comes later behind the same traits.
 
@@ -52,6 +52,38 @@ pub struct HostFacts {
     pub cpu_features: Vec<String>,
 }
 
+/// How a machine reaches its disks. Its saved state depends on it, so a machine keeps for life what
+/// it booted with. Decision 7 compares the two.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    serde::Serialize,
+    serde::Deserialize,
+    clap::ValueEnum,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskKind {
+    /// The monitor's block layer speaks NBD with the disk's server. What a record or a message
+    /// means that does not say.
+    #[default]
+    Nbd,
+    /// The disk's server works on the guest's own rings and pages.
+    VhostUserBlk,
+}
+
+impl std::fmt::Display for DiskKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Nbd => "nbd",
+            Self::VhostUserBlk => "vhost-user-blk",
+        })
+    }
+}
+
 /// Everything about a machine that its driver must know; the same on every host it visits.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct MachineShape {
@@ -69,6 +101,9 @@ pub struct MachineShape {
     pub network: Option<NetworkShape>,
     /// Disk names in the order the guest sees them (`/dev/vda`, …).
     pub disks: Vec<String>,
+    /// How it reaches them.
+    #[serde(default)]
+    pub disk_kind: DiskKind,
     /// TSC rate in kHz of the host where the machine booted; the guest's clock was set by it.
     pub tsc_khz: u64,
 }
@@ -90,9 +125,9 @@ pub struct HostResources<'a> {
     pub memory: &'a OwnedFd,
     /// Open tap (IFF_TAP|IFF_NO_PI|IFF_VNET_HDR), if the machine has a network.
     pub tap: Option<&'a OwnedFd>,
-    /// One unix socket with an NBD server per disk, in the order of `MachineShape::disks`. The
-    /// export has the empty name; each server listens before the start, and takes connections
-    /// again at the same path after it was away.
+    /// One unix socket with a server of the machine's [`DiskKind`] per disk, in the order of
+    /// `MachineShape::disks`. An NBD export has the empty name; each server listens before the
+    /// start, and takes connections again at the same path after it was away.
     pub disk_sockets: Vec<PathBuf>,
     /// Kernel (ELF) and initramfs.
     pub kernel: &'a Path,
@@ -125,10 +160,12 @@ pub struct MemoryHandle {
     pub length: u64,
 }
 
-/// Descriptors that a monitor got from its first runner.
-pub struct HeldDescriptors {
+/// What a monitor got from its first runner, and still holds.
+pub struct Held {
     /// The machine's memory.
     pub memory: OwnedFd,
+    /// Where it is mapped.
+    pub mapping: MemoryHandle,
     /// Its tap, if it has a network.
     pub tap: Option<OwnedFd>,
 }
@@ -246,10 +283,14 @@ pub trait Driver: Send + Sync {
     /// [`Driver::take_over`].
     fn fence(&self, run_dir: &Path) -> Result<Option<Arc<dyn Fence>>, DriverError>;
 
+    /// What the monitor holds that a run directory tells of, without talking to it: it may hang on
+    /// a page until somebody serves its faults again. `None` as for [`Driver::take_over`].
+    fn held(&self, run_dir: &Path) -> Result<Option<Held>, DriverError>;
+
     /// Finds a machine's monitor that lost its runner, by its run directory. `None`: there is
     /// none any more, and what it left behind on this host was cleaned up. A frozen one is refused:
-    /// thaw it through [`Driver::fence`] if it may run. The disks' sockets must be listening again
-    /// before the guest needs them, at the same paths.
+    /// thaw it through [`Driver::fence`] if it may run. Its faults must be served again before
+    /// ([`Driver::held`]), and the disks' sockets be listening, at the same paths.
     fn take_over(&self, run_dir: &Path) -> Result<Option<Box<dyn Vm>>, DriverError>;
 }
 
@@ -276,10 +317,6 @@ pub trait Vm: Send {
     /// The guest's memory, for tracking and faults.
     fn memory(&self) -> Result<MemoryHandle, DriverError>;
 
-    /// The memfd and the tap that the monitor holds: for a runner that took it over and has them
-    /// no more.
-    fn descriptors(&self) -> Result<HeldDescriptors, DriverError>;
-
     /// Whether the guest's processors run (as far as the monitor says).
     fn is_running(&self) -> bool;
 
@@ -293,9 +330,10 @@ pub trait Vm: Send {
     /// present before [`Vm::load`]. Constant once the guest's drivers are up; empty before.
     fn state_blocks(&mut self) -> Result<Vec<silo::block::BlockRange>, DriverError>;
 
-    /// Stops the virtual processors and drains I/O. Returns when no instruction runs any more.
-    /// `on_stopped` is called as soon as the processors have stopped, which is before the disks
-    /// are flushed: from then on an early answer to a FLUSH is not seen by the guest here.
+    /// Stops the virtual processors and drains I/O. Returns when no instruction runs any more, and
+    /// the rings of vhost-user disks are stopped. `on_stopped` is called as soon as the processors
+    /// have stopped, which is before NBD disks are flushed: from then on an early answer to a FLUSH
+    /// is not seen by the guest here.
     fn pause(&mut self, on_stopped: &mut dyn FnMut()) -> Result<(), DriverError>;
 
     /// Device state of a paused machine. A second call before [`Vm::run`] gives the same bytes.

@@ -1,5 +1,6 @@
 //! What a runner is started with.
 
+use crate::driver::DiskKind;
 use identity::{HostName, Identity, Security};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -112,4 +113,7 @@ pub struct Boot {
     pub ports: Vec<conduit::PortMapping>,
     /// Start from the overlays that are here (after a host crash), not from the package.
     pub keep_disks: bool,
+    /// How the machine reaches its disks, for life.
+    #[serde(default)]
+    pub disk_kind: DiskKind,
 }

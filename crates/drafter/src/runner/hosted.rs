@@ -1,7 +1,10 @@
 //! A machine's body on this host: memory, disks and their servers, tap, monitor. Built for a boot
 //! or for an arrival; torn down to what is worth keeping (memory and disks) when it has moved away.
 
-use super::config::Boot;
+use super::{
+    config::Boot,
+    disks::{DiskServers, DiskTrouble},
+};
 use crate::{
     driver::{
         Driver, DriverError, Fence, HostFacts, HostResources, MachineShape, NetworkShape, Start, Vm,
@@ -25,7 +28,6 @@ use silo::{
     disk::{Disk, DiskOptions, FlushPolicy},
     hash::RootHash,
     memory::{FaultSummary, Mapping, Memory, Tracking},
-    nbd::{BlockDevice, NbdOptions, NbdServer},
 };
 use std::{
     os::fd::OwnedFd,
@@ -35,8 +37,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long requests in hand may take when a block server ends.
-const SERVER_LIMIT: Duration = Duration::from_secs(5);
 /// How long disk writes in hand may take at the pause.
 const FREEZE_LIMIT: Duration = Duration::from_secs(2);
 /// How long the guest's hook before a pause may take.
@@ -89,7 +89,7 @@ pub(super) struct Hosted {
     pub tracking: Tracking,
     /// The guest channel, once somebody opened it.
     pub guest: Option<Arc<GuestChannel>>,
-    servers: Vec<NbdServer>,
+    servers: DiskServers,
     vm: Box<dyn Vm>,
     tap: Option<Arc<Tap>>,
     path: Arc<dyn DataPath>,
@@ -98,7 +98,7 @@ pub(super) struct Hosted {
     flip: u64,
 }
 
-fn fail(error: impl std::fmt::Display) -> MachineError {
+pub(super) fn fail(error: impl std::fmt::Display) -> MachineError {
     error.to_string().into()
 }
 
@@ -139,6 +139,7 @@ pub(super) fn shape_of(
         command_line: format!("{} {words}", manifest.command_line).trim().to_owned(),
         network,
         disks: manifest.devices.iter().map(|d| d.name.clone()).collect(),
+        disk_kind: boot.disk_kind,
         tsc_khz: facts.tsc_khz,
     };
     (shape, net)
@@ -178,21 +179,6 @@ pub(super) fn new_content(
     Ok(Content { memory: Arc::new(memory), disks })
 }
 
-/// Serves each disk on a socket of its own.
-fn serve_disks(disks: &[Arc<Disk>], run_dir: &Path) -> Result<Vec<NbdServer>, MachineError> {
-    let mut servers = Vec::new();
-    for disk in disks {
-        if disk.is_frozen() {
-            disk.thaw().map_err(fail)?;
-        }
-        disk.set_flush_policy(FlushPolicy::Normal);
-        let socket = run_dir.join(format!("disk-{}.sock", disk.name()));
-        let device: Arc<dyn BlockDevice> = disk.clone();
-        servers.push(NbdServer::start(&socket, device, NbdOptions::default()).map_err(fail)?);
-    }
-    Ok(servers)
-}
-
 /// The group as told to a destination.
 pub(super) fn describe(content: &Content, package: &Package) -> Vec<DeviceDescription> {
     let devices = content.devices();
@@ -218,7 +204,9 @@ impl Hosted {
         site: &Site<'_>,
         start: Start,
     ) -> Result<Self, MachineError> {
-        let servers = serve_disks(&content.disks, site.run_dir)?;
+        let (kind, vcpus) = (shape.disk_kind, shape.vcpus);
+        let servers =
+            DiskServers::start(kind, &content.disks, &content.memory, vcpus, site.run_dir)?;
         if start == Start::Incoming {
             for device in content.devices() {
                 device.begin().map_err(fail)?;
@@ -238,7 +226,7 @@ impl Hosted {
         let resources = HostResources {
             memory: &memory_fd,
             tap: tap.as_ref().map(|tap| &tap.fd),
-            disk_sockets: servers.iter().map(|s| s.path().to_owned()).collect(),
+            disk_sockets: servers.sockets(),
             kernel: &kernel,
             initramfs: &initramfs,
             run_dir: site.run_dir,
@@ -275,25 +263,24 @@ impl Hosted {
         arrived: bool,
         site: &Site<'_>,
     ) -> Result<Self, MachineError> {
-        // The disks first: the guest may be waiting for one.
-        let servers = serve_disks(&disks, site.run_dir)?;
-        let vm = site.driver.take_over(site.run_dir).map_err(fail)?;
-        let vm = vm.ok_or_else(|| {
-            fail("its monitor is gone too; start it from its disks (--keep-disks)")
-        })?;
-        let held = vm.descriptors().map_err(fail)?;
-        let handle = vm.memory().map_err(fail)?;
+        // Pages and disks first: the guest may be waiting for one, and the monitor with it.
+        let gone = || fail("its monitor is gone too; start it from its disks (--keep-disks)");
+        let held = site.driver.held(site.run_dir).map_err(fail)?.ok_or_else(gone)?;
         let memory = Memory::adopt(device_name("memory")?, held.memory.into()).map_err(fail)?;
         let tracking = memory
             .attach(Mapping {
-                userfaultfd: handle.userfaultfd,
-                pid: handle.pid,
-                address: handle.address,
+                userfaultfd: held.mapping.userfaultfd,
+                pid: held.mapping.pid,
+                address: held.mapping.address,
                 incoming: arrived,
                 adopted: true,
                 track: site.track,
             })
             .map_err(fail)?;
+        let memory = Arc::new(memory);
+        let servers =
+            DiskServers::start(shape.disk_kind, &disks, &memory, shape.vcpus, site.run_dir)?;
+        let vm = site.driver.take_over(site.run_dir).map_err(fail)?.ok_or_else(gone)?;
         let tap = held.tap.map(|fd| {
             let name = net.as_ref().map_or_else(String::new, |net| conduit::tap_name(net.address));
             Arc::new(Tap { name, fd })
@@ -310,7 +297,7 @@ impl Hosted {
             shape,
             package,
             net,
-            content: Content { memory: Arc::new(memory), disks },
+            content: Content { memory, disks },
         })
     }
 
@@ -362,6 +349,16 @@ impl Hosted {
         self.vm.hold_output(false).map_err(fail)
     }
 
+    /// A request of a disk that waits for somebody to help.
+    pub(super) fn disk_trouble(&self) -> Option<DiskTrouble> {
+        self.servers.trouble()
+    }
+
+    /// Has such requests tried again.
+    pub(super) fn retry_disks(&self) {
+        self.servers.try_again();
+    }
+
     /// The monitor.
     pub(super) fn vm(&mut self) -> &mut dyn Vm {
         &mut *self.vm
@@ -393,11 +390,7 @@ impl Hosted {
         if let Err(error) = self.vm.kill() {
             tracing::error!(%error, "ending the monitor failed");
         }
-        for server in self.servers.drain(..) {
-            if let Err(error) = server.stop(SERVER_LIMIT) {
-                tracing::error!(%error, "ending a block server failed");
-            }
-        }
+        self.servers.stop();
         self.content.memory.detach();
         self.tap = None;
     }
@@ -455,6 +448,7 @@ impl SourceMachine for Hosted {
     }
 
     fn before_pause(&mut self) -> Result<(), MachineError> {
+        self.servers.before_pause()?;
         if self.has_suspend_hook()
             && let Some(guest) = &self.guest
         {
@@ -484,6 +478,7 @@ impl SourceMachine for Hosted {
         let disks = &self.content.disks;
         let paused = self.vm.pause(&mut || disks.iter().for_each(|disk| disk.answer_now()));
         paused.map_err(fail)?;
+        self.servers.after_pause(disks)?;
         // Design, 4a(e): after the pause the content stays as it is.
         for disk in &self.content.disks {
             disk.freeze(FREEZE_LIMIT).map_err(fail)?;
@@ -509,7 +504,7 @@ impl SourceMachine for Hosted {
     }
 
     fn flush_pending(&self) -> bool {
-        // Always owed: QEMU flushes at the pause, and that flush may have been answered early.
+        // Always owed: QEMU (or `after_pause`) flushes at the pause, and is answered early.
         !self.content.disks.is_empty()
     }
 

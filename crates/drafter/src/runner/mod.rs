@@ -15,10 +15,12 @@
 //! arriving session); everything else answers from what [`Inner`] knows meanwhile.
 //!
 //! [`server`] answers the API, [`peer`] takes connections of other hosts, [`moves`] runs jobs,
-//! [`suspend`] saves and restores, [`take_over`] finds a machine whose runner is gone.
+//! [`suspend`] saves and restores, [`take_over`] finds a machine whose runner is gone, [`disks`]
+//! serves its disks, [`trouble`] deals with disks that fail.
 
 pub mod api;
 pub mod config;
+mod disks;
 mod hosted;
 mod moves;
 mod peer;
@@ -26,10 +28,11 @@ mod server;
 pub mod state;
 mod suspend;
 mod take_over;
+mod trouble;
 
 use crate::{
     driver::{
-        Driver, Exit, VmEvent,
+        Driver, Exit,
         qemu::{self, QemuConfig, QemuDriver},
     },
     lease::{AttemptId, FileStore, LeaseStore, MachineName, Nonce, Outcome, Record},
@@ -61,9 +64,6 @@ const LEASE_LOCK_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long requests in hand may take to be answered once the machine has ended.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
-
-/// How often a disk request that failed is tried again.
-const DISK_RETRY: Duration = Duration::from_secs(1);
 
 /// What a runner could not do.
 #[derive(Debug, thiserror::Error)]
@@ -438,7 +438,7 @@ impl Runner {
 
     /// Waits for the machine's end, looking at its monitor now and then.
     fn watch(self: &Arc<Self>) -> Result<(), String> {
-        let mut trouble: Option<Instant> = None;
+        let mut watch = trouble::DiskWatch::default();
         let mut inner = self.lock();
         loop {
             if inner.state.over() {
@@ -458,7 +458,7 @@ impl Runner {
                 inner = self.lock();
                 continue;
             }
-            if running && self.look_at_disks(&mut inner, &mut trouble) {
+            if running && self.look_at_disks(&mut inner, &mut watch) {
                 let body = inner.body.take();
                 drop(inner);
                 self.try_again(body);
@@ -470,48 +470,6 @@ impl Runner {
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
-    }
-
-    /// Notes that a disk request has failed, and that it no longer does. True if it is time to try
-    /// it again: the machine stands still until then, and the guest has seen nothing.
-    fn look_at_disks(&self, inner: &mut Inner, trouble: &mut Option<Instant>) -> bool {
-        let events = inner.body.as_mut().map(|body| body.vm().events()).unwrap_or_default();
-        for event in events {
-            match event {
-                VmEvent::DiskError { disk, operation, detail } => {
-                    trouble.get_or_insert_with(|| Instant::now() + DISK_RETRY);
-                    let text = format!(
-                        "it stands still: a {operation} of disk \"{disk}\" failed on this host \
-                         ({detail}); make room or mend it, it is tried again every {DISK_RETRY:?}"
-                    );
-                    if inner.detail != text {
-                        tracing::error!(machine = %self.name.as_str(), "{text}");
-                        inner.detail = text;
-                    }
-                }
-                VmEvent::Stopped | VmEvent::Resumed | VmEvent::Ending => {}
-            }
-        }
-        match trouble {
-            Some(at) if Instant::now() >= *at => {
-                *trouble = None;
-                true
-            }
-            _ => false,
-        }
-    }
-
-    /// Lets a machine go on that stood still because of a disk. If the disk fails again, an event
-    /// says so.
-    fn try_again(&self, body: Option<Box<Hosted>>) {
-        let Some(mut body) = body else { return };
-        let went = body.vm().run();
-        let mut inner = self.lock();
-        inner.body = Some(body);
-        inner.detail = match went {
-            Ok(()) => String::new(),
-            Err(error) => format!("it stands still: {error}"),
-        };
     }
 
     fn machine_ended(&self, exit: &Exit) {

@@ -1,8 +1,9 @@
 //! Taking over a machine whose runner is gone while its monitor lives.
 //!
 //! The monitor keeps what its first runner gave it: the memfd, the userfaultfd (the preload hook's
-//! copy) and the tap; they are fetched from it by `pidfd_getfd`. Its block client waits for the
-//! disks' sockets and asks again. What the old runner knew and nobody else is in `machine.json`,
+//! copy) and the tap; they are fetched from it by `pidfd_getfd`, and its faults are served before
+//! anybody talks to it. Its block client waits for the disks' sockets and asks again; of a vhost-user
+//! disk it keeps the record of requests in hand, which the new server runs once more. What the old runner knew and nobody else is in `machine.json`,
 //! written when the machine began to run here.
 //!
 //! What cannot be taken over: a machine whose blocks had not all arrived. Only the old runner knew

@@ -1,7 +1,7 @@
 //! QEMU's command line: a pure function of the machine's shape and of the names under which QEMU
 //! finds what it was given. Nothing here touches the host.
 
-use crate::driver::{Accelerator, DriverError, MachineShape, Start};
+use crate::driver::{Accelerator, DiskKind, DriverError, MachineShape, Start};
 use serde_json::json;
 
 /// The name of the guest channel's port, as the agent in the guest looks for it.
@@ -12,6 +12,8 @@ const MIB: u64 = 1 << 20;
 const FIRST_DISK_SLOT: usize = 8;
 const MOST_DISKS: usize = 16;
 const MOST_VCPUS: u32 = 64;
+/// Entries of a vhost-user disk's queues; the server takes requests of 126 parts (seg_max).
+const QUEUE_SIZE: u32 = 128;
 /// Id of the object that can hold what the guest sends.
 pub(super) const HOLD: &str = "hold";
 
@@ -160,25 +162,10 @@ pub(super) fn arguments(shape: &MachineShape, given: &Given, start: Start) -> Ve
         );
     }
     for (index, (name, path)) in shape.disks.iter().zip(&given.disks).enumerate() {
-        // An error never reaches the guest: the machine stops and the request is tried again.
-        let node = json!({
-            "driver": "nbd",
-            "node-name": format!("disk{index}"),
-            "server": { "type": "unix", "path": path },
-            "reconnect-delay": 86_400,
-            "discard": "unmap",
-        });
-        line.option("-blockdev", node.to_string());
-        // A serial number holds 20 bytes (virtio 1.2, 5.2.6).
-        let serial = &name[..name.len().min(20)];
-        line.option(
-            "-device",
-            format!(
-                "virtio-blk-pci,id=blk{index},drive=disk{index},serial={serial},disable-legacy=on,\
-                 werror=stop,rerror=stop,addr={:#x}",
-                FIRST_DISK_SLOT + index
-            ),
-        );
+        match shape.disk_kind {
+            DiskKind::Nbd => line.nbd_disk(index, name, path),
+            DiskKind::VhostUserBlk => line.vhost_user_disk(index, path, shape.vcpus),
+        }
     }
     if start == Start::Incoming {
         line.option("-incoming", "defer");
@@ -207,6 +194,45 @@ impl Line {
         self.0.push(value.into());
     }
 
+    fn nbd_disk(&mut self, index: usize, name: &str, path: &str) {
+        // An error never reaches the guest: the machine stops and the request is tried again.
+        let node = json!({
+            "driver": "nbd",
+            "node-name": format!("disk{index}"),
+            "server": { "type": "unix", "path": path },
+            "reconnect-delay": 86_400,
+            "discard": "unmap",
+        });
+        self.option("-blockdev", node.to_string());
+        // A serial number holds 20 bytes (virtio 1.2, 5.2.6).
+        let serial = &name[..name.len().min(20)];
+        self.option(
+            "-device",
+            format!(
+                "virtio-blk-pci,id=blk{index},drive=disk{index},serial={serial},disable-legacy=on,\
+                 werror=stop,rerror=stop,addr={:#x}",
+                FIRST_DISK_SLOT + index
+            ),
+        );
+    }
+
+    /// Serial number and size are the server's to say. It is there before the machine starts; when
+    /// it goes away QEMU looks for it every second. What fails there is not QEMU's business: the
+    /// server holds such a request until it can be done.
+    fn vhost_user_disk(&mut self, index: usize, path: &str, queues: u32) {
+        // A comma ends a value unless there are two.
+        let path = path.replace(',', ",,");
+        self.option("-chardev", format!("socket,id=vu{index},path={path},reconnect=1"));
+        self.option(
+            "-device",
+            format!(
+                "vhost-user-blk-pci,id=blk{index},chardev=vu{index},num-queues={queues},\
+                 queue-size={QUEUE_SIZE},disable-legacy=on,addr={:#x}",
+                FIRST_DISK_SLOT + index
+            ),
+        );
+    }
+
     fn socket(&mut self, id: &str, descriptor: i32, more: &str) {
         self.option("-chardev", format!("socket,id={id},fd={descriptor},server=on,wait=off{more}"));
     }
@@ -232,6 +258,7 @@ pub(super) mod tests {
                 mtu: 1400,
             }),
             disks: vec!["root".into(), "data-1".into()],
+            disk_kind: DiskKind::Nbd,
             tsc_khz: 2_700_000,
         }
     }
@@ -280,6 +307,28 @@ pub(super) mod tests {
             -device virtio-blk-pci,id=blk1,drive=disk1,serial=data-1,disable-legacy=on,werror=stop,rerror=stop,addr=0x9 \
             -incoming defer";
         assert_eq!(line, expected);
+    }
+
+    #[test]
+    fn a_vhost_user_disk_has_a_queue_for_each_processor_and_lies_where_any_disk_would() {
+        let shape = MachineShape { disk_kind: DiskKind::VhostUserBlk, ..shape() };
+        let line = arguments(&shape, &given(Accelerator::Tcg), Start::Incoming).join(" ");
+        let expected = "\
+            -chardev socket,id=vu0,path=/proc/self/fd/18/a,,b.sock,reconnect=1 \
+            -device vhost-user-blk-pci,id=blk0,chardev=vu0,num-queues=2,queue-size=128,disable-legacy=on,addr=0x8 \
+            -chardev socket,id=vu1,path=/proc/self/fd/19/d.sock,reconnect=1 \
+            -device vhost-user-blk-pci,id=blk1,chardev=vu1,num-queues=2,queue-size=128,disable-legacy=on,addr=0x9 \
+            -incoming defer";
+        assert!(line.ends_with(expected), "{line}");
+        assert!(!line.contains("-blockdev"), "{line}");
+    }
+
+    #[test]
+    fn a_shape_from_before_there_were_two_kinds_of_disks_means_nbd() {
+        let mut old = serde_json::to_value(shape()).unwrap();
+        assert_eq!(old["disk_kind"], "nbd");
+        old.as_object_mut().unwrap().remove("disk_kind");
+        assert_eq!(serde_json::from_value::<MachineShape>(old).unwrap(), shape());
     }
 
     #[test]

@@ -13,6 +13,7 @@ use super::{
     command::{self, Given},
     files,
     halt::Halt,
+    held,
     memory_map::FileId,
     process::Process,
     qmp::{Qmp, QmpError},
@@ -23,7 +24,9 @@ use super::{
     vm::QemuVm,
 };
 use crate::driver::compatible::tsc_differs;
-use crate::driver::{Accelerator, DriverError, Fence, HostResources, MachineShape, Start, Vm};
+use crate::driver::{
+    Accelerator, DriverError, Fence, Held, HostResources, MachineShape, Start, Vm,
+};
 use std::{
     fs::File,
     io,
@@ -217,6 +220,11 @@ pub(super) fn clean_up(record: &Record, files: &Files) {
 pub(super) fn fence(run_dir: &Path) -> Result<Option<Arc<dyn Fence>>, DriverError> {
     Ok(find(run_dir)?
         .map(|(record, process)| Arc::new(Halt::of(&record, &process)) as Arc<dyn Fence>))
+}
+
+/// What the QEMU holds that a run directory tells of, without asking it.
+pub(super) fn held(run_dir: &Path) -> Result<Option<Held>, DriverError> {
+    find(run_dir)?.map(|(record, process)| held::everything(&record, &process)).transpose()
 }
 
 /// Finds the QEMU that a run directory tells of.

@@ -44,10 +44,33 @@ fn insert(blocks: &mut BlockSet, address: u64, length: u64, memory_bytes: u64) {
 const MOST_DEVICES: usize = 64;
 const MOST_QUEUES: u64 = 64;
 
+/// Where to ask for a queue's place, and under which names the answer has its number of entries,
+/// descriptors, available ring and used ring.
+type Question = (&'static str, [&'static str; 4]);
+const OF_QEMU: Question =
+    ("x-query-virtio-queue-status", ["vring-num", "vring-desc", "vring-avail", "vring-used"]);
+const OF_VHOST: Question =
+    ("x-query-virtio-vhost-queue-status", ["num", "desc-phys", "avail-phys", "used-phys"]);
+
+/// How to ask for the queues of a device; `None`: it has none now.
+///
+/// [`OF_QEMU`] about a queue that a vhost-user server works on is passed on to the server as
+/// GET_VRING_BASE, which stops the ring, and nothing would start it again. So it is not asked about
+/// such a device while the guest runs, which may begin to use it at any moment.
+fn question(status: &Value, running: bool) -> Option<Question> {
+    let is_vhost = status["name"].as_str().is_some_and(|name| name.starts_with("vhost"));
+    match (is_vhost, status["vhost-started"].as_bool().unwrap_or(false)) {
+        (_, true) => Some(OF_VHOST),
+        (true, false) if running => None,
+        _ => Some(OF_QEMU),
+    }
+}
+
 /// The blocks of all virtqueues that the guest's drivers have set up.
 pub(super) fn virtqueue_blocks(
     qmp: &mut Qmp,
     memory_bytes: u64,
+    running: bool,
     limit: Duration,
 ) -> Result<Vec<BlockRange>, QmpError> {
     let mut blocks = BlockSet::new(memory_bytes.div_ceil(BLOCK_SIZE as u64));
@@ -56,18 +79,20 @@ pub(super) fn virtqueue_blocks(
     for path in paths.take(MOST_DEVICES) {
         let status = qmp.call("x-query-virtio-status", json!({ "path": path }), limit)?;
         let queues = status["num-vqs"].as_u64().unwrap_or(0).min(MOST_QUEUES);
+        let Some((command, [number, descriptors, available, used])) = question(&status, running)
+        else {
+            continue;
+        };
         for queue in 0..queues {
             let question = json!({ "path": path, "queue": queue });
-            let ring = qmp.call("x-query-virtio-queue-status", question, limit)?;
-            let number = |key: &str| ring[key].as_u64().unwrap_or(0);
+            let ring = qmp.call(command, question, limit)?;
+            let value = |key: &str| ring[key].as_u64().unwrap_or(0);
             // At most 32768 entries (virtio 1.2, 2.7); an address of 0 is a queue without a driver.
-            let size = number("vring-num").min(32_768);
-            let (descriptors, available) = (number("vring-desc"), number("vring-avail"));
+            let (size, descriptors) = (value(number).min(32_768), value(descriptors));
             if descriptors == 0 || size == 0 {
                 continue;
             }
-            for (address, length) in ring_parts(size, descriptors, available, number("vring-used"))
-            {
+            for (address, length) in ring_parts(size, descriptors, value(available), value(used)) {
                 insert(&mut blocks, address, length, memory_bytes);
             }
         }
@@ -153,6 +178,17 @@ mod tests {
             assert_eq!(offset_of(bytes + GIB, bytes), None);
         }
         assert_eq!(offset_of(u64::MAX, 8 * GIB), None);
+    }
+
+    #[test]
+    fn a_ring_at_work_at_its_server_is_never_asked_about_in_the_way_that_stops_it() {
+        let status = |name, started| json!({ "name": name, "vhost-started": started });
+        for running in [true, false] {
+            assert_eq!(question(&status("vhost-user-blk", true), running), Some(OF_VHOST));
+            assert_eq!(question(&status("virtio-net", false), running), Some(OF_QEMU));
+        }
+        assert_eq!(question(&status("vhost-user-blk", false), true), None);
+        assert_eq!(question(&status("vhost-user-blk", false), false), Some(OF_QEMU));
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! of a host, because a guest talks to it all day: it runs as a user of its own, in a control
 //! group of its own, in its own sandbox, without new privileges, and opens nothing by itself.
 //! Memory, kernel, tap, sockets and logs reach it as descriptors; disks as sockets that it may
-//! connect to and nothing beside them.
+//! connect to and nothing beside them. A vhost-user disk's server gets the memory from it.
 //!
 //! QEMU outlives a runner that crashes: the next one finds it by `qemu.json` in the run directory.
 //!
@@ -13,7 +13,7 @@
 //! | `command` | QEMU's command line |
 //! | `launch` | starting: user, control group, descriptors, handshake |
 //! | `vm` | the machine's life: pause, save, load, run, end |
-//! | `halt` | stopping it without asking it |
+//! | `halt`, `held` | stopping it without asking it; fetching what it holds without asking it |
 //! | `qmp` | QEMU's control protocol |
 //! | `monitor` | the same, to a QEMU that is not ours: the baseline of benchmarks |
 //! | `shim` | the userfaultfd made inside QEMU by `drafter-shim` |
@@ -25,6 +25,7 @@ mod cgroup;
 mod command;
 mod files;
 mod halt;
+mod held;
 mod launch;
 mod memory_map;
 mod monitor;
@@ -44,7 +45,8 @@ pub use monitor::Monitor;
 pub use probe::Verdict;
 
 use super::{
-    Accelerator, Driver, DriverError, Fence, HostFacts, HostResources, MachineShape, Start, Vm,
+    Accelerator, Driver, DriverError, Fence, Held, HostFacts, HostResources, MachineShape, Start,
+    Vm,
 };
 use std::{
     ops::RangeInclusive,
@@ -184,6 +186,10 @@ impl Driver for QemuDriver {
 
     fn fence(&self, run_dir: &Path) -> Result<Option<Arc<dyn Fence>>, DriverError> {
         launch::fence(run_dir)
+    }
+
+    fn held(&self, run_dir: &Path) -> Result<Option<Held>, DriverError> {
+        launch::held(run_dir)
     }
 
     fn take_over(&self, run_dir: &Path) -> Result<Option<Box<dyn Vm>>, DriverError> {

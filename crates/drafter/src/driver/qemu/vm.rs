@@ -16,14 +16,13 @@
 use super::{
     command,
     halt::Halt,
-    launch, memory_map,
+    held, launch, memory_map,
     process::{Ended, Process, tail},
     qmp::{Event, First, Mark, Pending, Qmp, QmpError},
     record::{Files, Record},
-    sys,
 };
 use crate::driver::{
-    DriverError, Exit, Fence, HeldDescriptors, MemoryHandle, Start, Vm, VmEvent,
+    DiskKind, DriverError, Exit, Fence, MemoryHandle, Start, Vm, VmEvent,
     urgent::{Class, set_class},
 };
 use nix::{
@@ -32,7 +31,7 @@ use nix::{
 };
 use serde_json::{Value, json};
 use std::{
-    fs, io,
+    io,
     io::{Read, Write},
     os::{
         fd::{AsFd, OwnedFd},
@@ -322,27 +321,6 @@ impl QemuVm {
             Err(error) => Err(self.failed(operation, error)),
         }
     }
-
-    /// The userfaultfd of a QEMU whose runner is gone: the copy that the preload hook keeps open.
-    fn find_userfaultfd(&self) -> io::Result<OwnedFd> {
-        self.find_descriptor(|target| target == "anon_inode:[userfaultfd]")?
-            .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "it has no userfaultfd"))
-    }
-
-    /// A copy of the first descriptor of the QEMU whose link in /proc/PID/fd is wanted.
-    fn find_descriptor(&self, wanted: impl Fn(&str) -> bool) -> io::Result<Option<OwnedFd>> {
-        for entry in fs::read_dir(format!("/proc/{}/fd", self.process.pid()))? {
-            let path = entry?.path();
-            // A descriptor that was closed meanwhile is not the one.
-            let Ok(target) = fs::read_link(&path) else { continue };
-            if target.to_str().is_some_and(&wanted) {
-                let number = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.parse().ok());
-                let number = number.ok_or(io::ErrorKind::InvalidData)?;
-                return sys::pidfd_getfd(self.process.descriptor(), number).map(Some);
-            }
-        }
-        Ok(None)
-    }
 }
 
 fn is_migration(event: &Event, status: &str) -> bool {
@@ -359,30 +337,7 @@ impl Vm for QemuVm {
     }
 
     fn memory(&self) -> Result<MemoryHandle, DriverError> {
-        let userfaultfd = match &self.userfaultfd {
-            Some(userfaultfd) => userfaultfd.try_clone(),
-            None => self.find_userfaultfd(),
-        };
-        let userfaultfd = userfaultfd
-            .map_err(|error| self.host("getting the userfaultfd from the QEMU", error))?;
-        let (pid, length) = (self.process.pid(), self.record.shape.memory_bytes);
-        let address = fs::read_to_string(format!("/proc/{pid}/maps"))
-            .and_then(|maps| memory_map::find_mapping(&maps, self.record.memory, length))
-            .map_err(|error| self.host("finding the memory in the QEMU", error))?;
-        Ok(MemoryHandle { userfaultfd, pid, address, length })
-    }
-
-    fn descriptors(&self) -> Result<HeldDescriptors, DriverError> {
-        let operation = "taking over the descriptors of the QEMU";
-        let failed = |error| self.host(operation, error);
-        let memory = self
-            .find_descriptor(|target| target.starts_with("/memfd:"))
-            .and_then(|found| {
-                found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "it has no memfd"))
-            })
-            .map_err(failed)?;
-        let tap = self.find_descriptor(|target| target == "/dev/net/tun").map_err(failed)?;
-        Ok(HeldDescriptors { memory, tap })
+        held::memory(&self.record, &self.process, self.userfaultfd.as_ref())
     }
 
     fn is_running(&self) -> bool {
@@ -399,7 +354,8 @@ impl Vm for QemuVm {
 
     fn state_blocks(&mut self) -> Result<Vec<silo::block::BlockRange>, DriverError> {
         let bytes = self.record.shape.memory_bytes;
-        memory_map::virtqueue_blocks(&mut self.qmp, bytes, COMMAND_LIMIT)
+        let running = self.is_running();
+        memory_map::virtqueue_blocks(&mut self.qmp, bytes, running, COMMAND_LIMIT)
             .map_err(|error| self.failed("finding its virtqueues", error))
     }
 
@@ -512,8 +468,15 @@ impl Vm for QemuVm {
         let mark = self.qmp.mark();
         // QEMU says RESUME when nothing can fail any more and the processors are about to start;
         // its answer to the command comes up to milliseconds later, and nobody needs it.
+        let vhost = self.record.shape.disk_kind == DiskKind::VhostUserBlk;
         let result = self.qmp.send("cont", Value::Null, None).and_then(|cont| {
-            self.qmp.event_or_answer(mark, &cont, COMMAND_LIMIT, |event| event.name == "RESUME")
+            let resume = |event: &Event| event.name == "RESUME";
+            let first = self.qmp.event_or_answer(mark, &cont, COMMAND_LIMIT, resume)?;
+            // Rings of vhost-user disks are started after the one and before the processors.
+            if vhost && matches!(first, First::Event) {
+                self.qmp.answer(&cont, COMMAND_LIMIT)?;
+            }
+            Ok(())
         });
         self.hurry(Who::Control, Class::Usual);
         result.map_err(|error| self.failed(OPERATION, error))?;

@@ -227,6 +227,8 @@ impl<M: DestinationMachine + 'static> Session<M> {
     fn take(&mut self, frame: Frame) -> Result<bool, String> {
         self.touched |=
             matches!(frame, Frame::Blocks { .. } | Frame::Zero { .. } | Frame::Missing { .. });
+        // The lease may have been decided between two blocks, with seconds of blocks to come.
+        self.tell_owner();
         let Some(frame) = self.applier.apply(frame).map_err(|e| e.to_string())? else {
             return Ok(true);
         };

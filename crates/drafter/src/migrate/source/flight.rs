@@ -1,7 +1,7 @@
 //! The one flight of a switchover: everything the destination needs to run, sent between the
 //! pause and the token without waiting for an answer.
 
-use super::{MachineError, SendError, Session, Stop, send::send_run, take_if_tracked};
+use super::{MachineError, SendError, Session, Stop, is_tracked, send::send_run, take_if_tracked};
 use crate::driver::Urgent;
 use crate::migrate::{
     link::Outgoing,
@@ -82,6 +82,10 @@ impl Session<'_> {
                 let scan = Instant::now();
                 for (at, set) in dirty.iter_mut().enumerate() {
                     set.union_with(&take_if_tracked(plan, devices, taken, at)?);
+                    if !is_tracked(plan, &devices[at]) {
+                        // Pages that came to be since the move began.
+                        set.union_with(&devices[at].allocated()?);
+                    }
                 }
                 parts.scan_ms = ms(scan.elapsed());
                 let dirty_bytes = dirty.iter().map(BlockSet::bytes).sum();

@@ -372,7 +372,7 @@ impl Session<'_> {
         let mut first = Vec::with_capacity(self.devices.len());
         for at in 0..self.devices.len() {
             let device = Arc::clone(&self.devices[at]);
-            if !self.plan.can_track && device.name().as_str() == "memory" {
+            if !is_tracked(self.plan, &device) {
                 first.push(device.allocated()?);
             } else if known {
                 let changed = self.take(at)?;
@@ -512,6 +512,11 @@ fn take(
     Ok(dirty)
 }
 
+/// Whether writes to a device can be tracked on this host: to memory by the kernel, if at all.
+fn is_tracked(plan: &Plan, device: &Arc<dyn Device>) -> bool {
+    plan.can_track || device.name().as_str() != "memory"
+}
+
 /// As [`take`]; nothing where writes to memory cannot be tracked.
 fn take_if_tracked(
     plan: &Plan,
@@ -519,7 +524,7 @@ fn take_if_tracked(
     taken: &mut [BlockSet],
     at: usize,
 ) -> Result<BlockSet, silo::device::DeviceError> {
-    if !plan.can_track && devices[at].name().as_str() == "memory" {
+    if !is_tracked(plan, &devices[at]) {
         return Ok(BlockSet::new(devices[at].blocks()));
     }
     take(devices, taken, at)

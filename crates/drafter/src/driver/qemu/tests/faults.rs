@@ -1,10 +1,11 @@
 //! Machines whose memory is not all there.
 
 use super::{nbd::Disk, rig::*, sys};
-use crate::driver::{MachineShape, MemoryHandle, Start, Vm};
+use crate::driver::{DiskKind, MachineShape, MemoryHandle, Start, Vm};
 use silo::block::BlockRange;
 use std::{
     os::fd::OwnedFd,
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -29,20 +30,33 @@ fn place_with(
 #[test]
 fn loading_needs_the_state_blocks_and_no_other_and_freezing_works_while_a_page_is_missing() {
     let rig = Rig::new();
-    let shape = MachineShape { disks: vec!["root".into()], ..rig.shape() };
     let path = rig.state.path().join("disk.sock");
     let _disk = Disk::serve(&path, 1 << 20);
-    let given = Given { disk: Some(&path), tap: None };
+    state_blocks_are_enough(&rig, DiskKind::Nbd, &path);
+}
+
+#[test]
+fn of_a_vhost_user_disk_too_loading_needs_the_state_blocks_and_no_other() {
+    let rig = Rig::new();
+    let path = rig.state.path().join("disk.sock");
+    let _disk = vhost_disk(&path, 1 << 20);
+    state_blocks_are_enough(&rig, DiskKind::VhostUserBlk, &path);
+}
+
+fn state_blocks_are_enough(rig: &Rig, disk_kind: DiskKind, path: &Path) {
+    let shape = MachineShape { disks: vec!["root".into()], disk_kind, ..rig.shape() };
+    let given = Given { disk: Some(path), tap: None };
     let mut machine = rig.boot(&shape, given);
     assert_eq!(ask(&machine.vm, "sync"), "sync ok");
     let blocks = machine.vm.state_blocks().unwrap();
     let count: u64 = blocks.iter().map(|range| range.count).sum();
     println!("{count} blocks are read by loading: {blocks:?}");
+    assert_eq!(ask(&machine.vm, "sync"), "sync ok", "the question stops no ring");
     assert!((1..64).contains(&count));
     machine.vm.pause(&mut || ()).unwrap();
     let state = machine.vm.save().unwrap();
 
-    let (mut place, handle) = place_with(&rig, &shape, given, &machine.memory, &blocks);
+    let (mut place, handle) = place_with(rig, &shape, given, &machine.memory, &blocks);
     assert!(place.vm.state_blocks().unwrap().is_empty(), "no driver has set up a queue yet");
     place.vm.load(&state).unwrap();
     assert_eq!(sys::pending_fault(&handle), None, "loading touched a block that is not listed");
@@ -58,7 +72,7 @@ fn loading_needs_the_state_blocks_and_no_other_and_freezing_works_while_a_page_i
     place.vm.kill().unwrap();
 
     // And without the listed blocks loading waits: they are not too many.
-    let (mut place, handle) = place_with(&rig, &shape, given, &machine.memory, &blocks[1..]);
+    let (mut place, handle) = place_with(rig, &shape, given, &machine.memory, &blocks[1..]);
     let fence = place.vm.fence();
     std::thread::scope(|scope| {
         let vm = &mut place.vm;

@@ -1,7 +1,7 @@
 //! Pause, save, load, run: from one QEMU into another on the same memory.
 
 use super::{nbd::Disk, rig::*, sys};
-use crate::driver::{Urgent, Vm};
+use crate::driver::{DiskKind, MachineShape, Urgent, Vm};
 use nix::sched::{CloneFlags, unshare};
 use std::{
     net::{SocketAddr, TcpStream},
@@ -106,6 +106,47 @@ fn a_machine_with_network_and_disk_hops_ten_times_and_nothing_is_lost() {
         // Ten times what an idle computer needs: a busy one must pass, a wait must not.
         assert!(median.total() < Duration::from_millis(60), "{median}");
     });
+}
+
+#[test]
+fn a_vhost_user_disks_rings_rest_from_the_pause_on_and_run_again_here_or_there() {
+    let rig = Rig::new();
+    let disks = vec!["root".into()];
+    let disk_kind = DiskKind::VhostUserBlk;
+    let shape = MachineShape { disks, disk_kind, vcpus: 2, ..rig.shape() };
+    let path = rig.state.path().join("disk.sock");
+    let server = vhost_disk(&path, 1 << 20);
+    let given = Given { tap: None, disk: Some(&path) };
+    let mut machine = rig.boot(&shape, given);
+    let mut blackouts = vec![];
+    for number in 0..6 {
+        assert_eq!(ask(&machine.vm, "sync"), "sync ok");
+        assert!(!machine.vm.state_blocks().unwrap().is_empty());
+        assert_eq!(ask(&machine.vm, "sync"), "sync ok", "the question stops no ring");
+        assert!(!server.is_at_rest());
+        let mut place = rig.place_for(&machine, &shape, given);
+        if number % 2 == 1 {
+            // A move that is called off after the state was saved.
+            machine.vm.pause(&mut || assert!(server.is_at_rest())).unwrap();
+            machine.vm.save().unwrap();
+            assert!(server.is_at_rest(), "saving starts nothing");
+            assert!(!machine.vm.state_blocks().unwrap().is_empty(), "also while it stands still");
+            machine.vm.run().unwrap();
+            assert_eq!(ask(&machine.vm, "sync"), "sync ok", "it goes on here");
+        }
+        let (blackout, bytes) = hop(&mut machine, &mut place);
+        let (rings, ()) =
+            timed(|| until(Duration::from_secs(10), "a ring runs", || !server.is_at_rest()));
+        machine = place;
+        assert_eq!(ask(&machine.vm, "check"), "check ok");
+        println!("hop {number}: {blackout}, {bytes} bytes; rings {rings:?} later");
+        blackouts.push(blackout);
+    }
+    assert_eq!(ask(&machine.vm, "sync"), "sync ok");
+    blackouts.sort_by_key(Blackout::total);
+    println!("median: {}", blackouts[blackouts.len() / 2]);
+    machine.vm.kill().unwrap();
+    server.stop(Duration::from_secs(5)).unwrap();
 }
 
 /// Programs that compute, each in a session of its own, more of them than processors.

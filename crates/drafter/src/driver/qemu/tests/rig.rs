@@ -3,15 +3,19 @@
 //! The guest is built by `tests/guest/build.sh`; its paths come in the environment.
 
 use super::super::{QemuConfig, QemuDriver, command, launch, vm::QemuVm};
-use crate::driver::{DriverError, HostResources, MachineShape, NetworkShape, Start, Vm};
+use crate::driver::{DiskKind, DriverError, HostResources, MachineShape, NetworkShape, Start, Vm};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use silo::{
+    expose::vhost::{VhostOptions, VhostServer},
+    source::MemoryDevice,
+};
 use std::{
     fs::{self, File},
     io::{BufRead, BufReader, Write},
     net::Ipv4Addr,
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -71,6 +75,12 @@ pub(super) struct Given<'a> {
     pub(super) disk: Option<&'a Path>,
 }
 
+/// A disk in memory on a vhost-user socket, whose server takes all guest memory for present.
+pub(super) fn vhost_disk(path: &Path, bytes: u64) -> VhostServer {
+    let device = Arc::new(MemoryDevice::new("disk", bytes).unwrap());
+    VhostServer::start(path, device, VhostOptions::default()).unwrap()
+}
+
 pub(super) fn memory(bytes: u64) -> OwnedFd {
     let memory = memfd_create(c"test-memory", MFdFlags::MFD_CLOEXEC).unwrap();
     nix::unistd::ftruncate(&memory, bytes as i64).unwrap();
@@ -104,6 +114,7 @@ impl Rig {
             command_line: String::new(),
             network: None,
             disks: vec![],
+            disk_kind: DiskKind::Nbd,
             tsc_khz: self.driver.find().unwrap().facts.tsc_khz,
             ..command::tests::shape()
         }

@@ -1,0 +1,282 @@
+//! The servers of a machine's disks, of the kind that the machine has for life, and what differs
+//! between the kinds.
+//!
+//! | | NBD | vhost-user-blk |
+//! |---|---|---|
+//! | a disk fails | QEMU stops the machine and keeps the request | the server holds the request ([`Policied`]), the rest of the machine goes on |
+//! | at a pause | QEMU waits for requests in hand, then flushes | QEMU stops the rings; [`DiskServers::after_pause`] makes sure of it, and flushes |
+//! | guest memory | QEMU's own mapping | [`Pages`]: brought through the pager, writes reported to the tracking |
+//! | the monitor frozen | its requests stay where they are | what is in hand goes on, to a disk that nobody else sees |
+
+use super::hosted::fail;
+use crate::{driver::DiskKind, migrate::source::MachineError};
+use silo::{
+    block::{BLOCK_SIZE, BlockRange},
+    device::Device as _,
+    disk::{Disk, FlushPolicy},
+    expose::vhost::{GuestPages, GuestRange, MemoryId, VhostOptions, VhostServer},
+    filter::{ErrorPolicy, OnError, Policied, Trouble},
+    io::BlockDevice,
+    memory::Memory,
+    nbd::{NbdOptions, NbdServer},
+};
+use std::{
+    io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+/// How long requests in hand may take when a server ends.
+const SERVER_LIMIT: Duration = Duration::from_secs(5);
+/// How long a ring may take to be stopped: less than the driver gives a pause, because QEMU does
+/// nothing else meanwhile.
+const REST_LIMIT: Duration = Duration::from_secs(8);
+/// How long a request waits for a page of the guest, and for room: as long as a disk waits for a
+/// block. Ending the machine ends these waits.
+const PATIENCE: Duration = Duration::from_secs(24 * 3600);
+
+/// The servers of all disks of a machine, in the order of its shape.
+pub(super) enum DiskServers {
+    Nbd(Vec<NbdServer>),
+    VhostUser(Vec<VhostDisk>),
+}
+
+/// A disk on a vhost-user socket.
+pub(super) struct VhostDisk {
+    name: String,
+    server: VhostServer,
+    device: Arc<Policied>,
+    trouble: Arc<Mutex<Option<Trouble>>>,
+}
+
+/// A request that cannot be done until somebody helps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct DiskTrouble {
+    pub(super) disk: String,
+    pub(super) operation: String,
+    pub(super) detail: String,
+}
+
+impl DiskServers {
+    /// Serves each disk on a socket of its own in `run_dir`. `memory`: the machine's, for the
+    /// servers that touch it.
+    pub(super) fn start(
+        kind: DiskKind,
+        disks: &[Arc<Disk>],
+        memory: &Arc<Memory>,
+        vcpus: u32,
+        run_dir: &Path,
+    ) -> Result<Self, MachineError> {
+        match kind {
+            DiskKind::Nbd => Self::start_nbd(disks, run_dir),
+            DiskKind::VhostUserBlk => Self::start_vhost_user(disks, memory, vcpus, run_dir),
+        }
+    }
+
+    fn start_nbd(disks: &[Arc<Disk>], run_dir: &Path) -> Result<Self, MachineError> {
+        let start = |disk: &Arc<Disk>| {
+            ready(disk)?;
+            let device: Arc<dyn BlockDevice> = disk.clone();
+            let socket = socket(disk, run_dir);
+            NbdServer::start(&socket, device, NbdOptions::default()).map_err(fail)
+        };
+        disks.iter().map(start).collect::<Result<_, _>>().map(Self::Nbd)
+    }
+
+    fn start_vhost_user(
+        disks: &[Arc<Disk>],
+        memory: &Arc<Memory>,
+        vcpus: u32,
+        run_dir: &Path,
+    ) -> Result<Self, MachineError> {
+        let pages: Arc<dyn GuestPages> = Arc::new(Pages::of(memory).map_err(fail)?);
+        let start = |disk: &Arc<Disk>| {
+            ready(disk)?;
+            let trouble = Arc::new(Mutex::new(None));
+            let told = Arc::clone(&trouble);
+            let name = disk.name().as_str().to_owned();
+            let tell = {
+                let name = name.clone();
+                move |trouble: &Trouble| {
+                    let mut place = told.lock().unwrap_or_else(PoisonError::into_inner);
+                    if place.as_ref().is_none_or(|known: &Trouble| known.error != trouble.error) {
+                        tracing::error!(
+                            disk = name,
+                            operation = trouble.operation,
+                            error = trouble.error,
+                            "a request waits"
+                        );
+                    }
+                    *place = Some(trouble.clone());
+                }
+            };
+            // The guest must not see what only concerns this host: another host may do better.
+            let policy = ErrorPolicy {
+                read: OnError::Pause,
+                write: OnError::Pause,
+                full: OnError::Pause,
+                patience: PATIENCE,
+            };
+            let device = Arc::new(Policied::new(disk.clone(), policy, tell));
+            let options = VhostOptions {
+                serial: name.clone(),
+                queues: u16::try_from(vcpus).unwrap_or(u16::MAX),
+                drain_limit: REST_LIMIT,
+                pages: Some(Arc::clone(&pages)),
+                ..VhostOptions::default()
+            };
+            let served: Arc<dyn BlockDevice> = device.clone();
+            let server =
+                VhostServer::start(&socket(disk, run_dir), served, options).map_err(fail)?;
+            Ok::<_, MachineError>(VhostDisk { name, server, device, trouble })
+        };
+        disks.iter().map(start).collect::<Result<_, _>>().map(Self::VhostUser)
+    }
+
+    /// Where the monitor finds them.
+    pub(super) fn sockets(&self) -> Vec<PathBuf> {
+        match self {
+            Self::Nbd(servers) => servers.iter().map(|s| s.path().to_owned()).collect(),
+            Self::VhostUser(disks) => disks.iter().map(|d| d.server.path().to_owned()).collect(),
+        }
+    }
+
+    /// Before a pause, while the guest runs.
+    ///
+    /// # Errors
+    /// If a request of a vhost-user disk waits for help: a ring can be stopped only when its
+    /// requests are done.
+    pub(super) fn before_pause(&self) -> Result<(), MachineError> {
+        let Some(trouble) = self.trouble() else { return Ok(()) };
+        Err(fail(format!(
+            "a {} of disk \"{}\" waits on this host ({}); make room or mend it, then try again",
+            trouble.operation, trouble.disk, trouble.detail
+        )))
+    }
+
+    /// After the monitor has paused the machine: makes sure that nothing touches its memory and
+    /// disks any more, and flushes what the monitor does not flush by itself.
+    ///
+    /// # Errors
+    /// If a ring still runs, or its monitor is not connected; then the machine must go on here.
+    pub(super) fn after_pause(&self, disks: &[Arc<Disk>]) -> Result<(), MachineError> {
+        let Self::VhostUser(servers) = self else { return Ok(()) };
+        for disk in servers {
+            if !disk.server.is_at_rest() {
+                return Err(fail(format!(
+                    "requests of disk \"{}\" did not end within {REST_LIMIT:?} of the pause",
+                    disk.name
+                )));
+            }
+        }
+        // What the guest wrote and did not flush: as QEMU does it at a stop where it has the disk.
+        // Under the policy of a switchover this begins the sync and does not wait for it.
+        disks.iter().try_for_each(|disk| disk.flush()).map_err(fail)
+    }
+
+    /// What a request waits for; only vhost-user disks wait here.
+    pub(super) fn trouble(&self) -> Option<DiskTrouble> {
+        let Self::VhostUser(disks) = self else { return None };
+        disks.iter().find_map(|disk| {
+            if disk.device.waiting() == 0 {
+                return None;
+            }
+            let trouble = disk.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
+            Some(DiskTrouble {
+                disk: disk.name.clone(),
+                operation: trouble.operation.to_owned(),
+                detail: trouble.error,
+            })
+        })
+    }
+
+    /// Requests that wait are tried again.
+    pub(super) fn try_again(&self) {
+        let Self::VhostUser(disks) = self else { return };
+        disks.iter().for_each(|disk| disk.device.resume());
+    }
+
+    /// Ends them, once the monitor has ended: nothing touches disks and memory after this.
+    pub(super) fn stop(&mut self) {
+        let failed = |error: &dyn std::fmt::Display| {
+            tracing::error!(%error, "ending a block server failed");
+        };
+        match self {
+            Self::Nbd(servers) => {
+                for server in servers.drain(..) {
+                    if let Err(error) = server.stop(SERVER_LIMIT) {
+                        failed(&error);
+                    }
+                }
+            }
+            Self::VhostUser(disks) => {
+                for disk in disks.drain(..) {
+                    if let Err(error) = disk.server.stop(SERVER_LIMIT) {
+                        failed(&error);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Makes a disk ready to be served, whatever an earlier stay left.
+fn ready(disk: &Disk) -> Result<(), MachineError> {
+    if disk.is_frozen() {
+        disk.thaw().map_err(fail)?;
+    }
+    disk.set_flush_policy(FlushPolicy::Normal);
+    Ok(())
+}
+
+fn socket(disk: &Disk, run_dir: &Path) -> PathBuf {
+    run_dir.join(format!("disk-{}.sock", disk.name()))
+}
+
+/// A machine's memory as the servers of its disks touch it.
+struct Pages {
+    memory: Arc<Memory>,
+    /// Its file.
+    id: MemoryId,
+}
+
+impl Pages {
+    fn of(memory: &Arc<Memory>) -> io::Result<Self> {
+        let facts = memory.file().metadata()?;
+        let id = MemoryId { device: facts.dev(), inode: facts.ino() };
+        Ok(Self { memory: Arc::clone(memory), id })
+    }
+
+    /// The blocks of a range; `None` if it is of another file.
+    fn blocks(&self, range: GuestRange) -> Option<BlockRange> {
+        let block = BLOCK_SIZE as u64;
+        let end = range.offset.checked_add(range.length)?.div_ceil(block);
+        let start = range.offset / block;
+        (range.memory == self.id).then(|| BlockRange::new(start, end - start))
+    }
+}
+
+impl GuestPages for Pages {
+    fn is_present(&self, range: GuestRange) -> bool {
+        self.blocks(range).is_some_and(|blocks| self.memory.is_present(blocks))
+    }
+
+    fn make_present(&self, range: GuestRange) -> io::Result<()> {
+        let blocks = self.blocks(range).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidInput, format!("{range} is not the machine's"))
+        })?;
+        self.memory.make_present(blocks, PATIENCE).map_err(io::Error::other)
+    }
+
+    fn wrote(&self, range: GuestRange) {
+        if let Some(blocks) = self.blocks(range) {
+            self.memory.note_written(blocks);
+        }
+    }
+
+    fn interrupt(&self) {
+        self.memory.interrupt();
+    }
+}
