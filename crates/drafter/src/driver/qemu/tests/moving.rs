@@ -173,6 +173,22 @@ impl Drop for Load {
 fn pausing_and_running_are_quick_on_a_host_whose_processors_are_all_taken() {
     let rig = Rig::new();
     let mut machine = rig.boot(&rig.shape(), Given::default());
+    quick_under_load(&mut machine);
+}
+
+#[test]
+fn so_they_are_with_a_vhost_user_disk_whose_server_has_to_answer() {
+    let rig = Rig::new();
+    let disks = vec!["root".into()];
+    let shape = MachineShape { disks, disk_kind: DiskKind::VhostUserBlk, ..rig.shape() };
+    let path = rig.state.path().join("disk.sock");
+    let _server = vhost_disk(&path, 1 << 20);
+    let mut machine = rig.boot(&shape, Given { tap: None, disk: Some(&path) });
+    assert_eq!(ask(&machine.vm, "sync"), "sync ok");
+    quick_under_load(&mut machine);
+}
+
+fn quick_under_load(machine: &mut Machine) {
     let load = Load::new();
     let mut rounds = vec![];
     for round in 0..150 {
