@@ -16,7 +16,8 @@ use e2e::{
     eventually,
     moves::{budgets, follow, go, settled, slow},
 };
-use std::{fs, time::Duration};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use std::{collections::BTreeMap, fs, path::PathBuf, time::Duration};
 
 /// What the memory and one file take; two more files are written as fast as the disk can.
 const WORK: Work = Work { memory_mib: 96, hot_mib: 24, rate_mb_s: 40, file_mib: 16 };
@@ -218,6 +219,59 @@ fn the_same_load_moves_with_nbd_disks() {
     verify_all(stage.fleet.runner(from));
 }
 
+/// A small file system; unmounted when dropped.
+struct Small(PathBuf);
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+#[test]
+fn a_machine_whose_disk_waits_for_room_is_told_so_when_it_should_leave_and_leaves_when_there_is() {
+    let Some(stage) = Stage::open() else { return };
+    let state = stage.fleet.state_of(0);
+    fs::create_dir_all(&state).unwrap();
+    let options = Some("size=48m,mode=0755");
+    mount(Some("tmpfs"), &state, Some("tmpfs"), MsFlags::empty(), options).unwrap();
+    let _small = Small(state.clone());
+    // Ends before the mount does: the machine's files are on it.
+    let mut stage = stage;
+    let spec = spec(&stage, "vhost-user-blk");
+    let a = stage.fleet.run(0, &spec).unwrap();
+    let b = receiver(&mut stage, 1);
+    stage.fleet.runner(a).wait_ready(e2e::BOOT).unwrap();
+    let ballast = state.join("ballast");
+    fs::write(&ballast, vec![1; 30 << 20]).unwrap();
+    let mut client = stage.fleet.runner(a).client().unwrap();
+    let writer = std::thread::spawn(move || {
+        client.set_deadline(Some(Duration::from_secs(120))).unwrap();
+        let argv = ["dd", "if=/dev/urandom", "of=/var/lib/big", "bs=1M", "count=24", "conv=fsync"];
+        let argv = argv.map(str::to_owned).to_vec();
+        client.call(&Request::Exec { argv, env: BTreeMap::new(), timeout_s: 110 }, |_| {})
+    });
+    eventually("the machine's status tells that a write waits", Duration::from_secs(60), || {
+        let detail = stage.fleet.runner(a).status().unwrap().detail;
+        detail.contains("its disk stands still") && detail.contains("make room")
+    });
+    // What does not wait for the disk goes on.
+    assert_eq!(sh(stage.fleet.runner(a), "echo alive").trim(), "alive");
+    let refused = stage.fleet.migrate(a, b, Mode::PostCopy, budgets(), |_| {}).unwrap_err();
+    let words = refused.to_string();
+    assert!(words.contains("waits on this host") && words.contains("make room"), "{words}");
+    assert!(words.contains("still running here"), "{words}");
+
+    fs::remove_file(&ballast).unwrap();
+    let value = writer.join().unwrap().unwrap();
+    assert_eq!(value["exit_code"], 0, "{value}");
+    eventually("the status is clear again", Duration::from_secs(20), || {
+        stage.fleet.runner(a).status().unwrap().detail.is_empty()
+    });
+    go(&stage.fleet, a, b, Mode::PostCopy, budgets());
+    assert_eq!(sh(stage.fleet.runner(b), "stat -c %s /var/lib/big").trim(), "25165824");
+}
+
 /// A line for each kind of request: what it does in the guest, and how many.
 const REQUESTS: [(&str, &str, u64); 6] = [
     ("read 4 KiB", "dd if=/dev/vda of=/dev/null bs=4k iflag=direct skip=$(($ROUND * 2500))", 2000),
@@ -229,7 +283,7 @@ const REQUESTS: [(&str, &str, u64); 6] = [
         "dd if=/dev/zero of=/var/lib/bench bs=4k oflag=direct,dsync conv=notrunc",
         300,
     ),
-    ("stat, no disk", "dd if=/dev/zero of=/dev/null bs=4k", 2000),
+    ("no disk", "dd if=/dev/zero of=/dev/null bs=4k", 2000),
 ];
 
 /// The figures of decision 7: two machines that differ in nothing but the kind of their disks, asked

@@ -95,7 +95,12 @@ pub struct RunArgs {
     keep_disks: bool,
     /// How the machine reaches its disks, for life: nbd through QEMU's block layer, vhost-user-blk
     /// without it
-    #[arg(long, value_enum, env = "DRAFTER_DISK_KIND", default_value_t)]
+    #[arg(
+        long,
+        value_enum,
+        env = "DRAFTER_DISK_KIND",
+        default_value_t = DiskKind::VhostUserBlk
+    )]
     disk_kind: DiskKind,
     /// Take over the running monitor of a runner that is gone
     #[arg(long, conflicts_with = "keep_disks")]

@@ -23,8 +23,8 @@ use std::{
 use twox_hash::XxHash3_64;
 
 /// Version of this wire format; both ends must speak the same.
-/// Version 1 knew lists in the flight only.
-pub const VERSION: u16 = 2;
+/// Version 1 knew lists in the flight only, version 2 machines with NBD disks only.
+pub const VERSION: u16 = 3;
 /// Largest payload of a frame, in bytes.
 pub const MAX_PAYLOAD: u32 = 16 << 20;
 /// Blocks in one frame at most: 256 KiB of data.
@@ -556,9 +556,9 @@ mod tests {
     }
 
     #[test]
-    fn golden_bytes_of_version_2() {
+    fn golden_bytes_of_version_3() {
         let preamble = Preamble { role: Role::Fault, session: SessionId([0xab; 16]) };
-        let mut expected = b"DRFT\x02\x00\x01\x00".to_vec();
+        let mut expected = b"DRFT\x03\x00\x01\x00".to_vec();
         expected.extend([0xab; 16]);
         assert_eq!(preamble.encode().to_vec(), expected);
 

@@ -37,7 +37,9 @@ use std::{
 };
 
 const FORMAT: &str = "drafter-suspended";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// Version 1 knew machines with NBD disks only, and did not say so.
+const OLDEST: u32 = 1;
 const INDEX: &str = "suspended.json";
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -208,9 +210,9 @@ impl Runner {
         })?;
         let index: Suspended = serde_json::from_slice(&bytes)
             .map_err(|e| format!("{} cannot be read: {e}", path.display()))?;
-        if index.format != FORMAT || index.version != VERSION {
+        if index.format != FORMAT || !(OLDEST..=VERSION).contains(&index.version) {
             return Err(format!(
-                "{} is {} version {}; this version reads {FORMAT} version {VERSION}",
+                "{} is {} version {}; this version reads {FORMAT} versions {OLDEST} to {VERSION}",
                 path.display(),
                 index.format,
                 index.version

@@ -24,7 +24,9 @@ use silo::{
 use std::{fs, io, path::Path, sync::Arc, time::Instant};
 
 const FILE: &str = "machine.json";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// Version 1 knew machines with NBD disks only, and did not say so.
+const OLDEST: u32 = 1;
 
 /// What a machine on this host is.
 #[derive(Serialize, Deserialize)]
@@ -74,7 +76,7 @@ impl Runner {
         })?;
         let noted: Noted = serde_json::from_slice(&bytes)
             .map_err(|e| format!("{} cannot be read: {e}", path.display()))?;
-        if noted.version != VERSION {
+        if !(OLDEST..=VERSION).contains(&noted.version) {
             return Err(format!("{} has version {}", path.display(), noted.version));
         }
         let package = self.open_package(package)?;

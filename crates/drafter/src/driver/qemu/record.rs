@@ -9,7 +9,9 @@ use std::{
 };
 
 const FILE: &str = "qemu.json";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// Version 1 knew machines with NBD disks only, and did not say so.
+const OLDEST: u32 = 1;
 /// Longest path of a unix socket, without the final zero (`sun_path` in unix(7)).
 const LONGEST_SOCKET: usize = 107;
 
@@ -56,10 +58,13 @@ impl Record {
         }
         let parse = |error: serde_json::Error| host(error.into());
         let found: Versioned = serde_json::from_slice(&text).map_err(parse)?;
-        if found.version != VERSION {
+        if !(OLDEST..=VERSION).contains(&found.version) {
             return Err(host(io::Error::new(
                 io::ErrorKind::Unsupported,
-                format!("it has version {}, this program reads {VERSION}", found.version),
+                format!(
+                    "it has version {}, this program reads {OLDEST} to {VERSION}",
+                    found.version
+                ),
             )));
         }
         serde_json::from_slice(&text).map(Some).map_err(parse)
