@@ -45,7 +45,7 @@ fn a_sync_that_is_killed_at_any_request_leaves_the_last_generation_or_makes_its_
     let rig = Rig::new();
     let mut committed = rig.image("image", 0, MIB);
     rig.back_up("image");
-    let (mut before, mut made) = (0, 0);
+    let (mut before, mut made, mut probes) = (0, 0, 0);
     // Probing the store, taking the line, the packs, the commit.
     let requests = [
         ("PUT", "probe/", 5),
@@ -67,6 +67,7 @@ fn a_sync_that_is_killed_at_any_request_leaves_the_last_generation_or_makes_its_
         assert!(met, "{rule:?} was never met");
         rig.server.faults().clear();
 
+        probes += rig.objects("probe").len();
         let (restored, now) = (rig.restored(LINE, None), rig.numbers(LINE));
         if now == numbers {
             assert!(restored == committed, "{rule:?}: not the last generation");
@@ -85,6 +86,7 @@ fn a_sync_that_is_killed_at_any_request_leaves_the_last_generation_or_makes_its_
         }
     }
     assert!(before > 0 && made > 0, "{before} before the commit, {made} after");
+    assert!(probes > 0, "a probe that was killed leaves an object for the collection");
     rig.nothing_leaks();
     assert!(rig.restored(LINE, None) == committed);
 }

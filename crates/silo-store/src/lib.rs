@@ -14,6 +14,7 @@ mod log;
 mod objects;
 mod prune;
 mod remote;
+mod root;
 mod store;
 mod verify;
 mod wire;

@@ -30,6 +30,7 @@ use crate::{
     },
     keys::{DataKey, DataKeyId, Wrapped},
     layout::{LineName, ObjectId, check_name},
+    root::Root,
     wire::{Malformed, Reader, put_text, put_varint, unzstd},
 };
 use silo_block::geometry::Geometry;
@@ -89,8 +90,8 @@ pub(crate) enum Kind {
 pub(crate) struct DeviceEntry {
     pub(crate) name: String,
     pub(crate) geometry: Geometry,
-    /// BLAKE3 of the base that the device began with, if it did.
-    pub(crate) root: Option<[u8; 32]>,
+    /// Of its whole content, if the writer knew it.
+    pub(crate) root: Option<Root>,
     /// Sealed length of each of its leaves in the map.
     pub(crate) leaves: Vec<u32>,
     /// What differs from the map; packs count in the entry's list.
@@ -241,7 +242,7 @@ fn decode_body(bytes: &[u8], packs: &[ObjectId]) -> Result<Body, Malformed> {
         let root = match reader.u8()? {
             0 => None,
             1 => Some(reader.array()?),
-            _ => return Err("a device's base is neither there nor not"),
+            _ => return Err("a device's root is neither there nor not"),
         };
         let leaves = reader.count(1)?;
         if leaves != 0 && leaves as u64 != geometry.blocks().div_ceil(LEAF_BLOCKS) {

@@ -14,6 +14,7 @@ use crate::{
     generation::{Generation, Which},
     keys::{DataKey, DataKeyId, KeySource},
     layout::{LineName, MAPS, ObjectId, PACKS},
+    root,
     store::Store,
 };
 use std::{
@@ -55,6 +56,8 @@ pub struct Verified {
     pub maps: usize,
     /// Blocks whose content was checked.
     pub blocks: u64,
+    /// Devices of generations of which the content was compared with the root.
+    pub roots: usize,
     /// Bytes that were read for it.
     pub bytes: u64,
     /// What is wrong, by object.
@@ -104,6 +107,7 @@ impl Store {
         };
         let (mut verified, mut wanted) = (Verified::default(), Wanted::default());
         let mut data_keys: HashMap<DataKeyId, DataKey> = HashMap::new();
+        let mut namer = None;
         for (at, number) in numbers.iter().enumerate() {
             let looked = Generation::open(self, keys, line, Which::Number(*number), 0).and_then(
                 |generation| {
@@ -129,6 +133,7 @@ impl Store {
             match looked {
                 Ok(generation) => {
                     verified.generations += 1;
+                    namer = Some(generation.namer()?.id);
                     data_keys
                         .extend(generation.data_keys().iter().map(|(id, key)| (*id, key.clone())));
                 }
@@ -162,6 +167,10 @@ impl Store {
                     verified.problems.push(Problem { object, error, affects });
                 }
             }
+            // Names of blocks in packs, as roots have them; those of too many blocks are not kept.
+            let mut tags: HashMap<ObjectId, Vec<u32>> = HashMap::new();
+            let mut room = MAX_TAGS;
+            let namer = data_keys.get(&namer.unwrap_or(DataKeyId([0; 16]))).cloned();
             let mut packs: VecDeque<_> =
                 wanted.packs.values().filter(|(pack, _)| !bad.contains(&pack.id.pack())).collect();
             let mut pending = VecDeque::new();
@@ -172,10 +181,17 @@ impl Store {
                     pending.push_back((next, self.remote.start_get(&next.0.id.pack(), range)));
                 }
                 let Some(((pack, generations), get)) = pending.pop_front() else { break };
-                match get.wait().and_then(|bytes| check_pack(pack, bytes.into(), &data_keys)) {
-                    Ok(blocks) => {
-                        verified.blocks += blocks;
+                let checked = get
+                    .wait()
+                    .and_then(|bytes| check_pack(pack, bytes.into(), &data_keys, namer.as_ref()));
+                match checked {
+                    Ok(found) => {
+                        verified.blocks += found.len() as u64;
                         verified.bytes += u64::from(pack.length);
+                        if let Some(left) = room.checked_sub(found.len()) {
+                            room = left;
+                            tags.insert(pack.id, found);
+                        }
                     }
                     Err(error) if error.is_transient() => return Err(error),
                     Err(error) => {
@@ -192,9 +208,40 @@ impl Store {
             if stop.load(Ordering::Relaxed) {
                 return Err(StoreError::Stopped);
             }
+            for number in numbers {
+                self.roots(keys, line, number, &tags, &mut verified)?;
+            }
         }
         verified.problems.sort_by(|a, b| a.object.cmp(&b.object));
         Ok(verified)
+    }
+
+    /// Compares what a generation's maps give with the roots of its devices.
+    fn roots(
+        self: &Arc<Self>,
+        keys: &dyn KeySource,
+        line: &LineName,
+        number: u64,
+        tags: &HashMap<ObjectId, Vec<u32>>,
+        verified: &mut Verified,
+    ) -> Result<()> {
+        let affected = (line.clone(), number);
+        // What is known to be damaged has another root, too.
+        if verified.problems.iter().any(|problem| problem.affects.contains(&affected)) {
+            return Ok(());
+        }
+        let generation = Generation::open(self, keys, line, Which::Number(number), 0)?;
+        for (device, stored) in generation.devices().iter().enumerate() {
+            let (true, Some(sum)) = (stored.root.is_some(), generation.sum(device, tags)?) else {
+                continue;
+            };
+            verified.roots += 1;
+            if let Err(error) = generation.check_root(device, sum) {
+                let (object, affects) = (line.entry(number), vec![affected.clone()]);
+                verified.problems.push(Problem { object, error, affects });
+            }
+        }
+        Ok(())
     }
 
     /// Existence and sizes.
@@ -283,12 +330,16 @@ impl Store {
     }
 }
 
-/// Opens every chunk of a pack and checks every block; gives their number.
+/// Blocks of which tags are kept for roots: 256 MiB of memory, 256 GiB of 4 KiB blocks.
+const MAX_TAGS: usize = 64 << 20;
+
+/// Opens every chunk of a pack and checks every block; gives tags of their names under `namer`.
 fn check_pack(
     pack: &PackRef,
     mut bytes: Vec<u8>,
     keys: &HashMap<DataKeyId, DataKey>,
-) -> Result<u64> {
+    namer: Option<&DataKey>,
+) -> Result<Vec<u32>> {
     let object = pack.id.pack();
     if ObjectId::of(&bytes) != pack.id {
         return Err(StoreError::corrupt(object, "its bytes are not those that its name says"));
@@ -298,12 +349,19 @@ fn check_pack(
     })?;
     let tail = pack.tail();
     let opened = Opened::new(pack, &bytes[tail.start as usize..tail.end as usize], key)?;
-    let mut room = Vec::new();
+    let (mut room, mut tags) = (Vec::new(), Vec::new());
+    let foreign = namer.filter(|namer| !namer.names_as(key));
     for chunk in &opened.index.chunks {
         let range = chunk.range();
         let sealed = &mut bytes[range.start as usize..range.end as usize];
         let content = opened.chunk(chunk, sealed, &mut room)?;
         opened.check(chunk, content, key)?;
+        if let Some(namer) = foreign {
+            tags.extend(content.chunks(1 << pack.shift).map(|block| root::tag(&namer.name(block))));
+        }
     }
-    Ok(opened.index.names.len() as u64)
+    if foreign.is_none() {
+        tags = opened.index.names.iter().map(root::tag).collect();
+    }
+    Ok(tags)
 }

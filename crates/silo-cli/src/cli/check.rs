@@ -426,7 +426,7 @@ mod tests {
     fn zeros_of_another_length_differ() {
         assert_eq!(compared(8192, &[0; 8192]).blocks, 0);
         assert_eq!(compared(5000, &[0; 6000]).ranges, [(1, 1)]);
-        assert_eq!(compared(5000, &[0; 20_000]).ranges, [(2, 4)]);
+        assert_eq!(compared(5000, &vec![0; 20_000]).ranges, [(2, 4)]);
         assert_eq!(compared(20_000, &[0; 5000]).ranges, [(2, 4)]);
         assert_eq!(compared(0, &[]).blocks, 0);
     }

@@ -70,6 +70,10 @@ pub(super) fn generations(args: &GenerationsArgs, json: bool) -> Result<()> {
     print(json, &serde_json::json!({ "line": line.to_string(), "generations": list }), &text)
 }
 
+fn hex(root: [u8; 32]) -> String {
+    root.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 fn show(generation: &Generation, json: bool) -> Result<()> {
     let devices: Vec<_> = generation
         .devices()
@@ -77,7 +81,7 @@ fn show(generation: &Generation, json: bool) -> Result<()> {
         .map(|device| {
             serde_json::json!({
                 "name": device.name, "bytes": device.geometry.bytes(),
-                "block_size": device.geometry.block(),
+                "block_size": device.geometry.block(), "root": device.root.map(hex),
             })
         })
         .collect();
@@ -99,6 +103,8 @@ fn show(generation: &Generation, json: bool) -> Result<()> {
     for device in generation.devices() {
         let (bytes, block) = (human(device.geometry.bytes()), human(device.geometry.block()));
         text.push_str(&format!("\ndevice     {} ({bytes} in blocks of {block})", device.name));
+        let root = device.root.map_or_else(|| "not known".to_owned(), hex);
+        text.push_str(&format!("\n  root     {root}"));
     }
     print(json, &value, &text)
 }

@@ -88,6 +88,7 @@ fn add(all: &mut Verified, one: Verified) {
     all.packs += one.packs;
     all.maps += one.maps;
     all.blocks += one.blocks;
+    all.roots += one.roots;
     all.bytes += one.bytes;
     all.problems.extend(one.problems);
 }
@@ -106,15 +107,17 @@ fn report(verified: &Verified, json: bool) -> Result<()> {
         .collect();
     let value = serde_json::json!({
         "generations": verified.generations, "packs": verified.packs, "maps": verified.maps,
-        "blocks": verified.blocks, "bytes": verified.bytes, "problems": problems,
+        "blocks": verified.blocks, "roots": verified.roots, "bytes": verified.bytes,
+        "problems": problems,
     });
     let mut lines = vec![format!(
-        "{} generations, {} packs, {} maps; {} read, {} blocks checked",
+        "{} generations, {} packs, {} maps; {} read, {} blocks and {} roots checked",
         verified.generations,
         verified.packs,
         verified.maps,
         human(verified.bytes),
-        verified.blocks
+        verified.blocks,
+        verified.roots
     )];
     for problem in &verified.problems {
         lines.push(format!("WRONG {}: {}", problem.object, problem.error));

@@ -6,6 +6,8 @@
 mod cache;
 mod device;
 mod restore;
+#[cfg(test)]
+mod tests;
 
 pub use device::GenerationDevice;
 pub use restore::{RestoreOptions, Restored};
@@ -21,6 +23,7 @@ use crate::{
     keys::{BlockName, DataKey, DataKeyId, KeySource},
     layout::{LineName, ObjectId},
     log::{DeviceEntry, Entry, Refers},
+    root::Sum,
     store::Store,
     writer::{from_word, to_word},
 };
@@ -49,6 +52,9 @@ pub struct StoredDevice {
     pub name: String,
     /// Size and blocks.
     pub geometry: Geometry,
+    /// A hash of all of its content, which is equal for equal content of one tenant; not known of a
+    /// generation whose writer had not read the whole device.
+    pub root: Option<[u8; 32]>,
 }
 
 struct Part {
@@ -221,6 +227,7 @@ impl Generation {
         let stored = |part: &Part| StoredDevice {
             name: part.entry.name.clone(),
             geometry: part.entry.geometry,
+            root: part.entry.root,
         };
         self.parts.iter().map(stored).collect()
     }
@@ -372,6 +379,47 @@ impl Generation {
         }
         seen.into_iter().for_each(|pack| each(&self.pack(pack)));
         Ok(())
+    }
+
+    /// The key of the tenant that wrote it: names of blocks in roots are under this one.
+    pub(crate) fn namer(&self) -> Result<&DataKey> {
+        self.key(self.refers.sealed_with)
+    }
+
+    /// The sum of a device's blocks by the maps, with the tags of blocks in packs; none if they are
+    /// not known of all packs.
+    pub(crate) fn sum(
+        &self,
+        device: usize,
+        tags: &HashMap<ObjectId, Vec<u32>>,
+    ) -> Result<Option<Sum>> {
+        let blocks = self.parts[device].entry.geometry.blocks();
+        let mut sum = Sum::default();
+        for leaf in 0..blocks.div_ceil(LEAF_BLOCKS) {
+            for (at, word) in self.read_leaf(device, leaf)?.iter().enumerate() {
+                let Content::At { pack, slot } = from_word(*word) else { continue };
+                let id = self.pack(pack).id;
+                let Some(tags) = tags.get(&id) else { return Ok(None) };
+                let tag = tags.get(slot as usize).copied();
+                // No such block: another one than any that was backed up.
+                sum.add(leaf * LEAF_BLOCKS + at as u64, tag.unwrap_or(u32::MAX));
+            }
+        }
+        Ok(Some(sum))
+    }
+
+    /// An error if a device has another content than its writer had.
+    pub(crate) fn check_root(&self, device: usize, sum: Sum) -> Result<()> {
+        let DeviceEntry { name, geometry, root, .. } = &self.parts[device].entry;
+        if root.is_none_or(|root| root == sum.root(*geometry)) {
+            return Ok(());
+        }
+        let object = self.line.entry(self.number());
+        let detail = format!(
+            "the content that it gives for device \"{name}\" is not what was backed up (the root is \
+             another one); use another generation"
+        );
+        Err(StoreError::corrupt(object, detail))
     }
 
     /// Data keys of everything that it refers to.

@@ -11,6 +11,7 @@ use crate::{
         runs::Content,
     },
     remote::Pending,
+    root::{self, Sum},
     writer::from_word,
 };
 use bytes::Bytes;
@@ -78,6 +79,8 @@ struct Work<'a> {
     pieces: &'a [Piece],
     jobs: Mutex<VecDeque<Job>>,
     failed: Mutex<Option<StoreError>>,
+    /// Of all blocks that were written.
+    sum: Mutex<Sum>,
     stop: &'a AtomicBool,
     done: &'a AtomicU64,
 }
@@ -150,6 +153,7 @@ impl Generation {
             pieces: &pieces,
             jobs: Mutex::new(jobs),
             failed: Mutex::default(),
+            sum: Mutex::default(),
             stop,
             done,
         };
@@ -161,6 +165,7 @@ impl Generation {
         if let Some(error) = work.failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
             return Err(error);
         }
+        self.check_root(device, work.sum.into_inner().unwrap_or_else(PoisonError::into_inner))?;
         target.flush().map_err(failed("flush", 0))?;
         Ok(Restored { bytes: geometry.bytes(), zeros, took: start.elapsed() })
     }
@@ -219,7 +224,8 @@ impl Work<'_> {
     }
 
     fn decode(&self, job: &Job, pack: &PackRef, mut bytes: Vec<u8>) -> Result<()> {
-        let key = self.generation.key(pack.key)?;
+        let (key, namer) = (self.generation.key(pack.key)?, self.generation.namer()?);
+        let (known, mut sum) = (key.names_as(namer), Sum::default());
         let tail = pack.tail();
         let tail = (tail.start - job.range.start) as usize..(tail.end - job.range.start) as usize;
         let opened = Opened::new(pack, &bytes[tail], key)?;
@@ -264,8 +270,18 @@ impl Work<'_> {
                     source,
                 })?;
                 self.done.fetch_add(length, Ordering::Relaxed);
+                let whole = &content[start..start + (((to - from) as usize) << pack.shift)];
+                for (at, content) in whole.chunks(1 << pack.shift).enumerate() {
+                    let name = match opened.index.names.get(from as usize + at) {
+                        Some(name) if known => *name,
+                        // Of a base under another tenant's key.
+                        _ => namer.name(content),
+                    };
+                    sum.add(block + at as u64, root::tag(&name));
+                }
             }
         }
+        self.sum.lock().unwrap_or_else(PoisonError::into_inner).merge(sum);
         let last = opened.index.names.len() as u32;
         if let Some(piece) = pieces.iter().find(|piece| piece.slot + piece.count > last) {
             return Err(self.generation.no_slot(&opened, piece.slot));

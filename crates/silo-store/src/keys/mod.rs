@@ -225,6 +225,11 @@ impl DataKey {
         ObjectKey::new(&blake3::derive_key(use_, &material))
     }
 
+    /// Whether content has the same names under another key: that of the same tenant.
+    pub(crate) fn names_as(&self, other: &DataKey) -> bool {
+        self.names == other.names
+    }
+
     /// The name of a block's content.
     pub(crate) fn name(&self, content: &[u8]) -> BlockName {
         let hash = blake3::keyed_hash(&self.names, content);

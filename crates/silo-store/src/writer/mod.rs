@@ -41,6 +41,7 @@ use crate::{
     layout::{LineName, ObjectId},
     log::{self, Body, DeviceEntry, Head, KeyEntry, Kind},
     remote::Requests,
+    root::{self, Root, Tags},
     store::{Appended, Store},
 };
 use names::Names;
@@ -110,8 +111,11 @@ impl Stored {
 /// A device as the line knows it.
 struct Held {
     name: String,
-    root: Option<[u8; 32]>,
+    /// Of the content that the next entry tells of, if that is known.
+    root: Option<Root>,
     places: Places,
+    /// What its blocks were when they were read.
+    tags: Tags,
     /// Sealed lengths of its leaves in the map.
     leaves: Vec<u32>,
 }
@@ -187,8 +191,8 @@ impl LineWriter {
     /// Bytes of memory that places of blocks and names take.
     #[must_use]
     pub fn memory(&self) -> usize {
-        self.devices.iter().map(|device| device.places.memory()).sum::<usize>()
-            + self.packs.len() * size_of::<Slot>()
+        let device = |held: &Held| held.places.memory() + held.tags.memory();
+        self.devices.iter().map(device).sum::<usize>() + self.packs.len() * size_of::<Slot>()
     }
 
     fn check_owner(&self) -> Result<()> {
@@ -230,7 +234,10 @@ impl LineWriter {
         self.fit(infos)?;
         let mut stored = Stored::default();
         let changes = tracing::info_span!("upload")
-            .in_scope(|| self.upload(infos, frozen, stop, &mut stored))?;
+            .in_scope(|| self.upload(infos, frozen, everything, stop, &mut stored))?;
+        for held in &mut self.devices {
+            held.root = held.tags.root(held.places.geometry());
+        }
         let undo: Vec<Vec<Run>> = changes
             .iter()
             .zip(&mut self.devices)
@@ -281,7 +288,9 @@ impl LineWriter {
         }
         let (line, mut changed) = (self.line.to_string(), false);
         for (held, info) in self.devices.iter_mut().zip(infos) {
-            changed |= held.places.geometry() != info.geometry;
+            if held.places.geometry() != info.geometry {
+                (changed, held.tags) = (true, Tags::new(info.geometry));
+            }
             if !held.places.resize(info.geometry) {
                 let detail = format!(
                     "device \"{}\" is stored in blocks of {} bytes, not of {}",
@@ -303,18 +312,23 @@ impl LineWriter {
         &mut self,
         infos: &[DeviceInfo],
         frozen: &dyn Frozen,
+        everything: bool,
         stop: &AtomicBool,
         stored: &mut Stored,
     ) -> Result<Vec<Vec<Run>>> {
         /// Bytes read from a device at a time: how long a writer may be held by the reading.
         const READ: u64 = 128 << 10;
-        let Self { store, key, options, packs, names, limiter, began, .. } = self;
+        let Self { store, key, options, packs, names, limiter, began, devices, .. } = self;
         let mut upload =
             Upload::new(&store.remote, key, options.packs, packs, limiter, *began, stop);
         let mut buf = Vec::new();
         let mut changes = Vec::with_capacity(infos.len());
         let result = infos.iter().enumerate().try_for_each(|(device, info)| {
             let (geometry, mut collector) = (info.geometry, Collector::default());
+            let tags = &mut devices[device].tags;
+            if everything {
+                tags.begin();
+            }
             let shift = geometry.block().trailing_zeros() as u8;
             let size = geometry.block() as usize;
             for range in frozen.changed(device).ranges() {
@@ -338,10 +352,12 @@ impl LineWriter {
                         let number = part.start.0 + at as u64;
                         if is_zero(block) {
                             stored.zeros += 1;
+                            tags.set(number, 0);
                             collector.push(number, Content::Zero);
                             continue;
                         }
                         let name = key.name(block);
+                        tags.set(number, root::tag(&name));
                         let known = names.get(&name).filter(|(pack, _)| upload.usable(*pack));
                         let (pack, slot) = match known {
                             Some(place) => {
@@ -358,6 +374,9 @@ impl LineWriter {
                         collector.push(number, Content::At { pack, slot });
                     }
                 }
+            }
+            if everything {
+                tags.complete();
             }
             changes.push(collector.runs);
             Ok(())
@@ -563,7 +582,7 @@ type NewMap = ((MapRef, [u8; 16], DataKeyId), Vec<u32>);
 impl Held {
     fn new(info: &DeviceInfo) -> Self {
         let (name, places) = (info.name.clone(), Places::new(info.geometry));
-        Self { name, root: None, places, leaves: Vec::new() }
+        Self { name, root: None, places, tags: Tags::new(info.geometry), leaves: Vec::new() }
     }
 }
 

@@ -13,6 +13,7 @@ use crate::{
     keys::{KeySource, random},
     layout::LineName,
     log::{Entry, Head, encode_opened},
+    root::Tags,
     store::{Appended, Store},
 };
 use std::{
@@ -233,8 +234,10 @@ impl LineWriter {
             let mut runs = device.runs;
             runs.iter_mut().for_each(|run| renumber(run, &table));
             places.apply(&runs);
-            let (name, root, leaves) = (device.name, device.root, device.leaves);
-            self.devices.push(Held { name, root, places, leaves });
+            // Another tenant's names, and so its roots, say nothing here.
+            let root = device.root.filter(|_| line.tenant() == self.line.tenant());
+            let (name, leaves, tags) = (device.name, device.leaves, Tags::new(device.geometry));
+            self.devices.push(Held { name, root, places, tags, leaves });
         }
         // As if it had been written just now: the next map comes as soon as this one is outgrown.
         self.since_map = 0;

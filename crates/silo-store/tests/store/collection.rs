@@ -187,3 +187,56 @@ fn a_fork_that_stalls_while_its_parent_is_pruned_and_collected_is_refused() {
     assert!(matches!(forked, Err(StoreError::Busy(_))));
     assert!(matches!(newest(&others, "branch", "disk"), Err(StoreError::NoGeneration { .. })));
 }
+
+#[test]
+fn what_killed_commands_left_goes_when_it_is_old_and_nothing_else_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let url: silo_store::StoreUrl = format!("file://{}", dir.path().display()).parse().unwrap();
+    let store =
+        Store::open(&url, silo_store::Access::Write, &silo_store::Environment::default(), limits())
+            .unwrap();
+    let disk = Disk::new(noise(1, 1 << 20));
+    round(&mut writer(&store, "vm"), &group(&[("disk", 4096, &disk)]), Want::Changed).unwrap();
+    // A probe, the mark of a collection, a pack that was being written: each old and young.
+    let leave = |name: &str, is_old: bool| {
+        let path = dir.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let file = std::fs::File::create(&path).unwrap();
+        if is_old {
+            file.set_modified(SystemTime::now() - Duration::from_secs(3600)).unwrap();
+        }
+        name.to_owned()
+    };
+    let (old, young) = ("a".repeat(64), "b".repeat(64));
+    let mut wanted = vec![
+        leave(&format!("probe/{old}"), true),
+        leave("collections/0000000000000001/began", true),
+        leave(&format!("packs/aa/{old}#1"), true),
+    ];
+    let mut stay = vec![
+        leave(&format!("probe/{young}"), false),
+        leave("collections/0000000000000002/began", false),
+        leave(&format!("packs/bb/{young}#1"), false),
+        // What condemned something is a collection's to deal with.
+        leave("collections/0000000000000003/began", true),
+        leave("collections/0000000000000003/tombs", true),
+        leave("collections/0000000000000003/done", true),
+    ];
+    let there = |name: &String| dir.path().join(name).exists();
+    let short = |found: Vec<String>| -> Vec<String> {
+        let root = format!("{}/", dir.path().display());
+        let mut names: Vec<_> = found.iter().map(|name| name.replace(&root, "")).collect();
+        names.sort_unstable();
+        names
+    };
+    wanted.sort_unstable();
+    assert_eq!(short(store.tidy(Duration::ZERO, true).unwrap()), wanted);
+    assert!(wanted.iter().chain(&stay).all(there), "a dry run has deleted something");
+    let hours = Duration::from_secs(2 * 3600);
+    assert!(store.tidy(hours, false).unwrap().is_empty(), "younger than the grace");
+    assert_eq!(short(store.tidy(Duration::ZERO, false).unwrap()), wanted);
+    assert!(!wanted.iter().any(there));
+    stay.retain(|name| !there(name));
+    assert!(stay.is_empty(), "{stay:?} went");
+    assert_eq!(newest(&store, "vm", "disk").unwrap(), disk.content());
+}
