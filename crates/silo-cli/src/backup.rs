@@ -11,7 +11,7 @@ use crate::{
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use silo::store::{
     Access, Backup, BackupOptions, Environment, KeyRing, Limits, LineName, LineWriter, Objects,
-    Policy, Store, StoreUrl, WriterOptions, capture::Capture,
+    Policy, Store, StoreError, StoreUrl, WriterOptions, capture::Capture,
 };
 use std::{
     ffi::OsString,
@@ -73,7 +73,19 @@ impl Place {
     /// # Errors
     /// As [`Store::open`].
     pub(crate) fn open(&self, access: Access) -> Result<Arc<Store>> {
-        Ok(Store::open(&self.url, access, &self.environment, Limits::default())?)
+        Ok(self.open_within(access, Limits::default())?)
+    }
+
+    /// Opens it for whoever can do without, if that takes long.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub(crate) fn open_within(
+        &self,
+        access: Access,
+        limits: Limits,
+    ) -> Result<Arc<Store>, StoreError> {
+        Store::open(&self.url, access, &self.environment, limits)
     }
 
     /// Opens it for plain objects.

@@ -3,12 +3,15 @@
 //! Exit codes: 0 done; 1 failed; 2 wrong flags or a wrong config; 3 done, and what was checked is
 //! not as it should be; 130 ended by a second signal.
 
+mod assist;
 mod backup;
 mod bench;
 mod cli;
 mod config;
+mod first_touch;
 mod metrics;
 mod moving;
+mod note;
 mod service;
 mod stack;
 

@@ -6,9 +6,10 @@
 
 use crate::{
     backup::{Running, Target},
-    cli::{give, stop::Stop},
+    cli::stop::Stop,
     config::{AttachConfig, Config, ExposeConfig, FuseConfig, NbdConfig, VhostConfig},
     metrics::{Endpoint, Readings, Source, names},
+    note,
     stack::{DeviceStack, Devices, Host, ROOM_LIMIT, Role},
 };
 use anyhow::{Context, Result, bail};
@@ -117,7 +118,7 @@ impl Service {
     /// # Errors
     /// If anything cannot be opened or listened on; then nothing is left running.
     pub(crate) fn start(config: &Config) -> Result<Self> {
-        let mut service = Self::open(config, Role::Use)?;
+        let mut service = Self::open(config, &Role::Use)?;
         service.back_up(config)?;
         service.serve(config)?;
         Ok(service)
@@ -127,9 +128,9 @@ impl Service {
     ///
     /// # Errors
     /// If one cannot be opened, or is not this host's to use.
-    pub(crate) fn open(config: &Config, role: Role) -> Result<Self> {
-        if role == Role::Use {
-            give::check_use(config)?;
+    pub(crate) fn open(config: &Config, role: &Role) -> Result<Self> {
+        if *role == Role::Use {
+            note::check_use(config)?;
         }
         let host = Host::new(config)?;
         let fronts = Arc::new(Fronts::default());

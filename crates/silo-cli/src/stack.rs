@@ -31,6 +31,7 @@ pub(crate) use source::{disk_options, hash_of_file};
 use crate::{
     config::{BackupConfig, BinlogConfig, Config, DeviceConfig, OnError, SourceConfig},
     metrics::{CacheFigures, DeviceFigures, FilterFigures, Metrics, MoveFigures, Tracking},
+    note,
 };
 use anyhow::{Context, Result, ensure};
 use identity::{HostName, Identity};
@@ -42,7 +43,7 @@ use silo::{
     },
     io::BlockDevice,
     layer::{Stack, StackGroup},
-    moving::{Content, Volume, source::new_session},
+    moving::{Content, Volume, ledger::Note, source::new_session},
     store::{CopyGroup, ScratchOptions, capture::Capture},
 };
 use std::{
@@ -114,12 +115,15 @@ pub(crate) struct DeviceStack {
 }
 
 /// What the devices of a config are opened for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
     /// To be used; those of `[migrate]` may leave.
     Use,
     /// Those of `[migrate]` are to come from another host.
     Receive,
+    /// Those of `[migrate]` are as this note says: a move goes on that a process began which is no
+    /// more.
+    GoOn(Arc<Note>),
 }
 
 /// All devices of a config, and what is done with groups of them.
@@ -137,7 +141,7 @@ impl Devices {
     ///
     /// # Errors
     /// If a part of a device cannot be opened, or its content is not what the config says.
-    pub(crate) fn open(config: &Config, host: &Host, role: Role) -> Result<Self> {
+    pub(crate) fn open(config: &Config, host: &Host, role: &Role) -> Result<Self> {
         let mut lowers = BTreeMap::new();
         for (name, device) in &config.device {
             let lower = Lower::open(name, device, host);
@@ -181,7 +185,7 @@ fn volume(
     name: &str,
     config: &DeviceConfig,
     device: Arc<dyn BlockDevice>,
-    role: Role,
+    role: &Role,
 ) -> Result<Arc<Volume>> {
     let name = DeviceName::new(name).context("a device that moves has another name")?;
     let block = u32::try_from(config.block_size.0)?;
@@ -190,6 +194,7 @@ fn volume(
     let volume = match role {
         Role::Use => Volume::owned(name, device, block, content, new_session()?)?,
         Role::Receive => Volume::untouched(name, device, block, content)?,
+        Role::GoOn(noted) => note::volume(noted, name, device, block, content)?,
     };
     Ok(Arc::new(volume))
 }

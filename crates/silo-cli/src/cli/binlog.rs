@@ -2,7 +2,7 @@
 
 use super::{
     device::{DeviceArgs, FrontArgs, TlsArgs},
-    give, human, print, serve,
+    human, print, serve,
     stop::Stop,
 };
 use crate::{
@@ -129,7 +129,7 @@ fn replay(args: &ReplayArgs, json: bool) -> Result<()> {
     let reader = open(&args.log)?;
     let config = args.device.config()?;
     config.check()?;
-    give::check_use(&config)?;
+    crate::note::check_use(&config)?;
     let (name, device) = one_device(&config, args.device_name.as_deref())?;
     let stack = DeviceStack::open(name, device, &Host::new(&config)?)?;
     let device = stack.device();

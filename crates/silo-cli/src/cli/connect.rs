@@ -1,15 +1,18 @@
 //! `silo connect`: takes devices from a source, then serves them, also while blocks still come.
 
 use super::{
+    assist::{AssistArgs, TakeArgs},
     device::{DeviceArgs, FrontArgs, MetricsArgs, TlsArgs},
-    give, human, print,
+    human, print,
     progress::Progress,
     serve,
     stop::Stop,
 };
 use crate::{
+    assist,
     config::{Config, DeviceConfig, MigrateConfig},
     moving::{Parking, peer_name, security},
+    note::{self, Start},
     service::Service,
     stack::Role,
 };
@@ -21,7 +24,6 @@ use silo::{
     moving::{
         Inbound, Server, Volume,
         destination::{Accepted, DestinationHost, DestinationReport, Offer, Options, Reception},
-        ledger::{FileLedger, Ledger},
         peer::Listener,
         report::MoveError,
     },
@@ -56,6 +58,10 @@ pub(super) struct ConnectArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "config")]
     note: Option<PathBuf>,
     #[command(flatten)]
+    assist: AssistArgs,
+    #[command(flatten)]
+    takes: TakeArgs,
+    #[command(flatten)]
     device: DeviceArgs,
     #[command(flatten)]
     fronts: FrontArgs,
@@ -77,6 +83,10 @@ impl ConnectArgs {
             let mut migrate = MigrateConfig::new(self.tls.plaintext, self.source_name.clone());
             let own = || config.device.values().find_map(DeviceConfig::own_note);
             migrate.note = self.note.clone().or_else(own);
+            if let Some(device) = config.device.keys().next() {
+                self.assist.apply(device, self.takes.early_release(), &mut migrate)?;
+            }
+            self.takes.apply(&mut migrate);
             config.migrate = Some(migrate);
         }
         let migrate = config.migrate.as_mut().context("the config has no [migrate]")?;
@@ -188,21 +198,21 @@ pub(super) fn run(args: &ConnectArgs, json: bool) -> Result<()> {
     let (config, migrate) = args.config()?;
     let source = migrate.peer.clone();
     let source = source.context("where is the source? add HOST:PORT, or peer to [migrate]")?;
-    give::check_receive(migrate.note.as_deref())?;
-    let mut service = Service::open(&config, Role::Receive)?;
-    let (security, limits) = security(&migrate, service.host())?;
-    let options = Options {
-        ledger: migrate
-            .note
-            .as_ref()
-            .map(|path| Arc::new(FileLedger::new(path.clone())) as Arc<dyn Ledger>),
-        ..Options::default()
+    let start = note::receiving(&config, migrate.note.as_deref())?;
+    let role = match &start {
+        Start::New => Role::Receive,
+        Start::Filling(noted) | Start::Running(noted, ..) => Role::GoOn(noted.clone()),
     };
+    let mut service = Service::open(&config, &role)?;
+    let (security, limits) = security(&migrate, service.host())?;
+    let mut options = Options { ledger: note::ledger(migrate.note.as_ref()), ..Options::default() };
+    assist::at_destination(&config, &migrate, service.host(), &mut options)?;
     let (sender, said) = mpsc::channel();
     let bell = Arc::new(Bell(Mutex::new(sender)));
     let volumes = service.volumes().to_vec();
-    let desk = Arc::new(Desk { volumes, bell, options });
+    let desk = Arc::new(Desk { volumes, bell: bell.clone(), options: options.clone() });
     let expected = (!migrate.plaintext).then(|| peer_name(&migrate)).transpose()?;
+    let owner = expected.clone();
     let allow = move |name: Option<&HostName>| expected.as_ref() == name;
     // Sources speak on connections that are made from here; nobody else has a reason to connect.
     let socket = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
@@ -214,7 +224,20 @@ pub(super) fn run(args: &ConnectArgs, json: bool) -> Result<()> {
     } else {
         eprintln!("waiting for {source} to give its devices; SIGINT ends it");
     }
-    let inbound = receive(args, &config, &mut service, &said, &stop, json)?;
+    let inbound = match start {
+        Start::New | Start::Filling(_) => receive(args, &config, &mut service, &said, &stop, json)?,
+        // The devices are this host's since a process that is no more: whoever uses them need not
+        // wait for the source.
+        Start::Running(noted, session, attempt) => {
+            let volumes = note::in_order(&noted, service.volumes())?;
+            let inbound = Arc::new(Inbound::running(session, attempt, volumes, bell, options)?);
+            server.adopt(inbound.clone(), owner);
+            service.host().moves.receives(&inbound);
+            service.serve(&config)?;
+            serve::announce(&service, args.fronts.socket.as_deref(), json)?;
+            Some(inbound)
+        }
+    };
     let Some(inbound) = inbound else { return service.stop() };
     let following = thread::spawn({
         let inbound = inbound.clone();
@@ -226,7 +249,7 @@ pub(super) fn run(args: &ConnectArgs, json: bool) -> Result<()> {
         Ok(report) => {
             service.host().moves.received(&report, inbound.wait_times());
             service.flush()?;
-            give::note_whole(migrate.note.as_deref(), service.volumes())?;
+            note::note_whole(migrate.note.as_deref(), service.volumes())?;
             say(&report, json)?;
             if !args.once {
                 service.back_up(&config)?;
@@ -332,6 +355,18 @@ fn say(report: &DestinationReport, json: bool) -> Result<()> {
         "peer": report.peer,
         "wire_bytes": report.wire.total(),
         "demands": report.counters.demands,
+        "blocks": {
+            "from_source": report.counters.from_peer,
+            "from_store": report.counters.from_store,
+            "written_here": report.counters.written,
+        },
+        "places": report.by_place.iter().map(|(name, counts)| serde_json::json!({
+            "name": name,
+            "fetched": counts.fetched,
+            "wrong": counts.wrong,
+            "missing": counts.missing,
+            "failed": counts.failed,
+        })).collect::<Vec<_>>(),
         "read_waits": {
             "count": report.waits.count,
             "p50_seconds": report.waits.p50.as_secs_f64(),

@@ -2,9 +2,12 @@
 
 use super::{human, print, progress::Progress, stop::Stop};
 use crate::{
-    config::{Config, DeviceConfig, MigrateConfig},
+    assist,
+    config::{Config, MigrateConfig},
+    first_touch::Orders,
     metrics::MoveFigures,
     moving::{Waiting, peer_name, security},
+    note,
     service::Service,
 };
 use anyhow::{Context, Result};
@@ -12,13 +15,12 @@ use identity::{HostName, Security};
 use silo::moving::SessionId;
 use silo::moving::{
     Outbound, Volume,
-    ledger::{DeviceNote, FileLedger, Ledger, Note, Standing},
-    peer::Limits,
+    ledger::Note,
+    peer::{Dial, Limits},
     report::SourceReport,
     source::{Handover, Options, SourceHost},
 };
 use std::{
-    path::Path,
     sync::{Arc, Mutex, PoisonError},
     thread::{self, JoinHandle},
     time::Duration,
@@ -29,104 +31,6 @@ const LOOK: Duration = Duration::from_millis(50);
 
 /// Between two attempts.
 const AGAIN: Duration = Duration::from_millis(500);
-
-/// What a note says of the devices.
-enum Noted {
-    /// Nothing: they never moved.
-    Nothing,
-    /// They are this host's.
-    Here,
-    /// They came by a move and are this host's; so many blocks have not come.
-    Came(u64),
-    /// They were coming, and are not this host's.
-    Coming(SessionId),
-    /// They went, or are about to.
-    Gone(SessionId),
-}
-
-fn noted(note: Option<&Path>) -> Result<Noted> {
-    let Some(path) = note else { return Ok(Noted::Nothing) };
-    let read = || format!("the note {}", path.display());
-    let Some(note) = FileLedger::new(path.to_owned()).load().with_context(read)? else {
-        return Ok(Noted::Nothing);
-    };
-    Ok(match note.standing {
-        Standing::Here => Noted::Here,
-        Standing::Receiving { session } => Noted::Coming(session),
-        Standing::Leaving { session, .. } | Standing::Away { session } => Noted::Gone(session),
-        Standing::Owner { .. } => {
-            let mut missing = 0;
-            for device in &note.devices {
-                missing += device.replica().with_context(read)?.absent().len();
-            }
-            Noted::Came(missing)
-        }
-    })
-}
-
-/// Refuses to use devices that are not this host's any more, not yet, or not whole.
-///
-/// # Errors
-/// If the note says so, or cannot be read.
-pub(crate) fn check_use(config: &Config) -> Result<()> {
-    let note = config.migrate.iter().filter_map(|migrate| migrate.note.clone());
-    // Whoever moved a device by flags has it noted beside the device.
-    let own = config.device.values().filter_map(DeviceConfig::own_note);
-    note.chain(own).try_for_each(|note| check_note(&note))
-}
-
-fn check_note(note: &Path) -> Result<()> {
-    let note = Some(note);
-    let why = match noted(note)? {
-        Noted::Nothing | Noted::Here | Noted::Came(0) => return Ok(()),
-        Noted::Came(blocks) => format!("{blocks} blocks of them never came"),
-        Noted::Coming(session) => {
-            format!("session {session}, by which they were coming, did not end; run silo connect")
-        }
-        Noted::Gone(session) => {
-            format!("they were given away by session {session}; they run elsewhere")
-        }
-    };
-    refuse(note, &why)
-}
-
-/// Refuses to receive devices that are this host's by a move.
-///
-/// # Errors
-/// If the note says so, or cannot be read.
-pub(super) fn check_receive(note: Option<&Path>) -> Result<()> {
-    match noted(note)? {
-        Noted::Nothing | Noted::Coming(_) | Noted::Gone(_) => Ok(()),
-        Noted::Here | Noted::Came(0) => {
-            refuse(note, "they are this host's already; run silo serve")
-        }
-        Noted::Came(blocks) => {
-            refuse(note, &format!("they are this host's, and {blocks} blocks of them never came"))
-        }
-    }
-}
-
-/// Notes that the devices are this host's and whole. Their content is durable already.
-///
-/// # Errors
-/// If the note cannot be made.
-pub(super) fn note_whole(note: Option<&Path>, volumes: &[Arc<Volume>]) -> Result<()> {
-    let Some(path) = note else { return Ok(()) };
-    let devices = volumes
-        .iter()
-        .map(|volume| volume.with_replica(|replica| DeviceNote::of(volume.name().clone(), replica)))
-        .collect();
-    FileLedger::new(path.to_owned())
-        .save(&Note { standing: Standing::Here, devices })
-        .with_context(|| format!("could not note in {} that all is here", path.display()))
-}
-
-fn refuse(note: Option<&Path>, why: &str) -> Result<()> {
-    let note = note.map_or_else(String::new, |note| note.display().to_string());
-    anyhow::bail!(
-        "the devices are not usable like that: {why} (if you know better, remove the note {note})"
-    )
-}
 
 /// Writers need no telling: their requests wait, and fail once the devices have left.
 struct Quiet;
@@ -149,14 +53,120 @@ impl SourceHost for Quiet {
     }
 }
 
-/// What a giver needs for each attempt.
-struct Terms {
+/// What is needed for each attempt to give the devices away.
+pub(super) struct Terms {
     waiting: Waiting,
     volumes: Vec<Arc<Volume>>,
     peer: HostName,
     security: Security,
     limits: Limits,
     options: Options,
+    orders: Option<Orders>,
+    moves: Arc<MoveFigures>,
+}
+
+impl Terms {
+    /// Listens for a destination, if the config says where.
+    ///
+    /// # Errors
+    /// If it cannot listen, or has no certificate.
+    pub(super) fn new(
+        whole: &Config,
+        config: &MigrateConfig,
+        service: &Service,
+    ) -> Result<Option<Self>> {
+        let Some(address) = config.listen else { return Ok(None) };
+        let (security, limits) = security(config, service.host())?;
+        let mut options = Options::default();
+        options.session.window = config.in_flight.0;
+        options.session.policy.blackout = config.blackout.0;
+        options.session.policy.max_time = config.pre_copy.0;
+        options.ledger = note::ledger(config.note.as_ref());
+        assist::at_source(whole, config, service.volumes(), &mut options)?;
+        let folder = config.first_touch.as_deref();
+        let orders = folder.map(|folder| Orders::open(folder, service.volumes())).transpose()?;
+        let waiting = Waiting::start(address)?;
+        let (volumes, peer) = (service.volumes().to_vec(), peer_name(config)?);
+        let moves = service.host().moves.clone();
+        Ok(Some(Self { waiting, volumes, peer, security, limits, options, orders, moves }))
+    }
+
+    /// Where it waits.
+    pub(super) fn address(&self) -> std::net::SocketAddr {
+        self.waiting.address()
+    }
+
+    fn dial(&self) -> Dial {
+        self.waiting.dial(self.peer.clone(), self.security.clone(), self.limits.clone())
+    }
+
+    /// One attempt to give the devices away.
+    #[tracing::instrument(name = "move", skip_all)]
+    fn give(&self, stop: &Stop, json: bool) -> Result<SourceReport> {
+        let options = self.options.clone();
+        let outbound = Outbound::start(self.volumes.clone(), self.dial(), Arc::new(Quiet), options)
+            .context("the move could not begin")?;
+        if let Some(orders) = &self.orders {
+            (0..self.volumes.len()).for_each(|at| outbound.expect(at, orders.of(at)));
+        }
+        self.see_through(outbound, stop, json)
+    }
+
+    /// Goes on with a session whose process died when authority was leaving: serves the destination
+    /// if it runs, and has the devices back if it never will.
+    ///
+    /// # Errors
+    /// If they are back, or it cannot be gone on.
+    pub(super) fn go_on(
+        &self,
+        (note, session, attempt): &(Arc<Note>, SessionId, u32),
+        stop: &Stop,
+        json: bool,
+    ) -> Result<SourceReport> {
+        let volumes = note::in_order(note, &self.volumes)?;
+        // Hashes of known files are by the device's number in the config's order.
+        let options = Options { attempt: *attempt, advertised: None, ..self.options.clone() };
+        let outbound = Outbound::restored(*session, volumes, self.dial(), Arc::new(Quiet), options)
+            .context("the move could not be gone on with")?;
+        self.see_through(outbound, stop, json)
+    }
+
+    /// Whether the devices are this host's.
+    pub(super) fn are_here(&self) -> bool {
+        self.volumes.iter().all(|volume| volume.is_owned())
+    }
+
+    /// Until the end of a move.
+    fn see_through(&self, outbound: Outbound, stop: &Stop, json: bool) -> Result<SourceReport> {
+        let mut outbound = Arc::new(outbound);
+        self.moves.gives(&outbound);
+        let progress = Progress::bytes("moving", 0, json);
+        let mut cancelled = false;
+        while !outbound.is_over() {
+            let now = outbound.progress();
+            progress.set(now.size.saturating_sub(now.remaining), now.size);
+            if cancelled {
+                thread::park_timeout(LOOK);
+            } else if stop.wait(LOOK) {
+                // Once the token is out this changes nothing, and the move ends by itself.
+                outbound.cancel("the source is being stopped");
+                cancelled = true;
+            }
+        }
+        progress.end();
+        loop {
+            match Arc::try_unwrap(outbound) {
+                Ok(alone) => {
+                    let report = alone.wait()?;
+                    self.moves.gave(&report);
+                    return Ok(report);
+                }
+                // A scrape is looking at it.
+                Err(shared) => outbound = shared,
+            }
+            thread::yield_now();
+        }
+    }
 }
 
 /// A source that waits for its destination.
@@ -167,37 +177,20 @@ pub(super) struct Giver {
 }
 
 impl Giver {
-    /// Listens; ends `stop` once the devices have left.
+    /// Waits for a destination; ends `stop` once the devices have left.
     ///
     /// # Errors
-    /// If it cannot listen, or has no certificate.
-    pub(super) fn start(
-        config: &MigrateConfig,
-        service: &Service,
-        stop: Stop,
-        json: bool,
-    ) -> Result<Option<Self>> {
-        let Some(address) = config.listen else { return Ok(None) };
-        let (security, limits) = security(config, service.host())?;
-        let mut options = Options::default();
-        options.session.window = config.in_flight.0;
-        options.session.policy.blackout = config.blackout.0;
-        options.ledger = config
-            .note
-            .as_ref()
-            .map(|path| Arc::new(FileLedger::new(path.clone())) as Arc<dyn Ledger>);
-        let waiting = Waiting::start(address)?;
-        let address = waiting.address();
-        let (volumes, peer) = (service.volumes().to_vec(), peer_name(config)?);
-        let terms = Terms { waiting, volumes, peer, security, limits, options };
+    /// If there is no thread.
+    pub(super) fn start(terms: Terms, stop: Stop, json: bool) -> Result<Self> {
+        let address = terms.address();
         let outcome = Arc::new(Mutex::default());
-        let (told, moves) = (outcome.clone(), service.host().moves.clone());
+        let told = outcome.clone();
         let thread = thread::Builder::new().name("silo-give".to_owned()).spawn(move || {
             while !stop.wait(LOOK) {
                 if !terms.waiting.has_caller() {
                     continue;
                 }
-                match give(&terms, &stop, &moves, json) {
+                match terms.give(&stop, json) {
                     Ok(report) => {
                         *told.lock().unwrap_or_else(PoisonError::into_inner) = Some(report);
                         stop.ask();
@@ -209,8 +202,11 @@ impl Giver {
                     }
                 }
             }
+            if let Some(Err(error)) = terms.orders.as_ref().map(Orders::keep) {
+                eprintln!("silo: {error:#}");
+            }
         })?;
-        Ok(Some(Self { address, outcome, thread }))
+        Ok(Self { address, outcome, thread })
     }
 
     /// Where it waits.
@@ -226,43 +222,6 @@ impl Giver {
     }
 }
 
-/// One attempt to give the devices away.
-#[tracing::instrument(name = "move", skip_all)]
-fn give(terms: &Terms, stop: &Stop, moves: &MoveFigures, json: bool) -> Result<SourceReport> {
-    let dial = terms.waiting.dial(terms.peer.clone(), terms.security.clone(), terms.limits.clone());
-    let options = terms.options.clone();
-    let outbound = Outbound::start(terms.volumes.clone(), dial, Arc::new(Quiet), options)
-        .context("the move could not begin")?;
-    let mut outbound = Arc::new(outbound);
-    moves.gives(&outbound);
-    let progress = Progress::bytes("moving", 0, json);
-    let mut cancelled = false;
-    while !outbound.is_over() {
-        let now = outbound.progress();
-        progress.set(now.size.saturating_sub(now.remaining), now.size);
-        if cancelled {
-            thread::park_timeout(LOOK);
-        } else if stop.wait(LOOK) {
-            // Once the token is out this changes nothing, and the move ends by itself.
-            outbound.cancel("the source is being stopped");
-            cancelled = true;
-        }
-    }
-    progress.end();
-    loop {
-        match Arc::try_unwrap(outbound) {
-            Ok(alone) => {
-                let report = alone.wait()?;
-                moves.gave(&report);
-                return Ok(report);
-            }
-            // A scrape is looking at it.
-            Err(shared) => outbound = shared,
-        }
-        thread::yield_now();
-    }
-}
-
 /// Tells of a move, for people or as JSON.
 pub(super) fn say(report: &SourceReport, json: bool) -> Result<()> {
     let paths = &report.paths;
@@ -274,6 +233,11 @@ pub(super) fn say(report: &SourceReport, json: bool) -> Result<()> {
         "rounds": report.rounds,
         "links": report.links,
         "wire_bytes": report.wire.total(),
+        "sent": {
+            "demand": report.sent[0], "prefetch": report.sent[1],
+            "dirty": report.sent[2], "bulk": report.sent[3],
+        },
+        "spared": report.spared,
         "blocks": {
             "zero": paths.zero, "fill": paths.fill, "same": paths.same, "held": paths.held,
             "plain": paths.plain, "packed": paths.packed, "delta": paths.delta,

@@ -1,5 +1,6 @@
 //! The subcommands. Each prints a few lines for people, or one JSON object with `--json`.
 
+mod assist;
 mod binlog;
 mod check;
 mod config;

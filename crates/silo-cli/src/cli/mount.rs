@@ -148,7 +148,7 @@ pub(super) fn run(args: &MountArgs, json: bool) -> Result<()> {
     if args.device.config.is_none() {
         expose = args.fronts.expose(args.tls.plaintext);
     }
-    let mut service = Service::open(&config, Role::Use)?;
+    let mut service = Service::open(&config, &Role::Use)?;
     let (name, far) = service.first_device().context("no device is named")?;
     let shown = if args.device.config.is_some() { name.as_str() } else { NAME };
     let options = args.options(shown, far.size())?;

@@ -1,20 +1,26 @@
 //! `silo serve`: devices for others to use, until SIGTERM or SIGINT.
 
 use super::{
+    assist::{AssistArgs, GiveArgs},
     device::{DeviceArgs, FrontArgs, MetricsArgs, TlsArgs},
-    give::{self, Giver},
+    give::{self, Giver, Terms},
     human, print,
     stop::Stop,
 };
 use crate::{
+    assist,
     config::{Config, DeviceConfig, MigrateConfig},
+    note,
     service::Service,
+    stack::Role,
 };
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::Args;
+use silo::moving::{SessionId, ledger::Note};
 use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 #[derive(Args)]
@@ -36,6 +42,10 @@ pub(super) struct ServeArgs {
     /// Note in this file who owns the device; without it in DEVICE.silo-note beside it
     #[arg(long, value_name = "FILE", requires = "move_listen")]
     note: Option<PathBuf>,
+    #[command(flatten)]
+    assist: AssistArgs,
+    #[command(flatten)]
+    gives: GiveArgs,
 }
 
 impl ServeArgs {
@@ -53,11 +63,15 @@ impl ServeArgs {
         }
         config.identity = self.tls.identity();
         config.metrics = self.metrics.config();
-        if self.move_listen.is_some() {
+        if self.move_listen.is_some() || self.gives.shares() {
             let mut migrate = MigrateConfig::new(self.tls.plaintext, self.destination.clone());
             migrate.listen = self.move_listen;
             let own = || config.device.values().find_map(DeviceConfig::own_note);
             migrate.note = self.note.clone().or_else(own);
+            if let Some(device) = config.device.keys().next() {
+                self.assist.apply(device, false, &mut migrate)?;
+            }
+            self.gives.apply(&mut migrate);
             config.migrate = Some(migrate);
         }
         config.check()?;
@@ -69,11 +83,27 @@ pub(super) fn run(args: &ServeArgs, json: bool) -> Result<()> {
     // Before anything is served, so that a signal that comes early is not lost.
     let stop = Stop::on_signals()?;
     let config = args.config()?;
-    let service = Service::start(&config)?;
-    let giver = match &config.migrate {
-        Some(migrate) => Giver::start(migrate, &service, stop.clone(), json)?,
+    let migrate = config.migrate.as_ref();
+    let leaving = note::leaving(migrate.and_then(|migrate| migrate.note.as_deref()))?;
+    let (service, terms) = match (migrate, leaving) {
+        (Some(migrate), Some(leaving)) if migrate.listen.is_some() => {
+            match go_on(&config, migrate, &leaving, &stop, json)? {
+                Some(back) => back,
+                None => return Ok(()),
+            }
+        }
+        (migrate, _) => {
+            let service = Service::start(&config)?;
+            let terms =
+                migrate.map(|migrate| Terms::new(&config, migrate, &service)).transpose()?;
+            (service, terms.flatten())
+        }
+    };
+    let _sharing = match migrate {
+        Some(migrate) => assist::share(&config, migrate, service.host())?,
         None => None,
     };
+    let giver = terms.map(|terms| Giver::start(terms, stop.clone(), json)).transpose()?;
     let socket = args.fronts.socket.as_deref().filter(|_| args.device.config.is_none());
     announce(&service, socket, json)?;
     if let Some(giver) = &giver
@@ -92,6 +122,38 @@ pub(super) fn run(args: &ServeArgs, json: bool) -> Result<()> {
             // There is nothing left here to store or to flush.
             ran.and(service.without_backup().stop())
         }
+    }
+}
+
+/// Goes on with a move that a process had begun which is no more: nobody uses the devices here, and
+/// the destination gets what it lacks. Gives them back if it never ran; none if they have left.
+fn go_on(
+    config: &Config,
+    migrate: &MigrateConfig,
+    leaving: &(Arc<Note>, SessionId, u32),
+    stop: &Stop,
+    json: bool,
+) -> Result<Option<(Service, Option<Terms>)>> {
+    let mut service = Service::open(config, &Role::GoOn(leaving.0.clone()))?;
+    let terms =
+        Terms::new(config, migrate, &service)?.context("nobody listens for the destination")?;
+    let (session, address) = (leaving.1.to_string(), terms.address().to_string());
+    let value = serde_json::json!({ "leaving": session, "listening": address });
+    let text = format!("the devices are leaving by session {session}; waiting on {address}");
+    print(json, &value, &text)?;
+    match terms.go_on(leaving, stop, json) {
+        Ok(report) => {
+            give::say(&report, json)?;
+            service.without_backup().stop()?;
+            Ok(None)
+        }
+        Err(error) if terms.are_here() => {
+            eprintln!("silo: {error:#}");
+            service.back_up(config)?;
+            service.serve(config)?;
+            Ok(Some((service, Some(terms))))
+        }
+        Err(error) => Err(error),
     }
 }
 

@@ -73,7 +73,7 @@ pub(super) fn run(args: &SyncArgs, json: bool) -> Result<()> {
     let stop = Stop::on_signals()?;
     let config = args.config()?;
     let (target, max_age, rate) = args.target(&config)?;
-    let mut service = Service::open(&config, Role::Use)?;
+    let mut service = Service::open(&config, &Role::Use)?;
     let capture = service.capture().context("no device is backed up")?;
     if args.once {
         let stored = once(&target, &*capture, rate, args, &stop, json)?;

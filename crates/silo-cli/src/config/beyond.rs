@@ -4,7 +4,7 @@ use super::{ByteSize, Secret, Span};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use silo::store::{LineName, Retention};
-use std::{net::SocketAddr, path::PathBuf};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 /// Certificates of this host, as `silo tls` makes them.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
@@ -150,6 +150,79 @@ pub(crate) struct MigrateConfig {
     /// Hand over when the rest can be sent in this time
     #[serde(default = "MigrateConfig::default_blackout")]
     pub(crate) blackout: Span,
+    /// Hand over after so long at the latest; 0s hands over at once, and all blocks follow
+    #[serde(default = "MigrateConfig::default_pre_copy")]
+    pub(crate) pre_copy: Span,
+    /// A line of backups that both hosts read: what it has need not go over the line
+    pub(crate) assist: Option<AssistConfig>,
+    /// Hosts that a destination asks by hash for blocks that the source names so, in this order
+    #[serde(default)]
+    pub(crate) peers: Vec<PeerConfig>,
+    /// Files of this host, by device, with content that other hosts have too: a source names blocks
+    /// that are as there by hash, a destination looks there first
+    #[serde(default)]
+    pub(crate) known: BTreeMap<String, PathBuf>,
+    /// Answer hosts that ask by hash for content of the files in `known`
+    pub(crate) share: Option<ShareConfig>,
+    /// A folder in which a source keeps the order in which blocks are first used, and from which it
+    /// ships that: the destination gets them first
+    pub(crate) first_touch: Option<PathBuf>,
+}
+
+/// A store beside a move.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct AssistConfig {
+    /// The store; that of [backup] if not given
+    pub(crate) store: Option<StoreConfig>,
+    /// `tenant/line` of the devices' backups; that of [backup] if not given
+    pub(crate) line: Option<String>,
+    /// Where the tenant's keys are; those of [backup] if not given
+    pub(crate) keys: Option<Secret>,
+    /// At a destination: the source may go as soon as what is missing is in the store
+    #[serde(default)]
+    pub(crate) early_release: bool,
+    /// After so long without an answer the next place is asked too
+    #[serde(default = "AssistConfig::default_hedge")]
+    pub(crate) hedge: Span,
+}
+
+impl AssistConfig {
+    /// By flags: the line, and where its store and keys are.
+    pub(crate) fn by_flags(url: &str, line: &str, keys: Secret, early_release: bool) -> Self {
+        Self {
+            store: Some(StoreConfig::at(url)),
+            line: Some(line.to_owned()),
+            keys: Some(keys),
+            early_release,
+            hedge: Self::default_hedge(),
+        }
+    }
+
+    fn default_hedge() -> Span {
+        Span(std::time::Duration::from_millis(250))
+    }
+}
+
+/// Another host that has content.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct PeerConfig {
+    /// Where it answers, as in host-c:5171
+    pub(crate) address: String,
+    /// Its name in its certificate
+    pub(crate) name: Option<String>,
+}
+
+/// Answers by hash.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct ShareConfig {
+    /// Where, as in 0.0.0.0:5171
+    pub(crate) listen: SocketAddr,
+    /// Names in certificates that may ask; all of the same authority if not given
+    #[serde(default)]
+    pub(crate) hosts: Vec<String>,
 }
 
 impl MigrateConfig {
@@ -166,6 +239,12 @@ impl MigrateConfig {
             in_flight: Self::default_in_flight(),
             bandwidth: None,
             blackout: Self::default_blackout(),
+            pre_copy: Self::default_pre_copy(),
+            assist: None,
+            peers: Vec::new(),
+            known: BTreeMap::new(),
+            share: None,
+            first_touch: None,
         }
     }
 
@@ -175,6 +254,10 @@ impl MigrateConfig {
 
     fn default_in_flight() -> ByteSize {
         ByteSize(64 << 20)
+    }
+
+    fn default_pre_copy() -> Span {
+        Span(std::time::Duration::from_secs(3600))
     }
 
     fn default_blackout() -> Span {

@@ -2,7 +2,7 @@
 //! work. Looks at nothing outside of the file.
 
 use super::{
-    ByteSize, Config, DeviceConfig, NbdConfig, SourceConfig, StoreConfig,
+    ByteSize, Config, DeviceConfig, MigrateConfig, NbdConfig, SourceConfig, StoreConfig,
     problem::{Finding, nearest},
 };
 use silo::{device::DeviceName, hash::RootHash, nbd::NbdUri, store::LineName};
@@ -246,7 +246,9 @@ fn check_migrate(root: &mut At<'_>, config: &Config) {
              the network is trusted as a whole",
         );
     }
-    if !migrate.plaintext && migrate.peer_name.is_none() {
+    // Whoever only answers by hash gives nothing away.
+    let moves = migrate.share.is_none() || migrate.listen.is_some() || migrate.peer.is_some();
+    if moves && !migrate.plaintext && migrate.peer_name.is_none() {
         at.wrong("peer-name", "is missing: which host may devices go to or come from?");
     }
     if migrate.peer_name.as_ref().is_some_and(|name| name.parse::<identity::HostName>().is_err()) {
@@ -254,7 +256,7 @@ fn check_migrate(root: &mut At<'_>, config: &Config) {
     }
     let members = config.members(migrate.group.as_deref());
     let kept = |name: &String| config.device.get(name).is_some_and(DeviceConfig::is_kept);
-    if migrate.note.is_none() && members.is_some_and(|(_, names)| names.iter().any(kept)) {
+    if moves && migrate.note.is_none() && members.is_some_and(|(_, names)| names.iter().any(kept)) {
         at.wrong(
             "note",
             "is missing: without it a restart would serve devices that have left or have not come \
@@ -269,6 +271,49 @@ fn check_migrate(root: &mut At<'_>, config: &Config) {
     }
     if migrate.bandwidth == Some(ByteSize(0)) {
         at.wrong("bandwidth", "nothing moves at 0 bytes a second; leave the key out for no limit");
+    }
+    check_elsewhere(&mut at, config, migrate);
+}
+
+/// Where blocks of a move may come from beside its source.
+fn check_elsewhere(at: &mut At<'_>, config: &Config, migrate: &MigrateConfig) {
+    if let Some(assist) = &migrate.assist {
+        let mut at = at.below("assist");
+        if let Some(store) = &assist.store {
+            check_store(&mut at.below("store"), store);
+        }
+        if let Some(Err(error)) = assist.line.as_deref().map(LineName::parse) {
+            at.wrong("line", error.to_string());
+        }
+        let whole = assist.store.is_some() && assist.line.is_some() && assist.keys.is_some();
+        if config.backup.is_none() && !whole {
+            at.wrong("store", "without [backup] it needs store, line and keys");
+        }
+    }
+    let named = |name: &Option<String>| {
+        migrate.plaintext
+            || name.as_ref().is_some_and(|name| name.parse::<identity::HostName>().is_ok())
+    };
+    if migrate.peers.iter().any(|peer| !named(&peer.name)) {
+        at.wrong("peers", "each has a name, as in its certificate: host-c or c.example.org");
+    }
+    if migrate.peers.iter().any(|peer| !peer.address.contains(':')) {
+        at.wrong("peers", "each has an address and a port, as in host-c:5171");
+    }
+    let names: Vec<&str> = config.device.keys().map(String::as_str).collect();
+    for device in migrate.known.keys().filter(|name| !config.device.contains_key(*name)) {
+        let hint = nearest(device, &names)
+            .map_or_else(String::new, |meant| format!("; did you mean \"{meant}\"?"));
+        at.wrong("known", format!("there is no device \"{device}\"{hint}"));
+    }
+    if let Some(share) = &migrate.share {
+        if migrate.known.is_empty() {
+            at.wrong("share", "there is nothing to share; name files in known");
+        }
+        if share.hosts.iter().any(|name| name.parse::<identity::HostName>().is_err()) {
+            at.below("share")
+                .wrong("hosts", "each is a host's name, as in host-a or a.example.org");
+        }
     }
 }
 

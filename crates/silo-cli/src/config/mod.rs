@@ -16,7 +16,8 @@ mod values;
 mod tests;
 
 pub(crate) use beyond::{
-    BackupConfig, IdentityConfig, MetricsConfig, MigrateConfig, RetentionConfig, StoreConfig,
+    AssistConfig, BackupConfig, IdentityConfig, MetricsConfig, MigrateConfig, PeerConfig,
+    RetentionConfig, ShareConfig, StoreConfig,
 };
 pub(crate) use problem::ConfigError;
 pub(crate) use values::{ByteSize, Secret, Span};
@@ -529,7 +530,14 @@ impl Config {
             expose.fuse.iter_mut().for_each(|fuse| at(&mut fuse.mount));
         }
         self.identity.iter_mut().for_each(|identity| at(&mut identity.dir));
-        self.migrate.iter_mut().filter_map(|migrate| migrate.note.as_mut()).for_each(at);
+        if let Some(migrate) = &mut self.migrate {
+            migrate.note.iter_mut().chain(&mut migrate.first_touch).for_each(at);
+            migrate.known.values_mut().for_each(at);
+            if let Some(assist) = &mut migrate.assist {
+                assist.store.iter_mut().for_each(store);
+                assist.keys.iter_mut().for_each(secret);
+            }
+        }
         if let Some(backup) = &mut self.backup {
             store(&mut backup.store);
             secret(&mut backup.keys);

@@ -1,0 +1,206 @@
+//! Moves by the command whose processes are killed in the middle: the same command goes on.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+mod common;
+
+use common::{
+    Client, FLUSH,
+    silo::{Running, http, silo},
+};
+use nix::sys::signal::Signal;
+use std::{
+    fs,
+    net::TcpListener,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+const SIZE: usize = 6 << 20;
+
+struct Rig {
+    dir: tempfile::TempDir,
+    address: String,
+    content: Vec<u8>,
+}
+
+impl Rig {
+    /// A source with a disk of noise.
+    fn new(seed: u64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let tls = dir.path().join("tls");
+        let tls = tls.to_str().unwrap();
+        silo(["tls", "init", tls]).good();
+        for name in ["source", "destination"] {
+            silo(["tls", "issue", tls, name]).good();
+        }
+        // A port that nobody has now; the source takes it in a moment.
+        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        let mut content = vec![0; SIZE];
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&seed.to_le_bytes()).finalize_xof().fill(&mut content);
+        fs::write(dir.path().join("source.raw"), &content).unwrap();
+        Self { dir, address, content }
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn config(&self, end: &str, more: &str) -> String {
+        let file = self.at(&format!("{end}.toml"));
+        let (way, peer) =
+            if end == "source" { ("listen", "destination") } else { ("peer", "source") };
+        fs::write(
+            &file,
+            format!(
+                "[device.disk]\nsize = {SIZE}\n\
+                 source = {{ file = {{ path = \"{end}.raw\", create = true }} }}\n\
+                 expose = {{ nbd = {{ unix = \"{end}.nbd\" }} }}\n\
+                 [identity]\ndir = \"tls\"\nname = \"{end}\"\n\
+                 [migrate]\n{way} = \"{}\"\npeer-name = \"{peer}\"\nnote = \"{end}.note\"\n{more}\
+                 [metrics]\nlisten = \"127.0.0.1:0\"\n",
+                self.address
+            ),
+        )
+        .unwrap();
+        file.to_str().unwrap().to_owned()
+    }
+
+    fn source(&self, more: &str) -> Running {
+        Running::start(["serve", "--config", &self.config("source", more)])
+    }
+
+    fn destination(&self) -> Running {
+        Running::start(["connect", "--config", &self.config("destination", "")])
+    }
+}
+
+/// Hands over at once, and sends so slowly that nearly everything is still to come.
+const EARLY: &str = "bandwidth = \"1M\"\npre-copy = \"0s\"\nin-flight = \"1M\"\n";
+
+fn read_all(path: &Path) -> Vec<u8> {
+    let (mut client, size) = Client::go(path).unwrap();
+    assert_eq!(size, SIZE as u64);
+    let step = 1 << 20;
+    (0..SIZE).step_by(step).flat_map(|at| client.read(at as u64, step as u32).unwrap()).collect()
+}
+
+fn kill(process: Running) {
+    process.signal(Signal::SIGKILL);
+    process.wait();
+}
+
+fn last_json(text: &str) -> serde_json::Value {
+    serde_json::from_str(text.lines().last().unwrap()).unwrap()
+}
+
+#[test]
+fn a_destination_killed_after_the_devices_changed_hands_goes_on_with_the_same_command() {
+    for source_too in [false, true] {
+        let rig = Rig::new(1);
+        let mut source = rig.source(EARLY);
+        let destination = rig.destination();
+        destination.next();
+        let mut wanted = rig.content.clone();
+        {
+            // Written there before it has come: whole blocks, part of one, and at the very end.
+            let (mut client, _) = Client::go(&rig.at("destination.nbd")).unwrap();
+            for (at, length, byte) in
+                [(5 << 20, 8192, 1), ((4 << 20) + 100, 50, 2), (SIZE - 4096, 4096, 3)]
+            {
+                assert_eq!(client.write(at as u64, &vec![byte; length], 0).unwrap(), 0);
+                wanted[at..at + length].fill(byte);
+            }
+            assert_eq!(client.call(FLUSH, 0, 0, 0).unwrap(), 0);
+        }
+        kill(destination);
+        silo(["serve", "--config", rig.at("destination.toml").to_str().unwrap()])
+            .failed(1, "have not come; silo connect goes on with the move");
+        if source_too {
+            kill(source);
+            source = rig.source(EARLY);
+            assert!(source.ready["leaving"].is_string(), "{}", source.ready);
+            assert!(!rig.at("source.nbd").exists() || Client::go(&rig.at("source.nbd")).is_err());
+        }
+        let destination = rig.destination();
+        let served = destination.next();
+        assert_eq!(served["devices"][0]["device"], "disk", "{served}");
+        assert!(read_all(&rig.at("destination.nbd")) == wanted, "the disk differs");
+        let report = destination.next();
+        assert_eq!(report["complete"], true, "{report}");
+        let said = source.wait().good();
+        assert_eq!(last_json(&said.out)["moved"], true);
+        destination.stop().good();
+        assert!(fs::read(rig.at("destination.raw")).unwrap() == wanted);
+        silo(["serve", "--config", rig.at("source.toml").to_str().unwrap()])
+            .failed(1, "they run elsewhere");
+    }
+}
+
+#[test]
+fn a_destination_killed_before_the_devices_changed_hands_gets_only_what_is_missing() {
+    let rig = Rig::new(2);
+    let source = rig.source("bandwidth = \"1M\"\nin-flight = \"1M\"\n");
+    let metrics = source.ready["metrics"].as_str().unwrap().to_owned();
+    let destination = rig.destination();
+    let deadline = Instant::now() + common::LIMIT;
+    let left = || {
+        let (_, text) = http(&metrics, "GET", "/metrics");
+        let line = text
+            .lines()
+            .find(|l| l.starts_with("silo_move_remaining_bytes{end=\"source\""))?
+            .to_owned();
+        line.rsplit(' ').next()?.parse::<f64>().ok()
+    };
+    while left().is_none_or(|left| left == 0.0 || left > SIZE as f64 / 2.0) {
+        assert!(Instant::now() < deadline, "the move does not get to its half");
+        thread::sleep(Duration::from_millis(10));
+    }
+    kill(destination);
+    {
+        use silo::moving::ledger::Ledger;
+        let note = silo::moving::ledger::FileLedger::new(rig.at("destination.note")).load().unwrap().unwrap();
+        let d = &note.devices[0];
+        eprintln!("DEBUG {:?} absent {} clock {:?} epochs {:?} hist {:?}", note.standing, d.record.absent.iter().map(|r| r.count).sum::<u64>(), d.record.clock, d.record.epochs.len(), d.record.history);
+    }
+    let destination = rig.destination();
+    destination.next();
+    assert_eq!(destination.next()["complete"], true);
+    let report = last_json(&source.wait().good().out);
+    assert_eq!(report["links"], 2, "{report}");
+    let wire = report["wire_bytes"].as_u64().unwrap();
+    // All once, and what was on its way, or not noted as durable, when the process was killed.
+    assert!(wire < (SIZE + SIZE / 2) as u64, "{report}");
+    destination.stop().good();
+    assert!(fs::read(rig.at("destination.raw")).unwrap() == rig.content);
+}
+
+#[test]
+fn a_source_whose_destination_never_got_the_devices_has_them_back_and_gives_them_again() {
+    let rig = Rig::new(3);
+    let source = rig.source(EARLY);
+    let destination = rig.destination();
+    destination.next();
+    kill(destination);
+    kill(source);
+    // As if its computer had burnt: all that a destination would know of the token is gone.
+    for name in ["destination.raw", "destination.note"] {
+        fs::remove_file(rig.at(name)).unwrap();
+    }
+    let source = rig.source("pre-copy = \"0s\"\n");
+    assert!(source.ready["leaving"].is_string(), "{}", source.ready);
+    let destination = rig.destination();
+    // Back, and served, before it moves again.
+    assert_eq!(source.next()["devices"][0]["device"], "disk");
+    // The first session ended this process' only try; the next is a new command.
+    let said = destination.wait();
+    assert_eq!(said.code, 1, "{said:?}");
+    let destination = rig.destination();
+    destination.next();
+    assert_eq!(destination.next()["complete"], true);
+    assert_eq!(last_json(&source.wait().good().out)["moved"], true);
+    destination.stop().good();
+    assert!(fs::read(rig.at("destination.raw")).unwrap() == rig.content);
+}
