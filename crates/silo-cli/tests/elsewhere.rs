@@ -108,7 +108,7 @@ fn what_the_store_has_comes_from_there_also_while_it_fails_and_both_ends_say_so(
         let mut source = command(["--json", "serve", "--config", &source]);
         let source = Running::of(source.envs(server.credentials()));
         // Not in the store.
-        write(&rig.at("source.nbd"), 3 << 20, &[5; 100_000]);
+        write(&rig.at("source.nbd"), 3 << 20, &vec![5; 100_000]);
         wanted[3 << 20..(3 << 20) + 100_000].fill(5);
         if let Some(fault) = &trouble {
             let rule = Rule { skip: 4, times: 6, ..Rule::next("GET", "packs", fault.clone()) };

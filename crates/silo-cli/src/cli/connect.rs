@@ -243,7 +243,9 @@ pub(super) fn run(args: &ConnectArgs, json: bool) -> Result<()> {
         let inbound = inbound.clone();
         move || inbound.wait().map_err(Box::new)
     });
-    follow(&service, &inbound, &said, &stop, json);
+    let over = || following.is_finished();
+    follow(&service, &inbound, &over, &said, &stop, json);
+    // Until here the source may have to come back.
     drop((parking, server));
     match following.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)) {
         Ok(report) => {
@@ -325,13 +327,14 @@ fn receive(
 fn follow(
     service: &Service,
     inbound: &Inbound,
+    over: &dyn Fn() -> bool,
     said: &mpsc::Receiver<Said>,
     stop: &Stop,
     json: bool,
 ) {
     let progress = Progress::bytes("receiving", 0, json);
     let mut told = false;
-    while !inbound.is_over() {
+    while !over() {
         if let Ok(Said::Trouble(what)) = said.recv_timeout(LOOK) {
             eprintln!("silo: {what}");
         }

@@ -14,26 +14,35 @@ use silo_block::session::{
     messages::{Reason, ToSource},
 };
 use std::{
-    sync::{Arc, PoisonError, mpsc},
-    time::Duration,
+    sync::{Arc, PoisonError, atomic::Ordering, mpsc},
+    time::{Duration, Instant},
 };
+
+/// How often it is noted what has come.
+const CHECKPOINT: Duration = Duration::from_secs(2);
 
 impl Shared {
     pub(super) fn drive(
         self: &Arc<Self>,
         chores: &mpsc::Sender<chores::Job>,
     ) -> Result<DestinationReport, MoveError> {
+        let mut noted = (Instant::now(), 0);
         let end = loop {
             // Polls, so that deadlines are kept, and does what concerns readers.
             let step = self.with_machine(None, |machine, _| machine.phase().clone()).0;
             if let Some(step) = step {
                 self.note_phase(&step);
             }
+            self.checkpoint(&mut noted, chores);
             let mut core = lock(&self.core);
             if core.pending.is_empty() {
                 let now = self.now();
                 let wake = core.machine.as_ref().and_then(|machine| machine.wake(now));
-                let wait = wake.map_or(Duration::from_secs(1), |wake| wake.saturating_sub(now));
+                let wait = wake.map_or(CHECKPOINT, |wake| wake.saturating_sub(now));
+                let wait = match self.options.ledger {
+                    Some(_) => wait.min(CHECKPOINT.saturating_sub(noted.0.elapsed())),
+                    None => wait,
+                };
                 let empty = |core: &mut Core| core.pending.is_empty();
                 let waited = self.changed.wait_timeout_while(core, wait, empty);
                 drop(waited.unwrap_or_else(PoisonError::into_inner));
@@ -62,6 +71,19 @@ impl Shared {
         let _ = chores.send(chores::Job::Stop(done));
         let _ = waited.recv();
         self.finish(end)
+    }
+
+    /// Has it noted from time to time what has come, so that a crash costs no more than that.
+    fn checkpoint(&self, last: &mut (Instant, u64), chores: &mpsc::Sender<chores::Job>) {
+        let (at, then) = last;
+        if self.options.ledger.is_none() || at.elapsed() < CHECKPOINT {
+            return;
+        }
+        *at = Instant::now();
+        let stored = self.stored.load(Ordering::Relaxed);
+        if std::mem::replace(then, stored) != stored {
+            let _ = chores.send(chores::Job::Note(0));
+        }
     }
 
     fn perform(

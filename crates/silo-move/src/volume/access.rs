@@ -53,6 +53,7 @@ impl Volume {
     ) -> io::Result<()> {
         self.check(offset, length)?;
         let touched = self.geometry.touched(offset, length);
+        self.touched(touched);
         if let Some(blank) = &self.blank {
             blank.remove(touched);
         }
@@ -125,6 +126,7 @@ impl BlockDevice for Volume {
             self.admit()?;
         }
         let touched = self.geometry.touched(offset, buf.len() as u64);
+        self.touched(touched);
         if !self.here.has(touched)
             && let Some((hub, device)) = self.hub()
             && let Turn::Fail(error) = hub.read(device, touched)
@@ -139,9 +141,11 @@ impl BlockDevice for Volume {
         if !matches!(self.mode(), Mode::Open | Mode::Paused) {
             self.admit()?;
         }
-        if !self.here.has(self.geometry.touched(offset, buf.len() as u64)) {
+        let touched = self.geometry.touched(offset, buf.len() as u64);
+        if !self.here.has(touched) {
             return Ok(false);
         }
+        self.touched(touched);
         self.device.try_read_at(offset, buf)
     }
 

@@ -17,6 +17,7 @@
 
 mod access;
 mod here;
+mod touch;
 
 use crate::lane::lock;
 use here::Here;
@@ -37,7 +38,7 @@ use silo_block::{
 use std::{
     io,
     sync::{
-        Arc, Condvar, Mutex, PoisonError, RwLock,
+        Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock,
         atomic::{AtomicU8, Ordering},
     },
     time::{Duration, Instant},
@@ -142,6 +143,7 @@ pub struct Volume {
     changed: Condvar,
     waiting: Mutex<()>,
     listeners: Mutex<Vec<OnArrival>>,
+    touch: OnceLock<touch::Touch>,
 }
 
 impl std::fmt::Debug for Volume {
@@ -248,6 +250,7 @@ impl Volume {
             changed: Condvar::new(),
             waiting: Mutex::new(()),
             listeners: Mutex::default(),
+            touch: OnceLock::new(),
         }
     }
 

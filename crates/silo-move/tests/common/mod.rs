@@ -5,6 +5,7 @@
 pub mod content;
 pub mod early;
 pub mod file;
+pub mod killing;
 pub mod memory;
 pub mod rig;
 pub mod tap;

@@ -20,9 +20,9 @@ enum Trouble {
 /// From when on.
 #[derive(Clone, Copy, Debug)]
 enum From {
-    TheStart,
-    TheMiddle,
-    TheToken,
+    Start,
+    Middle,
+    Token,
 }
 
 fn begin(site: &Site, trouble: &Trouble) {
@@ -62,22 +62,22 @@ fn walkable(folder: &std::path::Path) -> Vec<std::path::PathBuf> {
 fn try_with(trouble: &Trouble, from: From, lasts: bool) {
     let site = Site::new(Kind::S3, 3 * MIB, 7);
     let what = format!("{trouble:?} from {from:?} on, lasting: {lasts}");
-    if matches!(from, From::TheStart) {
+    if matches!(from, From::Start) {
         begin(&site, trouble);
     }
-    let switch = matches!(from, From::TheToken);
+    let switch = matches!(from, From::Token);
     let plan = Plan { rate: 3_000_000, switch, patience: 30_000, ..Plan::default() };
     let Move { outbound, receiver, there, .. } = site.start(plan);
     let session = receiver.session(1);
     match from {
-        From::TheStart => {}
-        From::TheMiddle => {
+        From::Start => {}
+        From::Middle => {
             until("something of the store", || {
                 session.counters().from_store > 0 || session.is_over()
             });
             begin(&site, trouble);
         }
-        From::TheToken => {
+        From::Token => {
             receiver.host.wait_for(|seen| matches!(seen, Seen::Run(..)));
             begin(&site, trouble);
         }
@@ -95,7 +95,7 @@ fn try_with(trouble: &Trouble, from: From, lasts: bool) {
 }
 
 fn all_moments(trouble: &Trouble) {
-    for from in [From::TheStart, From::TheMiddle, From::TheToken] {
+    for from in [From::Start, From::Middle, From::Token] {
         for lasts in [true, false] {
             try_with(trouble, from, lasts);
         }

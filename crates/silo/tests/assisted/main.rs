@@ -7,6 +7,7 @@
 mod common;
 mod faults;
 mod peers;
+#[allow(dead_code, reason = "the kill matrix uses the rest")]
 mod site;
 
 use common::{MIB, Random, WAIT, rig::*, until};
@@ -94,7 +95,7 @@ fn check_12_a_demanded_block_that_the_store_has_passes_all_others_there() {
     let Move { outbound, receiver, there, .. } = site.start(plan);
     let session = receiver.session(1);
     receiver.host.wait_for(|seen| matches!(seen, Seen::Run(..)));
-    until("promises", || session.lacking().iter().any(|device| device.in_store.len() > 0));
+    until("promises", || session.lacking().iter().any(|device| !device.in_store.is_empty()));
     let mut random = Random(5);
     for _ in 0..10 {
         let block = random.below(there.size() / 4096);

@@ -45,7 +45,7 @@ impl Reception for Closed {
     }
 }
 
-fn share(device: Arc<dyn BlockDevice>) -> (silo::moving::Server, Arc<PeerFetch>) {
+fn share(device: &Arc<Memory>) -> (silo::moving::Server, Arc<PeerFetch>) {
     let index = Arc::new(HashIndex::default());
     index.add(device.clone(), Geometry::new(device.size(), 4096).unwrap()).unwrap();
     let socket = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -76,8 +76,8 @@ fn blocks_that_others_have_come_from_several_hosts_by_hash_and_the_source_sends_
     let own = Arc::new(Memory::new(MIB));
     own.write_at(0, &all[..MIB as usize]).unwrap();
     local.add(own, Geometry::new(MIB, 4096).unwrap()).unwrap();
-    let (server_a, place_a) = share(first);
-    let (server_b, place_b) = share(second);
+    let (server_a, place_a) = share(&first);
+    let (server_b, place_b) = share(&second);
 
     let target = Arc::new(Memory::new(size));
     let mut options = quick();
@@ -113,7 +113,7 @@ fn a_store_and_a_host_that_has_content_are_asked_in_turn_and_a_slow_one_is_hedge
     let server = site.server.as_ref().unwrap();
     // The store has every block and gives none of them in time.
     site.slow(Duration::from_millis(350));
-    let (peer, place) = share(site.device.clone());
+    let (peer, place) = share(&site.device);
     let plan = Plan { rate: 1_000_000, ..Plan::default() };
     let mut options = site.options(&plan);
     options.places.push(place);

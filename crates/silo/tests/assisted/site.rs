@@ -55,6 +55,11 @@ impl Shelf {
         Self { url, environment: Environment::given(server.credentials()) }
     }
 
+    /// At an address, with the credentials of the environment.
+    pub(crate) fn at(url: &str) -> Self {
+        Self { url: url.parse().unwrap(), environment: Environment::of_process() }
+    }
+
     fn store(&self, access: Access) -> Result<Arc<Store>, StoreError> {
         // Short: a test's store answers at once, or is meant not to.
         let limits = StoreLimits {
