@@ -438,3 +438,31 @@ fn check_41_no_path_and_no_secret_leaves_and_none_that_comes_is_obeyed() {
     assert!(error.to_string().contains("no such device"), "{error}");
     stranger.write_at(0, &[1]).unwrap();
 }
+
+#[test]
+fn check_38_a_round_trip_over_a_third_host_costs_what_was_written_since() {
+    let size = 8 * MIB;
+    let devices: Vec<_> = (0..3).map(|_| Arc::new(Memory::new(size))).collect();
+    devices[0].write_at(0, &bytes(&*noise(size, 21))).unwrap();
+    let mut volumes = vec![owned("memory", devices[0].clone(), 4096)];
+    volumes.extend(devices[1..].iter().map(|device| empty("memory", device.clone(), 4096)));
+    let receivers: Vec<_> =
+        volumes.iter().map(|volume| Receiver::new(vec![volume.clone()], quick())).collect();
+    let servers: Vec<_> = receivers.iter().map(serve).collect();
+    for turn in 0..6usize {
+        let (from, to) = (turn % 3, (turn + 1) % 3);
+        volumes[from].write_at(turn as u64 * MIB + 99, b"written on the way").unwrap();
+        let outbound = start(
+            std::slice::from_ref(&volumes[from]),
+            servers[to].address(),
+            &Arc::default(),
+            source::Options::default(),
+        );
+        let report = outbound.wait().unwrap();
+        receivers[to].session(turn / 3 + 1).wait().unwrap();
+        same(&*devices[from], &*devices[to]);
+        // Each host has had it two moves ago, but for the first time round.
+        let most = if turn < 2 { size } else { 3 * 4096 };
+        assert!(report.paths.content <= most, "turn {turn}: {} bytes", report.paths.content);
+    }
+}

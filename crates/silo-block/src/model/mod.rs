@@ -346,6 +346,19 @@ impl Replica {
         here
     }
 
+    /// Blocks of `range` have not changed since `since`, although they came as of up to `upto`. Only
+    /// what is here counts: its content is that of the newest known epoch.
+    pub fn kept(&mut self, range: BlockRange, upto: Epoch, since: Epoch) {
+        let mut at = range.start.0;
+        let absent: Vec<BlockRange> = self.absent.ranges_in(range).collect();
+        for gap in absent.into_iter().chain([BlockRange::new(range.end(), 0)]) {
+            if gap.start.0 > at {
+                self.rounds.lower(BlockRange::new(at, gap.start.0 - at), upto, since);
+            }
+            at = gap.end();
+        }
+    }
+
     /// Whether content for a block of `range` is being stored now.
     #[must_use]
     pub fn is_arriving(&self, range: BlockRange) -> bool {

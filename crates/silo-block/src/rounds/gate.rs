@@ -23,6 +23,8 @@ pub(super) trait Word: Send + Sync {
     fn fetch_add(&self, value: u32, order: Ordering) -> u32;
     fn fetch_sub(&self, value: u32, order: Ordering) -> u32;
     fn fetch_max(&self, value: u32, order: Ordering) -> u32;
+    /// Puts `new` in place of `current`, if that is still there.
+    fn replace(&self, current: u32, new: u32, order: Ordering);
     /// Orders what is before it against what is after it where `SeqCst` accesses do not: loom takes
     /// them for `AcqRel`, so there it is a `SeqCst` fence; else it is nothing.
     fn barrier();
@@ -56,6 +58,11 @@ impl Word for AtomicU32 {
     #[inline]
     fn fetch_max(&self, value: u32, order: Ordering) -> u32 {
         self.fetch_max(value, order)
+    }
+
+    fn replace(&self, current: u32, new: u32, order: Ordering) {
+        // Whoever was faster has made it newer.
+        let _ = self.compare_exchange(current, new, order, Ordering::Relaxed);
     }
 
     #[inline]

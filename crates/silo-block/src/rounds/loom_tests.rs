@@ -36,6 +36,11 @@ impl Word for AtomicU32 {
         self.fetch_max(value, order)
     }
 
+    fn replace(&self, current: u32, new: u32, order: Ordering) {
+        // Whoever was faster has made it newer.
+        let _ = self.compare_exchange(current, new, order, Ordering::Relaxed);
+    }
+
     fn barrier() {
         fence(Ordering::SeqCst);
     }

@@ -263,6 +263,12 @@ impl Rounds {
         self.core.set(range, epoch.0);
     }
 
+    /// The blocks of `range` whose epoch is newer than `to` and not newer than `upto` have not changed
+    /// since `to`: they get that epoch. Beside writers: what they stamp is newer, and stays.
+    pub fn lower(&self, range: BlockRange, upto: Epoch, to: Epoch) {
+        self.core.lower(range, upto.0, to.0);
+    }
+
     /// This side becomes the owner after the owner's rounds up to `last` (or is restored from a
     /// state at that clock): the open round is the next one. Never moves the clock back.
     ///
@@ -362,6 +368,18 @@ impl<W: Word> Core<W> {
         self.note(start, end, epoch);
         for word in &self.epochs[start as usize..end as usize] {
             word.store(epoch, Ordering::Release);
+        }
+    }
+
+    /// The summary stays as it is: it says "at least".
+    fn lower(&self, range: BlockRange, upto: u32, to: u32) {
+        let end = range.end().min(self.blocks());
+        let start = range.start.0.min(end);
+        for word in &self.epochs[start as usize..end as usize] {
+            let known = word.load(Ordering::Relaxed);
+            if known > to && known <= upto {
+                word.replace(known, to, Ordering::Release);
+            }
         }
     }
 

@@ -156,6 +156,17 @@ pub enum ToDestination {
         /// Most urgent first, at most [`MAX_RANGES`].
         order: Vec<BlockRange>,
     },
+    /// These blocks have not changed since an epoch of an earlier term, although their content came,
+    /// or comes, as of the source's last round. Said after the token: whoever the device goes to
+    /// next, and had it then, need not get them again.
+    Kept {
+        /// Of which device.
+        device: DeviceIndex,
+        /// The last epoch of the earlier term.
+        epoch: Epoch,
+        /// The blocks, at most [`MAX_RANGES`].
+        blocks: Vec<BlockRange>,
+    },
     /// Authority over all devices at once. Whoever receives it runs.
     Token {
         /// Which try of this session it is.

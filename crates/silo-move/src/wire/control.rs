@@ -35,6 +35,7 @@ mod kind {
     pub(super) const RELEASED: u8 = 40;
     pub(super) const ABORT: u8 = 41;
     pub(super) const ALIVE: u8 = 42;
+    pub(super) const KEPT: u8 = 43;
 
     pub(super) const BACK_HELLO: u8 = 64;
     pub(super) const MISSING: u8 = 65;
@@ -137,6 +138,12 @@ fn put_to_destination(put: &mut Put, message: &ToDestination) -> u8 {
             put_ranges(put, order);
             kind::EXPECT
         }
+        ToDestination::Kept { device, epoch, blocks } => {
+            put.u16(device.0);
+            put.u32(epoch.0);
+            put_ranges(put, blocks);
+            kind::KEPT
+        }
         ToDestination::Token { attempt, devices, state } => {
             put.u32(*attempt);
             put.list(devices, |put, last| {
@@ -186,6 +193,10 @@ fn take_to_destination(take: &mut Take<'_>, kind: u8) -> Result<Option<ToDestina
         kind::EXPECT => {
             let device = DeviceIndex(take.u16()?);
             ToDestination::Expect { device, order: take_ranges(take, MAX_RANGES)? }
+        }
+        kind::KEPT => {
+            let (device, epoch) = (DeviceIndex(take.u16()?), Epoch(take.u32()?));
+            ToDestination::Kept { device, epoch, blocks: take_ranges(take, MAX_RANGES)? }
         }
         kind::TOKEN => {
             let attempt = take.u32()?;

@@ -50,6 +50,7 @@ fn all_to_destination() -> Vec<ToDestination> {
             )],
         },
         ToDestination::Expect { device: DeviceIndex(1), order: ranges.clone() },
+        ToDestination::Kept { device: DeviceIndex(1), epoch: Epoch(3), blocks: ranges.clone() },
         ToDestination::Token {
             attempt: 2,
             devices: vec![LastRound { epoch: Epoch(5), blocks: ranges, flushes: vec![8, 9] }],

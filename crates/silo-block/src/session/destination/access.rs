@@ -59,6 +59,7 @@ impl Incoming {
             expected: BlockSet::new(blocks),
             prefetch: Prefetch::new(blocks, config.prefetch),
             fetching: Fetching::new(blocks),
+            kept: Vec::new(),
         }
     }
 

@@ -261,6 +261,8 @@ struct Incoming {
     expected: BlockSet,
     prefetch: Prefetch,
     fetching: Fetching,
+    /// What has not changed since earlier terms, until all is here.
+    kept: Vec<(Epoch, Vec<BlockRange>)>,
 }
 
 /// Content that is being stored.
@@ -577,6 +579,7 @@ impl Destination {
             && self.slots.is_empty()
             && (self.released || gone)
         {
+            self.apply_kept();
             self.phase = Phase::Complete;
             self.actions.push_back(Action::Complete);
             return;
@@ -591,6 +594,7 @@ impl Destination {
         };
         if self.slots.is_empty() && self.devices.iter().all(safe) {
             self.making_durable = true;
+            self.apply_kept();
             self.relies |= self.devices.iter().any(|device| !device.replica.absent().is_empty());
             self.actions.push_back(Action::MakeDurable);
         }

@@ -87,6 +87,7 @@ impl Destination {
                     order.iter().for_each(|range| incoming.fetching.expect(*range));
                 }
             }
+            ToDestination::Kept { device, epoch, blocks } => self.kept(device, epoch, blocks),
             ToDestination::Token { attempt, devices, state } => {
                 self.token(now, attempt, devices, state);
             }
@@ -222,6 +223,32 @@ impl Destination {
                 self.actions.push_back(Action::Trouble(reason));
             }
             Phase::Starting | Phase::Durable | Phase::Complete | Phase::Failed(_) => {}
+        }
+    }
+
+    /// The source says what has not changed since an earlier term.
+    fn kept(&mut self, device: DeviceIndex, epoch: Epoch, blocks: Vec<BlockRange>) {
+        if !self.runs() || !self.fits(device, &blocks) {
+            return;
+        }
+        let incoming = &mut self.devices[device.0 as usize];
+        let known = incoming.kept.iter().map(|(_, ranges)| ranges.len()).sum::<usize>();
+        // Whoever says more than there can be is not believed.
+        if known as u64 <= 2 * incoming.replica.geometry().blocks() {
+            incoming.kept.push((epoch, blocks));
+        }
+        if self.making_durable {
+            self.apply_kept();
+        }
+    }
+
+    /// Content is certain where it is: it gets the epoch since which it has not changed.
+    pub(super) fn apply_kept(&mut self) {
+        for incoming in &mut self.devices {
+            let last = incoming.moved(self.session);
+            for (epoch, blocks) in &incoming.kept {
+                blocks.iter().for_each(|range| incoming.replica.kept(*range, last, *epoch));
+            }
         }
     }
 

@@ -15,6 +15,9 @@ use crate::{
 };
 use std::time::Duration;
 
+/// Terms whose unchanged blocks are told apart.
+const KEPT_TERMS: usize = 8;
+
 impl Source {
     pub(super) fn connected(&mut self, now: Duration, id: LinkId) {
         if self.is_over() {
@@ -270,6 +273,37 @@ impl Source {
             self.told = now;
             self.hand_over = None;
             self.actions.push_back(Action::HandedOver);
+        }
+        if self.phase == Phase::Serving {
+            self.tell_kept(now);
+        }
+    }
+
+    /// Tells what has not changed since earlier terms: lists do not, they say "now".
+    fn tell_kept(&mut self, now: Duration) {
+        for at in 0..self.devices.len() {
+            let device = &self.devices[at];
+            let terms = device.history.terms();
+            let ends = terms.windows(2).map(|pair| Epoch(pair[1].first.0.saturating_sub(1)));
+            let ends: Vec<Epoch> = ends.collect();
+            let mut after = Epoch::BASE;
+            let mut all = Vec::new();
+            for (number, end) in ends.iter().enumerate() {
+                // Of a long history the older terms are told as one.
+                if number + KEPT_TERMS < ends.len() {
+                    continue;
+                }
+                all.push((*end, device.rounds.between(after, *end)));
+                after = *end;
+            }
+            for (epoch, kept) in all {
+                let mut ranges = kept.ranges().peekable();
+                while ranges.peek().is_some() {
+                    let blocks = ranges.by_ref().take(MAX_RANGES).collect();
+                    let device = DeviceIndex(at as u16);
+                    self.say_if_ready(now, ToDestination::Kept { device, epoch, blocks });
+                }
+            }
         }
     }
 

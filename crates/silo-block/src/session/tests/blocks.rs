@@ -435,3 +435,35 @@ fn a_run_may_be_confirmed_in_parts_in_any_order_and_each_counts_once() {
     assert_eq!(pair.source.remaining(), BLOCK);
     assert_eq!(pair.data.remove(0).1.range, one(6));
 }
+
+#[test]
+fn check_38_over_a_third_host_the_way_back_sends_what_was_written_since() {
+    let mut forth = pair(64);
+    forth.deliver_all();
+    forth.switch();
+    forth.deliver_all();
+    let Pair { replica: a, destination, here: at_a, there: mut at_b, .. } = forth;
+    let mut a = a;
+    let last = Epoch(a.rounds().clock().0 - 1);
+    a.give_away(last);
+    let b = destination.into_devices().pop().unwrap().replica;
+    drop(b.rounds().write(one(5)));
+    at_b[5] = 1005;
+    let geometry = b.geometry();
+    let mut on = between(b, at_b, Replica::untouched(geometry), vec![0; 64], 3);
+    on.deliver_all();
+    on.switch();
+    on.deliver_all();
+    let Pair { destination, there: mut at_c, .. } = on;
+    let c = destination.into_devices().pop().unwrap().replica;
+    drop(c.rounds().write(one(9)));
+    at_c[9] = 1009;
+    let mut back = between(c, at_c.clone(), a, at_a, 4);
+    back.deliver_all();
+    back.switch();
+    back.deliver_all();
+    assert!(back.runs_there);
+    let sent: Vec<BlockRange> = back.sent.iter().map(|header| header.range).collect();
+    assert_eq!(sent, [one(5), one(9)]);
+    assert_eq!(back.there, at_c);
+}
