@@ -5,6 +5,8 @@
 //! come whole, are used by no command; what a note says of blocks is believed only where their bytes
 //! have survived with it, and after a clean end only while nobody else has touched them.
 
+mod rest;
+
 use crate::config::{Config, DeviceConfig};
 use anyhow::{Context, Result, bail, ensure};
 use silo::{
@@ -82,6 +84,7 @@ pub(crate) fn receiving(config: &Config, path: Option<&Path>) -> Result<Start> {
     let Some(path) = path else { return Ok(Start::New) };
     let Some(note) = load(path)? else { return Ok(Start::New) };
     Ok(match note.standing {
+        Standing::Away { .. } if rest::holds(config, path) => Start::Filling(Arc::new(note)),
         Standing::Leaving { .. } | Standing::Away { .. } => Start::New,
         Standing::Receiving { .. } => Start::Filling(Arc::new(note)),
         Standing::Here => {
@@ -113,6 +116,35 @@ pub(crate) fn leaving(path: Option<&Path>) -> Result<Option<(Arc<Note>, SessionI
         Standing::Leaving { session, attempt } => Some((Arc::new(note), session, attempt)),
         _ => None,
     }))
+}
+
+/// The note of devices that are this host's and whole, if nobody has touched them since a process
+/// ended in order that had them: then it is known who else has what of them.
+///
+/// # Errors
+/// If the note cannot be read.
+pub(crate) fn rested(config: &Config, path: Option<&Path>) -> Result<Option<Arc<Note>>> {
+    let Some(path) = path else { return Ok(None) };
+    let note = load(path)?.filter(|note| {
+        let here = matches!(note.standing, Standing::Here | Standing::Owner { .. });
+        here && missing(note) == 0 && rest::holds(config, path)
+    });
+    Ok(note.map(Arc::new))
+}
+
+/// The end of a process that had the devices: notes what they are now, if they are this host's, and
+/// that nobody has touched them since.
+///
+/// # Errors
+/// If that cannot be noted.
+pub(crate) fn leave(config: &Config, path: Option<&Path>, volumes: Vec<Arc<Volume>>) -> Result<()> {
+    let Some(path) = path else { return Ok(()) };
+    if volumes.iter().all(|volume| volume.is_owned() && volume.absent() == 0) {
+        note_whole(Some(path), &volumes)?;
+    }
+    // What a device does when it is closed is done before it is looked at.
+    drop(volumes);
+    rest::keep(config, path)
 }
 
 /// A device as the note says. `content` is what the device would be without one.

@@ -196,3 +196,48 @@ fn a_source_whose_destination_never_got_the_devices_has_them_back_and_gives_them
     destination.stop().good();
     assert!(fs::read(rig.at("destination.raw")).unwrap() == rig.content);
 }
+
+#[test]
+fn after_restarts_of_both_ends_a_move_back_sends_the_difference_unless_somebody_touched_the_files()
+{
+    for touched in [false, true] {
+        let rig = Rig::new(4);
+        let source = rig.source("");
+        let destination = rig.destination();
+        destination.next();
+        assert_eq!(destination.next()["complete"], true);
+        source.wait().good();
+        destination.stop().good();
+        if touched {
+            // The same length and another byte, as a mount of the old image would leave it.
+            let mut old = fs::read(rig.at("source.raw")).unwrap();
+            old[12_345] ^= 1;
+            fs::write(rig.at("source.raw"), old).unwrap();
+        }
+        let turned = |end: &str, from: &str, to: &str| {
+            let file = rig.config(end, "");
+            let text = fs::read_to_string(&file).unwrap();
+            fs::write(&file, text.replacen(from, to, 1)).unwrap();
+            file
+        };
+        let there = turned("destination", "peer = ", "listen = ");
+        let back = turned("source", "listen = ", "peer = ");
+        // Served once more in between, and ended in order.
+        Running::start(["serve", "--config", &there]).stop().good();
+        let there = Running::start(["serve", "--config", &there]);
+        let (mut client, _) = Client::go(&rig.at("destination.nbd")).unwrap();
+        assert_eq!(client.write(3 << 20, &[8; 4096], 0).unwrap(), 0);
+        drop(client);
+        let home = Running::start(["connect", "--config", &back]);
+        home.next();
+        assert_eq!(home.next()["complete"], true);
+        let report = last_json(&there.wait().good().out);
+        home.stop().good();
+        let mut wanted = rig.content.clone();
+        wanted[3 << 20..(3 << 20) + 4096].fill(8);
+        assert!(fs::read(rig.at("source.raw")).unwrap() == wanted, "touched: {touched}");
+        let blocks: u64 =
+            report["sent"].as_object().unwrap().values().map(|n| n.as_u64().unwrap()).sum();
+        assert_eq!(blocks, if touched { SIZE as u64 / 4096 } else { 1 }, "{report}");
+    }
+}

@@ -257,7 +257,9 @@ pub(super) fn run(args: &ConnectArgs, json: bool) -> Result<()> {
                 service.back_up(&config)?;
                 service.run(&stop)?;
             }
-            service.stop()
+            let volumes = service.volumes().to_vec();
+            service.stop()?;
+            note::leave(&config, migrate.note.as_deref(), volumes)
         }
         Err(error) => {
             // What is here stays served until nobody can gain by it: the error ends it.

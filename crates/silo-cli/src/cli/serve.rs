@@ -93,7 +93,7 @@ pub(super) fn run(args: &ServeArgs, json: bool) -> Result<()> {
             }
         }
         (migrate, _) => {
-            let service = Service::start(&config)?;
+            let service = start(&config, migrate)?;
             let terms =
                 migrate.map(|migrate| Terms::new(&config, migrate, &service)).transpose()?;
             (service, terms.flatten())
@@ -115,14 +115,29 @@ pub(super) fn run(args: &ServeArgs, json: bool) -> Result<()> {
     if ran.is_err() {
         stop.ask();
     }
-    match giver.and_then(Giver::end) {
+    let volumes = service.volumes().to_vec();
+    let ended = match giver.and_then(Giver::end) {
         None => ran.and(service.stop()),
         Some(report) => {
             give::say(&report, json)?;
             // There is nothing left here to store or to flush.
             ran.and(service.without_backup().stop())
         }
-    }
+    };
+    let note = migrate.filter(|migrate| migrate.listen.is_some());
+    ended.and(note::leave(&config, note.and_then(|migrate| migrate.note.as_deref()), volumes))
+}
+
+/// Opens and serves. Devices that nobody has touched since a move, or since they were served last,
+/// are known block by block: a move to whoever had them sends the difference.
+fn start(config: &Config, migrate: Option<&MigrateConfig>) -> Result<Service> {
+    note::check_use(config)?;
+    let path = migrate.and_then(|migrate| migrate.note.as_deref());
+    let Some(rested) = note::rested(config, path)? else { return Service::start(config) };
+    let mut service = Service::open(config, &Role::GoOn(rested))?;
+    service.back_up(config)?;
+    service.serve(config)?;
+    Ok(service)
 }
 
 /// Goes on with a move that a process had begun which is no more: nobody uses the devices here, and
@@ -144,7 +159,10 @@ fn go_on(
     match terms.go_on(leaving, stop, json) {
         Ok(report) => {
             give::say(&report, json)?;
+            let volumes = service.volumes().to_vec();
+            drop(terms);
             service.without_backup().stop()?;
+            note::leave(config, migrate.note.as_deref(), volumes)?;
             Ok(None)
         }
         Err(error) if terms.are_here() => {

@@ -109,9 +109,8 @@ impl DeviceConfig {
         }
     }
 
-    /// Where is noted that it moves, if nobody says where: beside what takes its writes. None if
-    /// nothing on this host keeps it.
-    pub(crate) fn own_note(&self) -> Option<PathBuf> {
+    /// What takes its writes: a file or a folder. None if nothing on this host keeps them.
+    pub(crate) fn place(&self) -> Option<&Path> {
         let place = match (self.overlays.last(), &self.source) {
             (Some(dir), _) | (None, SourceConfig::Disk { dir, .. }) => dir,
             (
@@ -129,6 +128,13 @@ impl DeviceConfig {
                 | SourceConfig::Process { .. },
             ) => return None,
         };
+        Some(place)
+    }
+
+    /// Where is noted that it moves, if nobody says where: beside what takes its writes. None if
+    /// nothing on this host keeps it.
+    pub(crate) fn own_note(&self) -> Option<PathBuf> {
+        let place = self.place()?;
         // Nothing beside a device node survives a restart of the host.
         if place.starts_with("/dev") {
             return None;
