@@ -33,7 +33,7 @@ fn a_backup_lives_its_whole_life_in_s3_with_credentials_from_environment_and_fil
     let address = metrics(&running);
     wait_for(&address, GENERATIONS, 1.0);
     let (mut client, _) = Client::go(&rig.at("sock")).unwrap();
-    assert_eq!(client.write(100_000, &[7; 50_000], 0).unwrap(), 0);
+    assert_eq!(client.write(100_000, &vec![7; 50_000], 0).unwrap(), 0);
     content[100_000..150_000].fill(7);
     wait_for(&address, GENERATIONS, 2.0);
     assert_eq!(client.write(MIB as u64, &[8; 4096], 0).unwrap(), 0);
@@ -98,7 +98,7 @@ fn a_backup_lives_its_whole_life_in_s3_with_credentials_from_environment_and_fil
 }
 
 /// Does `work` while requests meet `fault`.
-fn with_fault<T>(rig: &Rig, rule: Rule, work: impl FnOnce() -> T) -> T {
+fn with_fault<T>(rig: &Rig, rule: &Rule, work: impl FnOnce() -> T) -> T {
     let before = rig.server.faults().happened();
     rig.server.faults().add(rule.clone());
     let done = work();
@@ -128,7 +128,7 @@ fn a_store_that_is_slow_fails_or_loses_answers_on_the_way_up_gets_the_generation
         // The tenant's data key is there after the first.
         let rule =
             if contains == "keys/" { Rule { contains: "probe/".into(), ..rule } } else { rule };
-        let said = with_fault(&rig, rule, || rig.back_up("image"));
+        let said = with_fault(&rig, &rule, || rig.back_up("image"));
         let numbers = rig.numbers(LINE);
         assert_eq!(numbers.len(), before.len() + 1, "{fault:?}");
         assert_eq!(said["number"], numbers[0]);
@@ -156,7 +156,7 @@ fn what_is_wrong_in_the_answers_of_a_store_is_never_restored() {
         Fault::Truncated,
     ] {
         let rule = Rule { times: 2, ..Rule::next("GET", "packs/", fault.clone()) };
-        with_fault(&rig, rule, || restore().good());
+        with_fault(&rig, &rule, || restore().good());
         assert!(fs::read(&to).unwrap() == new, "{fault:?}");
         fs::remove_file(&to).unwrap();
     }
@@ -166,18 +166,18 @@ fn what_is_wrong_in_the_answers_of_a_store_is_never_restored() {
         [(Fault::WrongBytes, "does not decrypt"), (stale, "is"), (Fault::Status(404), "missing")]
     {
         let rule = Rule::all("GET", "packs/", fault.clone());
-        let said = with_fault(&rig, rule, restore).failed(1, words);
+        let said = with_fault(&rig, &rule, restore).failed(1, words);
         assert!(said.err.contains(&second), "{fault:?}: {said:?}");
         assert!(!rig.at("to").exists(), "{fault:?}");
         let rule = Rule::all("GET", "packs/", fault.clone());
-        let said = with_fault(&rig, rule, || rig.silo(&["verify", "--depth", "full"]));
+        let said = with_fault(&rig, &rule, || rig.silo(&["verify", "--depth", "full"]));
         assert_eq!(said.code, 3, "{fault:?}: {said:?}");
     }
     // A log entry that is wrong, or another one.
     let entries = rig.objects("lines/acme/vm");
     let stale = Fault::Stale(format!("{FOLDER}/{}", entries[entries.len() - 1]));
     for fault in [Fault::WrongBytes, stale] {
-        let said = with_fault(&rig, Rule::all("GET", "lines/", fault.clone()), restore);
+        let said = with_fault(&rig, &Rule::all("GET", "lines/", fault.clone()), restore);
         assert_eq!(said.code, 1, "{fault:?}: {said:?}");
         assert!(!rig.at("to").exists(), "{fault:?}");
     }
@@ -244,7 +244,7 @@ fn wrong_keys_buckets_and_credentials_are_named_and_change_nothing() {
         }
     }
     let expired = Rule::all("GET", "", Fault::Status(403));
-    with_fault(&rig, expired, || rig.silo(&restore).failed(1, "in the store"));
+    with_fault(&rig, &expired, || rig.silo(&restore).failed(1, "in the store"));
     // The config's own places: not there, readable by others, no text.
     let config = rig.path("silo.toml");
     let text = |key: &str| {

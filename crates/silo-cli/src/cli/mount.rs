@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     config::{ByteSize, Config, Span},
-    metrics::{Readings, Source, names},
+    metrics::{Readings, Source, Spread, names},
     service::Service,
     stack::Role,
 };
@@ -89,11 +89,7 @@ impl Source for MountFigures {
         readings.count(&names::MOUNT_WRITTEN, &[], status.written_bytes);
         readings.count(&names::MOUNT_FAULTS, &[], status.faults);
         readings.count(&names::MOUNT_ERRORS, &[], status.errors);
-        for (quantile, wait) in
-            [("0.5", status.wait_p50_us), ("0.99", status.wait_p99_us), ("1", status.wait_max_us)]
-        {
-            readings.level(&names::MOUNT_WAIT, &[quantile], wait as f64 / 1e6);
-        }
+        readings.spread(&names::MOUNT_WAIT, &[], Spread::of(&self.0.waits()));
         readings.level(&names::MOUNT_ROUND_TRIP, &[], status.round_trip_us as f64 / 1e6);
         readings.level(&names::MOUNT_RATE, &[], status.rate as f64);
     }

@@ -1,10 +1,7 @@
 //! How far something is: a bar with rate and time left, on a terminal only.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::{
-    io::{self, IsTerminal},
-    time::Duration,
-};
+use std::io::{self, IsTerminal};
 
 /// A bar on stderr; nothing at all where nobody looks at it.
 #[derive(Clone)]
@@ -20,13 +17,6 @@ impl Progress {
     /// A count of things whose number is not known.
     pub(crate) fn count(what: &'static str, json: bool) -> Self {
         Self::new(what, 0, json, "{spinner} {pos} {msg} {elapsed}")
-    }
-
-    /// Something goes on, and nobody knows how long.
-    pub(crate) fn spinner(what: &'static str, json: bool) -> Self {
-        let spinner = Self::new(what, 0, json, "{spinner} {msg} {elapsed}");
-        spinner.0.enable_steady_tick(Duration::from_millis(200));
-        spinner
     }
 
     fn new(what: &'static str, total: u64, json: bool, template: &str) -> Self {
@@ -64,7 +54,6 @@ mod tests {
 
     #[test]
     fn the_templates_are_understood() {
-        Progress::spinner("waiting", true).end();
         Progress::count("packs", true).end();
         let progress = Progress::bytes("reading", 0, true);
         progress.set(1, 10);

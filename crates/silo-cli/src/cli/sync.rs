@@ -18,11 +18,13 @@ use anyhow::{Context, Result};
 use clap::Args;
 use silo::store::{
     Access, LineName, LineWriter, Stored, WriterOptions,
-    capture::{Capture, Want},
+    capture::{Capture, DeviceInfo, Frozen, Want},
 };
+use silo_block::block::{BlockRange, BlockSet};
 use std::{
+    io,
     path::PathBuf,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
     time::Duration,
 };
@@ -87,6 +89,47 @@ pub(super) fn run(args: &SyncArgs, json: bool) -> Result<()> {
     ran.and(service.stop())
 }
 
+/// A frozen round, and how much of it was read.
+struct Counted {
+    inner: Box<dyn Frozen>,
+    total: u64,
+    done: AtomicU64,
+}
+
+impl Counted {
+    fn of(inner: Box<dyn Frozen>, devices: &[DeviceInfo]) -> Self {
+        let bytes = |(at, device): (usize, &DeviceInfo)| -> u64 {
+            inner.changed(at).ranges().map(|range| device.geometry.bytes_of(range)).sum()
+        };
+        let total = devices.iter().enumerate().map(bytes).sum();
+        Self { inner, total, done: AtomicU64::new(0) }
+    }
+}
+
+impl Frozen for Counted {
+    fn changed(&self, device: usize) -> &BlockSet {
+        self.inner.changed(device)
+    }
+
+    fn read(&self, device: usize, range: BlockRange, buf: &mut [u8]) -> io::Result<()> {
+        self.inner.read(device, range, buf)?;
+        self.done.fetch_add(buf.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn held(&self) -> Duration {
+        self.inner.held()
+    }
+
+    fn release(self: Box<Self>) {
+        self.inner.release();
+    }
+
+    fn put_back(self: Box<Self>) {
+        self.inner.put_back();
+    }
+}
+
 /// Makes one generation of everything.
 fn once(
     target: &Target,
@@ -100,26 +143,28 @@ fn once(
     let options = WriterOptions { rate, ..WriterOptions::default() };
     let mut writer = LineWriter::open(store, &target.keys, &target.line, options)?;
     let devices = capture.devices();
-    let frozen = capture.freeze(Want::Everything)?;
-    let _progress = Progress::spinner("storing a generation", json);
+    let frozen = Counted::of(capture.freeze(Want::Everything)?, &devices);
+    let progress = Progress::bytes("storing", frozen.total, json);
     let halt = AtomicBool::new(false);
     let stored = thread::scope(|scope| {
-        let work = scope.spawn(|| writer.store(&devices, &*frozen, true, &args.label, &halt));
+        let work = scope.spawn(|| writer.store(&devices, &frozen, true, &args.label, &halt));
         while !work.is_finished() {
             if stop.wait(Duration::from_millis(20)) {
                 halt.store(true, Ordering::Relaxed);
                 break;
             }
+            progress.set(frozen.done.load(Ordering::Relaxed), frozen.total);
         }
         work.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     });
+    progress.end();
     match stored {
         Ok(stored) => {
-            frozen.release();
+            frozen.inner.release();
             Ok(stored)
         }
         Err(error) => {
-            frozen.put_back();
+            frozen.inner.put_back();
             Err(error).context("the generation was not stored; the line is as it was")
         }
     }

@@ -120,8 +120,8 @@ metrics! {
     MOUNT_WRITTEN Counter "mount_written_back_bytes" [] "Bytes that went to the device behind";
     MOUNT_FAULTS Counter "mount_faults" [] "Page faults taken";
     MOUNT_ERRORS Counter "mount_errors" [] "Requests that the device behind answered with an error";
-    MOUNT_WAIT Gauge "mount_fault_wait_seconds" ["quantile"]
-        "How long accesses waited for their content: median, 99th percentile, longest";
+    MOUNT_WAIT Histogram "mount_fault_wait_seconds" []
+        "How long mapped accesses waited for their content, those that waited";
     MOUNT_ROUND_TRIP Gauge "mount_round_trip_seconds" [] "Smallest time that a request took";
     MOUNT_RATE Gauge "mount_bytes_per_second" [] "Best rate of late";
 }

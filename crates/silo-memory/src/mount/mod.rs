@@ -52,6 +52,7 @@ use shared::{Phase, Shared, after};
 use silo_block::{
     block::{BLOCK_SIZE, BlockRange},
     io::BlockDevice,
+    times::Histogram,
 };
 use std::{
     fs::File,
@@ -319,6 +320,12 @@ impl Mount {
         };
         state.stats.fill(&mut status);
         status
+    }
+
+    /// How long mapped accesses waited for their content, each that did.
+    #[must_use]
+    pub fn waits(&self) -> Histogram {
+        self.shared.lock().stats.waits()
     }
 
     /// Ends all waits, writes back what was written here, makes it durable, and lets go of the

@@ -1,7 +1,7 @@
 //! What a mount counts, and the status it reports.
 
 use super::queue::Class;
-use hdrhistogram::Histogram;
+use silo_block::times::{Histogram, Times};
 use std::time::{Duration, Instant};
 
 /// The mount's state in numbers. Bytes and microseconds.
@@ -60,7 +60,7 @@ impl Status {
 }
 
 pub(super) struct Stats {
-    waits: Histogram<u64>,
+    waits: Times,
     pub(super) fetched: [u64; 4],
     pub(super) local: u64,
     pub(super) written: u64,
@@ -74,8 +74,7 @@ pub(super) struct Stats {
 impl Stats {
     pub(super) fn new() -> Self {
         Self {
-            // One microsecond to one hour, two significant digits: never fails for these constants.
-            waits: Histogram::new_with_bounds(1, 3_600_000_000, 2).expect("valid bounds"),
+            waits: Times::default(),
             fetched: [0; 4],
             local: 0,
             written: 0,
@@ -89,9 +88,12 @@ impl Stats {
 
     pub(super) fn waited(&mut self, now: Instant, since: &[Instant]) {
         for since in since {
-            let us = now.saturating_duration_since(*since).as_micros() as u64;
-            self.waits.saturating_record(us.max(1));
+            self.waits.add(now.saturating_duration_since(*since));
         }
+    }
+
+    pub(super) fn waits(&self) -> Histogram {
+        self.waits.read()
     }
 
     pub(super) fn error(&mut self, text: String) {
@@ -109,9 +111,10 @@ impl Stats {
         status.faults = self.faults;
         status.present_faults = self.present;
         status.demands = self.demands;
-        status.wait_p50_us = self.waits.value_at_quantile(0.5);
-        status.wait_p99_us = self.waits.value_at_quantile(0.99);
-        status.wait_max_us = self.waits.max();
+        let waits = self.waits.read();
+        status.wait_p50_us = micros(Some(waits.quantile(0.5)));
+        status.wait_p99_us = micros(Some(waits.quantile(0.99)));
+        status.wait_max_us = micros(Some(waits.longest()));
         status.errors = self.errors;
         status.last_error.clone_from(&self.last_error);
     }

@@ -60,6 +60,30 @@ fn check_10_concurrent_readers_of_one_absent_block_make_one_demand() {
 }
 
 #[test]
+fn each_mapped_access_that_waits_is_counted_with_its_time() {
+    let distance = Duration::from_millis(20);
+    let far = Arc::new(Far::new(4 * MIB, distance));
+    let mut options = options();
+    options.read_ahead = 0;
+    let mount = Mount::direct(Arc::clone(&far) as _, options).unwrap();
+    assert_eq!(mount.waits().count(), 0);
+    // The second time it is here, and waits for nobody.
+    for block in [900, 3, 500, 3] {
+        assert_eq!(peek(&mount, block * BLOCK, BLOCK_SIZE), pattern(block * BLOCK, BLOCK_SIZE));
+    }
+    // The last one is counted a moment after it was let go.
+    let deadline = Instant::now() + LONG;
+    while mount.waits().count() < 3 && Instant::now() < deadline {
+        thread::yield_now();
+    }
+    let waits = mount.waits();
+    assert_eq!(waits.count(), 3, "{waits:?}");
+    assert!(waits.sum() >= 3 * distance && waits.longest() >= distance, "{waits:?}");
+    let status = mount.status();
+    assert!(status.wait_p50_us >= 20_000 && status.wait_max_us >= status.wait_p99_us, "{status:?}");
+}
+
+#[test]
 fn a_managed_mount_gets_all_of_it_whatever_the_size() {
     for bytes in [0, 1, 511, 4095, 4096, 4097, MIB - 1, MIB, 3 * MIB + 78] {
         let far = Arc::new(Far::new(bytes, Duration::ZERO));
