@@ -9,7 +9,7 @@ pub mod qemu;
 mod urgent;
 
 pub use compatible::compatible;
-pub use urgent::Urgent;
+pub use urgent::{HelpersFirst, Urgent, UrgentHelpers};
 
 use std::{
     net::Ipv4Addr,

@@ -34,6 +34,50 @@ impl Drop for Urgent {
     }
 }
 
+/// Threads of this process that answer the monitor during a switchover, as the servers of its disks
+/// do: they go first for as long as somebody holds what [`UrgentHelpers::go_first`] gives.
+#[derive(Debug, Default)]
+pub struct UrgentHelpers(Vec<u32>);
+
+impl UrgentHelpers {
+    /// Those whose names begin with `prefix`. Looking for them takes a while: not in a blackout.
+    #[must_use]
+    pub fn named(prefix: &str) -> Self {
+        let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+        let is_meant = |thread: &u32| {
+            let name = std::fs::read_to_string(format!("/proc/self/task/{thread}/comm"));
+            // One that ended meanwhile has no name.
+            name.is_ok_and(|name| name.starts_with(prefix))
+        };
+        let threads = tasks.filter_map(|task| task.file_name().to_str()?.parse().ok());
+        Self(threads.filter(is_meant).collect())
+    }
+
+    /// Lets those that still live go first.
+    #[must_use = "they go first only as long as this lives"]
+    pub fn go_first(&self) -> HelpersFirst {
+        // The number of a thread that ended may be another process's by now.
+        let ours = |thread: &&u32| {
+            std::path::Path::new("/proc/self/task").join(thread.to_string()).exists()
+        };
+        let raised = |thread: &&u32| sys::set_class(**thread, Class::First).is_ok();
+        HelpersFirst(self.0.iter().filter(ours).filter(raised).copied().collect())
+    }
+}
+
+/// See [`UrgentHelpers::go_first`].
+#[derive(Debug)]
+pub struct HelpersFirst(Vec<u32>);
+
+impl Drop for HelpersFirst {
+    fn drop(&mut self) {
+        for thread in &self.0 {
+            // One that ended meanwhile needs nothing.
+            let _ = sys::set_class(*thread, Class::Usual);
+        }
+    }
+}
+
 /// How a thread is scheduled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Class {
@@ -85,5 +129,30 @@ mod tests {
         assert_eq!(policy(), libc::SCHED_RR.to_string());
         drop(urgent);
         assert_eq!(policy(), "0");
+    }
+
+    #[test]
+    fn helpers_are_urgent_as_long_as_somebody_says_and_only_those_of_the_name() {
+        let (ask, asked) = std::sync::mpsc::channel::<()>();
+        let (tell, told) = std::sync::mpsc::channel();
+        let work = move || {
+            for () in asked {
+                tell.send(policy()).unwrap();
+            }
+        };
+        let helper = std::thread::Builder::new().name("helper-of-test".into()).spawn(work).unwrap();
+        let its_policy = || {
+            ask.send(()).unwrap();
+            told.recv().unwrap()
+        };
+        assert_eq!(its_policy(), "0");
+        let helpers = UrgentHelpers::named("helper-of");
+        let first = helpers.go_first();
+        assert_eq!((its_policy(), policy()), (libc::SCHED_RR.to_string(), "0".to_owned()));
+        drop(first);
+        assert_eq!(its_policy(), "0");
+        drop(ask);
+        helper.join().unwrap();
+        assert!(helpers.go_first().0.is_empty(), "it has ended");
     }
 }

@@ -9,7 +9,10 @@
 //! | the monitor frozen | its requests stay where they are | what is in hand goes on, to a disk that nobody else sees |
 
 use super::hosted::fail;
-use crate::{driver::DiskKind, migrate::source::MachineError};
+use crate::{
+    driver::{DiskKind, UrgentHelpers},
+    migrate::source::MachineError,
+};
 use silo::{
     block::{BLOCK_SIZE, BlockRange},
     device::Device as _,
@@ -25,14 +28,14 @@ use std::{
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// How long requests in hand may take when a server ends.
 const SERVER_LIMIT: Duration = Duration::from_secs(5);
-/// How long a ring may take to be stopped: less than the driver gives a pause, because QEMU does
-/// nothing else meanwhile.
-const REST_LIMIT: Duration = Duration::from_secs(8);
+/// How long the monitor may take to be ready to go on after a pause that failed: requests in hand
+/// keep it busy for as long as a server lets them, then it has to find the server again.
+const READY_LIMIT: Duration = Duration::from_secs(180);
 /// How long a request waits for a page of the guest, and for room: as long as a disk waits for a
 /// block. Ending the machine ends these waits.
 const PATIENCE: Duration = Duration::from_secs(24 * 3600);
@@ -123,7 +126,6 @@ impl DiskServers {
             let options = VhostOptions {
                 serial: name.clone(),
                 queues: u16::try_from(vcpus).unwrap_or(u16::MAX),
-                drain_limit: REST_LIMIT,
                 pages: Some(Arc::clone(&pages)),
                 ..VhostOptions::default()
             };
@@ -133,6 +135,15 @@ impl DiskServers {
             Ok::<_, MachineError>(VhostDisk { name, server, device, trouble })
         };
         disks.iter().map(start).collect::<Result<_, _>>().map(Self::VhostUser)
+    }
+
+    /// Their threads that the monitor waits for when it stops and starts rings.
+    pub(super) fn helpers(&self) -> UrgentHelpers {
+        match self {
+            Self::Nbd(_) => UrgentHelpers::default(),
+            // As silo names the threads of its vhost-user servers.
+            Self::VhostUser(_) => UrgentHelpers::named("silo-vhost"),
+        }
     }
 
     /// Where the monitor finds them.
@@ -166,7 +177,7 @@ impl DiskServers {
         for disk in servers {
             if !disk.server.is_at_rest() {
                 return Err(fail(format!(
-                    "requests of disk \"{}\" did not end within {REST_LIMIT:?} of the pause",
+                    "requests of disk \"{}\" did not end at the pause",
                     disk.name
                 )));
             }
@@ -174,6 +185,26 @@ impl DiskServers {
         // What the guest wrote and did not flush: as QEMU does it at a stop where it has the disk.
         // Under the policy of a switchover this begins the sync and does not wait for it.
         disks.iter().try_for_each(|disk| disk.flush()).map_err(fail)
+    }
+
+    /// Before the machine goes on after a pause: waits until its monitor is there for that. QEMU
+    /// that is told to go on while it has lost a server does not look for it again.
+    ///
+    /// # Errors
+    /// If it is not there in time.
+    pub(super) fn before_run(&self) -> Result<(), MachineError> {
+        let Self::VhostUser(disks) = self else { return Ok(()) };
+        let deadline = Instant::now() + READY_LIMIT;
+        while let Some(disk) = disks.iter().find(|disk| !disk.server.is_answering()) {
+            if Instant::now() >= deadline {
+                return Err(fail(format!(
+                    "the monitor is not ready to use disk \"{}\" again after {READY_LIMIT:?}",
+                    disk.name
+                )));
+            }
+            std::thread::park_timeout(Duration::from_millis(5));
+        }
+        Ok(())
     }
 
     /// What a request waits for; only vhost-user disks wait here.

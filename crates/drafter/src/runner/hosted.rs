@@ -7,7 +7,8 @@ use super::{
 };
 use crate::{
     driver::{
-        Driver, DriverError, Fence, HostFacts, HostResources, MachineShape, NetworkShape, Start, Vm,
+        Driver, DriverError, Fence, HostFacts, HostResources, MachineShape, NetworkShape, Start,
+        UrgentHelpers, Vm,
     },
     guest::GuestChannel,
     lease::Epoch,
@@ -90,6 +91,8 @@ pub(super) struct Hosted {
     /// The guest channel, once somebody opened it.
     pub guest: Option<Arc<GuestChannel>>,
     servers: DiskServers,
+    /// Those of the servers that a switchover waits for, as of the last look.
+    helpers: UrgentHelpers,
     vm: Box<dyn Vm>,
     tap: Option<Arc<Tap>>,
     path: Arc<dyn DataPath>,
@@ -235,6 +238,7 @@ impl Hosted {
         let mut hosted = Self {
             tracking: Tracking::None,
             guest: None,
+            helpers: servers.helpers(),
             servers,
             vm,
             tap: tap.map(Arc::new),
@@ -288,6 +292,7 @@ impl Hosted {
         Ok(Self {
             tracking,
             guest: None,
+            helpers: servers.helpers(),
             servers,
             vm,
             tap,
@@ -330,6 +335,7 @@ impl Hosted {
 
     /// Lets a booted or resumed guest go, owner of its network under `flip`.
     pub(super) fn begin(&mut self, flip: u64) -> Result<(), MachineError> {
+        self.servers.before_run()?;
         if let Some(net) = &self.net {
             self.path.resume(net, flip).map_err(fail)?;
         }
@@ -449,6 +455,7 @@ impl SourceMachine for Hosted {
 
     fn before_pause(&mut self) -> Result<(), MachineError> {
         self.servers.before_pause()?;
+        self.helpers = self.servers.helpers();
         if self.has_suspend_hook()
             && let Some(guest) = &self.guest
         {
@@ -468,6 +475,7 @@ impl SourceMachine for Hosted {
 
     fn pause(&mut self, to: Option<&HostEndpoint>, flip: u64) -> Result<(), MachineError> {
         self.flip = flip;
+        let _first = self.helpers.go_first();
         let diverted = self.net.clone().zip(to.copied());
         if let Some((net, to)) = &diverted
             && let Err(error) = self.path.divert(net, to, flip)
@@ -532,6 +540,7 @@ impl SourceMachine for Hosted {
         {
             tracing::error!(%error, "the network does not lead back here yet");
         }
+        self.servers.before_run()?;
         self.vm.run().map_err(fail)
     }
 }
@@ -546,6 +555,7 @@ impl DestinationMachine for Hosted {
     }
 
     fn run(&mut self) -> Result<(), MachineError> {
+        let _first = self.helpers.go_first();
         self.vm.run().map_err(fail)
     }
 

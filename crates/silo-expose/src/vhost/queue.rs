@@ -68,7 +68,7 @@ impl Doorbell {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = file;
     }
 
-    fn ring(&self) {
+    pub(super) fn ring(&self) {
         let file = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(mut file) = file.as_ref()
             && let Err(error) = file.write_all(&1u64.to_ne_bytes())

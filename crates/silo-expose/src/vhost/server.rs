@@ -216,6 +216,16 @@ impl VhostServer {
             })
     }
 
+    /// Whether a front end is connected, and waits for no answer of ours: one that stops its rings
+    /// waits until their requests are done, and one that lost us until it has found us again.
+    #[must_use]
+    pub fn is_answering(&self) -> bool {
+        self.server.sessions().entries.iter().any(|entry| {
+            let session = entry.session.as_ref();
+            !is_gone(&entry.stream) && session.is_some_and(|session| session.try_lock().is_ok())
+        })
+    }
+
     /// Serves `device` from now on, which holds the same content and may be larger, and tells the
     /// front ends to look at the size again. Requests in hand end on the device before.
     pub fn resize(&self, device: Arc<dyn BlockDevice>) {

@@ -325,7 +325,11 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
-        self.vring(index.into())?.call.replace(file);
+        let call = &self.vring(index.into())?.call;
+        call.replace(file);
+        // A ring runs before it comes: what was handed back meanwhile was told to nobody, and a
+        // driver with nothing else under way would wait for ever.
+        call.ring();
         Ok(())
     }
 

@@ -1,8 +1,9 @@
 //! Ends, disk errors, events, and a runner that dies.
 
 use super::{nbd::Disk, rig::*};
-use crate::driver::{Driver, DriverError, Exit, Start, Vm, VmEvent};
+use crate::driver::{DiskKind, Driver, DriverError, Exit, Start, Vm, VmEvent};
 use nix::sys::signal::{Signal, kill};
+use silo::expose::vhost::{VhostOptions, VhostServer};
 use std::{
     process::{Command, Stdio},
     sync::atomic::Ordering,
@@ -129,6 +130,40 @@ fn pausing_tells_that_the_processors_stopped_before_the_disk_is_flushed() {
     assert!(paused >= Duration::from_millis(400), "the flush is waited for: {paused:?}");
     assert!(stopped + Duration::from_millis(200) < paused, "told {stopped:?}, paused {paused:?}");
     assert!(disk.flushes.load(Ordering::SeqCst) > 0);
+}
+
+#[test]
+fn pausing_waits_for_what_a_vhost_user_disk_has_in_hand_and_its_rings_rest_after_that() {
+    let rig = Rig::new();
+    let disks = vec!["root".into()];
+    let disk_kind = DiskKind::VhostUserBlk;
+    let shape = crate::driver::MachineShape { disks, disk_kind, ..rig.shape() };
+    let path = rig.state.path().join("disk.sock");
+    let disk = Gated::new(1 << 20);
+    let server = VhostServer::start(&path, disk.clone(), VhostOptions::default()).unwrap();
+    let mut machine = rig.boot(&shape, Given { disk: Some(&path), tap: None });
+    assert_eq!(ask(&machine.vm, "sync"), "sync ok");
+    for _ in 0..3 {
+        assert!(server.is_answering());
+        disk.shut(true);
+        let mut answer = say(&machine.vm, "sync");
+        until(SOON, "a flush is in hand", || disk.waiting.load(Ordering::SeqCst) > 0);
+        std::thread::scope(|scope| {
+            let opening = scope.spawn(|| {
+                // The front end waits for us: its pause has come as far as the ring.
+                until(SOON, "the pause waits for the flush", || !server.is_answering());
+                assert!(!server.is_at_rest());
+                disk.shut(false);
+            });
+            machine.vm.pause(&mut || assert!(server.is_at_rest())).unwrap();
+            opening.join().unwrap();
+        });
+        assert!(server.is_answering() && server.is_at_rest());
+        machine.vm.run().unwrap();
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut answer, &mut line).unwrap();
+        assert_eq!(line.trim(), "sync ok", "what was in hand was done before the pause");
+    }
 }
 
 #[test]

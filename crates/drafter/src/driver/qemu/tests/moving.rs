@@ -1,7 +1,7 @@
 //! Pause, save, load, run: from one QEMU into another on the same memory.
 
 use super::{nbd::Disk, rig::*, sys};
-use crate::driver::{DiskKind, MachineShape, Urgent, Vm};
+use crate::driver::{DiskKind, MachineShape, Urgent, UrgentHelpers, Vm};
 use nix::sched::{CloneFlags, unshare};
 use std::{
     net::{SocketAddr, TcpStream},
@@ -189,13 +189,16 @@ fn so_they_are_with_a_vhost_user_disk_whose_server_has_to_answer() {
 }
 
 fn quick_under_load(machine: &mut Machine) {
+    let helpers = UrgentHelpers::named("silo-vhost");
     let load = Load::new();
     let mut rounds = vec![];
     for round in 0..150 {
+        let first = helpers.go_first();
         let urgent = Urgent::this_thread();
         let (stop, ()) = timed(|| machine.vm.pause(&mut || ()).unwrap());
         let (run, ()) = timed(|| machine.vm.run().unwrap());
         drop(urgent);
+        drop(first);
         rounds.push(stop + run);
         thread::sleep(Duration::from_millis(5 + round % 10));
     }

@@ -7,15 +7,19 @@ use crate::driver::{DiskKind, DriverError, HostResources, MachineShape, NetworkS
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use silo::{
     expose::vhost::{VhostOptions, VhostServer},
+    io::BlockDevice,
     source::MemoryDevice,
 };
 use std::{
     fs::{self, File},
-    io::{BufRead, BufReader, Write},
+    io::{self, BufRead, BufReader, Write},
     net::Ipv4Addr,
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -73,6 +77,58 @@ impl Drop for Machine {
 pub(super) struct Given<'a> {
     pub(super) tap: Option<&'a OwnedFd>,
     pub(super) disk: Option<&'a Path>,
+}
+
+/// A disk in memory whose flushes wait while it is shut.
+pub(super) struct Gated {
+    inner: MemoryDevice,
+    shut: Mutex<bool>,
+    changed: Condvar,
+    pub(super) waiting: AtomicU64,
+}
+
+impl Gated {
+    pub(super) fn new(bytes: u64) -> Arc<Self> {
+        let inner = MemoryDevice::new("disk", bytes).unwrap();
+        let (shut, changed, waiting) = (Mutex::new(false), Condvar::new(), AtomicU64::new(0));
+        Arc::new(Self { inner, shut, changed, waiting })
+    }
+
+    pub(super) fn shut(&self, shut: bool) {
+        *self.shut.lock().unwrap() = shut;
+        self.changed.notify_all();
+    }
+}
+
+impl BlockDevice for Gated {
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.inner.read_at(offset, buf)
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.inner.write_at(offset, data)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let shut = self.shut.lock().unwrap();
+        let limit = Duration::from_secs(60);
+        let (_open, late) = self.changed.wait_timeout_while(shut, limit, |shut| *shut).unwrap();
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        if late.timed_out() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
+    }
+
+    fn trim(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.inner.trim(offset, length)
+    }
+
+    fn zero(&self, offset: u64, length: u64, allocate: bool) -> io::Result<()> {
+        self.inner.zero(offset, length, allocate)
+    }
 }
 
 /// A disk in memory on a vhost-user socket, whose server takes all guest memory for present.
