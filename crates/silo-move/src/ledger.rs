@@ -80,7 +80,9 @@ impl Standing {
             | (
                 Receiving { session: before } | Owner { session: before, .. },
                 Owner { session: now, .. },
-            ) => before == now,
+            )
+            // Who owns them gives them away before they come again; a token may be refused.
+            | (Owner { session: before, .. }, Receiving { session: now }) => before == now,
             // Of the last: authority is noted to leave before it has left.
             (Leaving { .. }, Owner { .. })
             | (Away { .. }, Here | Owner { .. } | Leaving { .. })
@@ -431,6 +433,9 @@ mod tests {
             assert_eq!(result.is_ok(), now == standing, "{now}");
             result.map_err(|error| error.to_string())
         };
+        save(0, Standing::Receiving { session: came }).unwrap();
+        save(0, Standing::Owner { session: came, attempt: 1 }).unwrap();
+        save(1, Standing::Receiving { session: back }).unwrap_err();
         save(0, Standing::Receiving { session: came }).unwrap();
         save(0, Standing::Owner { session: came, attempt: 1 }).unwrap();
         save(1, Standing::Away { session: goes }).unwrap_err();

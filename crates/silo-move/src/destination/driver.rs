@@ -70,6 +70,7 @@ impl Shared {
         let (done, waited) = mpsc::channel();
         let _ = chores.send(chores::Job::Stop(done));
         let _ = waited.recv();
+        self.quiet.store(true, Ordering::Release);
         self.finish(end)
     }
 

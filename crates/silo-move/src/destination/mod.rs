@@ -55,7 +55,7 @@ use std::{
     io,
     sync::{
         Arc, Condvar, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc,
     },
     thread::{Builder, JoinHandle},
@@ -168,6 +168,8 @@ pub(crate) struct Shared {
     rate: Mutex<Rate>,
     attempt: AtomicU64,
     notes: chores::Notes,
+    /// It makes no notes any more.
+    quiet: AtomicBool,
 }
 
 /// A move under way, at its destination.
@@ -250,6 +252,7 @@ impl Inbound {
             rate: Mutex::default(),
             attempt: AtomicU64::new(0),
             notes: chores::Notes::default(),
+            quiet: AtomicBool::new(false),
         });
         let mut devices = Vec::with_capacity(shared.volumes.len());
         for (at, volume) in shared.volumes.iter().enumerate() {
@@ -583,11 +586,13 @@ impl Shared {
         }
         self.tell(Event::Cancel("its source began another session".to_owned()));
         let deadline = Instant::now() + Duration::from_secs(5);
+        // Until it has made its last note, too: that must not come after one of the next session.
         let receiving = || {
             let core = lock(&self.core);
-            core.machine
-                .as_ref()
-                .is_some_and(|machine| matches!(machine.phase(), Step::Receiving | Step::Failed(_)))
+            let machine = core.machine.as_ref();
+            machine
+                .is_none_or(|machine| matches!(machine.phase(), Step::Receiving | Step::Failed(_)))
+                && !self.quiet.load(Ordering::Acquire)
         };
         while receiving() && Instant::now() < deadline {
             std::thread::park_timeout(Duration::from_millis(1));
