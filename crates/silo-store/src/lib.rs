@@ -33,5 +33,5 @@ pub use objects::Objects;
 pub use prune::{Pruned, Retention};
 pub use remote::{Environment, Limits, Requests, StoreUrl};
 pub use store::{Access, GenerationInfo, Rotation, Store};
-pub use verify::{Depth, Problem, Verified};
+pub use verify::{Depth, Problem, Reading, Verified};
 pub use writer::{LineWriter, PackOptions, Stored, WriterOptions};

@@ -34,6 +34,15 @@ pub enum Depth {
     Full,
 }
 
+/// How far a verification is, in bytes to read. Both grow: what there is to read is found on the way.
+#[derive(Debug, Default)]
+pub struct Reading {
+    /// Read.
+    pub done: AtomicU64,
+    /// To be read, as far as known.
+    pub total: AtomicU64,
+}
+
 /// Something that is wrong.
 #[derive(Debug)]
 pub struct Problem {
@@ -80,7 +89,7 @@ struct Wanted {
 }
 
 impl Store {
-    /// Verifies generations: one, or all of a line. `done` counts packs on the way, `stop` ends it.
+    /// Verifies generations: one, or all of a line. `reading` says how far it is, `stop` ends it.
     ///
     /// # Errors
     /// If the store cannot be reached or a key is lost. Damage is no error: see the result.
@@ -90,7 +99,7 @@ impl Store {
         line: &LineName,
         which: Option<Which>,
         depth: Depth,
-        done: &AtomicU64,
+        reading: &Reading,
         stop: &AtomicBool,
     ) -> Result<Verified> {
         let numbers: Vec<u64> = match which {
@@ -173,6 +182,8 @@ impl Store {
             let namer = data_keys.get(&namer.unwrap_or(DataKeyId([0; 16]))).cloned();
             let mut packs: VecDeque<_> =
                 wanted.packs.values().filter(|(pack, _)| !bad.contains(&pack.id.pack())).collect();
+            let bytes = packs.iter().map(|(pack, _)| u64::from(pack.length)).sum();
+            reading.total.fetch_add(bytes, Ordering::Relaxed);
             let mut pending = VecDeque::new();
             loop {
                 while pending.len() < 3 && !stop.load(Ordering::Relaxed) {
@@ -203,7 +214,7 @@ impl Store {
                         });
                     }
                 }
-                done.fetch_add(1, Ordering::Relaxed);
+                reading.done.fetch_add(u64::from(pack.length), Ordering::Relaxed);
             }
             if stop.load(Ordering::Relaxed) {
                 return Err(StoreError::Stopped);
@@ -301,14 +312,17 @@ impl Store {
     pub fn scrub(
         &self,
         rate: Option<u64>,
-        done: &AtomicU64,
+        reading: &Reading,
         stop: &AtomicBool,
     ) -> Result<Verified> {
         let mut verified = Verified::default();
         let (began, mut limiter) = (std::time::Instant::now(), crate::writer::Limiter::new(rate));
         for (folder, most) in [(PACKS, MAX_PACK), (MAPS, 1 << 40)] {
-            for listed in self.remote.list(folder, None)? {
+            let objects = self.remote.list(folder, None)?;
+            reading.total.fetch_add(objects.iter().map(|o| o.size).sum(), Ordering::Relaxed);
+            for listed in objects {
                 let Some(id) = ObjectId::parse(&listed.object) else { continue };
+                let listed_size = listed.size;
                 if stop.load(Ordering::Relaxed) {
                     return Err(StoreError::Stopped);
                 }
@@ -323,7 +337,7 @@ impl Store {
                         verified.problems.push(Problem { object, error, affects });
                     }
                 }
-                done.fetch_add(1, Ordering::Relaxed);
+                reading.done.fetch_add(listed_size, Ordering::Relaxed);
             }
         }
         Ok(verified)

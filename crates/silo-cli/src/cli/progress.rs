@@ -14,11 +14,6 @@ impl Progress {
         Self::new(what, total, json, template)
     }
 
-    /// A count of things whose number is not known.
-    pub(crate) fn count(what: &'static str, json: bool) -> Self {
-        Self::new(what, 0, json, "{spinner} {pos} {msg} {elapsed}")
-    }
-
     fn new(what: &'static str, total: u64, json: bool, template: &str) -> Self {
         let seen = !json && io::stderr().is_terminal();
         let target =
@@ -54,7 +49,6 @@ mod tests {
 
     #[test]
     fn the_templates_are_understood() {
-        Progress::count("packs", true).end();
         let progress = Progress::bytes("reading", 0, true);
         progress.set(1, 10);
         assert_eq!(progress.0.position(), 1);

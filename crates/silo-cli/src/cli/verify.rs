@@ -4,7 +4,7 @@ use super::{human, print, progress::Progress, stop::Stop, store::StoreArgs};
 use crate::config::ByteSize;
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
-use silo::store::{Access, Depth, LineName, StoreError, Verified, Which};
+use silo::store::{Access, Depth, LineName, Reading, StoreError, Verified, Which};
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
@@ -43,13 +43,13 @@ pub(super) struct VerifyArgs {
 pub(super) fn run(args: &VerifyArgs, json: bool) -> Result<bool> {
     let stop = Stop::on_signals()?;
     let store = args.store.place()?.open(Access::Read)?;
-    let (done, halt) = (AtomicU64::new(0), AtomicBool::new(false));
-    let progress = Progress::count("packs", json);
+    let (reading, halt) = (Reading::default(), AtomicBool::new(false));
+    let progress = Progress::bytes("reading", 0, json);
     let verified = thread::scope(|scope| {
         let work = scope.spawn(|| -> Result<Verified> {
             if args.depth == How::Scrub {
                 let rate = args.bandwidth.map(|rate| rate.0);
-                return Ok(store.scrub(rate, &done, &halt)?);
+                return Ok(store.scrub(rate, &reading, &halt)?);
             }
             let depth = if args.depth == How::Full { Depth::Full } else { Depth::Quick };
             let keys = args.store.keys()?;
@@ -60,7 +60,7 @@ pub(super) fn run(args: &VerifyArgs, json: bool) -> Result<bool> {
             let which = args.generation.map(Which::Number);
             let mut all = Verified::default();
             for line in &lines {
-                match store.verify(&keys, line, which, depth, &done, &halt) {
+                match store.verify(&keys, line, which, depth, &reading, &halt) {
                     Ok(one) => add(&mut all, one),
                     // A line that was begun and has nothing yet.
                     Err(StoreError::NoGeneration { .. }) if args.line.is_none() => {}
@@ -74,7 +74,8 @@ pub(super) fn run(args: &VerifyArgs, json: bool) -> Result<bool> {
                 halt.store(true, Ordering::Relaxed);
                 break;
             }
-            progress.set(done.load(Ordering::Relaxed), 0);
+            let of = |bytes: &AtomicU64| bytes.load(Ordering::Relaxed);
+            progress.set(of(&reading.done), of(&reading.total));
         }
         work.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })?;

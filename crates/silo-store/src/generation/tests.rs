@@ -101,8 +101,8 @@ impl Rig {
     }
 
     fn verified(&self, depth: Depth) -> crate::Verified {
-        let (done, stop) = (AtomicU64::new(0), AtomicBool::new(false));
-        self.store.verify(&self.ring, &self.line, None, depth, &done, &stop).unwrap()
+        let (reading, stop) = (crate::Reading::default(), AtomicBool::new(false));
+        self.store.verify(&self.ring, &self.line, None, depth, &reading, &stop).unwrap()
     }
 }
 

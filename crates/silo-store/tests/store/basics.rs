@@ -6,10 +6,10 @@ use silo_block::{
     io::{Allocation, BlockDevice},
 };
 use silo_store::{
-    Access, Depth, Environment, GenerationDevice, Store, StoreUrl, Which,
+    Access, Depth, Environment, GenerationDevice, Reading, Store, StoreUrl, Which,
     capture::{Capture, Want},
 };
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::AtomicBool;
 
 #[test]
 fn a_device_of_any_size_in_blocks_of_any_size_comes_back_whole_and_in_pieces() {
@@ -69,10 +69,14 @@ fn generations_keep_their_content_while_the_device_goes_on() {
     let infos = store.generations(&line("vm")).unwrap();
     let numbers: Vec<_> = contents.iter().rev().map(|(number, _)| *number).collect();
     assert_eq!(infos.iter().map(|info| info.number).collect::<Vec<_>>(), numbers);
-    let (done, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    let (done, stop) = (Reading::default(), AtomicBool::new(false));
     let verified = store.verify(&ring(), &line("vm"), None, Depth::Full, &done, &stop).unwrap();
     assert!(verified.is_well() && verified.generations == 6, "{verified:?}");
+    let bytes = |of: &std::sync::atomic::AtomicU64| of.load(std::sync::atomic::Ordering::Relaxed);
+    assert_eq!(bytes(&done.done), bytes(&done.total));
+    assert!(bytes(&done.total) > 1 << 16, "{done:?}");
     assert!(store.scrub(None, &done, &stop).unwrap().is_well());
+    assert_eq!(bytes(&done.done), bytes(&done.total));
 }
 
 #[test]

@@ -9,14 +9,11 @@ use object_store::{
 };
 use silo_block::io::BlockDevice;
 use silo_store::{
-    Depth, LineWriter, Retention, Store, StoreError, Swept, WriterOptions, capture::Want,
+    Depth, LineWriter, Reading, Retention, Store, StoreError, Swept, WriterOptions, capture::Want,
 };
 use std::{
     fmt,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, AtomicU64},
-    },
+    sync::{Arc, Mutex, atomic::AtomicBool},
     time::{Duration, SystemTime},
 };
 
@@ -85,7 +82,7 @@ impl ObjectStore for Stalling {
 }
 
 fn verified(store: &Arc<Store>) {
-    let (done, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    let (done, stop) = (Reading::default(), AtomicBool::new(false));
     let verified = store.verify(&ring(), &line("vm"), None, Depth::Full, &done, &stop).unwrap();
     assert!(verified.is_well(), "{verified:?}");
 }

@@ -4,14 +4,11 @@ use crate::support::*;
 use object_store::memory::InMemory;
 use silo_block::io::BlockDevice;
 use silo_store::{
-    Access, Depth, LineWriter, Store, StoreError, Which, WriterOptions,
+    Access, Depth, LineWriter, Reading, Store, StoreError, Which, WriterOptions,
     capture::{Capture, Want},
 };
 use silo_testing::{Death, Dying};
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicU64},
-};
+use std::sync::{Arc, atomic::AtomicBool};
 
 /// Opens the line and stores one generation, through a client that may die.
 fn session(backend: &Arc<Dying>, disk: &Arc<Disk>) -> Result<(), StoreError> {
@@ -46,7 +43,7 @@ fn whenever_the_uploader_is_killed_the_store_holds_the_old_generation_or_the_new
             assert!(found == old || found == new, "killed {death:?} request {at}");
             outcomes[usize::from(found == new)] += 1;
             assert!(result.is_err() || found == new, "said to be stored: {death:?} request {at}");
-            let (done, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+            let (done, stop) = (Reading::default(), AtomicBool::new(false));
             let verified =
                 store.verify(&ring(), &line("vm"), None, Depth::Full, &done, &stop).unwrap();
             assert!(verified.is_well(), "{death:?} request {at}: {verified:?}");
@@ -90,7 +87,7 @@ fn a_collector_that_is_killed_at_any_request_can_be_run_again_and_nothing_is_los
             // The next one ends what the dead one began.
             while collect(&store).unwrap() != Swept::Nothing {}
             assert_eq!(newest(&store, "vm", "disk").unwrap(), disk.content(), "{death:?} {at}");
-            let scrubbed = store.scrub(None, &AtomicU64::new(0), &AtomicBool::new(false)).unwrap();
+            let scrubbed = store.scrub(None, &Reading::default(), &AtomicBool::new(false)).unwrap();
             assert_eq!(scrubbed.packs, 1, "only what is referred to is left: {death:?} {at}");
             // The writer of before goes on, and does not refer to what is gone.
             group.device(0).write_at(0, &noise(1, 300_000)).unwrap();

@@ -3,15 +3,12 @@
 use crate::support::*;
 use silo_block::io::BlockDevice;
 use silo_store::{
-    Backup, BackupOptions, Depth, GenerationDevice, Limits, Policy, StoreError, Which,
+    Backup, BackupOptions, Depth, GenerationDevice, Limits, Policy, Reading, StoreError, Which,
     capture::{Capture, Want},
 };
 use silo_testing::{Fault, Rule, S3Server};
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64},
-    },
+    sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant},
 };
 
@@ -94,7 +91,7 @@ fn verify_names_what_is_wrong_and_which_generations_suffer() {
     group.device(0).write_at(0, &noise(2, 1 << 20)).unwrap();
     let second = round(&mut writer, &group, Want::Changed).unwrap().number;
     let new: Vec<_> = pack_keys(&server).into_iter().filter(|key| !old.contains(key)).collect();
-    let (done, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    let (done, stop) = (Reading::default(), AtomicBool::new(false));
     let verify = |depth| store.verify(&ring(), &line("vm"), None, depth, &done, &stop).unwrap();
     assert!(verify(Depth::Quick).is_well() && verify(Depth::Full).is_well());
 
@@ -177,7 +174,7 @@ fn check_33_a_put_that_was_given_up_is_unknown_and_nothing_refers_to_what_it_may
     group.device(0).write_at(0, &noise(2, 100_000)).unwrap();
     let stored = round(&mut writer, &group, Want::Changed).unwrap();
     assert_eq!(stored.known, 0, "what may have arrived counts as not arrived");
-    let (done, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    let (done, stop) = (Reading::default(), AtomicBool::new(false));
     let verified = store.verify(&ring(), &line("vm"), None, Depth::Full, &done, &stop).unwrap();
     assert!(verified.is_well(), "{verified:?}");
     assert_eq!(verified.blocks, 256);

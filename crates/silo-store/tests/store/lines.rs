@@ -3,8 +3,8 @@
 use crate::support::*;
 use silo_block::io::BlockDevice;
 use silo_store::{
-    Backup, BackupOptions, Depth, Generation, KeyRing, LineName, LineWriter, Retention, StoreError,
-    Which, WriterOptions, capture::Want,
+    Backup, BackupOptions, Depth, Generation, KeyRing, LineName, LineWriter, Reading, Retention,
+    StoreError, Which, WriterOptions, capture::Want,
 };
 use std::{
     sync::{
@@ -171,6 +171,6 @@ fn pruning_says_what_would_go_and_deletes_that_and_never_the_newest() {
     assert_eq!(store.generations(&line("vm")).unwrap().len(), 2);
     store.prune(&line("vm"), &Retention::default(), now, false).unwrap();
     assert_eq!(newest(&store, "vm", "disk").unwrap(), disk.content());
-    let (done, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    let (done, stop) = (Reading::default(), AtomicBool::new(false));
     assert!(store.verify(&ring(), &line("vm"), None, Depth::Full, &done, &stop).unwrap().is_well());
 }

@@ -2,13 +2,13 @@
 
 use crate::support::*;
 use silo_block::io::BlockDevice;
-use silo_store::{Access, Depth, Environment, Store, StoreError, StoreUrl, capture::Want};
+use silo_store::{Access, Depth, Environment, Reading, Store, StoreError, StoreUrl, capture::Want};
 use std::{
     io::{Read, Write},
     net::{TcpListener, TcpStream},
     path::Path,
     process::{Child, Command, Stdio},
-    sync::atomic::{AtomicBool, AtomicU64},
+    sync::atomic::AtomicBool,
     time::{Duration, Instant},
 };
 
@@ -89,7 +89,7 @@ fn a_second_s3_server_takes_generations_and_fences_writers() {
     group.device(0).write_at(77, &noise(2, 50_000)).unwrap();
     round(&mut first, &group, Want::Changed).unwrap();
     assert_eq!(newest(&store, "vm", "disk").unwrap(), disk.content());
-    let (done, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    let (done, stop) = (Reading::default(), AtomicBool::new(false));
     let verified = store.verify(&ring(), &line("vm"), None, Depth::Full, &done, &stop).unwrap();
     assert!(verified.is_well(), "{verified:?}");
     let _second = writer(&store, "vm");
