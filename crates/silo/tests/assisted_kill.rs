@@ -84,21 +84,20 @@ impl Scene for Beside {
 
 #[test]
 fn check_15_a_store_lost_and_returned_at_every_boundary() {
-    matrix(&mut Beside::new(), Victim::Store);
+    assert!(matrix(&mut Beside::new(), Victim::Store) > 20);
 }
 
 #[test]
 fn check_16_21_a_source_killed_at_every_boundary_beside_a_store() {
-    matrix(&mut Beside::new(), Victim::Source);
+    assert!(matrix(&mut Beside::new(), Victim::Source) > 20);
 }
 
 #[test]
 fn check_18_21_a_destination_killed_at_every_boundary_beside_a_store() {
-    // The device is one run on the line: what comes later comes from the store.
-    assert!(matrix(&mut Beside::new(), Victim::Destination) > 0);
+    assert!(matrix(&mut Beside::new(), Victim::Destination) > 20);
 }
 
 #[test]
 fn check_19_a_line_cut_at_every_boundary_beside_a_store() {
-    matrix(&mut Beside::new(), Victim::Line);
+    assert!(matrix(&mut Beside::new(), Victim::Line) > 20);
 }

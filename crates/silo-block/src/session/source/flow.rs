@@ -201,7 +201,9 @@ impl Source {
             let device = &mut self.devices[at];
             let (left, block) =
                 (device.order.len() * device.geometry.block(), device.geometry.block());
-            let (class, range) = device.order.next(device.max_run())?;
+            // No run is longer than what may be on its way at all.
+            let run = device.max_run().min((self.config.window / block).max(1));
+            let (class, range) = device.order.next(run)?;
             match device.sendable(class, range) {
                 Ready::Send(range) => {
                     device.flying.insert_range(range);
