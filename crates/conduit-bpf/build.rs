@@ -39,10 +39,8 @@ fn events() -> String {
         let mut parts = line.trim_end_matches(')').splitn(3, ", ");
         let mut part = || parts.next().expect("EVENT(name, drop, \"text\")");
         let (name, drop, text) = (part(), part(), part());
-        let variant: String = name
-            .split('_')
-            .map(|word| word[..1].to_uppercase() + &word[1..])
-            .collect();
+        let variant: String =
+            name.split('_').map(|word| word[..1].to_uppercase() + &word[1..]).collect();
         let about = text.trim_matches('"');
         let mut first = about.chars();
         let capital = first.next().map(|c| c.to_uppercase().to_string()).unwrap_or_default();

@@ -103,19 +103,19 @@ INLINE const struct cd_config *settings(void)
 	return bpf_map_lookup_elem(&config, &zero);
 }
 
-/* Addresses are 16 bytes, compared as two words. */
+/* Addresses are 16 bytes, aligned to four. */
 INLINE int same16(const void *a, const void *b)
 {
-	const __u64 *x = a, *y = b;
+	const __u32 *x = a, *y = b;
 
-	return x[0] == y[0] && x[1] == y[1];
+	return x[0] == y[0] && x[1] == y[1] && x[2] == y[2] && x[3] == y[3];
 }
 
 INLINE int zero16(const void *a)
 {
-	const __u64 *x = a;
+	const __u32 *x = a;
 
-	return x[0] == 0 && x[1] == 0;
+	return (x[0] | x[1] | x[2] | x[3]) == 0;
 }
 
 INLINE int same6(const __u8 *a, const __u8 *b)
@@ -572,6 +572,8 @@ int cd_stack(struct __sk_buff *skb)
 			return drop(EV_machine_gone);
 		}
 	}
+	if (for_this_link(&h))
+		return drop(EV_link_local);
 	/* Pieces of what was too large for cd_tap, cut by the stack on the way out. */
 	if (zero16(cfg->edge) || !find(&h.src, &place))
 		return drop(EV_unknown_machine);

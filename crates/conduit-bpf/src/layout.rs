@@ -59,7 +59,7 @@ pub(crate) fn carry(
     }
     let mut carried = 0;
     let old = open::<RawKey, EntryV1>(&folder.join("forward")).map_err(|e| fail("entries", &e))?;
-    for pair in old.iter() {
+    for pair in &old {
         let (key, old) = pair.map_err(|e| fail("entries", &e))?;
         let entry = RawEntry {
             check: check_of(&key),
@@ -77,9 +77,9 @@ pub(crate) fn carry(
     // These are the same in both.
     copy(&folder.join("ports"), ports).map_err(|e| fail("ports", &e))?;
     copy(&folder.join("peers"), peers).map_err(|e| fail("peers", &e))?;
-    let old = MapData::from_pin(folder.join("config")).map(Map::Array).and_then(|map| {
-        aya::maps::Array::<MapData, RawConfig>::try_from(map)?.get(&0, 0)
-    });
+    let old = MapData::from_pin(folder.join("config"))
+        .map(Map::Array)
+        .and_then(|map| aya::maps::Array::<MapData, RawConfig>::try_from(map)?.get(&0, 0));
     config.set(0, old.map_err(|e| fail("settings", &e))?, 0).map_err(|e| fail("settings", &e))?;
     Ok(carried)
 }
@@ -92,7 +92,7 @@ fn copy<K: Pod, V: Pod>(
     from: &Path,
     to: &mut HashMap<MapData, K, V>,
 ) -> Result<(), aya::maps::MapError> {
-    for pair in open::<K, V>(from)?.iter() {
+    for pair in &open::<K, V>(from)? {
         let (key, value) = pair?;
         to.insert(key, value, 0)?;
     }

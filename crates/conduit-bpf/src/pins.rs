@@ -149,7 +149,8 @@ fn ensure_bpf_fs(root: &Path) -> io::Result<()> {
         return Err(io::Error::other("this is no BPF file system"));
     }
     // Two that start at once must not mount over each other.
-    let lock = File::open("/sys/fs").map_err(|e| io::Error::new(e.kind(), format!("/sys/fs: {e}")))?;
+    let lock =
+        File::open("/sys/fs").map_err(|e| io::Error::new(e.kind(), format!("/sys/fs: {e}")))?;
     let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, e)| io::Error::from(e))?;
     if is_bpf(Path::new(BPF_FS)) {
         return Ok(());

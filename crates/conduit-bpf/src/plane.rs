@@ -6,8 +6,10 @@
 
 use crate::{
     Event,
-    abi::{CHANGE_AT, Config, Entry, Key, LAYOUT, Port, RawChange, RawConfig, RawEntry, RawKey,
-        RawPort, Role, mapped, unmapped},
+    abi::{
+        CHANGE_AT, Config, Entry, Key, LAYOUT, Port, RawChange, RawConfig, RawEntry, RawKey,
+        RawPort, Role, mapped, unmapped,
+    },
     error::Error,
     layout,
     pins::Pins,
@@ -115,7 +117,7 @@ impl DataPlane {
         pins.make(&folder)?;
         let refused = |operation: &str, detail: &dyn std::fmt::Display| Error::Refused {
             operation: operation.into(),
-            detail: detail.to_string(),
+            detail: end_of(&detail.to_string()).to_owned(),
         };
         let mut programs = EbpfLoader::new()
             .btf(None)
@@ -139,13 +141,8 @@ impl DataPlane {
         }
         let change = SchedClassifier::from_pin(pins.program("cd_change"))
             .map_err(|e| refused("open cd_change", &whole(&e)))?;
-        let this = Self {
-            pins,
-            attach,
-            programs: Mutex::new(programs),
-            change,
-            maps: Mutex::new(maps),
-        };
+        let this =
+            Self { pins, attach, programs: Mutex::new(programs), change, maps: Mutex::new(maps) };
         this.take_up()?;
         for from in older {
             this.pins.remove(&this.pins.maps(from))?;
@@ -344,7 +341,7 @@ impl DataPlane {
     pub fn entries(&self) -> Result<Vec<(Key, Entry)>, Error> {
         let maps = self.maps();
         let mut found = Vec::new();
-        for pair in maps.forward.iter() {
+        for pair in &maps.forward {
             let (key, raw) = pair.map_err(|e| Error::map("list the entries", whole(&e)))?;
             found.extend(Entry::from_raw(&raw).map(|entry| (Key::from(key), entry)));
         }
@@ -379,7 +376,13 @@ impl DataPlane {
 
     /// Removes programs, maps and links: the traffic of machines here ends.
     pub fn remove(self) -> Result<(), Error> {
-        for (interface, _) in self.pins.links()? {
+        let mut interfaces: Vec<u32> = self.pins.links()?.into_iter().map(|(at, _)| at).collect();
+        {
+            let maps = self.maps();
+            interfaces.extend(maps.ports.keys().filter_map(Result::ok));
+            interfaces.extend(maps.config.get(&0, 0).into_iter().flat_map(|c| [c.tunnel, c.hold]));
+        }
+        for interface in interfaces {
             self.detach(interface)?;
         }
         self.pins.remove(self.pins.path())
@@ -415,7 +418,9 @@ fn classifier<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedCla
 fn gone(result: Result<(), MapError>) -> Result<(), MapError> {
     match result {
         Err(MapError::KeyNotFound) => Ok(()),
-        Err(MapError::SyscallError(e)) if e.io_error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(MapError::SyscallError(e)) if e.io_error.kind() == std::io::ErrorKind::NotFound => {
+            Ok(())
+        }
         other => other,
     }
 }
@@ -424,6 +429,16 @@ fn gone(result: Result<(), MapError>) -> Result<(), MapError> {
 fn name_of(interface: u32) -> Option<String> {
     let name = nix::net::if_::if_indextoname(interface).ok()?;
     Some(name.to_string_lossy().into_owned())
+}
+
+/// The end of a long text, where a verifier says what it minds.
+fn end_of(text: &str) -> &str {
+    const KEPT: usize = 800;
+    let mut from = text.len().saturating_sub(KEPT);
+    while !text.is_char_boundary(from) {
+        from += 1;
+    }
+    &text[from..]
 }
 
 /// An error with its causes.

@@ -4,7 +4,7 @@
 use crate::abi::{RawChange, RawConfig, RawEntry, RawKey, RawPort};
 use std::{io, mem::size_of, os::fd::AsRawFd};
 
-// SAFETY (each of them): `repr(C)`, integers and byte arrays only, no padding (the sizes asserted
+// SAFETY: `repr(C)`, integers and byte arrays only, no padding (the sizes asserted
 // in `abi` are the sums of the fields), any bit pattern is a value.
 unsafe impl aya::Pod for RawKey {}
 // SAFETY: see above.

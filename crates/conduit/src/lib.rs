@@ -34,12 +34,14 @@ mod datapath;
 pub mod edge;
 pub mod exec;
 pub mod host;
+pub mod lab;
 mod local;
 pub mod netlink;
 pub mod overlay;
 mod store;
 mod sys;
 pub mod tap;
+pub mod tunnel;
 pub mod wire;
 
 pub use client::{AgentDataPath, status};

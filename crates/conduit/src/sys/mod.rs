@@ -98,6 +98,23 @@ pub(crate) fn send_frame(interface: u32, frame: &[u8]) -> io::Result<()> {
     if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// What the kernel knows of the path MTU of a connected socket (`IP_MTU`, `IPV6_MTU`).
+pub(crate) fn path_mtu(socket: &std::net::UdpSocket, v6: bool) -> io::Result<u32> {
+    let (level, option) =
+        if v6 { (libc::IPPROTO_IPV6, libc::IPV6_MTU) } else { (libc::IPPROTO_IP, libc::IP_MTU) };
+    let mut mtu: libc::c_int = 0;
+    let mut size = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `size` bytes to the int, which lives through the call; the
+    // socket is open.
+    let result = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), level, option, (&raw mut mtu).cast(), &raw mut size)
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    u32::try_from(mtu).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+}
+
 fn io_error(errno: Errno) -> io::Error {
     io::Error::from_raw_os_error(errno as i32)
 }
