@@ -276,6 +276,26 @@ pub struct Config {
     pub gateway: [u8; 6],
 }
 
+impl Config {
+    /// `None` for the zeros of a new map.
+    pub(crate) fn from_raw(raw: &RawConfig) -> Option<Self> {
+        let role = match raw.role {
+            1 => Role::Host,
+            2 => Role::Edge,
+            _ => return None,
+        };
+        Some(Self {
+            this: unmapped(raw.this),
+            edge: (raw.edge != [0; 16]).then(|| unmapped(raw.edge)),
+            tunnel: raw.tunnel,
+            hold: (raw.hold != 0).then_some(raw.hold),
+            net: raw.net,
+            role,
+            gateway: raw.gateway,
+        })
+    }
+}
+
 impl From<Config> for RawConfig {
     fn from(config: Config) -> Self {
         Self {
@@ -333,6 +353,21 @@ mod tests {
             assert_eq!(Entry::from_raw(&raw), Some(entry));
         }
         assert_eq!(Entry::from_raw(&RawEntry { state: 99, ..RawEntry::default() }), None);
+    }
+
+    #[test]
+    fn a_host_is_what_it_was_said_to_be() {
+        let config = Config {
+            this: IpAddr::from([10, 88, 0, 2]),
+            edge: Some("fd88::1".parse().unwrap()),
+            tunnel: 3,
+            hold: Some(4),
+            net: 6472,
+            role: Role::Edge,
+            gateway: [2, 0, 0, 0, 0, 1],
+        };
+        assert_eq!(Config::from_raw(&config.into()), Some(config));
+        assert_eq!(Config::from_raw(&RawConfig::default()), None);
     }
 
     #[test]

@@ -187,8 +187,11 @@ impl DataPlane {
                 .and_then(|link| SchedClassifierLink::try_from(FdLink::from(link)))
                 .map_err(|e| fail("take up the link of", whole(&e)))?;
             match classifier.attach_to_link(link) {
-                // The pin keeps it; our descriptor is not needed.
-                Ok(_) => return Ok(()),
+                Ok(id) => {
+                    // The pin keeps it: our descriptor is not needed, and would keep it too.
+                    drop(classifier.take_link(id));
+                    return Ok(());
+                }
                 Err(error) => {
                     tracing::warn!(interface, error = whole(&error), "a pinned link is dead");
                     self.pins.remove(&pin)?;
@@ -262,6 +265,13 @@ impl DataPlane {
             .config
             .set(0, RawConfig::from(*config), 0)
             .map_err(|e| Error::map("set what this host is", whole(&e)))
+    }
+
+    /// What the programs were told of this host; `None` before anybody has.
+    pub fn config(&self) -> Result<Option<Config>, Error> {
+        let raw = self.maps().config.get(&0, 0);
+        let raw = raw.map_err(|e| Error::map("read what this host is", whole(&e)))?;
+        Ok(Config::from_raw(&raw))
     }
 
     /// Says which machine is behind a tap.
@@ -374,8 +384,9 @@ impl DataPlane {
         Ok(counts.into_iter().find_map(|(e, n)| (e == event).then_some(n)).unwrap_or(0))
     }
 
-    /// Removes programs, maps and links: the traffic of machines here ends.
-    pub fn remove(self) -> Result<(), Error> {
+    /// Removes programs, maps and links: the traffic of machines here ends. Nothing can be changed
+    /// or attached afterwards.
+    pub fn remove(&self) -> Result<(), Error> {
         let mut interfaces: Vec<u32> = self.pins.links()?.into_iter().map(|(at, _)| at).collect();
         {
             let maps = self.maps();

@@ -5,6 +5,7 @@ use crate::{
     agent::{Agent, AgentConfig},
     client,
     edge::{Edge, EdgeConfig},
+    plane::PathChoice,
     wire::{Peer, Status},
 };
 use anyhow::{Context, Result, bail};
@@ -70,6 +71,17 @@ impl SecurityArgs {
     }
 }
 
+/// How frames find their way; the same on all hosts and edges of a fleet.
+#[derive(Debug, Args)]
+pub struct PathArgs {
+    /// By BPF programs, by routes, or by BPF where this kernel can.
+    #[arg(long, value_enum, default_value = "auto", env = "CONDUIT_PATH")]
+    pub path: PathChoice,
+    /// Where what BPF needs outlives this process: a folder of a BPF file system.
+    #[arg(long, value_name = "DIR", default_value = conduit_bpf::ROOT)]
+    pub pins: PathBuf,
+}
+
 /// Settings of `conduit agent`.
 #[derive(Debug, Args)]
 pub struct AgentArgs {
@@ -97,6 +109,9 @@ pub struct AgentArgs {
     /// At the end, remove taps, routes and rules: traffic of the machines here ends.
     #[arg(long)]
     pub remove_on_exit: bool,
+    /// How frames find their way.
+    #[command(flatten)]
+    pub path: PathArgs,
     /// Protection.
     #[command(flatten)]
     pub security: SecurityArgs,
@@ -132,6 +147,9 @@ pub struct EdgeArgs {
     /// At the end, remove translation and routes: connections through this edge end.
     #[arg(long)]
     pub remove_on_exit: bool,
+    /// How frames find their way.
+    #[command(flatten)]
+    pub path: PathArgs,
     /// Protection.
     #[command(flatten)]
     pub security: SecurityArgs,
@@ -183,6 +201,8 @@ fn agent(args: AgentArgs) -> Result<()> {
         security,
         socket: args.socket,
         state: args.state,
+        path: args.path.path,
+        pins: args.path.pins,
     })
     .context("the agent did not start")?;
     tracing::info!(overlay = %args.overlay, "agent ready");
@@ -204,6 +224,8 @@ fn edge(args: EdgeArgs) -> Result<()> {
         security,
         socket: args.socket,
         state: args.state,
+        path: args.path.path,
+        pins: args.path.pins,
     })
     .context("the edge did not start")?;
     tracing::info!(listen = %edge.listens_on(), public = %args.public, "edge ready");
@@ -262,9 +284,13 @@ fn print_status(status: &Status, out: &mut dyn Write) -> std::io::Result<()> {
     let Peer { overlay, underlay } = status.peer;
     writeln!(out, "{} {} at {overlay} (underlay {underlay})", status.role, status.host)?;
     writeln!(out, "  {}", status.link)?;
+    writeln!(out, "  frames find their way by {}", status.path)?;
     writeln!(out, "  {} machines, {} peers", status.machines.len(), status.peers.len())?;
     for peer in &status.peers {
         writeln!(out, "  peer {} at {}", peer.overlay, peer.underlay)?;
+    }
+    for (name, count) in status.counts.iter().filter(|(_, n)| **n > 0) {
+        writeln!(out, "  {count:>12} {name}")?;
     }
     Ok(())
 }

@@ -38,6 +38,7 @@ pub mod lab;
 mod local;
 pub mod netlink;
 pub mod overlay;
+mod plane;
 mod store;
 mod sys;
 pub mod tap;
@@ -45,9 +46,11 @@ pub mod tunnel;
 pub mod wire;
 
 pub use client::{AgentDataPath, status};
+pub use conduit_bpf::{ROOT as PINS, sweep as sweep_pins};
 pub use datapath::{
     DataPath, HostEndpoint, MachineNet, NetError, NullDataPath, PortMapping, Protocol, Tap,
 };
 pub use exec::KernelError;
 pub use local::LocalDataPath;
+pub use plane::{PathChoice, PathKind};
 pub use tap::name as tap_name;

@@ -1,7 +1,7 @@
 //! Against the kernel, each test in a nameless network namespace of its own. Needs root.
 
 use conduit::{
-    DataPath, LocalDataPath, MachineNet,
+    DataPath, LocalDataPath, MachineNet, PathChoice,
     agent::{Agent, AgentConfig},
     edge::{Edge, EdgeConfig},
     exec,
@@ -194,6 +194,8 @@ fn an_agent_and_an_edge_leave_nothing_behind_when_asked_to() {
             security: Security::Plaintext,
             socket: folder.path().join("agent.sock"),
             state: folder.path().join("agent"),
+            path: PathChoice::Auto,
+            pins: conduit_bpf::ROOT.into(),
         })
         .unwrap();
         assert_ne!(listing(), before);
@@ -212,6 +214,8 @@ fn an_agent_and_an_edge_leave_nothing_behind_when_asked_to() {
             security: Security::Plaintext,
             socket: folder.path().join("edge.sock"),
             state: folder.path().join("edge"),
+            path: PathChoice::Auto,
+            pins: conduit_bpf::ROOT.into(),
         })
         .unwrap();
         assert_ne!(listing(), before);
@@ -235,6 +239,8 @@ fn an_address_that_is_not_this_hosts_is_refused_at_start() {
             security: Security::Plaintext,
             socket: folder.path().join("edge.sock"),
             state: folder.path().join("edge"),
+            path: PathChoice::Auto,
+            pins: conduit_bpf::ROOT.into(),
         })
         .err()
         .map(|e| e.to_string())

@@ -142,7 +142,7 @@ mod layout1 {
     };
     use std::path::Path;
 
-    pub fn pin(object: &[u8], folder: &Path, maps: &Path, tap: u32, rig: &Rig) {
+    pub(crate) fn pin(object: &[u8], folder: &Path, maps: &Path, tap: u32, rig: &Rig) {
         let mut old =
             EbpfLoader::new().btf(None).default_map_pin_directory(maps).load(object).unwrap();
         let mut key = [0; 20];

@@ -1,5 +1,7 @@
 //! The BPF data path against the kernel, in namespaces without names. Needs root.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod decisions;
 mod life;
 mod rig;

@@ -21,29 +21,29 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub const MACHINE: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 5);
-pub const MACHINE_V6: Ipv6Addr = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 5);
-pub const CLIENT: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 2);
-pub const CLIENT_V6: Ipv6Addr = Ipv6Addr::new(0xfd03, 0, 0, 0, 0, 0, 0, 2);
-pub const MAC: [u8; 6] = [2, 0, 0, 0, 0, 5];
+pub(crate) const MACHINE: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 5);
+pub(crate) const MACHINE_V6: Ipv6Addr = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 5);
+pub(crate) const CLIENT: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 2);
+pub(crate) const CLIENT_V6: Ipv6Addr = Ipv6Addr::new(0xfd03, 0, 0, 0, 0, 0, 0, 2);
+pub(crate) const MAC: [u8; 6] = [2, 0, 0, 0, 0, 5];
 /// Where datagrams are sent to in tests.
-pub const PORT: u16 = 9;
+pub(crate) const PORT: u16 = 9;
 
-pub fn key() -> Key {
+pub(crate) fn key() -> Key {
     Key { net: NETWORK, address: MACHINE.into() }
 }
 
-pub fn key_v6() -> Key {
+pub(crate) fn key_v6() -> Key {
     Key { net: NETWORK, address: MACHINE_V6.into() }
 }
 
 /// A host or an edge.
-pub struct Node {
-    pub space: Space,
-    pub this: IpAddr,
-    pub role: Role,
-    pub tunnel: Tunnel,
-    pub plane: Option<DataPlane>,
+pub(crate) struct Node {
+    pub(crate) space: Space,
+    pub(crate) this: IpAddr,
+    pub(crate) role: Role,
+    pub(crate) tunnel: Tunnel,
+    pub(crate) plane: Option<DataPlane>,
     attach: Attach,
     root: PathBuf,
 }
@@ -58,7 +58,7 @@ impl Node {
     }
 
     /// Opens the data path, again if it was open.
-    pub fn open(&mut self) {
+    pub(crate) fn open(&mut self) {
         self.plane = None;
         let (root, attach) = (self.root.clone(), self.attach);
         let plane = self.space.run(move || DataPlane::open(&root, attach)).unwrap();
@@ -71,23 +71,23 @@ impl Node {
         self.plane = Some(plane);
     }
 
-    pub fn plane(&self) -> &DataPlane {
+    pub(crate) fn plane(&self) -> &DataPlane {
         self.plane.as_ref().unwrap()
     }
 
-    pub fn count(&self, event: Event) -> u64 {
+    pub(crate) fn count(&self, event: Event) -> u64 {
         self.plane().count(event).unwrap()
     }
 
-    pub fn root(&self) -> &Path {
+    pub(crate) fn root(&self) -> &Path {
         &self.root
     }
 
-    pub fn set(&self, key: Key, epoch: u64, place: Place, owner: IpAddr) {
+    pub(crate) fn set(&self, key: Key, epoch: u64, place: Place, owner: IpAddr) {
         self.try_set(key, epoch, place, owner).unwrap();
     }
 
-    pub fn try_set(
+    pub(crate) fn try_set(
         &self,
         key: Key,
         epoch: u64,
@@ -98,7 +98,7 @@ impl Node {
         self.plane().change(key, &entry)
     }
 
-    pub fn configure(&self, edge: Option<IpAddr>, hold: Option<u32>) {
+    pub(crate) fn configure(&self, edge: Option<IpAddr>, hold: Option<u32>) {
         let (this, tunnel, role) = (self.this, self.tunnel.index, self.role);
         let config = Config { this, edge, tunnel, hold, net: NETWORK, role, gateway: GATEWAY_MAC };
         self.plane().configure(&config).unwrap();
@@ -118,26 +118,26 @@ impl Drop for Node {
     }
 }
 
-pub struct Rig {
-    pub client: Space,
-    pub router: Space,
-    pub edge: Node,
-    pub hosts: [Node; 2],
-    pub guests: [Space; 2],
-    pub taps: [u32; 2],
+pub(crate) struct Rig {
+    pub(crate) client: Space,
+    pub(crate) router: Space,
+    pub(crate) edge: Node,
+    pub(crate) hosts: [Node; 2],
+    pub(crate) guests: [Space; 2],
+    pub(crate) taps: [u32; 2],
 }
 
 /// Which addresses the hosts have among themselves.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Underlay {
+pub(crate) enum Underlay {
     V4,
     V6,
 }
 
-pub struct Options {
-    pub underlay: Underlay,
-    pub attach: Attach,
-    pub guest_mtu: u32,
+pub(crate) struct Options {
+    pub(crate) underlay: Underlay,
+    pub(crate) attach: Attach,
+    pub(crate) guest_mtu: u32,
 }
 
 impl Default for Options {
@@ -152,11 +152,11 @@ fn underlay(at: u16) -> (Ipv4Addr, Ipv6Addr) {
 }
 
 impl Rig {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::with(&Options::default())
     }
 
-    pub fn with(options: &Options) -> Self {
+    pub(crate) fn with(options: &Options) -> Self {
         let space = || {
             let space = Space::new().expect("these tests make namespaces: run them as root");
             // No router asks for neighbours while its own address may be somebody else's.
@@ -241,16 +241,16 @@ impl Rig {
         rig
     }
 
-    pub fn nodes(&self) -> [&Node; 3] {
+    pub(crate) fn nodes(&self) -> [&Node; 3] {
         [&self.edge, &self.hosts[0], &self.hosts[1]]
     }
 
-    pub fn local(&self, host: usize) -> Place {
+    pub(crate) fn local(&self, host: usize) -> Place {
         Place::Local { tap: self.taps[host], candidate: false }
     }
 
     /// The machine is on `host` at `epoch`, and everybody knows.
-    pub fn place(&self, host: usize, epoch: u64) {
+    pub(crate) fn place(&self, host: usize, epoch: u64) {
         let owner = self.hosts[host].this;
         let away = Place::Remote { leaving: false };
         for key in [key(), key_v6()] {
@@ -263,28 +263,28 @@ impl Rig {
     }
 
     /// A socket in a guest that hears datagrams for the machine.
-    pub fn listen(&self, guest: usize) -> UdpSocket {
+    pub(crate) fn listen(&self, guest: usize) -> UdpSocket {
         let socket = self.guests[guest].run(|| UdpSocket::bind("[::]:9").unwrap());
         socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
         socket
     }
 
     /// Sends a datagram to the machine from the client.
-    pub fn say(&self, text: &str) {
+    pub(crate) fn say(&self, text: &str) {
         let socket = self.client.run(|| UdpSocket::bind("0.0.0.0:0").unwrap());
         socket.send_to(text.as_bytes(), (MACHINE, PORT)).unwrap();
     }
 }
 
 /// What a socket hears within its time.
-pub fn heard(socket: &UdpSocket) -> Option<(String, SocketAddr)> {
+pub(crate) fn heard(socket: &UdpSocket) -> Option<(String, SocketAddr)> {
     let mut buffer = [0; 2048];
     let (size, from) = socket.recv_from(&mut buffer).ok()?;
     Some((String::from_utf8_lossy(&buffer[..size]).into_owned(), from))
 }
 
 /// Waits until `done`; fails the test if it takes seconds.
-pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+pub(crate) fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(5);
     while !done() {
         assert!(Instant::now() < deadline, "{what}: not within 5 s");

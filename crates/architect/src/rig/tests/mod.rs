@@ -177,6 +177,15 @@ fn an_older_epoch_is_refused_by_the_host_and_by_the_edge() {
     world.rig.start_agent(0).unwrap();
     world.taps[0] = None;
     world.prepare(0);
+    // Its kernel remembers what its agent has lost.
+    let error = world.paths[0].resume(&world.net, 1).unwrap_err();
+    assert!(matches!(error, NetError::StaleEpoch { asked: 1, current: 3, .. }), "{error}");
+    world.rig.kill_agent(0);
+    fs::remove_dir_all(world.rig.folder().join("agent-a")).unwrap();
+    forget_pins(&world.rig.hosts()[0].namespace);
+    world.rig.start_agent(0).unwrap();
+    world.taps[0] = None;
+    world.prepare(0);
     world.paths[0].resume(&world.net, 1).unwrap();
     let error = world.paths[0].settled(&world.net, 1, SETTLE).unwrap_err();
     assert!(matches!(error, NetError::StaleEpoch { asked: 1, current: 2, .. }), "{error}");
@@ -298,13 +307,19 @@ fn a_move_works_without_the_edge_and_the_edge_learns_of_it_later() {
     assert_eq!(lost, 0, "of {sent}");
 }
 
+/// What a host's BPF programs know goes too, as if it had started anew.
+fn forget_pins(namespace: &Namespace) {
+    namespace.run(|| conduit::sweep_pins(Path::new(conduit::PINS))).unwrap().unwrap();
+}
+
 #[test]
 fn an_edge_that_has_forgotten_everything_hears_it_from_the_agents() {
     let _alone = alone();
     let mut world = World::new("cdlost");
     world.rig.kill_edge();
     fs::remove_dir_all(world.rig.edge_state()).unwrap();
-    world.rig.edge().ip("link del vx-conduit\n").unwrap();
+    world.rig.edge().ip("link del cd-tunnel\n").unwrap();
+    forget_pins(world.rig.edge());
     world.rig.edge().ip("route flush table 6472\n").unwrap();
     let flush = world.rig.edge().command("nft").args(["flush", "ruleset"]).status().unwrap();
     assert!(flush.success());
