@@ -46,7 +46,9 @@ nbd-client nbd-client
 fio fio
 fusermount3 fuse3
 g++ g++
+clang clang
 ip iproute2
+tc iproute2
 nft nftables
 mke2fs e2fsprogs
 lz4 lz4
@@ -92,6 +94,10 @@ if [ -n "$packages" ]; then
         }
     fi
 fi
+
+# The BPF programs include the kernel's headers, which come with libc6-dev on Debian.
+[ -e /usr/include/linux/bpf.h ] ||
+    problem "no /usr/include/linux/bpf.h" "apt-get install linux-libc-dev"
 
 # Rust comes from rustup: Debian's is too old.
 needed=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$root/Cargo.toml")

@@ -33,7 +33,7 @@ struct cd_entry {
 	__u32 check;               /* of the key; a reader that finds another lost a race with reuse */
 	__u64 epoch;               /* the lease's; only ever grows */
 	__u8 owner[16];            /* underlay address of the host that has the machine */
-	__u8 candidate[16];        /* of the host that may have it next; zeros for none */
+	__u8 candidate[16];        /* of the host that is announced as next; zeros for none */
 	__u32 ifindex;             /* CD_LOCAL */
 	__u8 state;
 	__u8 flags;

@@ -441,23 +441,27 @@ int cd_tap(struct __sk_buff *skb)
 	return encap(skb, cfg, port->net, cfg->edge, self.epoch, 0, EV_to_tunnel);
 }
 
-/* An edge believes a machine's frame from its owner at its epoch, and from the host announced as
- * next with a newer one (whose word has not reached this edge yet). */
+/* An edge believes a machine's frame from its owner at its epoch. With a newer epoch, whose claim
+ * has not reached this edge yet, it believes the host that was announced as next; where none was, any
+ * host of the fleet, as it would believe its claim. */
 INLINE int judge_sender(const struct headers *h, const __u8 *outer, __u16 wire)
 {
 	struct place from = {};
 	__s16 behind;
+	int newer;
 
 	if (!find(&h->src, &from))
 		return EV_unknown_machine;
+	if (from.state == CD_DROP)
+		return EV_machine_gone;
 	behind = ahead(from.epoch, wire);
-	if (same16(outer, from.owner) && from.state != CD_DROP) {
-		if (behind == 0 || (behind < 0 && behind > -CD_EPOCH_SLACK))
-			return 0;
-		return EV_old_epoch;
-	}
-	if (same16(outer, from.candidate) && behind < 0)
+	newer = behind < 0 && behind > -CD_EPOCH_SLACK;
+	if (same16(outer, from.owner))
+		return behind == 0 || newer ? 0 : EV_old_epoch;
+	if (newer && (zero16(from.candidate) || same16(outer, from.candidate))) {
+		count(EV_ahead);
 		return 0;
+	}
 	return EV_not_owner;
 }
 

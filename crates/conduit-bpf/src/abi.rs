@@ -147,7 +147,7 @@ pub struct Entry {
     pub epoch: u64,
     /// Underlay address of the host that has the machine.
     pub owner: IpAddr,
-    /// Of the host that may have it next, whose frames an edge believes before it is told.
+    /// Of the host that is announced as next: an edge believes no other's newer epoch.
     pub candidate: Option<IpAddr>,
     /// Where frames go.
     pub place: Place,

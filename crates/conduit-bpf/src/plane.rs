@@ -26,6 +26,7 @@ use aya::{
 };
 use std::{
     net::IpAddr,
+    os::fd::{AsFd, AsRawFd},
     path::Path,
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -382,6 +383,17 @@ impl DataPlane {
     pub fn count(&self, event: Event) -> Result<u64, Error> {
         let counts = self.counts()?;
         Ok(counts.into_iter().find_map(|(e, n)| (e == event).then_some(n)).unwrap_or(0))
+    }
+
+    /// Bytes of kernel memory that the entries take, as the kernel accounts for them.
+    pub fn memory(&self) -> Result<u64, Error> {
+        let fail = |e: &dyn std::fmt::Display| Error::map("ask what the entries take", e);
+        let map = MapData::from_pin(self.pins.maps(LAYOUT).join("forward"))
+            .map_err(|e| fail(&whole(&e)))?;
+        let path = format!("/proc/self/fdinfo/{}", map.fd().as_fd().as_raw_fd());
+        let text = std::fs::read_to_string(path).map_err(|e| fail(&e))?;
+        let bytes = text.lines().find_map(|l| l.strip_prefix("memlock:")?.trim().parse().ok());
+        bytes.ok_or_else(|| fail(&"the kernel does not say"))
     }
 
     /// Removes programs, maps and links: the traffic of machines here ends. Nothing can be changed

@@ -3,7 +3,7 @@
 
 use crate::{
     agent::{Agent, AgentConfig},
-    client,
+    bench, client,
     edge::{Edge, EdgeConfig},
     plane::PathChoice,
     wire::{Peer, Status},
@@ -43,6 +43,8 @@ pub enum Command {
     Map(LookArgs),
     /// Show whether the agent or edge here is well, and whom it can reach.
     Status(LookArgs),
+    /// Measure the data path next to kernel vxlan and plain routing (needs root).
+    Bench(bench::Args),
     /// Print a completion script for a shell.
     Completions {
         /// Which shell.
@@ -183,6 +185,9 @@ pub fn run(command: Command) -> Result<()> {
         Command::Edge(args) => edge(args),
         Command::Map(args) => look(&args, print_map),
         Command::Status(args) => look(&args, print_status),
+        // Exit code 3: all was measured, and a promise was not kept.
+        Command::Bench(args) if !bench::run(&args)? => std::process::exit(3),
+        Command::Bench(_) => Ok(()),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "conduit", &mut std::io::stdout());
             Ok(())

@@ -80,11 +80,7 @@ fn out_rule(tap: &str) -> Rule {
 impl HostNet {
     /// Sets the host up; `this` is where it is in the overlay, or `None` for a host by itself.
     /// Must be called in the host's network namespace.
-    pub fn open(
-        this: Option<Peer>,
-        choice: PathChoice,
-        pins: &Path,
-    ) -> Result<Self, KernelError> {
+    pub fn open(this: Option<Peer>, choice: PathChoice, pins: &Path) -> Result<Self, KernelError> {
         exec::sysctl("net/ipv4/ip_forward", "1")?;
         loosen_reverse_path_filter()?;
         let mut netlink = Netlink::open()?;

@@ -25,7 +25,10 @@ pub struct LocalDataPath {
 impl LocalDataPath {
     /// Sets this host up (idempotent). Must be called in the host's network namespace.
     pub fn open() -> Result<Self, KernelError> {
-        Ok(Self { host: HostNet::open(None, PathChoice::Routes, Path::new(conduit_bpf::ROOT))?, book: Mutex::default() })
+        Ok(Self {
+            host: HostNet::open(None, PathChoice::Routes, Path::new(conduit_bpf::ROOT))?,
+            book: Mutex::default(),
+        })
     }
 
     fn book(&self) -> MutexGuard<'_, Book> {

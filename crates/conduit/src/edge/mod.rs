@@ -72,8 +72,8 @@ struct Core {
     ledger: Ledger,
     hosts: BTreeMap<Ipv4Addr, KnownHost>,
     netlink: Netlink,
-    /// The host whose word on a machine may run ahead of its claim: it was prepared, or had the
-    /// machine before and may take it back.
+    /// The host that was prepared for a machine: the only one whose frames may run ahead of its
+    /// claim.
     candidates: BTreeMap<Ipv4Addr, Ipv4Addr>,
 }
 
@@ -344,13 +344,11 @@ impl Shared {
         if entry.released {
             self.mislead(core, net.address).map_err(fail)?;
         } else {
-            // A move that fails is taken back by the host that had it.
-            let last = before.filter(|b| !b.released && b.owner != entry.owner);
-            if let Some(last) = last {
-                core.candidates.insert(net.address, last.owner);
+            if before.is_none_or(|b| b.owner != entry.owner) {
+                core.candidates.remove(&net.address);
             }
             let candidate = core.candidates.get(&net.address).copied();
-            self.lead(core, &entry, candidate.filter(|c| *c != entry.owner)).map_err(fail)?;
+            self.lead(core, &entry, candidate).map_err(fail)?;
         }
         if change.ports {
             nat::apply(&self.outside, self.tunnel(), core.ledger.machines()).map_err(fail)?;

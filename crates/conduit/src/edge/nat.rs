@@ -60,11 +60,7 @@ pub(crate) fn remove() -> Result<(), KernelError> {
     exec::run("nft", &["-f", "-"], "add table ip conduit\ndelete table ip conduit\n").map(drop)
 }
 
-fn script<'a>(
-    outside: &Outside,
-    vx: &str,
-    machines: impl Iterator<Item = &'a Entry>,
-) -> String {
+fn script<'a>(outside: &Outside, vx: &str, machines: impl Iterator<Item = &'a Entry>) -> String {
     let (address, interface) = (outside.address, &outside.interface);
     let mut script = format!(
         "add table ip conduit

@@ -240,16 +240,24 @@ fn an_edge_believes_the_owner_and_the_announced_candidate_only() {
         });
     };
     let (a, b) = (rig.hosts[0].this, rig.hosts[1].this);
-    // Host b says that it has the machine; the edge has heard nothing of it.
+    let away = Place::Remote { leaving: false };
+    let announce = |candidate: Option<IpAddr>| {
+        let entry = Entry { epoch: 5, owner: a, candidate, place: away, mac: crate::rig::MAC };
+        rig.edge.plane().change(key(), &entry).unwrap();
+    };
+    // Host b says that it has the machine; another one was announced.
     rig.hosts[1].set(key(), 6, rig.local(1), b);
+    announce(Some(IpAddr::from([10, 88, 9, 9])));
     say(1, "usurper");
     eventually("it is refused", || rig.edge.count(Event::NotOwner) == 1);
-    // Announced, it is believed with its newer epoch.
-    let away = Place::Remote { leaving: false };
-    let entry = Entry { epoch: 5, owner: a, candidate: Some(b), place: away, mac: crate::rig::MAC };
-    rig.edge.plane().change(key(), &entry).unwrap();
+    announce(Some(b));
     say(1, "successor");
     assert_eq!(heard(&ear).unwrap().0, "successor");
+    // None was announced, because no edge ran that could hear it.
+    announce(None);
+    say(1, "heir");
+    assert_eq!(heard(&ear).unwrap().0, "heir");
+    assert_eq!(rig.edge.count(Event::Ahead), 2);
     // The edge has heard of the move; a late host a is not believed any more.
     rig.edge.set(key(), 6, away, b);
     say(0, "late");
