@@ -69,6 +69,8 @@ if command -v cc > /dev/null 2>&1; then
 else
     packages="$packages libc6-dev"
 fi
+# The BPF programs include the kernel's own.
+[ -e /usr/include/linux/bpf.h ] || packages="$packages linux-libc-dev"
 packages=${packages# }
 
 if [ -n "$packages" ]; then
@@ -94,10 +96,6 @@ if [ -n "$packages" ]; then
         }
     fi
 fi
-
-# The BPF programs include the kernel's headers, which come with libc6-dev on Debian.
-[ -e /usr/include/linux/bpf.h ] ||
-    problem "no /usr/include/linux/bpf.h" "apt-get install linux-libc-dev"
 
 # Rust comes from rustup: Debian's is too old.
 needed=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$root/Cargo.toml")
