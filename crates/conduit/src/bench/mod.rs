@@ -6,6 +6,7 @@
 //! in network namespaces that go with this process.
 
 mod flip;
+mod gap;
 mod rig;
 mod wire;
 
@@ -39,7 +40,7 @@ struct Group {
     run: fn(bool) -> anyhow::Result<Vec<Row>>,
 }
 
-const ALL: &[&[Group]] = &[wire::GROUPS, flip::GROUPS];
+const ALL: &[&[Group]] = &[wire::GROUPS, flip::GROUPS, gap::GROUPS];
 
 /// Runs the command. True if every promise was kept.
 pub fn run(args: &Args) -> anyhow::Result<bool> {
@@ -55,11 +56,12 @@ pub fn run(args: &Args) -> anyhow::Result<bool> {
     std::fs::create_dir_all(&args.output)?;
     let path = args.output.join(if args.quick { "quick.json" } else { "results.json" });
     let (start, mut failed, mut met) = (Instant::now(), Vec::new(), true);
+    let mut bars = Vec::new();
     for group in chosen {
         println!("== {}: {}", group.name, group.about);
         let began = Instant::now();
         match (group.run)(args.quick) {
-            Ok(rows) => met &= Results::report(&path, rows, &args.only)?,
+            Ok(rows) => met &= Results::report(&path, rows, &args.only, &mut bars)?,
             Err(error) => {
                 println!("   failed: {error:#}");
                 failed.push(group.name);
@@ -69,5 +71,6 @@ pub fn run(args: &Args) -> anyhow::Result<bool> {
     }
     println!("{}: {:.0} s altogether", path.display(), start.elapsed().as_secs_f64());
     ensure!(failed.is_empty(), "could not be measured: {}", failed.join(", "));
+    Results::retire(&path, &bars, |bar| bar.starts_with(&args.only))?;
     Ok(met)
 }

@@ -107,6 +107,11 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
+        if self.plane.is_none() {
+            // A test that failed half-way.
+            let root = self.root.clone();
+            let _ = self.space.run(move || conduit_bpf::sweep(&root));
+        }
         if let Some(plane) = self.plane.take() {
             let folder = plane.pins().to_owned();
             let removed = self.space.run(move || plane.remove());

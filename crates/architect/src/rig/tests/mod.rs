@@ -1,12 +1,16 @@
 //! The network under moves, with real daemons, real namespaces and a fake monitor. Needs root and
 //! the `conduit` program.
 
-mod traffic;
-mod vmm;
 mod world;
 
 use super::*;
-use conduit::{DataPath, HostEndpoint, NetError};
+use conduit::{
+    DataPath, HostEndpoint, NetError,
+    lab::{
+        machine::{Guest, Vmm},
+        traffic::{self, Echoes, serve_echo},
+    },
+};
 use std::{
     net::{TcpListener, TcpStream, UdpSocket},
     sync::{
@@ -15,9 +19,7 @@ use std::{
     },
     thread,
 };
-use traffic::{Echoes, serve_echo};
-use vmm::{Guest, Vmm, machine_net};
-use world::{Moved, SETTLE, SLACK, World, config};
+use world::{Moved, SETTLE, SLACK, World, config, machine_net};
 
 /// Gaps are measured, so one world at a time.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -428,7 +430,7 @@ fn one_host_by_itself_needs_no_daemon() {
     let _alone = alone();
     let rig = Rig::without_daemons(RigConfig { hosts: 1, ..config("cdlocal") }).unwrap();
     let net = machine_net();
-    let guest = Guest::new(&net);
+    let guest = Guest::new(&net).unwrap();
     guest.run(|| serve_echo(TcpListener::bind("0.0.0.0:7").unwrap()));
     let host = &rig.hosts()[0].namespace;
     let address = (net.address, 7).into();

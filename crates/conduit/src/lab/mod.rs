@@ -1,9 +1,17 @@
-//! Network namespaces without names, for tests and benchmarks of the data path: they go with the
-//! process that made them, whatever ends it.
+//! For tests and benchmarks of the data path: network namespaces without names, which go with the
+//! process that made them, whatever ends it; machines without a processor; and traffic.
+
+pub mod machine;
+pub mod traffic;
 
 use crate::exec::{self, KernelError};
 use nix::sched::{CloneFlags, setns, unshare};
-use std::{fs::File, os::fd::AsRawFd, thread};
+use std::{
+    fs::File,
+    os::fd::AsRawFd,
+    thread,
+    time::{Duration, Instant},
+};
 
 /// A network namespace that nobody else has.
 #[derive(Debug)]
@@ -76,4 +84,16 @@ impl Space {
         ))?;
         other.ip(&format!("link set {its} up\n"))
     }
+}
+
+/// Waits until `done` says so; false at the deadline.
+pub fn wait_for(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + limit;
+    while !done() {
+        if Instant::now() >= deadline {
+            return false;
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    true
 }
