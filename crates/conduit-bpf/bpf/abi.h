@@ -91,12 +91,16 @@ enum cd_verdict {
 	CD_FULL = 5,   /* no room */
 };
 
-/* On the wire, vxlan's group policy field: the lower 16 bits of an epoch, and this bit ("policy
- * applied") on frames that come from a host which had the machine before. */
+/* On the wire, vxlan's group policy field: 16 bits of an epoch, and this bit ("policy applied") on
+ * frames that come from a host which had the machine before. */
 #define CD_FORWARDED (1U << 19)
-/* A sender whose word on a machine is this many epochs behind is not believed any more. A failed
- * move raises an epoch by two while the edge still says the old one. */
-#define CD_EPOCH_SLACK 64
+/* An epoch is a lease's epoch in the upper 48 bits and the flips of its owner in the lower 16
+ * (docs/protocol.md). Owners flip a few times at most, so one epoch of the lease is this many steps on
+ * the wire: what is newer is newer there too, modulo 512 epochs of the lease. */
+#define CD_WIRE_STEPS 64
+/* A sender whose word on a machine is this many steps behind is not believed any more: eight epochs
+ * of the lease, as many failed moves in which the edge heard nothing. */
+#define CD_EPOCH_SLACK (8 * CD_WIRE_STEPS)
 
 /* Frames whose tunnel key is set already carry this mark from the redirect to the tunnel's own
  * program, and nowhere else. */

@@ -178,11 +178,17 @@ INLINE int find(const struct cd_key *key, struct place *out)
 	return check == check_of(key);
 }
 
+/* What the wire says of an epoch. */
+INLINE __u16 wire_of(__u64 epoch)
+{
+	return (__u16)((epoch >> 16) * CD_WIRE_STEPS + (epoch & 0xffff));
+}
+
 /* How far `epoch` is ahead of what the wire said; negative if the wire is newer. Exact within half
  * of 16 bits. */
 INLINE __s16 ahead(__u64 epoch, __u16 wire)
 {
-	return (__s16)((__u16)epoch - wire);
+	return (__s16)(wire_of(epoch) - wire);
 }
 
 struct headers {
@@ -258,7 +264,7 @@ INLINE int set_key(struct __sk_buff *skb, const struct cd_config *cfg, __u32 net
 {
 	struct bpf_tunnel_key key = {};
 	__u64 flags = BPF_F_DONT_FRAGMENT;
-	__u32 gbp = ((__u32)epoch & 0xffff) | bits;
+	__u32 gbp = wire_of(epoch) | bits;
 
 	key.tunnel_id = net;
 	key.tunnel_ttl = 64;

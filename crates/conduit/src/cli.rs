@@ -3,7 +3,7 @@
 
 use crate::{
     agent::{Agent, AgentConfig},
-    bench, client,
+    bench, check, client,
     edge::{Edge, EdgeConfig},
     plane::PathChoice,
     wire::{Peer, Status},
@@ -43,6 +43,8 @@ pub enum Command {
     Map(LookArgs),
     /// Show whether the agent or edge here is well, and whom it can reach.
     Status(LookArgs),
+    /// Try what this kernel can do for the data path (needs root).
+    Check(CheckArgs),
     /// Measure the data path next to kernel vxlan and plain routing (needs root).
     Bench(bench::Args),
     /// Print a completion script for a shell.
@@ -168,6 +170,17 @@ pub struct LookArgs {
     pub json: bool,
 }
 
+/// How to check.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// A folder of a BPF file system to pin in.
+    #[arg(long, value_name = "DIR", default_value = conduit_bpf::ROOT)]
+    pub pins: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Parses `10.77.0.0/16`.
 fn network(text: &str) -> Result<(Ipv4Addr, u8), String> {
     let parse = || {
@@ -185,6 +198,7 @@ pub fn run(command: Command) -> Result<()> {
         Command::Edge(args) => edge(args),
         Command::Map(args) => look(&args, print_map),
         Command::Status(args) => look(&args, print_status),
+        Command::Check(args) => try_kernel(&args),
         // Exit code 3: all was measured, and a promise was not kept.
         Command::Bench(args) if !bench::run(&args)? => std::process::exit(3),
         Command::Bench(_) => Ok(()),
@@ -257,6 +271,25 @@ fn look(args: &LookArgs, print: fn(&Status, &mut dyn Write) -> std::io::Result<(
         return Ok(());
     }
     print(&status, &mut out)?;
+    Ok(())
+}
+
+fn try_kernel(args: &CheckArgs) -> Result<()> {
+    let found = check::check(&args.pins)?;
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        serde_json::to_writer_pretty(&mut out, &found)?;
+        writeln!(out)?;
+        return Ok(());
+    }
+    for finding in &found {
+        writeln!(out, "{:<7} {}", if finding.works { "yes" } else { "no" }, finding.what)?;
+        if !finding.detail.is_empty() {
+            writeln!(out, "        {}", finding.detail)?;
+        }
+    }
+    let way = if check::can_bpf(&found) { "BPF" } else { "routes (--path routes)" };
+    writeln!(out, "frames can be led by {way}")?;
     Ok(())
 }
 

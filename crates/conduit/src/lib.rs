@@ -29,6 +29,7 @@
 pub mod agent;
 pub mod bench;
 pub mod book;
+pub mod check;
 pub mod cli;
 mod client;
 mod datapath;

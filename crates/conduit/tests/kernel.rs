@@ -248,3 +248,44 @@ fn an_address_that_is_not_this_hosts_is_refused_at_start() {
         assert!(error.contains("203.0.113.1") && error.contains("no such address"), "{error}");
     });
 }
+
+#[test]
+fn a_check_finds_what_this_kernel_has_and_leaves_nothing_behind() {
+    in_namespace(|| {
+        let pins = std::path::Path::new(conduit::PINS);
+        let found = conduit::check::check(pins).unwrap();
+        let works = |word: &str| found.iter().any(|f| f.works && f.what.contains(word));
+        assert!(works("tunnel") && works("clsact") && works("a tap"), "{found:?}");
+        assert!(conduit::check::can_bpf(&found));
+        // It worked in a namespace of its own.
+        assert!(!conduit_bpf::folder(pins).unwrap().exists());
+        assert!(interface_index("cd-tunnel").is_err());
+    });
+}
+
+#[test]
+fn a_folder_that_is_no_bpf_file_system_is_refused_and_auto_goes_on_with_routes() {
+    in_namespace(|| {
+        let folder = tempfile::tempdir().unwrap();
+        ip("address add 10.88.0.1/32 dev lo\n");
+        let config = |path| EdgeConfig {
+            public: Ipv4Addr::new(10, 88, 0, 1),
+            this: Peer {
+                overlay: Ipv4Addr::new(100, 64, 0, 1),
+                underlay: Ipv4Addr::new(10, 88, 0, 1),
+            },
+            listen: "10.88.0.1:0".parse().unwrap(),
+            machines: (Ipv4Addr::new(10, 77, 0, 0), 16),
+            security: Security::Plaintext,
+            socket: folder.path().join("edge.sock"),
+            state: folder.path().join("edge"),
+            path,
+            pins: folder.path().join("pins"),
+        };
+        let error = Edge::start(config(PathChoice::Bpf)).err().unwrap().to_string();
+        assert!(error.contains("BPF file system") && error.contains("mount -t bpf"), "{error}");
+        let edge = Edge::start(config(PathChoice::Auto)).unwrap();
+        assert_eq!(edge.status().path, conduit::PathKind::Routes);
+        edge.remove_everything().unwrap();
+    });
+}

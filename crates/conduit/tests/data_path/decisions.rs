@@ -275,17 +275,38 @@ fn a_sender_that_is_far_behind_is_not_believed_by_a_host() {
     rig.place(0, 1);
     let a = rig.listen(0);
     // Failed moves raise the host's epoch while the edge hears nothing.
-    rig.hosts[0].set(key(), 60, rig.local(0), rig.hosts[0].this);
+    let at = |lease: u64, flips: u64| lease << 16 | flips;
+    rig.hosts[0].set(key(), at(7, 40), rig.local(0), rig.hosts[0].this);
     rig.say("a little behind");
     assert_eq!(heard(&a).unwrap().0, "a little behind");
-    rig.hosts[0].set(key(), 66, rig.local(0), rig.hosts[0].this);
+    rig.hosts[0].set(key(), at(9, 0), rig.local(0), rig.hosts[0].this);
     rig.say("far behind");
     eventually("it is refused", || rig.hosts[0].count(Event::OldEpoch) == 1);
-    // Epochs on the wire have 16 bits: what lies on both sides of a round is compared right.
-    rig.hosts[0].set(key(), 65_537, rig.local(0), rig.hosts[0].this);
-    rig.edge.set(key(), 65_535, Place::Remote { leaving: false }, rig.hosts[0].this);
+    // The wire has 16 bits: what lies on both sides of a round is compared right.
+    rig.hosts[0].set(key(), at(1025, 0), rig.local(0), rig.hosts[0].this);
+    rig.edge.set(key(), at(1023, 1), Place::Remote { leaving: false }, rig.hosts[0].this);
     rig.say("before the round");
     assert_eq!(heard(&a).unwrap().0, "before the round");
+}
+
+#[test]
+fn the_first_flip_of_the_next_owner_is_newer_on_the_wire_too() {
+    let rig = Rig::new();
+    let (first, next) = (5 << 16 | 3, 6 << 16);
+    rig.place(0, first);
+    let ear = rig.client.run(|| UdpSocket::bind("0.0.0.0:53").unwrap());
+    ear.set_read_timeout(Some(Duration::from_millis(1000))).unwrap();
+    let (b, owner) = (rig.listen(1), rig.hosts[1].this);
+    // The edge has heard of nothing: in by way of the old host, out ahead of the claim.
+    rig.hosts[0].set(key(), next, Place::Remote { leaving: false }, owner);
+    rig.hosts[1].set(key(), next, rig.local(1), owner);
+    rig.say("in");
+    assert_eq!(heard(&b).unwrap().0, "in");
+    rig.guests[1].run(|| {
+        UdpSocket::bind("0.0.0.0:0").unwrap().send_to(b"out", (CLIENT, 53)).unwrap();
+    });
+    assert_eq!(heard(&ear).unwrap().0, "out");
+    assert_eq!((rig.hosts[0].count(Event::Forwarded), rig.edge.count(Event::Ahead)), (1, 1));
 }
 
 /// A vxlan packet with a datagram for the machine in it, as somebody would forge it.
@@ -337,11 +358,11 @@ fn a_forged_tunnel_packet_is_dropped_by_name() {
     send(&rig.edge.space, forged(tunnel::NETWORK + 1, 1, false));
     eventually("another network", || count(Event::UnknownMachine) == 1);
     // An epoch that is long over.
-    rig.place(0, 200);
+    rig.place(0, 20 << 16);
     send(&rig.edge.space, forged(tunnel::NETWORK, 1, false));
     eventually("an old epoch", || count(Event::OldEpoch) == 1);
     // Neither this nor that.
-    let mut odd = forged(tunnel::NETWORK, 200, false);
+    let mut odd = forged(tunnel::NETWORK, 20 * 64, false);
     odd[8 + 14] = 0x65;
     send(&rig.edge.space, odd);
     eventually("it is no IPv4", || count(Event::Malformed) == 1);
