@@ -102,6 +102,9 @@ enum cd_verdict {
  * of the lease, as many failed moves in which the edge heard nothing. */
 #define CD_EPOCH_SLACK (8 * CD_WIRE_STEPS)
 
+/* Room for counters: events may be added at the end of events.h without a new layout. */
+#define CD_EVENTS 64
+
 /* Frames whose tunnel key is set already carry this mark from the redirect to the tunnel's own
  * program, and nowhere else. */
 #define CD_MARK 0x63640001U

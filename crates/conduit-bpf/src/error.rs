@@ -38,7 +38,7 @@ pub enum Error {
     /// The kernel refused a program or a map.
     #[error(
         "{operation}: {detail}; the data path needs Linux 5.17 or newer with CONFIG_BPF_JIT, \
-         CONFIG_NET_CLS_ACT, CONFIG_VXLAN and CONFIG_TUN (`conduit check` tries each)"
+         CONFIG_NET_CLS_ACT, CONFIG_VXLAN and CONFIG_TUN (`conduit check` tries them)"
     )]
     Refused {
         /// What was attempted.

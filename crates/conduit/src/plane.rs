@@ -63,8 +63,8 @@ struct Known {
 }
 
 impl Plane {
-    /// Opens the data path; `None` if this kernel cannot and routes will do. Must be called in the host's network
-    /// namespace, and used on threads of it.
+    /// Opens the data path; `None` if this kernel cannot and routes will do. Must be called in the
+    /// host's network namespace, and used on threads of it.
     pub(crate) fn open(
         choice: PathChoice,
         this: Peer,
@@ -87,8 +87,11 @@ impl Plane {
             error: failed("open the BPF data path", &e),
         })?;
         let fatal = |error| OpenError { kernel_cannot: false, error };
-        let tunnel = tunnel::ensure(this.underlay.into())
-            .map_err(|error| OpenError { kernel_cannot: true, error })?;
+        let tunnel = tunnel::ensure(this.underlay.into()).map_err(|error| {
+            // Not left behind for nobody.
+            let _ = bpf.remove();
+            OpenError { kernel_cannot: true, error }
+        })?;
         // What an earlier owner was told stays until somebody says otherwise: frames flow.
         let before = bpf.config().map_err(|e| fatal(failed("read what this host is", &e)))?;
         let before = before.filter(|c| c.role == role);
@@ -230,14 +233,16 @@ impl Plane {
     /// the caller's network namespace.
     pub(crate) fn keep_fit(self: &Arc<Self>) {
         let (this, plane) = (self.known().config.this, Arc::downgrade(self));
+        let mut mtu = self.tunnel.mtu;
         crate::agent::spawn("path-mtu", move || {
             loop {
                 std::thread::sleep(Duration::from_secs(1));
                 let Some(plane) = plane.upgrade() else { return };
                 let peers: Vec<IpAddr> =
                     plane.known().underlays.values().map(|&a| a.into()).collect();
-                if let Err(error) = tunnel::fit(this, &peers) {
-                    tracing::debug!(%error, "the path MTU could not be followed");
+                match tunnel::fit(this, &peers, mtu) {
+                    Ok(now) => mtu = now,
+                    Err(error) => tracing::debug!(%error, "the path MTU could not be followed"),
                 }
             }
         });

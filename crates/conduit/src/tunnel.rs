@@ -28,6 +28,8 @@ const NEXT_HOP_MAC: [u8; 6] = [0x02, 0x63, 0x64, 0x00, 0x00, 0xfe];
 
 /// The least that a link must carry for IPv6; below it the device would lose its IPv6 routes.
 const SMALLEST: u32 = 1280;
+/// Less than the largest IP packet with everything around it.
+const LARGEST: u32 = 65_000;
 
 /// What vxlan adds to a frame: Ethernet, UDP and vxlan headers, and the outer IP header.
 #[must_use]
@@ -50,7 +52,7 @@ pub struct Tunnel {
 /// Makes the device, or leaves it alone if it is as it should be. `underlay` is an address of this
 /// host.
 pub fn ensure(underlay: IpAddr) -> Result<Tunnel, KernelError> {
-    let mtu = underlay_mtu(underlay)?.saturating_sub(overhead(underlay)).min(65_000);
+    let mtu = underlay_mtu(underlay)?.saturating_sub(overhead(underlay)).min(LARGEST);
     let facts = link_facts(INTERFACE)?;
     if facts.as_ref().is_some_and(|f| !f.is_metadata_vxlan()) {
         return Err(KernelError::new(
@@ -87,24 +89,27 @@ pub fn ensure(underlay: IpAddr) -> Result<Tunnel, KernelError> {
     Ok(Tunnel { index, mtu })
 }
 
-/// Makes the device's MTU fit the narrowest path to a peer, as far as this kernel has been told
-/// (ICMP about the outer packets), so that senders are told in turn: vxlan itself does not do so.
-/// Called every second or so; returns the MTU.
+/// Makes the device's MTU, which is `current`, fit the narrowest path to a peer, as far as this kernel
+/// has been told (ICMP about the outer packets), so that senders are told in turn: vxlan itself does
+/// not do so. Called every second or so; returns the MTU. Where nothing has changed it costs a few
+/// system calls.
 ///
 /// The guest's own MTU stays as it was made; its kernel learns of the path like any other.
-pub fn fit(underlay: IpAddr, peers: &[IpAddr]) -> Result<u32, KernelError> {
-    let mut outer = underlay_mtu(underlay)?;
+pub fn fit(underlay: IpAddr, peers: &[IpAddr], current: u32) -> Result<u32, KernelError> {
+    let mut outer = None;
     for &peer in peers {
         let fail = |e| KernelError::new(format!("ask for the path MTU to {peer}"), e);
         let socket = UdpSocket::bind((underlay, 0)).map_err(fail)?;
         // No route is no path: it has no MTU either.
         if socket.connect((peer, PORT)).is_ok() {
-            outer = outer.min(sys::path_mtu(&socket, peer.is_ipv6()).map_err(fail)?);
+            let mtu = sys::path_mtu(&socket, peer.is_ipv6()).map_err(fail)?;
+            outer = Some(outer.map_or(mtu, |outer: u32| outer.min(mtu)));
         }
     }
-    let mtu = outer.saturating_sub(overhead(underlay)).clamp(SMALLEST, 65_000);
-    if link_facts(INTERFACE)?.is_some_and(|f| f.mtu != mtu) {
-        tracing::info!(mtu, "the tunnel's MTU follows its path");
+    let Some(outer) = outer else { return Ok(current) };
+    let mtu = outer.saturating_sub(overhead(underlay)).clamp(SMALLEST, LARGEST);
+    if mtu != current {
+        tracing::info!(mtu, before = current, "the tunnel's MTU follows its path");
         exec::run("ip", &["link", "set", "dev", INTERFACE, "mtu", &mtu.to_string()], "")?;
     }
     Ok(mtu)

@@ -198,7 +198,9 @@ fn measure_machines(
     }
     println!("{}: {:.0} s altogether", path.display(), start.elapsed().as_secs_f64());
     ensure!(failed.is_empty(), "could not be measured: {}", failed.join(", "));
-    Results::retire(&path, &bars, |bar| bar.starts_with(&args.only) && !bar.starts_with(STORAGE))?;
+    Results::retire(&path, &bars, |bar| {
+        bar.starts_with(&args.only) && !PARTS.iter().any(|(bars, _)| bar.starts_with(bars))
+    })?;
     Ok(met)
 }
 

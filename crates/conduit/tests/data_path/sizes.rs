@@ -135,7 +135,8 @@ fn a_path_that_becomes_narrower_between_hosts_is_found_out() {
     let ear = rig.listen(0);
     let socket = rig.client.run(|| UdpSocket::bind("0.0.0.0:0").unwrap());
     let fit = |node: &crate::rig::Node, peer: &crate::rig::Node| {
-        node.space.run(|| conduit::tunnel::fit(node.this, &[peer.this]).unwrap())
+        let before = node.tunnel.mtu;
+        node.space.run(|| conduit::tunnel::fit(node.this, &[peer.this], before).unwrap())
     };
     eventually("both ends know", || {
         socket.send_to(&[7; 1360], (MACHINE, PORT)).ok();
