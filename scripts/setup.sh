@@ -46,7 +46,9 @@ nbd-client nbd-client
 fio fio
 fusermount3 fuse3
 g++ g++
+clang clang
 ip iproute2
+tc iproute2
 nft nftables
 mke2fs e2fsprogs
 lz4 lz4
@@ -67,6 +69,8 @@ if command -v cc > /dev/null 2>&1; then
 else
     packages="$packages libc6-dev"
 fi
+# The BPF programs include the kernel's own.
+[ -e /usr/include/linux/bpf.h ] || packages="$packages linux-libc-dev"
 packages=${packages# }
 
 if [ -n "$packages" ]; then

@@ -123,9 +123,9 @@ impl Book {
         self.records.insert(record.net.address, record);
     }
 
-    /// Sets the floor of an address; used at start only.
+    /// Raises the floor of an address; used at start only.
     pub fn restore_floor(&mut self, address: Ipv4Addr, epoch: u64) {
-        self.floors.insert(address, epoch);
+        self.raise_floor(address, epoch);
     }
 
     /// The record of a machine.

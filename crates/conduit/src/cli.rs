@@ -3,8 +3,9 @@
 
 use crate::{
     agent::{Agent, AgentConfig},
-    client,
+    bench, check, client,
     edge::{Edge, EdgeConfig},
+    plane::PathChoice,
     wire::{Peer, Status},
 };
 use anyhow::{Context, Result, bail};
@@ -42,6 +43,10 @@ pub enum Command {
     Map(LookArgs),
     /// Show whether the agent or edge here is well, and whom it can reach.
     Status(LookArgs),
+    /// Try what this kernel can do for the data path (needs root).
+    Check(CheckArgs),
+    /// Measure the data path next to kernel vxlan and plain routing (needs root).
+    Bench(bench::Args),
     /// Print a completion script for a shell.
     Completions {
         /// Which shell.
@@ -68,6 +73,17 @@ impl SecurityArgs {
             None => bail!("give --identity DIR, or --plaintext on a trusted network"),
         }
     }
+}
+
+/// How frames find their way; the same on all hosts and edges of a fleet.
+#[derive(Debug, Args)]
+pub struct PathArgs {
+    /// By BPF programs, by routes, or by BPF where this kernel can.
+    #[arg(long, value_enum, default_value = "auto", env = "CONDUIT_PATH")]
+    pub path: PathChoice,
+    /// Where what BPF needs outlives this process: a folder of a BPF file system.
+    #[arg(long, value_name = "DIR", default_value = conduit_bpf::ROOT)]
+    pub pins: PathBuf,
 }
 
 /// Settings of `conduit agent`.
@@ -97,6 +113,9 @@ pub struct AgentArgs {
     /// At the end, remove taps, routes and rules: traffic of the machines here ends.
     #[arg(long)]
     pub remove_on_exit: bool,
+    /// How frames find their way.
+    #[command(flatten)]
+    pub path: PathArgs,
     /// Protection.
     #[command(flatten)]
     pub security: SecurityArgs,
@@ -132,6 +151,9 @@ pub struct EdgeArgs {
     /// At the end, remove translation and routes: connections through this edge end.
     #[arg(long)]
     pub remove_on_exit: bool,
+    /// How frames find their way.
+    #[command(flatten)]
+    pub path: PathArgs,
     /// Protection.
     #[command(flatten)]
     pub security: SecurityArgs,
@@ -143,6 +165,17 @@ pub struct LookArgs {
     /// The socket of an agent or edge; the agent here, else the edge here, if not given.
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// How to check.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// A folder of a BPF file system to pin in.
+    #[arg(long, value_name = "DIR", default_value = conduit_bpf::ROOT)]
+    pub pins: PathBuf,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
@@ -165,6 +198,10 @@ pub fn run(command: Command) -> Result<()> {
         Command::Edge(args) => edge(args),
         Command::Map(args) => look(&args, print_map),
         Command::Status(args) => look(&args, print_status),
+        Command::Check(args) => try_kernel(&args),
+        // Exit code 3: all was measured, and a promise was not kept.
+        Command::Bench(args) if !bench::run(&args)? => std::process::exit(3),
+        Command::Bench(_) => Ok(()),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "conduit", &mut std::io::stdout());
             Ok(())
@@ -183,6 +220,8 @@ fn agent(args: AgentArgs) -> Result<()> {
         security,
         socket: args.socket,
         state: args.state,
+        path: args.path.path,
+        pins: args.path.pins,
     })
     .context("the agent did not start")?;
     tracing::info!(overlay = %args.overlay, "agent ready");
@@ -204,6 +243,8 @@ fn edge(args: EdgeArgs) -> Result<()> {
         security,
         socket: args.socket,
         state: args.state,
+        path: args.path.path,
+        pins: args.path.pins,
     })
     .context("the edge did not start")?;
     tracing::info!(listen = %edge.listens_on(), public = %args.public, "edge ready");
@@ -230,6 +271,25 @@ fn look(args: &LookArgs, print: fn(&Status, &mut dyn Write) -> std::io::Result<(
         return Ok(());
     }
     print(&status, &mut out)?;
+    Ok(())
+}
+
+fn try_kernel(args: &CheckArgs) -> Result<()> {
+    let found = check::check(&args.pins)?;
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        serde_json::to_writer_pretty(&mut out, &found)?;
+        writeln!(out)?;
+        return Ok(());
+    }
+    for finding in &found {
+        writeln!(out, "{:<7} {}", if finding.works { "yes" } else { "no" }, finding.what)?;
+        if !finding.detail.is_empty() {
+            writeln!(out, "        {}", finding.detail)?;
+        }
+    }
+    let way = if check::can_bpf(&found) { "BPF" } else { "routes (--path routes)" };
+    writeln!(out, "frames can be led by {way}")?;
     Ok(())
 }
 
@@ -262,9 +322,13 @@ fn print_status(status: &Status, out: &mut dyn Write) -> std::io::Result<()> {
     let Peer { overlay, underlay } = status.peer;
     writeln!(out, "{} {} at {overlay} (underlay {underlay})", status.role, status.host)?;
     writeln!(out, "  {}", status.link)?;
+    writeln!(out, "  frames find their way by {}", status.path)?;
     writeln!(out, "  {} machines, {} peers", status.machines.len(), status.peers.len())?;
     for peer in &status.peers {
         writeln!(out, "  peer {} at {}", peer.overlay, peer.underlay)?;
+    }
+    for (name, count) in status.counts.iter().filter(|(_, n)| **n > 0) {
+        writeln!(out, "  {count:>12} {name}")?;
     }
     Ok(())
 }

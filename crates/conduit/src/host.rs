@@ -1,6 +1,9 @@
 //! The kernel's side of a host: taps, routes, rules and the guard against guests that lie about
 //! their address. Called by the agent and by [`crate::LocalDataPath`]; knows no epochs.
 //!
+//! Frames find their way by BPF ([`crate::plane`]) or by routes, as [`PathChoice`] says. With BPF the
+//! tables below serve this host's own stack only: it answers machines whose packets are too large.
+//!
 //! What is set up, all of it idempotent, so that a restarted agent disturbs nothing:
 //!
 //! ```text
@@ -16,15 +19,22 @@
 //! guard accepts frames *to* the machine's address as well.
 
 use crate::{
-    book::{Place, Record},
+    book::{EdgeView, Place, Record},
     datapath::MachineNet,
     exec::{self, KernelError},
     netlink::{Netlink, NextHop, Route, Rule, interface_index},
     overlay,
+    plane::{PathChoice, PathKind, Plane},
     tap::{self, GATEWAY, GATEWAY_MAC},
+    tunnel,
     wire::Peer,
 };
-use std::{net::Ipv4Addr, sync::Mutex};
+use conduit_bpf::Role;
+use std::{
+    net::Ipv4Addr,
+    path::Path,
+    sync::{Arc, Mutex},
+};
 
 /// Routes to machines.
 pub const MACHINES: u32 = 6472;
@@ -43,6 +53,7 @@ pub struct HostNet {
     routes: Mutex<Netlink>,
     setup: Mutex<Netlink>,
     overlay: Option<OverlayLink>,
+    plane: Option<Arc<Plane>>,
 }
 
 /// The overlay interface of this host.
@@ -69,13 +80,20 @@ fn out_rule(tap: &str) -> Rule {
 impl HostNet {
     /// Sets the host up; `this` is where it is in the overlay, or `None` for a host by itself.
     /// Must be called in the host's network namespace.
-    pub fn open(this: Option<Peer>) -> Result<Self, KernelError> {
+    pub fn open(this: Option<Peer>, choice: PathChoice, pins: &Path) -> Result<Self, KernelError> {
         exec::sysctl("net/ipv4/ip_forward", "1")?;
         loosen_reverse_path_filter()?;
         let mut netlink = Netlink::open()?;
         netlink.ensure_rule(&machines_rule())?;
         let mut link = None;
+        let mut plane = None;
         if let Some(this) = this {
+            plane = open_plane(choice, this, Role::Host, pins)?;
+        }
+        if let Some(plane) = &plane {
+            let device = plane.tunnel();
+            link = Some(OverlayLink { index: device.index, mtu: device.mtu });
+        } else if let Some(this) = this {
             let (index, mtu) = overlay::ensure(this.overlay, this.underlay)?;
             quiet_interface(overlay::INTERFACE)?;
             netlink.ensure_rule(&candidates_rule())?;
@@ -83,7 +101,24 @@ impl HostNet {
         }
         exec::run("nft", &["-f", "-"], &guard_script(link.is_some()))?;
         let setup = Mutex::new(Netlink::open()?);
-        Ok(Self { routes: Mutex::new(netlink), setup, overlay: link })
+        Ok(Self { routes: Mutex::new(netlink), setup, overlay: link, plane })
+    }
+
+    /// How frames find their way here.
+    #[must_use]
+    pub fn path(&self) -> PathKind {
+        if self.plane.is_some() { PathKind::Bpf } else { PathKind::Routes }
+    }
+
+    /// What the BPF programs counted, by name; empty with routes.
+    #[must_use]
+    pub fn counts(&self) -> std::collections::BTreeMap<String, u64> {
+        self.plane.as_ref().map(|p| p.counts()).unwrap_or_default()
+    }
+
+    /// Epochs that the kernel remembers, for an agent that has lost its state.
+    pub fn floors(&self) -> Result<Vec<(Ipv4Addr, u64)>, KernelError> {
+        self.plane.as_ref().map_or_else(|| Ok(Vec::new()), |p| p.floors())
     }
 
     /// Largest guest MTU that crosses the overlay whole.
@@ -132,8 +167,12 @@ impl HostNet {
         let guard =
             format!("add element inet conduit_host guests {{ \"{name}\" . {} }}\n", net.address);
         exec::run("nft", &["-f", "-"], &guard)?;
-        netlink.set_neighbour(interface_index(&name)?, net.address, net.mac)?;
+        let index = interface_index(&name)?;
+        netlink.set_neighbour(index, net.address, net.mac)?;
         netlink.ensure_rule(&out_rule(&name))?;
+        if let Some(plane) = &self.plane {
+            plane.set_tap(index, net)?;
+        }
         Ok(name)
     }
 
@@ -143,7 +182,10 @@ impl HostNet {
         let mut netlink = self.setup.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let name = tap::name(address);
         while netlink.delete_rule(&out_rule(&name))? {}
-        if interface_index(&name).is_ok() {
+        if let Ok(index) = interface_index(&name) {
+            if let Some(plane) = &self.plane {
+                plane.remove_tap(index)?;
+            }
             exec::run("ip", &["link", "del", &name], "")?;
         }
         // The set has no "remove if there": add first, so that the removal always finds it.
@@ -185,6 +227,9 @@ impl HostNet {
     /// Makes the kernel do what the book says.
     pub fn apply(&self, record: &Record) -> Result<(), KernelError> {
         let address = record.net.address;
+        if let Some(plane) = &self.plane {
+            return self.apply_to(plane, record);
+        }
         match record.place {
             Place::Candidate => self.route_candidate(address),
             Place::Here if record.retiring => self.unroute(address),
@@ -193,8 +238,30 @@ impl HostNet {
         }
     }
 
+    /// The entry first: it leads the frames. The route is for this host's own stack.
+    fn apply_to(&self, plane: &Plane, record: &Record) -> Result<(), KernelError> {
+        let Record { net, epoch, .. } = record;
+        let tap = || interface_index(&tap::name(net.address));
+        match record.place {
+            Place::Candidate => plane.local(net, tap()?, *epoch, true),
+            Place::Here if record.retiring => self.unroute(net.address),
+            Place::Here => {
+                plane.local(net, tap()?, *epoch, false)?;
+                self.route_here(net.address)
+            }
+            Place::Away { to } => {
+                let leaving = record.edge == EdgeView::Held;
+                plane.remote(net, to, *epoch, leaving, None)?;
+                self.routes().delete_route(MACHINES, net.address, 32).map(drop)
+            }
+        }
+    }
+
     /// Removes what this host knows of the way to a machine.
     pub fn unroute(&self, address: Ipv4Addr) -> Result<(), KernelError> {
+        if let Some(plane) = &self.plane {
+            plane.forget(address)?;
+        }
         let mut routes = self.routes();
         routes.delete_route(MACHINES, address, 32)?;
         routes.delete_route(CANDIDATES, address, 32).map(drop)
@@ -202,14 +269,26 @@ impl HostNet {
 
     /// Makes another host reachable.
     pub fn set_peer(&self, peer: &Peer) -> Result<(), KernelError> {
+        if let Some(plane) = &self.plane {
+            return plane.set_peer(peer, Role::Host);
+        }
         let index = self.link()?.index;
         overlay::set_peer(&mut self.routes(), index, peer)
     }
 
     /// Makes the edge reachable, and the way out for guests.
     pub fn set_edge(&self, edge: &Peer) -> Result<(), KernelError> {
-        self.set_peer(edge)?;
-        let next = NextHop::Gateway(edge.overlay, self.link()?.index);
+        let index = self.link()?.index;
+        let next = match &self.plane {
+            Some(plane) => {
+                plane.set_edge(edge)?;
+                NextHop::Gateway(tunnel::NEXT_HOP, index)
+            }
+            None => {
+                self.set_peer(edge)?;
+                NextHop::Gateway(edge.overlay, index)
+            }
+        };
         let default = Route { table: OUT, to: Ipv4Addr::UNSPECIFIED, prefix: 0, next };
         self.routes().replace_route(&default)
     }
@@ -230,10 +309,34 @@ impl HostNet {
         }
         while netlink.delete_rule(&machines_rule())? {}
         while netlink.delete_rule(&candidates_rule())? {}
+        drop(netlink);
         let script = "add table inet conduit_host\ndelete table inet conduit_host\n";
         exec::run("nft", &["-f", "-"], script)?;
+        if let Some(plane) = &self.plane {
+            plane.remove()?;
+        }
         overlay::remove()
     }
+}
+
+/// Opens the BPF data path, if that is the choice and this kernel can. What the other one used goes:
+/// both listen on the same port.
+pub(crate) fn open_plane(
+    choice: PathChoice,
+    this: Peer,
+    role: Role,
+    pins: &Path,
+) -> Result<Option<Arc<Plane>>, KernelError> {
+    if choice == PathChoice::Routes {
+        conduit_bpf::sweep(pins).map_err(|e| KernelError::new("leave the BPF data path", e))?;
+        tunnel::remove()?;
+        return Ok(None);
+    }
+    overlay::remove()?;
+    let Some(plane) = Plane::open(choice, this, role, pins)? else { return Ok(None) };
+    let plane = Arc::new(plane);
+    plane.keep_fit();
+    Ok(Some(plane))
 }
 
 /// Interfaces of ours neither filter by reverse path nor tell senders of shorter ways.

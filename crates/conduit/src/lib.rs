@@ -16,36 +16,43 @@
 //!                              NAT      ╚══════ host B ── tap (a long queue, open, not yet read)
 //! ```
 //!
-//! Routes are the data path: one `/32` per machine at the edge and on the hosts that know it, in a
-//! table of our own. A move replaces two routes through an open netlink socket. Frames that come
-//! before the machine runs at its destination wait in the destination tap's queue; frames that
-//! still come to the source are routed on (the trombone); frames that were left in the source
-//! tap's queue are taken out and routed after them ([`tap::drain`]). The kernel keeps all of it
-//! when a daemon of ours dies.
+//! BPF programs lead frames ([`PathKind::Bpf`], `docs/conduit.md`), or routes where the kernel
+//! cannot ([`PathKind::Routes`]). A move changes one map entry, or two routes through an open
+//! netlink socket. Frames that come before the machine runs at its destination wait in the
+//! destination tap's queue; frames that still come to the source are sent on (the trombone); frames
+//! that were left in the source tap's queue are taken out and sent after them ([`tap::drain`]). The
+//! kernel keeps all of it when a daemon of ours dies.
 //!
 //! Every change carries the machine's epoch, a copy of the lease's: older ones are refused by each
 //! host and by the edge on their own ([`book`], [`edge::ledger`]).
 
 pub mod agent;
+pub mod bench;
 pub mod book;
+pub mod check;
 pub mod cli;
 mod client;
 mod datapath;
 pub mod edge;
 pub mod exec;
 pub mod host;
+pub mod lab;
 mod local;
 pub mod netlink;
 pub mod overlay;
+mod plane;
 mod store;
 mod sys;
 pub mod tap;
+pub mod tunnel;
 pub mod wire;
 
 pub use client::{AgentDataPath, status};
+pub use conduit_bpf::{ROOT as PINS, sweep as sweep_pins};
 pub use datapath::{
     DataPath, HostEndpoint, MachineNet, NetError, NullDataPath, PortMapping, Protocol, Tap,
 };
 pub use exec::KernelError;
 pub use local::LocalDataPath;
+pub use plane::{PathChoice, PathKind};
 pub use tap::name as tap_name;

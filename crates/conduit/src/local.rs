@@ -7,10 +7,12 @@ use crate::{
     datapath::{DataPath, HostEndpoint, MachineNet, NetError, Tap},
     exec::KernelError,
     host::HostNet,
+    plane::PathChoice,
     tap, wire,
 };
 use std::{
     net::Ipv4Addr,
+    path::Path,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -23,7 +25,10 @@ pub struct LocalDataPath {
 impl LocalDataPath {
     /// Sets this host up (idempotent). Must be called in the host's network namespace.
     pub fn open() -> Result<Self, KernelError> {
-        Ok(Self { host: HostNet::open(None)?, book: Mutex::default() })
+        Ok(Self {
+            host: HostNet::open(None, PathChoice::Routes, Path::new(conduit_bpf::ROOT))?,
+            book: Mutex::default(),
+        })
     }
 
     fn book(&self) -> MutexGuard<'_, Book> {

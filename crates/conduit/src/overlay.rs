@@ -10,7 +10,7 @@ use crate::{
     wire::Peer,
 };
 use serde::Deserialize;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 /// Name of the vxlan interface.
 pub const INTERFACE: &str = "vx-conduit";
@@ -67,14 +67,28 @@ pub(crate) fn link_facts(name: &str) -> Result<Option<LinkFacts>, KernelError> {
     Ok(links.pop())
 }
 
+impl LinkFacts {
+    /// A vxlan device that is told per packet where to.
+    pub(crate) fn is_metadata_vxlan(&self) -> bool {
+        let external = self.linkinfo.info_data.get("external");
+        self.linkinfo.info_kind == "vxlan"
+            && external.and_then(serde_json::Value::as_bool) == Some(true)
+    }
+
+    pub(crate) fn is_up(&self) -> bool {
+        self.flags.iter().any(|f| f == "UP")
+    }
+}
+
 /// The MTU of the interface that carries `underlay`, which must be an address of this host.
-fn underlay_mtu(underlay: Ipv4Addr) -> Result<u32, KernelError> {
+pub(crate) fn underlay_mtu(underlay: IpAddr) -> Result<u32, KernelError> {
     #[derive(Deserialize)]
     struct Link {
         mtu: Option<u32>,
     }
     let operation = || format!("find the interface with underlay address {underlay}");
-    let text = exec::run("ip", &["-json", "address", "show", "to", &format!("{underlay}/32")], "")?;
+    let whole = format!("{underlay}/{}", if underlay.is_ipv4() { 32 } else { 128 });
+    let text = exec::run("ip", &["-json", "address", "show", "to", &whole], "")?;
     let links: Vec<Link> =
         serde_json::from_str(&text).map_err(|e| KernelError::new(operation(), e))?;
     links.into_iter().find_map(|l| l.mtu).ok_or_else(|| {
@@ -85,7 +99,7 @@ fn underlay_mtu(underlay: Ipv4Addr) -> Result<u32, KernelError> {
 /// Makes the overlay interface, or leaves it alone if it is as it should be (traffic on it is not
 /// disturbed). Returns its index and MTU.
 pub(crate) fn ensure(overlay: Ipv4Addr, underlay: Ipv4Addr) -> Result<(u32, u32), KernelError> {
-    let mtu = underlay_mtu(underlay)?.saturating_sub(OVERHEAD).min(65_000);
+    let mtu = underlay_mtu(underlay.into())?.saturating_sub(OVERHEAD).min(65_000);
     let wanted_mac = mac_text(mac(overlay));
     if let Some(link) = link_facts(INTERFACE)? {
         let local = link.linkinfo.info_data.get("local").and_then(|v| v.as_str());

@@ -6,22 +6,29 @@
 //!  hello {version, host, overlay, …}   welcome {version, edge, peers} | refused {id 0}
 //!  claim {id, net, owner, epoch}       done {id} | refused {id, error}
 //!  release {id, net, epoch}            done {id} | refused {id, error}
+//!  candidate {id, net}                 done {id}
 //!  ping {id}                           done {id}
 //!                                      peers {peers}            whenever a host joins
 //! ```
 //!
 //! A claim says who owns a machine's address at an epoch; either the old owner (when it pauses) or
-//! the new one (when it resumes) may say it, and the second to say it changes nothing.
+//! the new one (when it resumes) may say it, and the second to say it changes nothing. A candidate is
+//! a host that was prepared for a machine: its frames are believed, with a newer epoch than the
+//! owner's, before its claim has come.
 
-use crate::datapath::{MachineNet, NetError};
+use crate::{
+    datapath::{MachineNet, NetError},
+    plane::PathKind,
+};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{
+    collections::BTreeMap,
     io::{self, BufRead, Write},
     net::Ipv4Addr,
 };
 
 /// Version of both protocols.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Longest line; a longer one ends the connection.
 pub const LINE_LIMIT: usize = 64 * 1024;
 
@@ -47,6 +54,15 @@ pub enum HostSays {
         /// Where the host is.
         #[serde(flatten)]
         peer: Peer,
+        /// How its frames find their way: the edge's must be the same.
+        path: PathKind,
+    },
+    /// The sender may have the machine next.
+    Candidate {
+        /// Comes back in the answer.
+        id: u64,
+        /// The machine.
+        net: MachineNet,
     },
     /// `owner` has the machine at `epoch`.
     Claim {
@@ -195,6 +211,11 @@ pub struct Status {
     pub peers: Vec<Peer>,
     /// The machines that it knows.
     pub machines: Vec<MachineStatus>,
+    /// How frames find their way.
+    pub path: PathKind,
+    /// What the BPF programs counted since they were first loaded, by name.
+    #[serde(default)]
+    pub counts: BTreeMap<String, u64>,
 }
 
 /// A machine in a [`Status`].

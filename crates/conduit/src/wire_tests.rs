@@ -28,8 +28,12 @@ fn the_bytes_between_agent_and_edge_are_fixed() {
     let peer =
         Peer { overlay: Ipv4Addr::new(100, 64, 0, 2), underlay: Ipv4Addr::new(10, 88, 0, 2) };
     golden(
-        &HostSays::Hello { version: 1, host: "a".into(), peer },
-        r#"{"say":"hello","version":1,"host":"a","overlay":"100.64.0.2","underlay":"10.88.0.2"}"#,
+        &HostSays::Hello { version: 2, host: "a".into(), peer, path: PathKind::Bpf },
+        r#"{"say":"hello","version":2,"host":"a","overlay":"100.64.0.2","underlay":"10.88.0.2","path":"bpf"}"#,
+    );
+    golden(
+        &HostSays::Candidate { id: 6, net: net() },
+        &format!(r#"{{"say":"candidate","id":6,"net":{NET}}}"#),
     );
     golden(
         &HostSays::Claim { id: 7, net: net(), owner: peer.overlay, epoch: 3 },
@@ -41,8 +45,8 @@ fn the_bytes_between_agent_and_edge_are_fixed() {
     );
     golden(&HostSays::Ping { id: 9 }, r#"{"say":"ping","id":9}"#);
     golden(
-        &EdgeSays::Welcome { version: 1, edge: peer, peers: vec![peer] },
-        r#"{"say":"welcome","version":1,"edge":{"overlay":"100.64.0.2","underlay":"10.88.0.2"},"peers":[{"overlay":"100.64.0.2","underlay":"10.88.0.2"}]}"#,
+        &EdgeSays::Welcome { version: 2, edge: peer, peers: vec![peer] },
+        r#"{"say":"welcome","version":2,"edge":{"overlay":"100.64.0.2","underlay":"10.88.0.2"},"peers":[{"overlay":"100.64.0.2","underlay":"10.88.0.2"}]}"#,
     );
     golden(&EdgeSays::Peers { peers: vec![] }, r#"{"say":"peers","peers":[]}"#);
     golden(&EdgeSays::Done { id: 7 }, r#"{"say":"done","id":7}"#);

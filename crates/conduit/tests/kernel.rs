@@ -1,7 +1,7 @@
 //! Against the kernel, each test in a nameless network namespace of its own. Needs root.
 
 use conduit::{
-    DataPath, LocalDataPath, MachineNet,
+    DataPath, LocalDataPath, MachineNet, PathChoice,
     agent::{Agent, AgentConfig},
     edge::{Edge, EdgeConfig},
     exec,
@@ -194,6 +194,8 @@ fn an_agent_and_an_edge_leave_nothing_behind_when_asked_to() {
             security: Security::Plaintext,
             socket: folder.path().join("agent.sock"),
             state: folder.path().join("agent"),
+            path: PathChoice::Auto,
+            pins: conduit_bpf::ROOT.into(),
         })
         .unwrap();
         assert_ne!(listing(), before);
@@ -212,6 +214,8 @@ fn an_agent_and_an_edge_leave_nothing_behind_when_asked_to() {
             security: Security::Plaintext,
             socket: folder.path().join("edge.sock"),
             state: folder.path().join("edge"),
+            path: PathChoice::Auto,
+            pins: conduit_bpf::ROOT.into(),
         })
         .unwrap();
         assert_ne!(listing(), before);
@@ -235,10 +239,53 @@ fn an_address_that_is_not_this_hosts_is_refused_at_start() {
             security: Security::Plaintext,
             socket: folder.path().join("edge.sock"),
             state: folder.path().join("edge"),
+            path: PathChoice::Auto,
+            pins: conduit_bpf::ROOT.into(),
         })
         .err()
         .map(|e| e.to_string())
         .unwrap_or_default();
         assert!(error.contains("203.0.113.1") && error.contains("no such address"), "{error}");
+    });
+}
+
+#[test]
+fn a_check_finds_what_this_kernel_has_and_leaves_nothing_behind() {
+    in_namespace(|| {
+        let pins = std::path::Path::new(conduit::PINS);
+        let found = conduit::check::check(pins).unwrap();
+        let works = |word: &str| found.iter().any(|f| f.works && f.what.contains(word));
+        assert!(works("tunnel") && works("clsact") && works("a tap"), "{found:?}");
+        assert!(conduit::check::can_bpf(&found));
+        // It worked in a namespace of its own.
+        assert!(!conduit_bpf::folder(pins).unwrap().exists());
+        assert!(interface_index("cd-tunnel").is_err());
+    });
+}
+
+#[test]
+fn a_folder_that_is_no_bpf_file_system_is_refused_and_auto_goes_on_with_routes() {
+    in_namespace(|| {
+        let folder = tempfile::tempdir().unwrap();
+        ip("address add 10.88.0.1/32 dev lo\n");
+        let config = |path| EdgeConfig {
+            public: Ipv4Addr::new(10, 88, 0, 1),
+            this: Peer {
+                overlay: Ipv4Addr::new(100, 64, 0, 1),
+                underlay: Ipv4Addr::new(10, 88, 0, 1),
+            },
+            listen: "10.88.0.1:0".parse().unwrap(),
+            machines: (Ipv4Addr::new(10, 77, 0, 0), 16),
+            security: Security::Plaintext,
+            socket: folder.path().join("edge.sock"),
+            state: folder.path().join("edge"),
+            path,
+            pins: folder.path().join("pins"),
+        };
+        let error = Edge::start(config(PathChoice::Bpf)).err().unwrap().to_string();
+        assert!(error.contains("BPF file system") && error.contains("mount -t bpf"), "{error}");
+        let edge = Edge::start(config(PathChoice::Auto)).unwrap();
+        assert_eq!(edge.status().path, conduit::PathKind::Routes);
+        edge.remove_everything().unwrap();
     });
 }

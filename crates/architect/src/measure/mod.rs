@@ -4,7 +4,7 @@
 //! [`groups`] says what is measured and what is promised of it, [`ours`] and [`stock`] do the
 //! moves, [`versus`] lets them take turns, [`journal`] keeps every single one in `moves.jsonl`. Rows go to `results.json` after each
 //! group, so that a later group's failure costs nothing of the earlier ones. Bars that begin with
-//! `silo.` are measured by `silo bench`, into the same file.
+//! `silo.` are measured by `silo bench`, those with `conduit.` by `conduit bench`, into the same file.
 //!
 //! What must hold: a row is only written from moves that happened in this run; a move that fails
 //! is a failed run, with the ends of the logs, never a sample less. What needs 200 moves (a 99th
@@ -106,8 +106,8 @@ impl Setting {
     }
 }
 
-/// What the names of the storage engine's bars begin with.
-const STORAGE: &str = "silo.";
+/// Parts whose own command measures them: what their bars begin with, and the command.
+const PARTS: [(&str, &str); 2] = [("silo.", "silo"), ("conduit.", "conduit")];
 
 /// Runs the command. True if every promise was kept.
 ///
@@ -115,39 +115,52 @@ const STORAGE: &str = "silo.";
 /// When something could not be measured; what was measured before is kept.
 pub fn run(args: &Args) -> anyhow::Result<bool> {
     let chosen: Vec<_> = groups::ALL.iter().filter(|group| group.concerns(&args.only)).collect();
-    let storage = args.only.starts_with(STORAGE) || STORAGE.starts_with(&args.only);
-    if chosen.is_empty() && !storage {
-        let all: Vec<_> = groups::ALL.iter().flat_map(|group| group.bars).copied().collect();
-        bail!("no bar begins with \"{}\"; there are {}…, {STORAGE}…", args.only, all.join("…, "));
+    let parts: Vec<_> = PARTS
+        .into_iter()
+        .filter(|(bars, _)| args.only.starts_with(bars) || bars.starts_with(&args.only))
+        .collect();
+    if chosen.is_empty() && parts.is_empty() {
+        let own = groups::ALL.iter().flat_map(|group| group.bars).copied();
+        let all: Vec<_> = own.chain(PARTS.map(|(bars, _)| bars)).collect();
+        bail!("no bar begins with \"{}\"; there are {}…", args.only, all.join("…, "));
     }
     let abandon = Abandon::on_signals()?;
     let machines =
         if chosen.is_empty() { Ok(true) } else { measure_machines(args, chosen, &abandon) };
-    abandon.check()?;
-    let storage = if storage { measure_storage(args) } else { Ok(true) };
-    match (machines, storage) {
-        (Ok(one), Ok(two)) => Ok(one && two),
-        (Err(one), Err(two)) => bail!("{one:#}; {two:#}"),
-        (Err(error), Ok(_)) | (Ok(_), Err(error)) => Err(error),
+    let mut results = vec![machines];
+    for (bars, command) in parts {
+        abandon.check()?;
+        results.push(measure_part(args, bars, command));
     }
+    let (mut met, mut failures) = (true, Vec::new());
+    for result in results {
+        match result {
+            Ok(kept) => met &= kept,
+            Err(error) => failures.push(format!("{error:#}")),
+        }
+    }
+    ensure!(failures.is_empty(), "{}", failures.join("; "));
+    Ok(met)
 }
 
-/// Lets `silo bench` measure its bars. True if every promise was kept.
-fn measure_storage(args: &Args) -> anyhow::Result<bool> {
-    let silo = crate::programs::command("silo")
-        .context("the silo command is not where the build puts it; run `make build` first")?;
-    let only = if args.only.starts_with(STORAGE) { args.only.as_str() } else { STORAGE };
-    let mut command = std::process::Command::new(&silo);
+/// Lets a part's own command measure its bars. True if every promise was kept.
+fn measure_part(args: &Args, bars: &str, name: &str) -> anyhow::Result<bool> {
+    let program = crate::programs::command(name).with_context(|| {
+        format!("the {name} command is not where the build puts it; run `make build` first")
+    })?;
+    let only = if args.only.starts_with(bars) { args.only.as_str() } else { bars };
+    let mut command = std::process::Command::new(&program);
     command.args(["bench", "--only", only, "--output"]).arg(&args.output);
     if args.quick {
         command.arg("--quick");
     }
-    let status = command.status().with_context(|| format!("could not run {}", silo.display()))?;
+    let status =
+        command.status().with_context(|| format!("could not run {}", program.display()))?;
     match status.code() {
         Some(0) => Ok(true),
-        // What `silo` says when all was measured and a promise was not kept.
+        // What it says when all was measured and a promise was not kept.
         Some(3) => Ok(false),
-        _ => bail!("silo bench: {status}; what went wrong stands above"),
+        _ => bail!("{name} bench: {status}; what went wrong stands above"),
     }
 }
 
@@ -185,7 +198,9 @@ fn measure_machines(
     }
     println!("{}: {:.0} s altogether", path.display(), start.elapsed().as_secs_f64());
     ensure!(failed.is_empty(), "could not be measured: {}", failed.join(", "));
-    Results::retire(&path, &bars, |bar| bar.starts_with(&args.only) && !bar.starts_with(STORAGE))?;
+    Results::retire(&path, &bars, |bar| {
+        bar.starts_with(&args.only) && !PARTS.iter().any(|(bars, _)| bar.starts_with(bars))
+    })?;
     Ok(met)
 }
 

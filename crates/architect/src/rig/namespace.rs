@@ -58,6 +58,12 @@ impl Namespace {
 
     pub(super) fn remove(&self) -> Result<(), RigError> {
         if self.path().exists() {
+            // Pins of BPF objects know no namespaces: they would stay.
+            match self.run(|| conduit::sweep_pins(Path::new(conduit::PINS))) {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(namespace = self.name, %error, "pins may stay"),
+                Err(error) => tracing::warn!(namespace = self.name, %error, "pins may stay"),
+            }
             exec::run("ip", &["netns", "del", &self.name], "")?;
         }
         Ok(())

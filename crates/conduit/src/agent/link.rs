@@ -64,6 +64,7 @@ fn converse(stream: Stream, shared: &Arc<Shared>) -> io::Result<()> {
         version: wire::VERSION,
         host: shared.name.to_string(),
         peer: shared.this,
+        path: shared.host.path(),
     };
     wire::send(&mut writer, &hello)?;
     match wire::receive::<EdgeSays>(&mut reader)? {
@@ -109,8 +110,10 @@ fn speak(writer: &mut Writer, shared: &Shared, asked: &Asked, dead: &AtomicBool)
     let mut told = BTreeMap::<Ipv4Addr, Record>::new();
     loop {
         let news: Vec<Record> = {
-            let untold =
-                |r: &&Record| r.edge == EdgeView::Pending && told.get(&r.net.address) != Some(*r);
+            let untold = |r: &&Record| {
+                let news = r.edge == EdgeView::Pending || r.place == Place::Candidate;
+                news && told.get(&r.net.address) != Some(*r)
+            };
             let core = shared.wait(shared.core(), ping_at, |core| {
                 dead.load(Ordering::Acquire) || core.book.records().any(|r| untold(&r))
             });
@@ -144,7 +147,8 @@ fn message(id: u64, record: &Record, this: Ipv4Addr) -> HostSays {
     match record.place {
         Place::Away { to } => HostSays::Claim { id, net, owner: to, epoch },
         Place::Here if record.retiring => HostSays::Release { id, net, epoch },
-        Place::Here | Place::Candidate => HostSays::Claim { id, net, owner: this, epoch },
+        Place::Here => HostSays::Claim { id, net, owner: this, epoch },
+        Place::Candidate => HostSays::Candidate { id, net },
     }
 }
 

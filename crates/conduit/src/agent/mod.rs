@@ -20,6 +20,7 @@ use crate::{
     datapath::{MachineNet, NetError},
     exec::KernelError,
     host::HostNet,
+    plane::PathChoice,
     store::Store,
     wire::{self, MachineStatus, Peer, Status},
 };
@@ -50,6 +51,10 @@ pub struct AgentConfig {
     pub socket: PathBuf,
     /// The state folder.
     pub state: PathBuf,
+    /// How frames find their way.
+    pub path: PathChoice,
+    /// Where what BPF needs is pinned, on a BPF file system.
+    pub pins: PathBuf,
 }
 
 /// How long `prepare` waits for the edge to be known, or to confirm an earlier move.
@@ -109,7 +114,7 @@ impl Agent {
     /// Sets the host up, takes up what the last agent left, and serves. Must be called in the
     /// host's network namespace.
     pub fn start(config: AgentConfig) -> Result<Self, KernelError> {
-        let host = HostNet::open(Some(config.this))?;
+        let host = HostNet::open(Some(config.this), config.path, &config.pins)?;
         let machines = Store::open(&config.state.join("machines"))?;
         let floors = Store::open(&config.state.join("floors"))?;
         let fleet = Store::open(&config.state.join("fleet"))?;
@@ -140,14 +145,20 @@ impl Agent {
             if !record.retiring {
                 host.ensure_tap(&record.net)?;
             }
-            host.apply(&record)?;
-            tracing::info!(machine = record.net.machine, place = ?record.place, epoch = record.epoch,
-                "machine taken up");
             // Whoever was to say that the tap is drained may have said it to nobody.
             if record.edge == EdgeView::Held {
                 record.edge = EdgeView::Pending;
             }
+            host.apply(&record)?;
+            tracing::info!(machine = record.net.machine, place = ?record.place, epoch = record.epoch,
+                "machine taken up");
             core.book.restore(record);
+        }
+        // The kernel remembers what a lost state folder does not.
+        for (address, epoch) in host.floors()? {
+            if core.book.get(address).is_none() {
+                core.book.restore_floor(address, epoch);
+            }
         }
         let shared = Arc::new(Shared {
             host,
@@ -271,9 +282,14 @@ impl Shared {
 
     /// The edge may be told of a divert.
     fn drained(&self, address: Ipv4Addr, epoch: u64) {
+        let mut core = self.core();
         // Not written down: a restart says it by itself.
-        if self.core().book.drained(address, epoch).is_some() {
-            self.changed.notify_all();
+        let Some(record) = core.book.drained(address, epoch).cloned() else { return };
+        let applied = self.host.apply(&record);
+        drop(core);
+        self.changed.notify_all();
+        if let Err(error) = applied {
+            tracing::warn!(machine = record.net.machine, %error, "its last frames may still leave");
         }
     }
 
@@ -450,6 +466,8 @@ impl Shared {
             host: self.name.to_string(),
             peer: self.this,
             link: core.link.to_string(),
+            path: self.host.path(),
+            counts: self.host.counts(),
             peers: core.peers.values().copied().collect(),
             machines: machines.collect(),
         }

@@ -17,12 +17,15 @@ use crate::{
     agent::listen_unix,
     datapath::{MachineNet, NetError},
     exec::{self, KernelError},
-    host::{MACHINES, loosen_reverse_path_filter, machines_rule, quiet_interface},
+    host::{MACHINES, loosen_reverse_path_filter, machines_rule, open_plane, quiet_interface},
     netlink::{Netlink, NextHop, Route},
     overlay,
+    plane::{PathChoice, PathKind, Plane},
     store::Store,
+    tunnel,
     wire::{self, MachineStatus, Peer, Status},
 };
+use conduit_bpf::Role;
 use identity::{HostName, Security};
 use ledger::{Change, ENTRY_VERSION, Entry, Ledger, Rules};
 use nat::Outside;
@@ -51,6 +54,10 @@ pub struct EdgeConfig {
     pub socket: PathBuf,
     /// The state folder.
     pub state: PathBuf,
+    /// How frames find their way.
+    pub path: PathChoice,
+    /// Where what BPF needs is pinned, on a BPF file system.
+    pub pins: PathBuf,
 }
 
 /// A host as remembered over a restart: its overlay address belongs to its name.
@@ -65,6 +72,9 @@ struct Core {
     ledger: Ledger,
     hosts: BTreeMap<Ipv4Addr, KnownHost>,
     netlink: Netlink,
+    /// The host that was prepared for a machine: the only one whose frames may run ahead of its
+    /// claim.
+    candidates: BTreeMap<Ipv4Addr, Ipv4Addr>,
 }
 
 /// What the threads of an edge share.
@@ -72,6 +82,7 @@ struct Shared {
     this: Peer,
     outside: Outside,
     index: u32,
+    plane: Option<Arc<Plane>>,
     listen: SocketAddr,
     core: Mutex<Core>,
     machines: Store,
@@ -100,38 +111,36 @@ impl Edge {
 
         exec::sysctl("net/ipv4/ip_forward", "1")?;
         loosen_reverse_path_filter()?;
-        let (index, _) = overlay::ensure(config.this.overlay, config.this.underlay)?;
-        quiet_interface(overlay::INTERFACE)?;
+        let plane = open_plane(config.path, config.this, Role::Edge, &config.pins)?;
+        let index = match &plane {
+            Some(plane) => plane.tunnel().index,
+            None => {
+                let (index, _) = overlay::ensure(config.this.overlay, config.this.underlay)?;
+                quiet_interface(overlay::INTERFACE)?;
+                index
+            }
+        };
         let mut netlink = Netlink::open()?;
         netlink.ensure_rule(&machines_rule())?;
+        if plane.is_some() {
+            // All machines are behind the tunnel; which host each is on, its program knows.
+            let (to, prefix) = config.machines;
+            let next = NextHop::Gateway(tunnel::NEXT_HOP, index);
+            netlink.replace_route(&Route { table: MACHINES, to, prefix, next })?;
+        }
 
         let rules = Rules { machines: config.machines, reserved: BTreeSet::from([listen.port()]) };
-        let mut core = Core { ledger: Ledger::new(rules), hosts: BTreeMap::new(), netlink };
-        for host in hosts.load::<KnownHost>()? {
-            overlay::set_peer(&mut core.netlink, index, &host.peer)?;
-            core.hosts.insert(host.peer.overlay, host);
-        }
-        for entry in machines.load::<Entry>()? {
-            if entry.version > ENTRY_VERSION {
-                return Err(KernelError::new(
-                    format!("read the state of machine \"{}\"", entry.net.machine),
-                    format!("it is of version {}, written by a newer edge", entry.version),
-                ));
-            }
-            if !entry.released {
-                let next = NextHop::Gateway(entry.owner, index);
-                core.netlink.replace_route(&Route::host(MACHINES, entry.net.address, next))?;
-            }
-            core.ledger.restore(entry);
-        }
-        nat::apply(&outside, core.ledger.machines())?;
+        let (ledger, known) = (Ledger::new(rules), BTreeMap::new());
+        let core = Core { ledger, hosts: known, netlink, candidates: BTreeMap::new() };
+        let (this, core) = (config.this, Mutex::new(core));
+        let shared = Shared { this, outside, index, plane, listen, core, machines, hosts };
+        shared.take_up()?;
         // A move reorders a few segments; without this, those at the edge of a window count as
         // invalid and are not translated. The file appears with the first rule that needs it.
         if let Err(error) = exec::sysctl("net/netfilter/nf_conntrack_tcp_be_liberal", "1") {
             tracing::warn!(%error, "connection tracking stays strict");
         }
-        let (this, core) = (config.this, Mutex::new(core));
-        let shared = Arc::new(Shared { this, outside, index, listen, core, machines, hosts });
+        let shared = Arc::new(shared);
         server::serve(listener, unix, config.security, &shared);
         Ok(Self { shared, socket: config.socket })
     }
@@ -157,6 +166,9 @@ impl Edge {
             core.netlink.delete_route(MACHINES, route.to, route.prefix)?;
         }
         while core.netlink.delete_rule(&machines_rule())? {}
+        if let Some(plane) = &self.shared.plane {
+            plane.remove()?;
+        }
         overlay::remove()
     }
 }
@@ -170,6 +182,86 @@ impl Drop for Edge {
 impl Shared {
     fn core(&self) -> MutexGuard<'_, Core> {
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn path(&self) -> PathKind {
+        if self.plane.is_some() { PathKind::Bpf } else { PathKind::Routes }
+    }
+
+    /// Makes again what the state folder says, which changes nothing that is so already.
+    fn take_up(&self) -> Result<(), KernelError> {
+        let mut core = self.core();
+        for host in self.hosts.load::<KnownHost>()? {
+            self.reach(&mut core, &host.peer)?;
+            core.hosts.insert(host.peer.overlay, host);
+        }
+        for entry in self.machines.load::<Entry>()? {
+            if entry.version > ENTRY_VERSION {
+                return Err(KernelError::new(
+                    format!("read the state of machine \"{}\"", entry.net.machine),
+                    format!("it is of version {}, written by a newer edge", entry.version),
+                ));
+            }
+            if !entry.released {
+                self.lead(&mut core, &entry, None)?;
+            }
+            core.ledger.restore(entry);
+        }
+        nat::apply(&self.outside, self.tunnel(), core.ledger.machines())
+    }
+
+    /// The interface that machines are behind.
+    fn tunnel(&self) -> &'static str {
+        if self.plane.is_some() { tunnel::INTERFACE } else { overlay::INTERFACE }
+    }
+
+    /// Makes a host reachable.
+    fn reach(&self, core: &mut Core, peer: &Peer) -> Result<(), KernelError> {
+        match &self.plane {
+            Some(plane) => plane.set_peer(peer, Role::Host),
+            None => overlay::set_peer(&mut core.netlink, self.index, peer),
+        }
+    }
+
+    /// Leads a machine's frames to the host that has it.
+    fn lead(
+        &self,
+        core: &mut Core,
+        entry: &Entry,
+        candidate: Option<Ipv4Addr>,
+    ) -> Result<(), KernelError> {
+        match &self.plane {
+            Some(plane) => plane.remote(&entry.net, entry.owner, entry.epoch, false, candidate),
+            None => {
+                let next = NextHop::Gateway(entry.owner, self.index);
+                core.netlink.replace_route(&Route::host(MACHINES, entry.net.address, next))
+            }
+        }
+    }
+
+    /// Leads a machine's frames nowhere.
+    fn mislead(&self, core: &mut Core, address: Ipv4Addr) -> Result<(), KernelError> {
+        core.candidates.remove(&address);
+        match &self.plane {
+            Some(plane) => plane.forget(address),
+            None => core.netlink.delete_route(MACHINES, address, 32).map(drop),
+        }
+    }
+
+    /// A host was prepared for a machine.
+    fn candidate(&self, by: Ipv4Addr, net: &MachineNet) -> Result<(), NetError> {
+        wire::check_machine(net)?;
+        let mut core = self.core();
+        let Some(entry) = core.ledger.get(net.address).cloned() else { return Ok(()) };
+        if entry.released || entry.net.machine != net.machine || entry.owner == by {
+            return Ok(());
+        }
+        core.candidates.insert(net.address, by);
+        if self.plane.is_none() {
+            return Ok(());
+        }
+        self.lead(&mut core, &entry, Some(by))
+            .map_err(|e| NetError::failed(net, "announce where it may go", e))
     }
 
     /// A host says where it is.
@@ -190,10 +282,9 @@ impl Shared {
             }
             _ => {}
         }
-        let index = self.index;
         let fail = |e: KernelError| format!("host {name}: {e}");
         self.hosts.save(peer.overlay, &host).map_err(fail)?;
-        overlay::set_peer(&mut core.netlink, index, &peer).map_err(fail)?;
+        self.reach(&mut core, &peer).map_err(fail)?;
         core.hosts.insert(peer.overlay, host);
         tracing::info!(host = %name, overlay = %peer.overlay, underlay = %peer.underlay, "host joined");
         Ok(())
@@ -251,13 +342,16 @@ impl Shared {
             return Err(fail(error));
         }
         if entry.released {
-            core.netlink.delete_route(MACHINES, net.address, 32).map_err(fail)?;
+            self.mislead(core, net.address).map_err(fail)?;
         } else {
-            let next = NextHop::Gateway(entry.owner, self.index);
-            core.netlink.replace_route(&Route::host(MACHINES, net.address, next)).map_err(fail)?;
+            if before.is_none_or(|b| b.owner != entry.owner) {
+                core.candidates.remove(&net.address);
+            }
+            let candidate = core.candidates.get(&net.address).copied();
+            self.lead(core, &entry, candidate).map_err(fail)?;
         }
         if change.ports {
-            nat::apply(&self.outside, core.ledger.machines()).map_err(fail)?;
+            nat::apply(&self.outside, self.tunnel(), core.ledger.machines()).map_err(fail)?;
         }
         Ok(())
     }
@@ -275,6 +369,8 @@ impl Shared {
             version: wire::VERSION,
             host: String::new(),
             peer: self.this,
+            path: self.path(),
+            counts: self.plane.as_ref().map(|p| p.counts()).unwrap_or_default(),
             link: format!("agents connect to {}, clients to {}", self.listen, self.outside.address),
             peers: core.hosts.values().map(|h| h.peer).collect(),
             machines: machines.collect(),

@@ -10,7 +10,6 @@ use super::ledger::Entry;
 use crate::{
     datapath::Protocol,
     exec::{self, KernelError},
-    overlay,
 };
 use serde::Deserialize;
 use std::{fmt::Write, net::Ipv4Addr};
@@ -47,12 +46,13 @@ impl Outside {
     }
 }
 
-/// Applies the whole table.
+/// Applies the whole table; `tunnel` is the interface that machines are behind.
 pub(crate) fn apply<'a>(
     outside: &Outside,
+    tunnel: &str,
     machines: impl Iterator<Item = &'a Entry>,
 ) -> Result<(), KernelError> {
-    exec::run("nft", &["-f", "-"], &script(outside, machines)).map(drop)
+    exec::run("nft", &["-f", "-"], &script(outside, tunnel, machines)).map(drop)
 }
 
 /// Removes the table; connections that it translates end.
@@ -60,8 +60,8 @@ pub(crate) fn remove() -> Result<(), KernelError> {
     exec::run("nft", &["-f", "-"], "add table ip conduit\ndelete table ip conduit\n").map(drop)
 }
 
-fn script<'a>(outside: &Outside, machines: impl Iterator<Item = &'a Entry>) -> String {
-    let (address, interface, vx) = (outside.address, &outside.interface, overlay::INTERFACE);
+fn script<'a>(outside: &Outside, vx: &str, machines: impl Iterator<Item = &'a Entry>) -> String {
+    let (address, interface) = (outside.address, &outside.interface);
     let mut script = format!(
         "add table ip conduit
 add set ip conduit machines {{ type ipv4_addr; }}

@@ -138,8 +138,8 @@ fn enter(
     proved: Option<&HostName>,
     shared: &Shared,
 ) -> Result<Peer, String> {
-    let Some(HostSays::Hello { version, host, peer }) = hello else {
-        return Err("the first message must be a hello".into());
+    let Some(HostSays::Hello { version, host, peer, path }) = hello else {
+        return Err(format!("the first message must be a hello of version {}", wire::VERSION));
     };
     if version != wire::VERSION {
         return Err(format!(
@@ -152,6 +152,13 @@ fn enter(
         && *proved != name
     {
         return Err(format!("it calls itself {name}, but its certificate is for {proved}"));
+    }
+    if path != shared.path() {
+        return Err(format!(
+            "its frames find their way by {path}, this edge's by {}; start all hosts and edges with \
+             the same --path",
+            shared.path()
+        ));
     }
     shared.join(&name, peer)?;
     Ok(peer)
@@ -169,6 +176,7 @@ fn answer_all(
             HostSays::Claim { id, net, owner, epoch } => {
                 (id, shared.claim(peer.overlay, &net, owner, epoch))
             }
+            HostSays::Candidate { id, net } => (id, shared.candidate(peer.overlay, &net)),
             HostSays::Release { id, net, epoch } => (id, shared.release(peer.overlay, &net, epoch)),
             HostSays::Hello { .. } => return Err(io::Error::other("a second hello")),
         };

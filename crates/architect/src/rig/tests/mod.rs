@@ -1,12 +1,16 @@
 //! The network under moves, with real daemons, real namespaces and a fake monitor. Needs root and
 //! the `conduit` program.
 
-mod traffic;
-mod vmm;
 mod world;
 
 use super::*;
-use conduit::{DataPath, HostEndpoint, NetError};
+use conduit::{
+    DataPath, HostEndpoint, NetError,
+    lab::{
+        machine::{Guest, Vmm},
+        traffic::{self, Echoes, serve_echo},
+    },
+};
 use std::{
     net::{TcpListener, TcpStream, UdpSocket},
     sync::{
@@ -15,9 +19,7 @@ use std::{
     },
     thread,
 };
-use traffic::{Echoes, serve_echo};
-use vmm::{Guest, Vmm, machine_net};
-use world::{Moved, SETTLE, SLACK, World, config};
+use world::{Moved, SETTLE, SLACK, World, config, machine_net};
 
 /// Gaps are measured, so one world at a time.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -177,6 +179,15 @@ fn an_older_epoch_is_refused_by_the_host_and_by_the_edge() {
     world.rig.start_agent(0).unwrap();
     world.taps[0] = None;
     world.prepare(0);
+    // Its kernel remembers what its agent has lost.
+    let error = world.paths[0].resume(&world.net, 1).unwrap_err();
+    assert!(matches!(error, NetError::StaleEpoch { asked: 1, current: 3, .. }), "{error}");
+    world.rig.kill_agent(0);
+    fs::remove_dir_all(world.rig.folder().join("agent-a")).unwrap();
+    forget_pins(&world.rig.hosts()[0].namespace);
+    world.rig.start_agent(0).unwrap();
+    world.taps[0] = None;
+    world.prepare(0);
     world.paths[0].resume(&world.net, 1).unwrap();
     let error = world.paths[0].settled(&world.net, 1, SETTLE).unwrap_err();
     assert!(matches!(error, NetError::StaleEpoch { asked: 1, current: 2, .. }), "{error}");
@@ -298,13 +309,19 @@ fn a_move_works_without_the_edge_and_the_edge_learns_of_it_later() {
     assert_eq!(lost, 0, "of {sent}");
 }
 
+/// What a host's BPF programs know goes too, as if it had started anew.
+fn forget_pins(namespace: &Namespace) {
+    namespace.run(|| conduit::sweep_pins(Path::new(conduit::PINS))).unwrap().unwrap();
+}
+
 #[test]
 fn an_edge_that_has_forgotten_everything_hears_it_from_the_agents() {
     let _alone = alone();
     let mut world = World::new("cdlost");
     world.rig.kill_edge();
     fs::remove_dir_all(world.rig.edge_state()).unwrap();
-    world.rig.edge().ip("link del vx-conduit\n").unwrap();
+    world.rig.edge().ip("link del cd-tunnel\n").unwrap();
+    forget_pins(world.rig.edge());
     world.rig.edge().ip("route flush table 6472\n").unwrap();
     let flush = world.rig.edge().command("nft").args(["flush", "ruleset"]).status().unwrap();
     assert!(flush.success());
@@ -413,7 +430,7 @@ fn one_host_by_itself_needs_no_daemon() {
     let _alone = alone();
     let rig = Rig::without_daemons(RigConfig { hosts: 1, ..config("cdlocal") }).unwrap();
     let net = machine_net();
-    let guest = Guest::new(&net);
+    let guest = Guest::new(&net).unwrap();
     guest.run(|| serve_echo(TcpListener::bind("0.0.0.0:7").unwrap()));
     let host = &rig.hosts()[0].namespace;
     let address = (net.address, 7).into();

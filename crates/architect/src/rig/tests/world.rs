@@ -3,10 +3,14 @@
 use super::{
     super::{CLIENT, PUBLIC, Rig, RigConfig},
     ms,
-    traffic::{Datagrams, Echoes, Received, Seen, serve_echo},
-    vmm::{Guest, Vmm, machine_net},
 };
-use conduit::{AgentDataPath, DataPath, Tap};
+use conduit::{
+    AgentDataPath, DataPath, MachineNet, PortMapping, Protocol, Tap,
+    lab::{
+        machine::{Guest, Vmm},
+        traffic::{Datagrams, Echoes, Received, Seen, serve_echo},
+    },
+};
 use std::{
     net::{TcpListener, UdpSocket},
     thread,
@@ -20,6 +24,18 @@ pub(super) const SLACK: Duration = Duration::from_millis(10);
 
 pub(super) fn config(prefix: &str) -> RigConfig {
     RigConfig { prefix: prefix.into(), ..RigConfig::default() }
+}
+
+/// What the network is told of the test's machine.
+pub(super) fn machine_net() -> MachineNet {
+    let port = |protocol, public, machine| PortMapping { protocol, public, machine };
+    MachineNet {
+        machine: "echo".into(),
+        address: super::super::MACHINE,
+        mac: [0x02, 0, 0, 0x77, 0, 1],
+        mtu: 1400,
+        ports: vec![port(Protocol::Tcp, 7000, 7), port(Protocol::Udp, 7001, 9)],
+    }
 }
 
 /// How a move went.
@@ -66,7 +82,7 @@ impl World {
     pub(super) fn new(prefix: &str) -> Self {
         let rig = Rig::new(config(prefix)).unwrap();
         let net = machine_net();
-        let guest = Guest::new(&net);
+        let guest = Guest::new(&net).unwrap();
         guest.run(|| serve_echo(TcpListener::bind("0.0.0.0:7").unwrap()));
         let received = guest.run(|| Received::collect(UdpSocket::bind("0.0.0.0:9").unwrap()));
         let paths: Vec<_> = (0..2).map(|h| rig.data_path(h).unwrap()).collect();

@@ -1,5 +1,5 @@
-//! What clients and servers of the tests do: TCP echoes and UDP datagrams, one a millisecond, and
-//! what they saw of it.
+//! What clients and servers of tests and benchmarks do: TCP echoes and UDP datagrams, one a
+//! millisecond, and what they saw of it. What goes wrong here is a panic: a rig's own sockets work.
 
 use nix::sys::socket::{setsockopt, sockopt};
 use std::{
@@ -7,7 +7,7 @@ use std::{
     io::{self, Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
@@ -18,7 +18,7 @@ const WAIT: Duration = Duration::from_secs(10);
 const EVERY: Duration = Duration::from_millis(1);
 
 /// Answers every connection with what it sends. Ends with the process.
-pub(super) fn serve_echo(listener: TcpListener) {
+pub fn serve_echo(listener: TcpListener) {
     thread::spawn(move || {
         for stream in listener.incoming() {
             let Ok(mut stream) = stream else { return };
@@ -37,19 +37,24 @@ pub(super) fn serve_echo(listener: TcpListener) {
 
 /// Collects the numbers of datagrams that arrive.
 #[derive(Clone, Default)]
-pub(super) struct Received(Arc<Mutex<BTreeSet<u64>>>);
+pub struct Received(Arc<Mutex<BTreeSet<u64>>>);
 
 impl Received {
-    pub(super) fn collect(socket: UdpSocket) -> Self {
+    /// Starts to collect.
+    pub fn collect(socket: UdpSocket) -> Self {
         let this = Self::default();
         let received = this.clone();
         // The test is of the network, not of a guest's small socket buffer.
-        setsockopt(&socket, sockopt::RcvBufForce, &(8 << 20)).unwrap();
+        setsockopt(&socket, sockopt::RcvBufForce, &(8 << 20)).expect("a rig's own call works");
         thread::spawn(move || {
             let mut buffer = [0; 2048];
             while let Ok(size) = socket.recv(&mut buffer) {
                 if let Some(number) = buffer[..size].first_chunk() {
-                    received.0.lock().unwrap().insert(u64::from_be_bytes(*number));
+                    received
+                        .0
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .insert(u64::from_be_bytes(*number));
                 }
             }
         });
@@ -57,12 +62,12 @@ impl Received {
     }
 
     fn count(&self, numbers: std::ops::Range<u64>) -> u64 {
-        self.0.lock().unwrap().range(numbers).count() as u64
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).range(numbers).count() as u64
     }
 }
 
 /// A stream of numbered echoes over one TCP connection, one a millisecond.
-pub(super) struct Echoes {
+pub struct Echoes {
     stop: Arc<AtomicBool>,
     threads: (JoinHandle<io::Result<u64>>, JoinHandle<io::Result<Vec<Instant>>>),
     answered: Arc<AtomicU64>,
@@ -70,23 +75,26 @@ pub(super) struct Echoes {
 
 /// What a client saw.
 #[derive(Debug)]
-pub(super) struct Seen {
-    pub(super) sent: u64,
-    pub(super) answered: u64,
+pub struct Seen {
+    /// Echoes asked for.
+    pub sent: u64,
+    /// Echoes that came.
+    pub answered: u64,
     /// The longest time without an answer.
-    pub(super) gap: Duration,
+    pub gap: Duration,
 }
 
 impl Echoes {
     /// Connects in the calling thread's namespace and starts.
-    pub(super) fn start(address: SocketAddr) -> Self {
-        let stream = TcpStream::connect_timeout(&address, WAIT).unwrap();
-        stream.set_nodelay(true).unwrap();
-        stream.set_read_timeout(Some(WAIT)).unwrap();
-        stream.set_write_timeout(Some(WAIT)).unwrap();
+    pub fn start(address: SocketAddr) -> Self {
+        let stream = TcpStream::connect_timeout(&address, WAIT).expect("the machine is reached");
+        stream.set_nodelay(true).expect("a rig's own call works");
+        stream.set_read_timeout(Some(WAIT)).expect("a rig's own call works");
+        stream.set_write_timeout(Some(WAIT)).expect("a rig's own call works");
         let stop = Arc::new(AtomicBool::new(false));
         let answered = Arc::new(AtomicU64::new(0));
-        let (mut writer, mut reader) = (stream.try_clone().unwrap(), stream);
+        let (mut writer, mut reader) =
+            (stream.try_clone().expect("a rig's own call works"), stream);
         let (stopping, count) = (stop.clone(), answered.clone());
         let send = thread::spawn(move || {
             let mut next = Instant::now();
@@ -118,24 +126,34 @@ impl Echoes {
     }
 
     /// Waits until echoes flow.
-    pub(super) fn wait(&self, more: u64) {
+    pub fn wait(&self, more: u64) {
         let want = self.answered.load(Ordering::Relaxed) + more;
         let flows = || self.answered.load(Ordering::Relaxed) >= want;
-        assert!(super::super::wait_for(WAIT, flows), "no echoes");
+        assert!(super::wait_for(WAIT, flows), "no echoes");
     }
 
     /// Ends cleanly; a connection that was reset or stalled is an error here.
-    pub(super) fn finish(self) -> Seen {
+    pub fn finish(self) -> Seen {
         self.stop.store(true, Ordering::Relaxed);
-        let sent = self.threads.0.join().unwrap().unwrap();
-        let times = self.threads.1.join().unwrap().unwrap();
+        let sent = self
+            .threads
+            .0
+            .join()
+            .expect("its thread ended well")
+            .expect("the stream was not broken");
+        let times = self
+            .threads
+            .1
+            .join()
+            .expect("its thread ended well")
+            .expect("the stream was not broken");
         let gap = times.windows(2).map(|w| w[1] - w[0]).max().unwrap_or_default();
         Seen { sent, answered: times.len() as u64 - 1, gap }
     }
 }
 
 /// A thousand numbered datagrams a second.
-pub(super) struct Datagrams {
+pub struct Datagrams {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<u64>,
     first: u64,
@@ -146,9 +164,9 @@ static NEXT_STREAM: AtomicU64 = AtomicU64::new(0);
 
 impl Datagrams {
     /// Starts in the calling thread's namespace.
-    pub(super) fn start(to: SocketAddr) -> Self {
-        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
-        socket.connect(to).unwrap();
+    pub fn start(to: SocketAddr) -> Self {
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a rig's own call works");
+        socket.connect(to).expect("a rig's own call works");
         let stop = Arc::new(AtomicBool::new(false));
         let first = NEXT_STREAM.fetch_add(1, Ordering::Relaxed) << 32;
         let stopping = stop.clone();
@@ -156,7 +174,7 @@ impl Datagrams {
             let mut next = Instant::now();
             let mut sent = 0_u64;
             while !stopping.load(Ordering::Relaxed) {
-                socket.send(&(first + sent).to_be_bytes()).unwrap();
+                socket.send(&(first + sent).to_be_bytes()).expect("a rig's own call works");
                 sent += 1;
                 next += EVERY;
                 thread::sleep(next.saturating_duration_since(Instant::now()));
@@ -167,49 +185,63 @@ impl Datagrams {
     }
 
     /// Ends, and says how many were sent and how many did not arrive.
-    pub(super) fn finish(self, received: &Received) -> (u64, u64) {
+    pub fn finish(self, received: &Received) -> (u64, u64) {
         self.stop.store(true, Ordering::Relaxed);
-        let sent = self.thread.join().unwrap();
+        let sent = self.thread.join().expect("its thread ended well");
         let arrived = || received.count(self.first..self.first + sent);
-        super::super::wait_for(Duration::from_millis(500), || arrived() >= sent);
+        super::wait_for(Duration::from_millis(500), || arrived() >= sent);
         (sent, sent - arrived())
     }
 }
 
 /// Sends as fast as it goes until told to stop. Returns the bytes sent.
-pub(super) fn flood(to: SocketAddr, stop: Arc<AtomicBool>) -> JoinHandle<u64> {
-    let mut stream = TcpStream::connect_timeout(&to, WAIT).unwrap();
-    stream.set_write_timeout(Some(WAIT)).unwrap();
-    stream.set_read_timeout(Some(WAIT)).unwrap();
+pub fn flood(to: SocketAddr, stop: Arc<AtomicBool>) -> JoinHandle<u64> {
+    let mut stream = TcpStream::connect_timeout(&to, WAIT).expect("the machine is reached");
+    stream.set_write_timeout(Some(WAIT)).expect("a rig's own call works");
+    stream.set_read_timeout(Some(WAIT)).expect("a rig's own call works");
     thread::spawn(move || {
         let data = vec![7; 128 * 1024];
         let mut sent = 0;
         while !stop.load(Ordering::Relaxed) {
-            sent += stream.write(&data).unwrap() as u64;
+            sent += stream.write(&data).expect("a rig's own call works") as u64;
         }
-        stream.shutdown(std::net::Shutdown::Write).unwrap();
-        assert_eq!(stream.read(&mut [0]).unwrap(), 0, "the other end has it all");
+        stream.shutdown(std::net::Shutdown::Write).expect("a rig's own call works");
+        assert_eq!(
+            stream.read(&mut [0]).expect("a rig's own call works"),
+            0,
+            "the other end has it all"
+        );
         sent
     })
 }
 
 /// TCP segments that this namespace has sent again so far.
-pub(super) fn retransmits() -> u64 {
-    let text = std::fs::read_to_string("/proc/thread-self/net/snmp").unwrap();
+pub fn retransmits() -> u64 {
+    let text =
+        std::fs::read_to_string("/proc/thread-self/net/snmp").expect("a rig's own call works");
     let mut lines = text.lines().filter(|l| l.starts_with("Tcp:"));
-    let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
-    let at = names.split_whitespace().position(|n| n == "RetransSegs").unwrap();
-    values.split_whitespace().nth(at).unwrap().parse().unwrap()
+    let (names, values) = (
+        lines.next().expect("a rig's own call works"),
+        lines.next().expect("a rig's own call works"),
+    );
+    let at =
+        names.split_whitespace().position(|n| n == "RetransSegs").expect("a rig's own call works");
+    values
+        .split_whitespace()
+        .nth(at)
+        .expect("a rig's own call works")
+        .parse()
+        .expect("a rig's own call works")
 }
 
 /// Takes one connection to its end. Returns its bytes and the longest silence.
-pub(super) fn swallow(listener: &TcpListener) -> (u64, Duration) {
-    let (mut stream, _) = listener.accept().unwrap();
-    stream.set_read_timeout(Some(WAIT)).unwrap();
+pub fn swallow(listener: &TcpListener) -> (u64, Duration) {
+    let (mut stream, _) = listener.accept().expect("a rig's own call works");
+    stream.set_read_timeout(Some(WAIT)).expect("a rig's own call works");
     let mut buffer = vec![0; 256 * 1024];
     let (mut bytes, mut gap, mut last) = (0, Duration::ZERO, Instant::now());
     loop {
-        let size = stream.read(&mut buffer).unwrap();
+        let size = stream.read(&mut buffer).expect("a rig's own call works");
         gap = gap.max(last.elapsed());
         last = Instant::now();
         if size == 0 {

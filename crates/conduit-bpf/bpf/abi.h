@@ -1,0 +1,112 @@
+/* SPDX-License-Identifier: (MIT OR Apache-2.0) OR GPL-2.0 */
+/*
+ * What the programs and src/abi.rs agree on. Pinned maps outlive both, so a change of any size or
+ * meaning here raises CD_LAYOUT there and here, and needs a way to carry old entries over
+ * (src/layout.rs).
+ */
+#ifndef CONDUIT_ABI_H
+#define CONDUIT_ABI_H
+
+#define CD_LAYOUT 2
+
+/* An address of a machine in a tenant's network. IPv4 is written as ::ffff:a.b.c.d. */
+struct cd_key {
+	__u32 net; /* network id: 24 bits, the VNI on the wire */
+	__u8 addr[16];
+};
+
+/* Where the frames of an address go. */
+enum cd_state {
+	CD_REMOTE = 1, /* to the host `owner`, through the tunnel */
+	CD_LOCAL = 2,  /* into the tap `ifindex` */
+	CD_HOLD = 3,   /* into the hold tap, until somebody has the machine */
+	CD_DROP = 4,   /* nowhere: it was here, and is gone */
+};
+
+/* The owner of an entry's epoch is not decided: the machine may come here. Frames go in, none out. */
+#define CD_CANDIDATE 1
+/* With CD_REMOTE: the machine is about to stop here, and what it still says may leave. */
+#define CD_LEAVING 2
+
+struct cd_entry {
+	struct bpf_spin_lock lock; /* every reader and writer takes it: an entry is read whole */
+	__u32 check;               /* of the key; a reader that finds another lost a race with reuse */
+	__u64 epoch;               /* the lease's; only ever grows */
+	__u8 owner[16];            /* underlay address of the host that has the machine */
+	__u8 candidate[16];        /* of the host that is announced as next; zeros for none */
+	__u32 ifindex;             /* CD_LOCAL */
+	__u8 state;
+	__u8 flags;
+	__u8 mac[6]; /* the guest's */
+	__u32 pad;
+};
+
+/* The machine behind a tap, by the tap's ifindex: nothing else may come out of it. */
+struct cd_port {
+	__u32 net;
+	__u8 mac[6];
+	__u8 pad[2];
+	__u8 v4[16]; /* zeros for none */
+	__u8 v6[16];
+};
+
+/* Who may send through the tunnel, by underlay address. */
+enum cd_role {
+	CD_HOST = 1,
+	CD_EDGE = 2,
+};
+
+struct cd_config {
+	__u8 self[16];     /* this host's underlay address */
+	__u8 edge[16];     /* where frames for the outside go; zeros: nowhere (an edge itself) */
+	__u32 tunnel;      /* ifindex of the tunnel device */
+	__u32 hold;        /* ifindex of the hold tap; 0: frames of CD_HOLD are dropped */
+	__u32 net;         /* network of frames that come from this host's own stack */
+	__u32 role;        /* of this host */
+	__u8 gateway[6];   /* the MAC that machines know as their gateway */
+	__u8 pad[2];
+};
+
+/* A change of one entry, as cd_change takes it at CD_CHANGE_AT of its frame, and answers it. */
+struct cd_change {
+	struct cd_key key;
+	__u32 verdict; /* out */
+	__u64 epoch;   /* in: the new one; out: the entry's */
+	__u8 owner[16]; /* in: the new one; out: the entry's */
+	__u8 candidate[16];
+	__u32 ifindex;
+	__u8 state;
+	__u8 flags;
+	__u8 mac[6];
+	__u32 pad;
+};
+
+#define CD_CHANGE_AT 16
+
+enum cd_verdict {
+	CD_CHANGED = 1,
+	CD_SAME = 2,   /* it was so already */
+	CD_STALE = 3,  /* the entry's epoch is newer */
+	CD_TAKEN = 4,  /* this epoch has another owner */
+	CD_FULL = 5,   /* no room */
+};
+
+/* On the wire, vxlan's group policy field: 16 bits of an epoch, and this bit ("policy applied") on
+ * frames that come from a host which had the machine before. */
+#define CD_FORWARDED (1U << 19)
+/* An epoch is a lease's epoch in the upper 48 bits and the flips of its owner in the lower 16
+ * (docs/protocol.md). Owners flip a few times at most, so one epoch of the lease is this many steps on
+ * the wire: what is newer is newer there too, modulo 512 epochs of the lease. */
+#define CD_WIRE_STEPS 64
+/* A sender whose word on a machine is this many steps behind is not believed any more: eight epochs
+ * of the lease, as many failed moves in which the edge heard nothing. */
+#define CD_EPOCH_SLACK (8 * CD_WIRE_STEPS)
+
+/* Room for counters: events may be added at the end of events.h without a new layout. */
+#define CD_EVENTS 64
+
+/* Frames whose tunnel key is set already carry this mark from the redirect to the tunnel's own
+ * program, and nowhere else. */
+#define CD_MARK 0x63640001U
+
+#endif

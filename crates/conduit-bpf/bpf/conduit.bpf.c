@@ -1,0 +1,560 @@
+// SPDX-License-Identifier: (MIT OR Apache-2.0) OR GPL-2.0
+/*
+ * The data path of a host and of an edge. Five programs on three kinds of devices:
+ *
+ *   cd_tap     ingress of a machine's tap     out of the machine
+ *   cd_decap   ingress of the tunnel device   from another host or the edge
+ *   cd_stack   egress of the tunnel device    from this host's own stack (an edge after its NAT)
+ *   cd_replay  ingress of the hold tap        frames that were held, given back
+ *   cd_change  never attached; run by the agent to change one entry, epoch compared
+ *
+ * Encapsulation and its checksum, segmentation and path MTU are the kernel's (a vxlan device in
+ * collect-metadata mode); a program only says where to. What must hold:
+ *
+ * - An entry is read and written whole, under its lock.
+ * - Nothing leaves a tap but frames of its machine, and only while this host owns the machine.
+ * - Nothing that comes through the tunnel is believed without a known sender; an edge believes a
+ *   machine's frame only from the host that owns it at that epoch, or that is announced as next.
+ * - Every frame that ends here is counted under a name (events.h).
+ */
+#include "kernel.h"
+#include "abi.h"
+#include "frame.h"
+
+/* Layout 1 named the owner `remote` and had no candidate; src/layout.rs carries it over. */
+_Static_assert(sizeof(struct cd_key) == 20, "layout");
+_Static_assert(sizeof(struct cd_entry) == 64, "layout");
+_Static_assert(sizeof(struct cd_port) == 44, "layout");
+_Static_assert(sizeof(struct cd_config) == 56, "layout");
+_Static_assert(sizeof(struct cd_change) == 80, "layout");
+_Static_assert(EV_COUNT <= CD_EVENTS, "layout");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1 << 20);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(pinning, PIN_BY_NAME);
+	__type(key, struct cd_key);
+	__type(value, struct cd_entry);
+} forward SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1 << 16);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(pinning, PIN_BY_NAME);
+	__type(key, __u32);
+	__type(value, struct cd_port);
+} ports SEC(".maps");
+
+struct cd_address {
+	__u8 bytes[16];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1 << 16);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(pinning, PIN_BY_NAME);
+	__type(key, struct cd_address);
+	__type(value, __u32);
+} peers SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(pinning, PIN_BY_NAME);
+	__type(key, __u32);
+	__type(value, struct cd_config);
+} config SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, CD_EVENTS);
+	__uint(pinning, PIN_BY_NAME);
+	__type(key, __u32);
+	__type(value, __u64);
+} counts SEC(".maps");
+
+INLINE void count(__u32 event)
+{
+	__u64 *n = bpf_map_lookup_elem(&counts, &event);
+
+	/* Of this processor alone, with preemption by nothing that counts here too. */
+	if (n)
+		*n += 1;
+}
+
+INLINE int drop(__u32 event)
+{
+	count(event);
+	return TC_ACT_SHOT;
+}
+
+INLINE const struct cd_config *settings(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&config, &zero);
+}
+
+INLINE __u32 check_of(const struct cd_key *key)
+{
+	const __u32 *words = (const __u32 *)key->addr;
+
+	return key->net * 0x9e3779b1U ^ words[0] ^ words[1] * 3 ^ words[2] * 5 ^ words[3] * 7;
+}
+
+/* What a program needs of an entry, read at one moment. */
+struct place {
+	__u64 epoch;
+	__u8 owner[16];
+	__u8 candidate[16];
+	__u32 ifindex;
+	__u8 state;
+	__u8 flags;
+	__u8 mac[6];
+};
+
+INLINE int find(const struct cd_key *key, struct place *out)
+{
+	struct cd_entry *entry = bpf_map_lookup_elem(&forward, key);
+	__u32 check;
+
+	if (!entry)
+		return 0;
+	bpf_spin_lock(&entry->lock);
+	check = entry->check;
+	out->epoch = entry->epoch;
+	__builtin_memcpy(out->owner, entry->owner, 16);
+	__builtin_memcpy(out->candidate, entry->candidate, 16);
+	out->ifindex = entry->ifindex;
+	out->state = entry->state;
+	out->flags = entry->flags;
+	__builtin_memcpy(out->mac, entry->mac, 6);
+	bpf_spin_unlock(&entry->lock);
+	return check == check_of(key);
+}
+
+/* What the wire says of an epoch. */
+INLINE __u16 wire_of(__u64 epoch)
+{
+	return (__u16)((epoch >> 16) * CD_WIRE_STEPS + (epoch & 0xffff));
+}
+
+/* How far `epoch` is ahead of what the wire said; negative if the wire is newer. Exact within half
+ * of 16 bits. */
+INLINE __s16 ahead(__u64 epoch, __u16 wire)
+{
+	return (__s16)(wire_of(epoch) - wire);
+}
+
+/* Says where the tunnel leads for this frame, and what its outer header says of the epoch. */
+INLINE int set_key(struct __sk_buff *skb, const struct cd_config *cfg, __u32 net, const __u8 *to,
+		   __u64 epoch, __u32 bits)
+{
+	struct bpf_tunnel_key key = {};
+	__u64 flags = BPF_F_DONT_FRAGMENT;
+	__u32 gbp = wire_of(epoch) | bits;
+
+	key.tunnel_id = net;
+	key.tunnel_ttl = 64;
+	if (is_v4(to)) {
+		key.remote_ipv4 = be32(((const __u32 *)to)[3]);
+		key.local_ipv4 = be32(((const __u32 *)cfg->self)[3]);
+		flags |= BPF_F_ZERO_CSUM_TX;
+	} else {
+		__builtin_memcpy(key.remote_ipv6, to, 16);
+		__builtin_memcpy(key.local_ipv6, cfg->self, 16);
+		flags |= BPF_F_TUNINFO_IPV6;
+	}
+	if (bpf_skb_set_tunnel_key(skb, &key, sizeof(key), flags) ||
+	    bpf_skb_set_tunnel_opt(skb, &gbp, sizeof(gbp)))
+		return -1;
+	return 0;
+}
+
+INLINE int encap(struct __sk_buff *skb, const struct cd_config *cfg, __u32 net, const __u8 *to,
+		 __u64 epoch, __u32 bits, __u32 event)
+{
+	if (set_key(skb, cfg, net, to, epoch, bits))
+		return drop(EV_tunnel_refused);
+	count(event);
+	skb->mark = CD_MARK;
+	return bpf_redirect(cfg->tunnel, 0);
+}
+
+/* Into a machine's tap, from the gateway that it knows. */
+INLINE int deliver(struct __sk_buff *skb, const struct cd_config *cfg, const struct place *place)
+{
+	__u8 macs[12];
+
+	__builtin_memcpy(macs, place->mac, 6);
+	__builtin_memcpy(macs + 6, cfg->gateway, 6);
+	if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
+		return drop(EV_malformed);
+	count(EV_to_tap);
+	return bpf_redirect(place->ifindex, 0);
+}
+
+/* Into the hold tap; the network goes with it as the last three bytes of the source address. */
+INLINE int hold(struct __sk_buff *skb, const struct cd_config *cfg, __u32 net)
+{
+	__u8 from[6] = { 0x02, 0x63, 0x64, net >> 16, net >> 8, net };
+
+	if (!cfg->hold)
+		return drop(EV_no_hold);
+	if (bpf_skb_store_bytes(skb, ETH_ALEN, from, sizeof(from), 0))
+		return drop(EV_malformed);
+	count(EV_held);
+	return bpf_redirect(cfg->hold, 0);
+}
+
+INLINE int to_stack(struct __sk_buff *skb, __u32 event)
+{
+	count(event);
+	/* The frame is not addressed to this device, and the stack would leave it. */
+	bpf_skb_change_type(skb, PACKET_HOST);
+	return TC_ACT_OK;
+}
+
+/* Whether the stack must see it, which answers the sender with the size that fits. */
+INLINE int too_large(struct __sk_buff *skb, __u32 ifindex)
+{
+	__u32 mtu = 0;
+
+	return bpf_check_mtu(skb, ifindex, &mtu, 0, BPF_MTU_CHK_SEGS) > 0;
+}
+
+/* Whether what a machine says may leave this host: it owns the machine, or the machine is about to
+ * stop here. */
+INLINE int may_send(const struct place *self)
+{
+	return self->state == CD_LOCAL ? !(self->flags & CD_CANDIDATE) :
+					 self->state == CD_REMOTE && self->flags & CD_LEAVING;
+}
+
+INLINE int from_arp(struct __sk_buff *skb, const struct cd_port *port)
+{
+	struct arp arp;
+	__u32 sender;
+
+	if (bpf_skb_load_bytes(skb, ETH_HLEN, &arp, sizeof(arp)))
+		return drop(EV_malformed);
+	if (!same6(arp.sender_mac, port->mac))
+		return drop(EV_spoofed_mac);
+	__builtin_memcpy(&sender, arp.sender, 4);
+	if (sender && sender != ((const __u32 *)port->v4)[3])
+		return drop(EV_spoofed_source);
+	count(EV_to_stack);
+	return TC_ACT_OK;
+}
+
+SEC("classifier")
+int cd_tap(struct __sk_buff *skb)
+{
+	const struct cd_config *cfg = settings();
+	__u32 ifindex = skb->ifindex;
+	const struct cd_port *port = bpf_map_lookup_elem(&ports, &ifindex);
+	struct place self = {}, place = {};
+	struct headers h;
+	int bad;
+
+	if (!cfg || !port)
+		return drop(EV_no_port);
+	bad = parse(skb, port->net, &h);
+	if (bad == EV_not_ip && h.proto == be16(ETH_P_ARP) && same6(h.source_mac, port->mac))
+		return from_arp(skb, port);
+	if (bad)
+		return drop(bad);
+
+	/* What was left in the tap when the machine went away is given back to it by the agent: it
+	 * follows the machine. */
+	if (same16(h.dst.addr, port->v4) || same16(h.dst.addr, port->v6)) {
+		if (!find(&h.dst, &place) || place.state != CD_REMOTE)
+			return drop(EV_loop);
+		return encap(skb, cfg, port->net, place.owner, place.epoch, CD_FORWARDED, EV_forwarded);
+	}
+
+	if (!same6(h.source_mac, port->mac))
+		return drop(EV_spoofed_mac);
+	if (!same16(h.src.addr, port->v4) && !same16(h.src.addr, port->v6)) {
+		/* Before it has its address, and for neighbour discovery: to this host only. */
+		__u8 *src = h.src.addr;
+		int unset = is_v4(src) ? ((__u32 *)src)[3] == 0 : zero16(src);
+		int link = !is_v4(src) && src[0] == 0xfe && (src[1] & 0xc0) == 0x80;
+
+		if (!for_this_link(&h) || !(unset || link))
+			return drop(EV_spoofed_source);
+		count(EV_to_stack);
+		return TC_ACT_OK;
+	}
+	if (for_this_link(&h)) {
+		count(EV_to_stack);
+		return TC_ACT_OK;
+	}
+	if (!find(&h.src, &self) || !may_send(&self))
+		return drop(EV_not_owner);
+
+	if (find(&h.dst, &place)) {
+		switch (place.state) {
+		case CD_LOCAL:
+			if (too_large(skb, place.ifindex))
+				return to_stack(skb, EV_too_large);
+			return deliver(skb, cfg, &place);
+		case CD_HOLD:
+			return hold(skb, cfg, port->net);
+		case CD_REMOTE:
+			/* Through the edge, which judges the sender. */
+			break;
+		default:
+			return drop(EV_machine_gone);
+		}
+	}
+	if (zero16(cfg->edge))
+		return drop(EV_no_edge);
+	if (too_large(skb, cfg->tunnel))
+		return to_stack(skb, EV_too_large);
+	return encap(skb, cfg, port->net, cfg->edge, self.epoch, 0, EV_to_tunnel);
+}
+
+/* An edge believes a machine's frame from its owner at its epoch. With a newer epoch, whose claim
+ * has not reached this edge yet, it believes the host that was announced as next; where none was, any
+ * host of the fleet, as it would believe its claim. */
+INLINE int judge_sender(const struct headers *h, const __u8 *outer, __u16 wire)
+{
+	struct place from = {};
+	__s16 behind;
+	int newer;
+
+	if (!find(&h->src, &from))
+		return EV_unknown_machine;
+	if (from.state == CD_DROP)
+		return EV_machine_gone;
+	behind = ahead(from.epoch, wire);
+	newer = behind < 0 && behind > -CD_EPOCH_SLACK;
+	if (same16(outer, from.owner))
+		return behind == 0 || newer ? 0 : EV_old_epoch;
+	if (newer && (zero16(from.candidate) || same16(outer, from.candidate))) {
+		count(EV_ahead);
+		return 0;
+	}
+	return EV_not_owner;
+}
+
+/* Through the tunnel into an edge: out of a machine, to the outside or to another machine. */
+INLINE int at_edge(struct __sk_buff *skb, const struct cd_config *cfg, const struct headers *h,
+		   const __u8 *outer, __u16 wire, __u32 gbp)
+{
+	struct place place = {};
+	int bad = gbp & CD_FORWARDED ? EV_loop : judge_sender(h, outer, wire);
+
+	if (bad)
+		return drop(bad);
+	if (!find(&h->dst, &place))
+		return to_stack(skb, EV_to_stack);
+	switch (place.state) {
+	case CD_REMOTE:
+		return encap(skb, cfg, h->dst.net, place.owner, place.epoch, 0, EV_to_tunnel);
+	case CD_HOLD:
+		return hold(skb, cfg, h->dst.net);
+	default:
+		return drop(EV_machine_gone);
+	}
+}
+
+SEC("classifier")
+int cd_decap(struct __sk_buff *skb)
+{
+	const struct cd_config *cfg = settings();
+	struct bpf_tunnel_key key = {};
+	struct cd_address outer;
+	struct place place = {};
+	struct headers h;
+	__u32 gbp = 0, *role;
+	__s16 behind;
+	__u16 wire;
+	int bad;
+
+	if (!cfg)
+		return drop(EV_no_tunnel_key);
+	if (!bpf_skb_get_tunnel_key(skb, &key, sizeof(key), 0))
+		map_v4(outer.bytes, be32(key.remote_ipv4));
+	else if (!bpf_skb_get_tunnel_key(skb, &key, sizeof(key), BPF_F_TUNINFO_IPV6))
+		__builtin_memcpy(outer.bytes, key.remote_ipv6, 16);
+	else
+		return drop(EV_no_tunnel_key);
+	if (bpf_skb_get_tunnel_opt(skb, &gbp, sizeof(gbp)) < 0)
+		return drop(EV_no_tunnel_key);
+	wire = gbp & 0xffff;
+	role = bpf_map_lookup_elem(&peers, &outer);
+	if (!role)
+		return drop(EV_unknown_peer);
+	bad = parse(skb, key.tunnel_id, &h);
+	if (bad)
+		return drop(bad);
+
+	if (cfg->role == CD_EDGE)
+		return at_edge(skb, cfg, &h, outer.bytes, wire, gbp);
+	if (*role != CD_EDGE && !(gbp & CD_FORWARDED))
+		return drop(EV_not_owner);
+	if (!find(&h.dst, &place))
+		return drop(EV_unknown_machine);
+	behind = ahead(place.epoch, wire);
+	if (behind > CD_EPOCH_SLACK)
+		return drop(EV_old_epoch);
+	switch (place.state) {
+	case CD_LOCAL:
+		return deliver(skb, cfg, &place);
+	case CD_HOLD:
+		return hold(skb, cfg, key.tunnel_id);
+	case CD_REMOTE:
+		/* Only a newer word than the sender's may send it further: so it never circles. */
+		if (behind <= 0)
+			return drop(EV_loop);
+		return encap(skb, cfg, key.tunnel_id, place.owner, place.epoch, CD_FORWARDED,
+			     EV_forwarded);
+	default:
+		return drop(EV_machine_gone);
+	}
+}
+
+SEC("classifier")
+int cd_stack(struct __sk_buff *skb)
+{
+	const struct cd_config *cfg = settings();
+	struct place place = {};
+	struct headers h;
+	__u32 net;
+	int bad;
+
+	if (skb->mark == CD_MARK) {
+		skb->mark = 0;
+		return TC_ACT_OK;
+	}
+	if (!cfg)
+		return drop(EV_no_tunnel_key);
+	net = cfg->net;
+	bad = parse(skb, net, &h);
+	if (bad)
+		return drop(bad);
+	if (find(&h.dst, &place)) {
+		switch (place.state) {
+		case CD_REMOTE:
+			if (set_key(skb, cfg, net, place.owner, place.epoch, 0))
+				return drop(EV_tunnel_refused);
+			count(EV_to_tunnel);
+			return TC_ACT_OK;
+		case CD_LOCAL:
+			return deliver(skb, cfg, &place);
+		case CD_HOLD:
+			return hold(skb, cfg, net);
+		default:
+			return drop(EV_machine_gone);
+		}
+	}
+	if (for_this_link(&h))
+		return drop(EV_link_local);
+	/* Pieces of what was too large for cd_tap, cut by the stack on the way out. */
+	if (zero16(cfg->edge) || !find(&h.src, &place))
+		return drop(EV_unknown_machine);
+	if (!may_send(&place))
+		return drop(EV_not_owner);
+	if (set_key(skb, cfg, net, cfg->edge, place.epoch, 0))
+		return drop(EV_tunnel_refused);
+	count(EV_to_tunnel);
+	return TC_ACT_OK;
+}
+
+SEC("classifier")
+int cd_replay(struct __sk_buff *skb)
+{
+	const struct cd_config *cfg = settings();
+	struct place place = {};
+	struct headers h;
+	__u32 net;
+	int bad;
+
+	if (!cfg)
+		return drop(EV_no_tunnel_key);
+	bad = parse(skb, 0, &h);
+	if (bad)
+		return drop(bad);
+	net = (__u32)h.source_mac[3] << 16 | (__u32)h.source_mac[4] << 8 | h.source_mac[5];
+	h.dst.net = net;
+	if (!find(&h.dst, &place))
+		return drop(EV_unknown_machine);
+	switch (place.state) {
+	case CD_REMOTE:
+		return encap(skb, cfg, net, place.owner, place.epoch,
+			     cfg->role == CD_EDGE ? 0 : CD_FORWARDED, EV_replayed);
+	case CD_LOCAL:
+		return deliver(skb, cfg, &place);
+	case CD_HOLD:
+		/* Into the same tap again would be for ever. */
+		return drop(EV_loop);
+	default:
+		return drop(EV_machine_gone);
+	}
+}
+
+/* Compare and set of one entry: the epoch only grows, and one epoch has one owner. */
+SEC("classifier")
+int cd_change(struct __sk_buff *skb)
+{
+	struct cd_change ask;
+	struct cd_entry *entry, fresh = {};
+	__u32 verdict = CD_CHANGED;
+	__u64 epoch;
+	__u8 owner[16];
+	int same;
+
+	if (bpf_skb_load_bytes(skb, CD_CHANGE_AT, &ask, sizeof(ask)))
+		return TC_ACT_SHOT;
+	entry = bpf_map_lookup_elem(&forward, &ask.key);
+	if (!entry) {
+		fresh.check = check_of(&ask.key);
+		fresh.epoch = ask.epoch;
+		__builtin_memcpy(fresh.owner, ask.owner, 16);
+		__builtin_memcpy(fresh.candidate, ask.candidate, 16);
+		fresh.ifindex = ask.ifindex;
+		fresh.state = ask.state;
+		fresh.flags = ask.flags;
+		__builtin_memcpy(fresh.mac, ask.mac, 6);
+		ask.verdict = bpf_map_update_elem(&forward, &ask.key, &fresh, BPF_NOEXIST) ? CD_FULL :
+											    CD_CHANGED;
+		goto answer;
+	}
+	bpf_spin_lock(&entry->lock);
+	epoch = entry->epoch;
+	__builtin_memcpy(owner, entry->owner, 16);
+	if (ask.epoch < epoch) {
+		verdict = CD_STALE;
+	} else if (ask.epoch == epoch && !(entry->flags & CD_CANDIDATE) && !same16(ask.owner, owner)) {
+		verdict = CD_TAKEN;
+	} else {
+		same = ask.epoch == epoch && same16(ask.owner, owner) &&
+		       same16(ask.candidate, entry->candidate) && ask.ifindex == entry->ifindex &&
+		       ask.state == entry->state && ask.flags == entry->flags &&
+		       same6(ask.mac, entry->mac);
+		verdict = same ? CD_SAME : CD_CHANGED;
+		entry->epoch = ask.epoch;
+		__builtin_memcpy(entry->owner, ask.owner, 16);
+		__builtin_memcpy(entry->candidate, ask.candidate, 16);
+		entry->ifindex = ask.ifindex;
+		entry->state = ask.state;
+		entry->flags = ask.flags;
+		__builtin_memcpy(entry->mac, ask.mac, 6);
+		epoch = ask.epoch;
+		__builtin_memcpy(owner, ask.owner, 16);
+	}
+	bpf_spin_unlock(&entry->lock);
+	ask.verdict = verdict;
+	ask.epoch = epoch;
+	__builtin_memcpy(ask.owner, owner, 16);
+answer:
+	bpf_skb_store_bytes(skb, CD_CHANGE_AT, &ask, sizeof(ask), 0);
+	return TC_ACT_OK;
+}
+
+char _license[] SEC("license") = "Dual MIT/GPL";

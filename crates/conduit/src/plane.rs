@@ -1,0 +1,275 @@
+//! The BPF data path of a host or an edge, in the words of agents: overlay addresses, machines and
+//! epochs. Called by [`crate::host`] and [`crate::edge`]; the rules of epochs are [`crate::book`]'s
+//! and the ledger's, and the kernel's map holds to them once more.
+
+use crate::{
+    datapath::MachineNet,
+    exec::KernelError,
+    tap::GATEWAY_MAC,
+    tunnel::{self, NETWORK, Tunnel},
+    wire::Peer,
+};
+use conduit_bpf::{Config, DataPlane, Entry, Error, Key, Place, Port, Program, Role};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+/// How frames find their way. All hosts of a fleet and their edge use the same one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum PathChoice {
+    /// By BPF where this kernel can, else by routes.
+    #[default]
+    Auto,
+    /// By BPF programs and one tunnel device; fails where the kernel cannot.
+    Bpf,
+    /// By routes and a plain vxlan device: for kernels without the other.
+    Routes,
+}
+
+/// Which one it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PathKind {
+    /// See [`PathChoice::Bpf`].
+    Bpf,
+    /// See [`PathChoice::Routes`].
+    Routes,
+}
+
+impl std::fmt::Display for PathKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Bpf => "bpf",
+            Self::Routes => "routes",
+        })
+    }
+}
+
+/// See the module.
+pub(crate) struct Plane {
+    bpf: DataPlane,
+    tunnel: Tunnel,
+    known: Mutex<Known>,
+}
+
+struct Known {
+    /// Where each host of the overlay is.
+    underlays: BTreeMap<Ipv4Addr, Ipv4Addr>,
+    config: Config,
+}
+
+impl Plane {
+    /// Opens the data path; `None` if this kernel cannot and routes will do. Must be called in the
+    /// host's network namespace, and used on threads of it.
+    pub(crate) fn open(
+        choice: PathChoice,
+        this: Peer,
+        role: Role,
+        pins: &Path,
+    ) -> Result<Option<Self>, KernelError> {
+        match Self::bpf(this, role, pins) {
+            Ok(plane) => Ok(Some(plane)),
+            Err(error) if error.kernel_cannot && choice == PathChoice::Auto => {
+                tracing::warn!(error = %error.error, "no BPF here: frames are led by routes");
+                Ok(None)
+            }
+            Err(error) => Err(error.error),
+        }
+    }
+
+    fn bpf(this: Peer, role: Role, pins: &Path) -> Result<Self, OpenError> {
+        let bpf = DataPlane::open(pins, conduit_bpf::Attach::Auto).map_err(|e| OpenError {
+            kernel_cannot: matches!(e, Error::Refused { .. } | Error::Pins { .. }),
+            error: failed("open the BPF data path", &e),
+        })?;
+        let fatal = |error| OpenError { kernel_cannot: false, error };
+        let tunnel = tunnel::ensure(this.underlay.into()).map_err(|error| {
+            // Not left behind for nobody.
+            let _ = bpf.remove();
+            OpenError { kernel_cannot: true, error }
+        })?;
+        // What an earlier owner was told stays until somebody says otherwise: frames flow.
+        let before = bpf.config().map_err(|e| fatal(failed("read what this host is", &e)))?;
+        let before = before.filter(|c| c.role == role);
+        let config = Config {
+            this: this.underlay.into(),
+            edge: before.and_then(|c| c.edge),
+            tunnel: tunnel.index,
+            hold: before.and_then(|c| c.hold),
+            net: NETWORK,
+            role,
+            gateway: GATEWAY_MAC,
+        };
+        bpf.configure(&config).map_err(|e| fatal(failed("set what this host is", &e)))?;
+        for program in [Program::Decap, Program::Stack] {
+            bpf.attach(tunnel.index, program)
+                .map_err(|e| fatal(failed("attach to the tunnel", &e)))?;
+        }
+        let known = Mutex::new(Known { underlays: BTreeMap::new(), config });
+        Ok(Self { bpf, tunnel, known })
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn tunnel(&self) -> Tunnel {
+        self.tunnel
+    }
+
+    /// Lets a host in.
+    pub(crate) fn set_peer(&self, peer: &Peer, role: Role) -> Result<(), KernelError> {
+        let old = self.known().underlays.insert(peer.overlay, peer.underlay);
+        self.bpf
+            .set_peer(peer.underlay.into(), role)
+            .and_then(|()| match old.filter(|&old| old != peer.underlay) {
+                Some(old) => self.bpf.remove_peer(old.into()),
+                None => Ok(()),
+            })
+            .map_err(|e| failed(format!("let host {} in", peer.overlay), &e))
+    }
+
+    /// Frames for the outside go there.
+    pub(crate) fn set_edge(&self, edge: &Peer) -> Result<(), KernelError> {
+        self.set_peer(edge, Role::Edge)?;
+        let mut known = self.known();
+        known.config.edge = Some(edge.underlay.into());
+        self.bpf
+            .configure(&known.config)
+            .map_err(|e| failed(format!("lead frames to the edge {}", edge.overlay), &e))
+    }
+
+    /// A machine is behind a tap.
+    pub(crate) fn set_tap(&self, tap: u32, net: &MachineNet) -> Result<(), KernelError> {
+        let port = Port { net: NETWORK, mac: net.mac, v4: Some(net.address), v6: None };
+        self.bpf
+            .set_port(tap, &port)
+            .and_then(|()| self.bpf.attach(tap, Program::Tap))
+            .map_err(|e| failed(format!("guard the tap of {}", net.address), &e))
+    }
+
+    /// A tap is about to go.
+    pub(crate) fn remove_tap(&self, tap: u32) -> Result<(), KernelError> {
+        self.bpf
+            .detach(tap)
+            .and_then(|()| self.bpf.remove_port(tap))
+            .map_err(|e| failed(format!("leave tap #{tap}"), &e))
+    }
+
+    /// Frames for a machine go into its tap; of a candidate none come out.
+    pub(crate) fn local(
+        &self,
+        net: &MachineNet,
+        tap: u32,
+        epoch: u64,
+        candidate: bool,
+    ) -> Result<(), KernelError> {
+        let this = self.known().config.this;
+        self.change(net, epoch, this, None, Place::Local { tap, candidate })
+    }
+
+    /// Frames for a machine go to the host with the overlay address `to`. `leaving`: it still runs
+    /// here, for a moment. `candidate`: of the host that may have it next.
+    pub(crate) fn remote(
+        &self,
+        net: &MachineNet,
+        to: Ipv4Addr,
+        epoch: u64,
+        leaving: bool,
+        candidate: Option<Ipv4Addr>,
+    ) -> Result<(), KernelError> {
+        let (owner, candidate) = {
+            let known = self.known();
+            let find = |host: Ipv4Addr| known.underlays.get(&host).map(|&a| IpAddr::from(a));
+            (find(to), candidate.and_then(find))
+        };
+        let owner = owner.ok_or_else(|| {
+            KernelError::new(format!("lead {} to {to}", net.address), "no such host is known here")
+        })?;
+        self.change(net, epoch, owner, candidate, Place::Remote { leaving })
+    }
+
+    fn change(
+        &self,
+        net: &MachineNet,
+        epoch: u64,
+        owner: IpAddr,
+        candidate: Option<IpAddr>,
+        place: Place,
+    ) -> Result<(), KernelError> {
+        let entry = Entry { epoch, owner, candidate, place, mac: net.mac };
+        self.bpf
+            .change(key(net.address), &entry)
+            .map(drop)
+            .map_err(|e| failed(format!("lead the frames of {}", net.address), &e))
+    }
+
+    /// Nothing is known of an address any more.
+    pub(crate) fn forget(&self, address: Ipv4Addr) -> Result<(), KernelError> {
+        self.bpf
+            .remove_entry(key(address))
+            .map_err(|e| failed(format!("forget the way to {address}"), &e))
+    }
+
+    /// The epochs that the kernel remembers of machines which an owner without memory does not
+    /// know: the oldest that may come for each address.
+    pub(crate) fn floors(&self) -> Result<Vec<(Ipv4Addr, u64)>, KernelError> {
+        let this = self.known().config.this;
+        let entries = self.bpf.entries().map_err(|e| failed("list the entries", &e))?;
+        let floors = entries.into_iter().filter_map(|(key, entry)| {
+            let IpAddr::V4(address) = key.address else { return None };
+            // That epoch is somebody else's for good.
+            let given = entry.owner != this;
+            Some((address, entry.epoch.saturating_add(u64::from(given))))
+        });
+        Ok(floors.collect())
+    }
+
+    /// Keeps the tunnel's MTU to what its paths carry, for as long as this lives. The thread is of
+    /// the caller's network namespace.
+    pub(crate) fn keep_fit(self: &Arc<Self>) {
+        let (this, plane) = (self.known().config.this, Arc::downgrade(self));
+        let mut mtu = self.tunnel.mtu;
+        crate::agent::spawn("path-mtu", move || {
+            loop {
+                std::thread::sleep(Duration::from_secs(1));
+                let Some(plane) = plane.upgrade() else { return };
+                let peers: Vec<IpAddr> =
+                    plane.known().underlays.values().map(|&a| a.into()).collect();
+                match tunnel::fit(this, &peers, mtu) {
+                    Ok(now) => mtu = now,
+                    Err(error) => tracing::debug!(%error, "the path MTU could not be followed"),
+                }
+            }
+        });
+    }
+
+    /// What was counted, by name.
+    pub(crate) fn counts(&self) -> BTreeMap<String, u64> {
+        let counts = self.bpf.counts().unwrap_or_default();
+        counts.into_iter().map(|(event, n)| (event.name().to_owned(), n)).collect()
+    }
+
+    /// Removes the data path and its device.
+    pub(crate) fn remove(&self) -> Result<(), KernelError> {
+        self.bpf.remove().map_err(|e| failed("remove the BPF data path", &e))?;
+        tunnel::remove()
+    }
+}
+
+struct OpenError {
+    kernel_cannot: bool,
+    error: KernelError,
+}
+
+fn key(address: Ipv4Addr) -> Key {
+    Key { net: NETWORK, address: address.into() }
+}
+
+fn failed(operation: impl Into<String>, error: &Error) -> KernelError {
+    KernelError::new(operation, error)
+}

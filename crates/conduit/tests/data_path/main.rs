@@ -1,0 +1,9 @@
+//! The BPF data path against the kernel, in namespaces without names. Needs root.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod decisions;
+mod hold;
+mod life;
+mod rig;
+mod sizes;
