@@ -53,6 +53,11 @@ pub struct Row {
 }
 
 impl Row {
+    /// The part that it is about: its name up to the first dot.
+    fn part(&self) -> &str {
+        self.bar.split('.').next().unwrap_or(&self.bar)
+    }
+
     /// A row judged by its target. The ratio is left out where the baseline is zero.
     pub fn judged(
         bar: &str,
@@ -193,28 +198,44 @@ impl Results {
     }
 
     /// The table in Markdown: the bars that promise something; the others are in the file.
+    ///
+    /// What was missed stands first and open; then each part has its table, folded.
     pub fn markdown(&self) -> String {
-        let mut out = String::from(
-            "| what | measured | baseline | ratio | target | met |\n|---|---:|---:|---:|---|---|\n",
-        );
-        for row in self.0.iter().filter(|row| row.met.is_some()) {
-            let unit = &row.unit;
-            let baseline =
-                row.baseline.map_or("–".into(), |value| format!("{} {unit}", figure(value)));
-            let ratio = row.ratio.map_or("–".into(), |ratio| format!("{ratio:.2}"));
-            let target = if row.target.is_empty() { "–" } else { &row.target };
-            let met = match row.met {
-                None => "–",
-                Some(true) => "yes",
-                Some(false) => "**no**",
-            };
-            let bar = row.bar.replace('|', "\\|");
-            let value = figure(row.value);
-            out +=
-                &format!("| {bar} | {value} {unit} | {baseline} | {ratio} | {target} | {met} |\n");
+        let promises: Vec<&Row> = self.0.iter().filter(|row| row.met.is_some()).collect();
+        let mut out = String::new();
+        let missed: Vec<&Row> =
+            promises.iter().copied().filter(|row| row.met == Some(false)).collect();
+        if !missed.is_empty() {
+            out += &format!("Not kept:\n\n{}\n", table(&missed));
+        }
+        for part in promises.chunk_by(|a, b| a.part() == b.part()) {
+            let kept = part.iter().filter(|row| row.met == Some(true)).count();
+            out += &format!(
+                "<details><summary><b>{}</b>: {kept} of {} promises kept</summary>\n\n{}\n</details>\n",
+                part[0].part(),
+                part.len(),
+                table(part)
+            );
         }
         out
     }
+}
+
+fn table(rows: &[&Row]) -> String {
+    let mut out = String::from(
+        "| what | measured | baseline | ratio | target | met |\n|---|---:|---:|---:|---|---|\n",
+    );
+    for row in rows {
+        let unit = &row.unit;
+        let baseline = row.baseline.map_or("–".into(), |value| format!("{} {unit}", figure(value)));
+        let ratio = row.ratio.map_or("–".into(), |ratio| format!("{ratio:.2}"));
+        let target = if row.target.is_empty() { "–" } else { &row.target };
+        let met = if row.met == Some(false) { "**no**" } else { "yes" };
+        let bar = row.bar.replace('|', "\\|");
+        let value = figure(row.value);
+        out += &format!("| {bar} | {value} {unit} | {baseline} | {ratio} | {target} | {met} |\n");
+    }
+    out
 }
 
 /// Replaces what stands between the markers in `readme` by the table. True if it changed.
@@ -330,20 +351,24 @@ mod tests {
         let readme = folder.path().join("README.md");
         fs::write(&readme, format!("before\n{BEGIN}\nold\n{END}\nafter\n")).unwrap();
         let row = Row::judged(
-            "blackout | 256 MiB",
+            "blackout.fast | 256 MiB",
             4.256,
             "ms",
             Some(48.0),
             Some(Target::RatioAtMost(0.5)),
         );
-        let results = Results(vec![row]);
+        let late = Row::judged("blackout.late", 9.0, "ms", None, Some(Target::AtMost(1.0)));
+        let results = Results(vec![row, late]);
         assert!(update_readme(&readme, &results).unwrap());
         let text = fs::read_to_string(&readme).unwrap();
-        assert!(text.starts_with(&format!("before\n{BEGIN}\n| what")), "{text}");
-        assert!(text.ends_with(&format!("|\n{END}\nafter\n")), "{text}");
+        let head = "<details><summary><b>blackout</b>: 1 of 2 promises kept</summary>\n\n| what";
+        assert!(text.contains(head), "{text}");
+        assert!(text.starts_with(&format!("before\n{BEGIN}\nNot kept:\n\n| what")), "{text}");
+        assert!(text.ends_with(&format!("</details>\n{END}\nafter\n")), "{text}");
+        assert_eq!(text.matches("| blackout.late |").count(), 2, "{text}");
         assert!(
             text.contains(
-                "| blackout \\| 256 MiB | 4.26 ms | 48 ms | 0.09 | ≤ 0.5× baseline | yes |"
+                "| blackout.fast \\| 256 MiB | 4.26 ms | 48 ms | 0.09 | ≤ 0.5× baseline | yes |"
             ),
             "{text}"
         );
