@@ -21,7 +21,7 @@ mod namespace;
 pub mod shaper;
 mod sys;
 
-use conduit::{AgentDataPath, KernelError};
+use conduit::{AgentDataPath, KernelError, PathChoice};
 use daemon::Daemon;
 use identity::{Authority, HostName};
 use nix::fcntl::{Flock, FlockArg};
@@ -108,6 +108,8 @@ pub struct RigConfig {
     pub tls: bool,
     /// The `conduit` program; looked for beside the running program if `None`.
     pub conduit: Option<PathBuf>,
+    /// How frames find their way; `Auto` leaves it to the daemons (and to `CONDUIT_PATH`).
+    pub path: PathChoice,
     /// Where state and logs go; a folder named by the prefix in the temporary folder if `None`.
     pub folder: Option<PathBuf>,
 }
@@ -121,6 +123,7 @@ impl Default for RigConfig {
             bandwidth: None,
             tls: true,
             conduit: None,
+            path: PathChoice::Auto,
             folder: None,
         }
     }
@@ -305,6 +308,11 @@ link set to-{name} master under0 up
     ) -> Result<Daemon, RigError> {
         let mut command = namespace.command(&self.conduit);
         command.args(args);
+        match self.config.path {
+            PathChoice::Auto => {}
+            PathChoice::Bpf => drop(command.args(["--path", "bpf"])),
+            PathChoice::Routes => drop(command.args(["--path", "routes"])),
+        }
         match self.identity() {
             Some(folder) => command.arg("--identity").arg(folder),
             None => command.arg("--plaintext"),

@@ -12,7 +12,7 @@ use crate::{
     exec,
     lab::Space,
     netlink::interface_index,
-    sys,
+    sys::{self, CardOffload},
     tap::{GATEWAY, GATEWAY_MAC},
     tunnel::{self, NETWORK},
 };
@@ -149,7 +149,13 @@ impl Rig {
         let segments = if wire { 1 } else { 65_535 };
         for space in [&self.edge, &self.host] {
             space.ip(&format!("link set dev under0 gso_max_segs {segments}\n"))?;
-            space.run(|| sys::set_gro("under0", true)).context("switch GRO on")?;
+            // A veth puts together only what comes from one that cuts nothing itself.
+            space
+                .run(|| {
+                    sys::set_card("under0", CardOffload::Tso, !wire)?;
+                    sys::set_card("under0", CardOffload::Gro, true)
+                })
+                .context("set the offloads of under0")?;
         }
         Ok(())
     }

@@ -105,15 +105,27 @@ struct EthtoolValue {
     data: u32,
 }
 
-/// Lets an interface put small packets of a stream together as they arrive (`ETHTOOL_SGRO`), or not.
-pub(crate) fn set_gro(name: &str, on: bool) -> io::Result<()> {
-    const ETHTOOL_SGRO: u32 = 0x2c;
+/// What a network card can be asked to do, or not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CardOffload {
+    /// Put small packets of a stream together as they arrive (`ETHTOOL_SGRO`).
+    Gro,
+    /// Take large segments of TCP and cut them (`ETHTOOL_STSO`).
+    Tso,
+}
+
+/// Switches an offload of an interface on or off.
+pub(crate) fn set_card(name: &str, offload: CardOffload, on: bool) -> io::Result<()> {
+    let command = match offload {
+        CardOffload::Gro => 0x2c,
+        CardOffload::Tso => 0x1f,
+    };
     let bytes = name.as_bytes();
     if bytes.len() >= libc::IFNAMSIZ {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not an interface name"));
     }
     let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))?;
-    let mut value = EthtoolValue { command: ETHTOOL_SGRO, data: u32::from(on) };
+    let mut value = EthtoolValue { command, data: u32::from(on) };
     // SAFETY: ifreq is plain data; all zeros is a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(bytes) {

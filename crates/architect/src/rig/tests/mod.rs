@@ -5,7 +5,7 @@ mod world;
 
 use super::*;
 use conduit::{
-    DataPath, HostEndpoint, NetError,
+    DataPath, HostEndpoint, NetError, PathChoice, PathKind,
     lab::{
         machine::{Guest, Vmm},
         traffic::{self, Echoes, serve_echo},
@@ -42,6 +42,31 @@ fn a_client_sees_the_blackout_and_nothing_more() {
         let best = added.iter().min().copied().unwrap_or_default();
         assert!(best <= SLACK, "{blackout:?}: {added:?}");
     }
+}
+
+#[test]
+fn routes_carry_a_move_where_a_kernel_cannot_do_it_by_bpf() {
+    let _alone = alone();
+    let mut world = World::with(RigConfig { path: PathChoice::Routes, ..config("cdroute") });
+    let socket = world.rig.hosts()[0].agent_socket.clone();
+    assert_eq!(conduit::status(&socket).unwrap().path, PathKind::Routes);
+    let added: Vec<_> = (0..3).map(|_| move_under_traffic(&mut world, ms(100))).collect();
+    assert!(added.iter().min() <= Some(&SLACK), "{added:?}");
+}
+
+#[test]
+fn a_host_whose_frames_find_another_way_than_the_edges_is_refused_by_name() {
+    let _alone = alone();
+    let mut rig =
+        Rig::without_daemons(RigConfig { hosts: 1, path: PathChoice::Bpf, ..config("cdmix") })
+            .unwrap();
+    rig.start_edge().unwrap();
+    rig.config.path = PathChoice::Routes;
+    rig.start_agent_alone(0).unwrap();
+    let socket = rig.hosts()[0].agent_socket.clone();
+    let link = || conduit::status(&socket).map(|s| s.link).unwrap_or_default();
+    let refused = wait_for(SETTLE, || link().contains("this edge's by bpf"));
+    assert!(refused, "{}", link());
 }
 
 /// Moves once under TCP both ways in and out, and UDP. Returns what the network added, at worst.
@@ -221,6 +246,31 @@ fn an_agent_is_killed_and_started_again_without_a_frame_lost() {
     let target = HostEndpoint(world.rig.hosts()[1].overlay);
     let error = world.paths[0].divert(&world.net, &target, 0).unwrap_err();
     assert!(matches!(error, NetError::StaleEpoch { asked: 0, current: 1, .. }), "{error}");
+    let echoes = world.echoes();
+    let moved = world.move_machine(ms(50));
+    echoes.wait(100);
+    moved.assert_no_timeout(&echoes.finish(), world.stall());
+}
+
+#[test]
+fn a_hundred_deaths_of_agent_and_edge_lose_no_frame() {
+    let _alone = alone();
+    let mut world = World::new("cddeath");
+    let (echoes, datagrams, outbound) = (world.echoes(), world.datagrams(), world.outbound());
+    echoes.wait(100);
+    for _ in 0..50 {
+        world.rig.kill_agent(0);
+        world.rig.start_agent(0).unwrap();
+        world.rig.kill_edge();
+        world.rig.start_edge().unwrap();
+    }
+    echoes.wait(100);
+    let (seen, out) = (echoes.finish(), outbound.finish());
+    let (sent, lost) = datagrams.finish(&world.received);
+    eprintln!("{seen:?}, {out:?}, {lost} of {sent} lost");
+    assert_eq!(lost, 0, "of {sent}");
+    assert_eq!((seen.sent, out.sent), (seen.answered, out.answered));
+    // Whoever is left has not forgotten whose the machine is.
     let echoes = world.echoes();
     let moved = world.move_machine(ms(50));
     echoes.wait(100);

@@ -67,7 +67,7 @@ impl Moved {
 /// A machine that runs on host 0 of a rig, with clients.
 pub(super) struct World {
     pub(super) rig: Rig,
-    pub(super) net: conduit::MachineNet,
+    pub(super) net: MachineNet,
     pub(super) paths: Vec<AgentDataPath>,
     pub(super) guest: Guest,
     pub(super) received: Received,
@@ -80,7 +80,11 @@ pub(super) struct World {
 
 impl World {
     pub(super) fn new(prefix: &str) -> Self {
-        let rig = Rig::new(config(prefix)).unwrap();
+        Self::with(config(prefix))
+    }
+
+    pub(super) fn with(config: RigConfig) -> Self {
+        let rig = Rig::new(config).unwrap();
         let net = machine_net();
         let guest = Guest::new(&net).unwrap();
         guest.run(|| serve_echo(TcpListener::bind("0.0.0.0:7").unwrap()));
