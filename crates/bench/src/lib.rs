@@ -227,7 +227,8 @@ fn table(rows: &[&Row]) -> String {
     );
     for row in rows {
         let unit = &row.unit;
-        let baseline = row.baseline.map_or("–".into(), |value| format!("{} {unit}", figure(value)));
+        let baseline =
+            row.baseline.map_or("–".into(), |value| format!("{} {unit}", figure(value)));
         let ratio = row.ratio.map_or("–".into(), |ratio| format!("{ratio:.2}"));
         let target = if row.target.is_empty() { "–" } else { &row.target };
         let met = if row.met == Some(false) { "**no**" } else { "yes" };

@@ -36,6 +36,8 @@ const SERVER_LIMIT: Duration = Duration::from_secs(5);
 /// How long the monitor may take to be ready to go on after a pause that failed: requests in hand
 /// keep it busy for as long as a server lets them, then it has to find the server again.
 const READY_LIMIT: Duration = Duration::from_secs(180);
+/// How long the monitor may take to find its servers before a pause; it looks every second.
+const FOUND_LIMIT: Duration = Duration::from_secs(10);
 /// How long a request waits for a page of the guest, and for room: as long as a disk waits for a
 /// block. Ending the machine ends these waits.
 const PATIENCE: Duration = Duration::from_secs(24 * 3600);
@@ -154,17 +156,20 @@ impl DiskServers {
         }
     }
 
-    /// Before a pause, while the guest runs.
+    /// Before a pause, while the guest runs: waits until the monitor has found its servers, which
+    /// after a take-over takes it a second.
     ///
     /// # Errors
     /// If a request of a vhost-user disk waits for help: a ring can be stopped only when its
-    /// requests are done.
+    /// requests are done. If the monitor does not find a server.
     pub(super) fn before_pause(&self) -> Result<(), MachineError> {
-        let Some(trouble) = self.trouble() else { return Ok(()) };
-        Err(fail(format!(
-            "a {} of disk \"{}\" waits on this host ({}); make room or mend it, then try again",
-            trouble.operation, trouble.disk, trouble.detail
-        )))
+        if let Some(trouble) = self.trouble() {
+            return Err(fail(format!(
+                "a {} of disk \"{}\" waits on this host ({}); make room or mend it, then try again",
+                trouble.operation, trouble.disk, trouble.detail
+            )));
+        }
+        self.wait_for_monitor(FOUND_LIMIT)
     }
 
     /// After the monitor has paused the machine: makes sure that nothing touches its memory and
@@ -193,12 +198,17 @@ impl DiskServers {
     /// # Errors
     /// If it is not there in time.
     pub(super) fn before_run(&self) -> Result<(), MachineError> {
+        self.wait_for_monitor(READY_LIMIT)
+    }
+
+    /// Waits until the monitor is connected to every server, and waits for no answer of one.
+    fn wait_for_monitor(&self, limit: Duration) -> Result<(), MachineError> {
         let Self::VhostUser(disks) = self else { return Ok(()) };
-        let deadline = Instant::now() + READY_LIMIT;
+        let deadline = Instant::now() + limit;
         while let Some(disk) = disks.iter().find(|disk| !disk.server.is_answering()) {
             if Instant::now() >= deadline {
                 return Err(fail(format!(
-                    "the monitor is not ready to use disk \"{}\" again after {READY_LIMIT:?}",
+                    "the monitor is not ready to use disk \"{}\" after {limit:?}; try again",
                     disk.name
                 )));
             }

@@ -372,18 +372,21 @@ impl Session<'_> {
         let mut first = Vec::with_capacity(self.devices.len());
         for at in 0..self.devices.len() {
             let device = Arc::clone(&self.devices[at]);
-            if !is_tracked(self.plan, &device) {
-                first.push(device.allocated()?);
-            } else if known {
-                let changed = self.take(at)?;
-                first.push(if self.verdict.holds_stay { changed } else { device.allocated()? });
-            } else {
+            first.push(with_missing(&*device, || {
+                if !is_tracked(self.plan, &device) {
+                    return Ok(device.allocated()?);
+                }
+                if known {
+                    let changed = self.take(at)?;
+                    return Ok(if self.verdict.holds_stay {
+                        changed
+                    } else {
+                        device.allocated()?
+                    });
+                }
                 device.start_tracking()?;
-                first.push(device.allocated()?);
-            }
-            // What has not arrived here cannot be read yet, and is not allocated here either.
-            let missing = device.missing();
-            first[at].union_with(&missing);
+                Ok(device.allocated()?)
+            })?);
         }
         Ok(first)
     }
@@ -512,6 +515,18 @@ fn take(
     Ok(dirty)
 }
 
+/// What `look` finds, and what has not arrived here: that cannot be read yet, and `look` does not see
+/// it. It is asked for first: a block that arrives between the two is in both, never in neither.
+fn with_missing(
+    device: &dyn Device,
+    look: impl FnOnce() -> Result<BlockSet, Stop>,
+) -> Result<BlockSet, Stop> {
+    let missing = device.missing();
+    let mut found = look()?;
+    found.union_with(&missing);
+    Ok(found)
+}
+
 /// Whether writes to a device can be tracked on this host: to memory by the kernel, if at all.
 fn is_tracked(plan: &Plan, device: &Arc<dyn Device>) -> bool {
     plan.can_track || device.name().as_str() != "memory"
@@ -532,4 +547,35 @@ fn take_if_tracked(
 
 fn closed() -> Stop {
     Stop::Peer("the connection to the destination closed".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use silo::{
+        block::BlockIndex,
+        device::DeviceName,
+        disk::{Disk, DiskOptions},
+    };
+
+    #[test]
+    fn a_block_that_arrives_while_its_device_is_looked_at_is_sent_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = DiskOptions::new(DeviceName::new("disk").unwrap());
+        let disk = Disk::create(folder.path(), None, 1 << 20, &options).unwrap();
+        disk.begin().unwrap();
+        let mut missing = BlockSet::new(disk.blocks());
+        missing.insert(BlockIndex(5));
+        disk.arm(&missing, Box::new(|_| {})).unwrap();
+        let found = with_missing(&disk, || {
+            // As memory tells it: what is there, without what is not.
+            let mut seen = disk.allocated()?;
+            seen.subtract(&disk.missing());
+            assert!(!seen.contains(BlockIndex(5)), "nothing is proved");
+            disk.fill(BlockIndex(5), &[7; 4096])?;
+            assert!(disk.missing().is_empty());
+            Ok(seen)
+        });
+        assert!(found.unwrap().contains(BlockIndex(5)));
+    }
 }
