@@ -5,6 +5,7 @@
 //! are replaced, others stay, so that one benchmark can run alone. `architect bench-table` writes
 //! the README's table from the file, so that no figure there was typed by hand.
 
+pub mod pattern;
 mod samples;
 
 pub use samples::Samples;

@@ -13,7 +13,10 @@
 
 use super::{Group, Setting};
 use anyhow::{Context, Result, bail, ensure};
-use bench::{Row, Samples, Target};
+use bench::{
+    Row, Samples, Target,
+    pattern::{BLOCK, fill, word},
+};
 use nix::{
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
     unistd::Pid,
@@ -42,7 +45,6 @@ pub(super) const GROUPS: &[Group] = &[Group {
 /// Names the socket and what is served, in the process that is the server.
 const SERVE: &str = "SILO_BENCH_NBD";
 const BYTES: u64 = 256 << 20;
-const BLOCK: usize = 4096;
 const LARGE: usize = 1 << 20;
 const RUNS: usize = 7;
 const LIMIT: Duration = Duration::from_secs(20);
@@ -50,18 +52,6 @@ const REQUEST_BYTES: usize = 28;
 const REPLY_BYTES: usize = 16;
 const READ: u16 = 0;
 const WRITE: u16 = 1;
-
-/// What the words of a block hold after its last write.
-fn word(block: u64, round: u64) -> [u8; 8] {
-    (block.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ round << 1 | 1).to_le_bytes()
-}
-
-fn fill(bytes: &mut [u8], first: u64, round: u64) {
-    for (index, block) in bytes.chunks_exact_mut(BLOCK).enumerate() {
-        let word = word(first + index as u64, round);
-        block.as_chunks_mut().0.fill(word);
-    }
-}
 
 struct Server {
     child: Child,

@@ -10,7 +10,10 @@ mod guest;
 
 use super::{Group, Setting};
 use anyhow::{Context, Result, bail, ensure};
-use bench::{Row, Samples, Target};
+use bench::{
+    Row, Samples, Target,
+    pattern::{self, BLOCK},
+};
 use guest::{Disk, Guest};
 use silo::{
     expose::nbd::{NbdOptions, NbdServer},
@@ -48,22 +51,11 @@ pub(super) const GROUPS: &[Group] = &[
 /// Names the socket and the file, in the process that is the server.
 const SERVE: &str = "SILO_BENCH_VHOST";
 const BYTES: u64 = 256 << 20;
-const BLOCK: usize = 4096;
 const LARGE: usize = 1 << 20;
 const RUNS: usize = 7;
 /// In a guest: more and shorter ones, because its figures scatter with whatever else the host does.
 const GUEST_RUNS: usize = 21;
 const LIMIT: Duration = Duration::from_secs(20);
-
-/// The content of a block: its number and the round of its last write in every word.
-fn pattern(block: u64, round: u64) -> [u8; 8] {
-    (block.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ round << 1 | 1).to_le_bytes()
-}
-
-fn is_pattern(bytes: &[u8], block: u64, round: u64) -> bool {
-    let word = pattern(block, round);
-    bytes.chunks_exact(8).all(|found| found == word)
-}
 
 /// A server's process, and what it serves.
 struct Server {
@@ -99,11 +91,10 @@ fn serve(place: &str) -> Result<()> {
 
 fn make_file(path: &Path) -> Result<()> {
     let file = File::create(path)?;
+    let mut bytes = vec![0; LARGE];
     for start in (0..BYTES).step_by(LARGE) {
         let block = start / BLOCK as u64;
-        let bytes: Vec<u8> = (block..block + (LARGE / BLOCK) as u64)
-            .flat_map(|block| pattern(block, 0).repeat(BLOCK / 8))
-            .collect();
+        pattern::fill(&mut bytes, block, 0);
         file.write_all_at(&bytes, start)?;
     }
     // Nothing of it is written back while something is measured.
@@ -203,14 +194,8 @@ fn drive(
             let first = place * blocks;
             if ask == Ask::Write {
                 // The same block may be under way twice: both carry the same bytes.
-                for block in 0..blocks {
-                    let word = pattern(first + block, round);
-                    let at = block as usize * BLOCK;
-                    buffer[at..at + BLOCK]
-                        .chunks_exact_mut(8)
-                        .for_each(|b| b.copy_from_slice(&word));
-                    rounds[(first + block) as usize] = round;
-                }
+                pattern::fill(&mut buffer[..bytes], first, round);
+                rounds[first as usize..(first + blocks) as usize].fill(round);
                 queue.fill(slot, &buffer);
             }
             queue.submit(slot, ask, first * (BLOCK / 512) as u64, bytes);
@@ -231,7 +216,10 @@ fn drive(
             queue.fetch_part(slot, start, &mut buffer[..length]);
             for (index, bytes) in buffer[..length].chunks_exact(BLOCK).enumerate() {
                 let block = first + (start / BLOCK + index) as u64;
-                ensure!(is_pattern(bytes, block, rounds[block as usize]), "block {block} is wrong");
+                ensure!(
+                    pattern::is(bytes, block, rounds[block as usize]),
+                    "block {block} is wrong"
+                );
             }
         }
         done += 1;
@@ -314,7 +302,7 @@ fn measure(place: &str, folder: &Path, setting: &Setting) -> Result<Vec<Row>> {
         ensure!(queue.call(Ask::Flush, 0, &mut [])? == 0, "{}: a flush failed", server.name);
         let content = fs::read(&server.server.file)?;
         for (block, bytes) in content.chunks_exact(BLOCK).enumerate() {
-            let fits = is_pattern(bytes, block as u64, rounds[block]);
+            let fits = pattern::is(bytes, block as u64, rounds[block]);
             ensure!(fits, "{}: block {block} of the file is wrong", server.name);
         }
     }
@@ -431,6 +419,6 @@ fn run_guest(setting: &Setting) -> Result<Vec<Row>> {
         .map(fs::read)
         .collect::<std::io::Result<_>>()?;
     ensure!(contents.iter().all(|content| *content == contents[0]), "the disks differ");
-    ensure!(!is_pattern(&contents[0][64 << 20..][..BLOCK], 16_384, 0), "nothing was written");
+    ensure!(!pattern::is(&contents[0][64 << 20..][..BLOCK], 16_384, 0), "nothing was written");
     Ok(rows)
 }
