@@ -14,6 +14,7 @@ use nix::sched::{CloneFlags, unshare};
 use std::{
     io::Write,
     net::{Ipv4Addr, UdpSocket},
+    path::Path,
     thread,
     time::{Duration, Instant},
 };
@@ -43,6 +44,21 @@ fn net() -> MachineNet {
         mac: [2, 0, 0, 0, 0, 5],
         mtu: 1400,
         ports: vec![],
+    }
+}
+
+fn edge_config(folder: &Path, path: PathChoice, pins: &Path) -> EdgeConfig {
+    let underlay = Ipv4Addr::new(10, 88, 0, 1);
+    EdgeConfig {
+        public: underlay,
+        this: Peer { overlay: Ipv4Addr::new(100, 64, 0, 1), underlay },
+        listen: "10.88.0.1:0".parse().unwrap(),
+        machines: (Ipv4Addr::new(10, 77, 0, 0), 16),
+        security: Security::Plaintext,
+        socket: folder.join("edge.sock"),
+        state: folder.join("edge"),
+        path,
+        pins: pins.to_owned(),
     }
 }
 
@@ -203,21 +219,8 @@ fn an_agent_and_an_edge_leave_nothing_behind_when_asked_to() {
         agent.remove_everything().unwrap();
         assert_eq!(listing(), before);
 
-        let edge = Edge::start(EdgeConfig {
-            public: Ipv4Addr::new(10, 88, 0, 1),
-            this: Peer {
-                overlay: Ipv4Addr::new(100, 64, 0, 1),
-                underlay: Ipv4Addr::new(10, 88, 0, 1),
-            },
-            listen: "10.88.0.1:0".parse().unwrap(),
-            machines: (Ipv4Addr::new(10, 77, 0, 0), 16),
-            security: Security::Plaintext,
-            socket: folder.path().join("edge.sock"),
-            state: folder.path().join("edge"),
-            path: PathChoice::Auto,
-            pins: conduit_bpf::ROOT.into(),
-        })
-        .unwrap();
+        let pins = Path::new(conduit_bpf::ROOT);
+        let edge = Edge::start(edge_config(folder.path(), PathChoice::Auto, pins)).unwrap();
         assert_ne!(listing(), before);
         edge.remove_everything().unwrap();
         assert_eq!(listing(), before);
@@ -252,7 +255,7 @@ fn an_address_that_is_not_this_hosts_is_refused_at_start() {
 #[test]
 fn a_check_finds_what_this_kernel_has_and_leaves_nothing_behind() {
     in_namespace(|| {
-        let pins = std::path::Path::new(conduit::PINS);
+        let pins = Path::new(conduit::PINS);
         let found = conduit::check::check(pins).unwrap();
         let works = |word: &str| found.iter().any(|f| f.works && f.what.contains(word));
         assert!(works("tunnel") && works("clsact") && works("a tap"), "{found:?}");
@@ -268,20 +271,8 @@ fn a_folder_that_is_no_bpf_file_system_is_refused_and_auto_goes_on_with_routes()
     in_namespace(|| {
         let folder = tempfile::tempdir().unwrap();
         ip("address add 10.88.0.1/32 dev lo\n");
-        let config = |path| EdgeConfig {
-            public: Ipv4Addr::new(10, 88, 0, 1),
-            this: Peer {
-                overlay: Ipv4Addr::new(100, 64, 0, 1),
-                underlay: Ipv4Addr::new(10, 88, 0, 1),
-            },
-            listen: "10.88.0.1:0".parse().unwrap(),
-            machines: (Ipv4Addr::new(10, 77, 0, 0), 16),
-            security: Security::Plaintext,
-            socket: folder.path().join("edge.sock"),
-            state: folder.path().join("edge"),
-            path,
-            pins: folder.path().join("pins"),
-        };
+        let pins = folder.path().join("pins");
+        let config = |path| edge_config(folder.path(), path, &pins);
         let error = Edge::start(config(PathChoice::Bpf)).err().unwrap().to_string();
         assert!(error.contains("BPF file system") && error.contains("mount -t bpf"), "{error}");
         let edge = Edge::start(config(PathChoice::Auto)).unwrap();

@@ -2,9 +2,10 @@
 //!
 //! The monitor keeps what its first runner gave it: the memfd, the userfaultfd (the preload hook's
 //! copy) and the tap; they are fetched from it by `pidfd_getfd`, and its faults are served before
-//! anybody talks to it. Its block client waits for the disks' sockets and asks again; of a vhost-user
-//! disk it keeps the record of requests in hand, which the new server runs once more. What the old runner knew and nobody else is in `machine.json`,
-//! written when the machine began to run here.
+//! anybody talks to it. Its block client waits for the disks' sockets and asks again; of a
+//! vhost-user disk it keeps the record of requests in hand, which the new server runs once more.
+//! What the old runner knew and nobody else is in `machine.json`, written when the machine began to
+//! run here.
 //!
 //! What cannot be taken over: a machine whose blocks had not all arrived. Only the old runner knew
 //! which were missing, so what the guest would read could be wrong; it is refused.

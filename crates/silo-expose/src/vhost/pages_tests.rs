@@ -109,19 +109,7 @@ fn moved_with_requests_in_its_rings(with_pager: bool) -> Outcome {
 
     // The destination: the monitor's mapping, with every page missing.
     let count = bytes / PAGE as u64;
-    let memory = Arc::new(Memory::new(DeviceName::new("memory").unwrap(), bytes).unwrap());
-    let guest = Arc::new(Shared::map(memory.file().try_clone().unwrap(), 0, bytes).unwrap());
-    let userfaultfd = File::options().read(true).write(true).open("/dev/userfaultfd").unwrap();
-    memory
-        .attach(Mapping {
-            userfaultfd: kernel::new_userfaultfd(&userfaultfd).unwrap(),
-            pid: std::process::id(),
-            address: guest.span().address() as u64,
-            incoming: true,
-            adopted: false,
-            track: true,
-        })
-        .unwrap();
+    let (memory, guest) = arriving(bytes);
     let mut missing = BlockSet::new(count);
     missing.insert_range(BlockRange::new(0, count));
     let (demand, demands) = mpsc::channel::<BlockRange>();
@@ -198,6 +186,24 @@ fn moved_with_requests_in_its_rings(with_pager: bool) -> Outcome {
     Outcome { mismatches, demanded, written, changed }
 }
 
+/// A machine's memory that is to arrive, and the monitor's mapping of it.
+fn arriving(bytes: u64) -> (Arc<Memory>, Arc<Shared>) {
+    let memory = Arc::new(Memory::new(DeviceName::new("memory").unwrap(), bytes).unwrap());
+    let guest = Arc::new(Shared::map(memory.file().try_clone().unwrap(), 0, bytes).unwrap());
+    let userfaultfd = File::options().read(true).write(true).open("/dev/userfaultfd").unwrap();
+    memory
+        .attach(Mapping {
+            userfaultfd: kernel::new_userfaultfd(&userfaultfd).unwrap(),
+            pid: std::process::id(),
+            address: guest.span().address() as u64,
+            incoming: true,
+            adopted: false,
+            track: true,
+        })
+        .unwrap();
+    (memory, guest)
+}
+
 #[test]
 fn requests_in_absent_pages_demand_them_and_nothing_is_ever_read_as_zeros() {
     let outcome = moved_with_requests_in_its_rings(true);
@@ -234,19 +240,7 @@ fn a_server_that_stops_ends_the_wait_for_a_page_that_never_comes() {
     source.queues[0].submit(slot, Ask::Read, 0, 512);
     server.stop(LIMIT).unwrap();
 
-    let memory = Arc::new(Memory::new(DeviceName::new("memory").unwrap(), bytes).unwrap());
-    let guest = Arc::new(Shared::map(memory.file().try_clone().unwrap(), 0, bytes).unwrap());
-    let userfaultfd = File::options().read(true).write(true).open("/dev/userfaultfd").unwrap();
-    memory
-        .attach(Mapping {
-            userfaultfd: kernel::new_userfaultfd(&userfaultfd).unwrap(),
-            pid: std::process::id(),
-            address: guest.span().address() as u64,
-            incoming: true,
-            adopted: false,
-            track: true,
-        })
-        .unwrap();
+    let (memory, guest) = arriving(bytes);
     // The peer has everything but the pages that the request's data lie in.
     let count = bytes / PAGE as u64;
     let mut image = vec![0; bytes as usize];
