@@ -13,7 +13,7 @@ use identity::{HostName, Security};
 use nix::sched::{CloneFlags, unshare};
 use std::{
     io::Write,
-    net::{Ipv4Addr, UdpSocket},
+    net::{Ipv4Addr, SocketAddr, UdpSocket},
     path::Path,
     thread,
     time::{Duration, Instant},
@@ -52,7 +52,7 @@ fn edge_config(folder: &Path, path: PathChoice, pins: &Path) -> EdgeConfig {
     EdgeConfig {
         public: underlay,
         this: Peer { overlay: Ipv4Addr::new(100, 64, 0, 1), underlay },
-        listen: "10.88.0.1:0".parse().unwrap(),
+        listen: SocketAddr::from((underlay, 0)),
         machines: (Ipv4Addr::new(10, 77, 0, 0), 16),
         security: Security::Plaintext,
         socket: folder.join("edge.sock"),
