@@ -12,7 +12,10 @@ use silo_block::block::{BLOCK_SIZE, BlockIndex, BlockRange};
 use std::{
     io,
     os::fd::AsFd,
-    sync::Arc,
+    sync::{
+        Arc, LazyLock,
+        mpsc::{Receiver, SyncSender, TryRecvError},
+    },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -20,14 +23,53 @@ use std::{
 /// How long to look for the next fault before sleeping: walkers fault again at once, and waking a
 /// sleeping thread costs more than serving the fault.
 const SPIN: Duration = Duration::from_micros(20);
+/// The same after a mount has opened, once: who opens one reads of it at once, and would wait for
+/// two sleeping processors instead of one.
+const FIRST_SPIN: Duration = Duration::from_micros(200);
+/// With one processor, looking only keeps the one from its work who could fault. Asked once: the
+/// answer takes as long as a mount does to open.
+static SEVERAL: LazyLock<bool> =
+    LazyLock::new(|| std::thread::available_parallelism().is_ok_and(|number| number.get() > 1));
 /// How often waits are looked at for having become too long.
 const TICK: Duration = Duration::from_millis(50);
 
-/// A fault thread; ended by [`View::stop`].
-pub(super) fn start(shared: &Arc<Shared>, view: &Arc<View>) -> io::Result<JoinHandle<()>> {
-    let server =
-        Server { shared: Arc::clone(shared), view: Arc::clone(view), page: [0; BLOCK_SIZE] };
-    std::thread::Builder::new().name("mount-faults".into()).spawn(move || server.run())
+/// A thread that will serve the faults of a mapping that is still being made. A thread takes as long
+/// to start as a mount does to open, so it starts first; dropped, it ends.
+pub(super) struct Prepared {
+    thread: JoinHandle<()>,
+    work: SyncSender<(Arc<Shared>, Arc<View>)>,
+}
+
+/// Starts a fault thread.
+pub(super) fn prepare() -> io::Result<Prepared> {
+    let (work, receiver) = std::sync::mpsc::sync_channel(1);
+    let thread = std::thread::Builder::new().name("mount-faults".into()).spawn(move || {
+        if let Some((shared, view)) = first_work(&receiver) {
+            Server { shared, view, page: [0; BLOCK_SIZE] }.run();
+        }
+    })?;
+    Ok(Prepared { thread, work })
+}
+
+fn first_work(work: &Receiver<(Arc<Shared>, Arc<View>)>) -> Option<(Arc<Shared>, Arc<View>)> {
+    let began = Instant::now();
+    while *SEVERAL && began.elapsed() < FIRST_SPIN {
+        match work.try_recv() {
+            Ok(found) => return Some(found),
+            Err(TryRecvError::Disconnected) => return None,
+            Err(TryRecvError::Empty) => std::hint::spin_loop(),
+        }
+    }
+    work.recv().ok()
+}
+
+impl Prepared {
+    /// The mapping that it serves, until [`View::stop`].
+    pub(super) fn begin(self, shared: &Arc<Shared>, view: &Arc<View>) -> JoinHandle<()> {
+        // There is room for one, and the thread takes it; if it panicked, joining says so.
+        let _ = self.work.send((Arc::clone(shared), Arc::clone(view)));
+        self.thread
+    }
 }
 
 struct Server {
@@ -40,8 +82,9 @@ impl Server {
     fn run(mut self) {
         let mut addresses = Vec::with_capacity(64);
         let mut looked = Instant::now();
+        let mut spin = if *SEVERAL { FIRST_SPIN } else { SPIN };
         loop {
-            match self.next_faults(&mut addresses) {
+            match self.next_faults(&mut addresses, std::mem::replace(&mut spin, SPIN)) {
                 Ok(true) => {}
                 Ok(false) => return,
                 Err(error) => {
@@ -66,14 +109,14 @@ impl Server {
     }
 
     /// Faults, or none after a while; false when the thread shall end.
-    fn next_faults(&self, addresses: &mut Vec<u64>) -> io::Result<bool> {
-        let spin = Instant::now();
+    fn next_faults(&self, addresses: &mut Vec<u64>, spin: Duration) -> io::Result<bool> {
+        let began = Instant::now();
         loop {
             self.view.userfault().faults(addresses)?;
             if !addresses.is_empty() {
                 return Ok(true);
             }
-            if spin.elapsed() >= SPIN {
+            if began.elapsed() >= spin {
                 break;
             }
             std::hint::spin_loop();

@@ -44,12 +44,9 @@ impl Shared {
         }
     }
 
-    /// Starts the threads that stay.
+    /// Starts what bulk work there is; a mount without any has no thread to fetch until one is needed.
     pub(super) fn start_fetching(self: &Arc<Self>) {
-        let mut state = self.lock();
-        for _ in 0..STAYING {
-            self.start_thread(&mut state);
-        }
+        self.stir(&mut self.lock());
     }
 
     fn start_thread(self: &Arc<Self>, state: &mut State) {

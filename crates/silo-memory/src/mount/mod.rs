@@ -104,6 +104,7 @@ impl Mount {
         managed: bool,
     ) -> Result<Self, MountError> {
         let system = |operation| move |source| MountError::System { operation, source };
+        let faults = faults::prepare().map_err(system("start the fault thread"))?;
         options.read_only |= backend.is_read_only();
         let blocks = backend.size().div_ceil(BLOCK_SIZE as u64);
         // An empty device still is a mapping.
@@ -135,7 +136,7 @@ impl Mount {
         let shared = Arc::new(shared);
         let mount = Self { shared, map: Some(map), len: length, threads: Mutex::default() };
         let shared = &mount.shared;
-        let faults = faults::start(shared, &local).map_err(system("start the fault thread"))?;
+        let faults = faults.begin(shared, &local);
         mount.threads().push((Some(local), faults));
         if !shared.options.read_only {
             shared.lock().writing_back = true;
@@ -188,14 +189,14 @@ impl Mount {
     pub fn attach(&self, mapping: Foreign) -> Result<(), MountError> {
         let system = |operation| move |source| MountError::System { operation, source };
         let writable = !self.shared.options.read_only;
+        let faults = faults::prepare().map_err(system("start the fault thread"))?;
         let Foreign { userfaultfd, pid, address } = mapping;
         let view = Arc::new(View::new(userfaultfd, pid, address, self.len as u64, writable)?);
         // Pages count as written when they are not protected, also those that are not mapped.
         view.protect(BlockRange::new(0, (self.len / BLOCK_SIZE) as u64))
             .map_err(system("protect the mapping"))?;
         self.shared.foreign.write().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&view));
-        let thread =
-            faults::start(&self.shared, &view).map_err(system("start the fault thread"))?;
+        let thread = faults.begin(&self.shared, &view);
         self.threads().push((Some(view), thread));
         Ok(())
     }
