@@ -506,7 +506,7 @@ fn remote(setting: &Setting) -> anyhow::Result<Vec<Row>> {
         for _ in 0..=setting.times(5).max(3) {
             plain.push(plain_socket(&far, Duration::from_millis(trip), sum)?);
             let options =
-                NbdClientOptions { tls: Some(tls.clone()), connections: 2, ..Default::default() };
+                NbdClientOptions { tls: Some(tls.clone()), connections: 4, ..Default::default() };
             let device = NbdClient::connect(&Endpoint::Tcp(server.address), options)?;
             let began = Instant::now();
             let mount = Mount::managed(Arc::new(device), self::options()?)?;
