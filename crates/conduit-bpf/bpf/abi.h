@@ -27,6 +27,9 @@ enum cd_state {
 #define CD_CANDIDATE 1
 /* With CD_REMOTE: the machine is about to stop here, and what it still says may leave. */
 #define CD_LEAVING 2
+/* With CD_REMOTE or CD_LOCAL: frames that were held are still being given back, and those that come
+ * meanwhile wait behind them. Set and taken away by the programs alone: no frame overtakes another. */
+#define CD_DRAIN 4
 
 struct cd_entry {
 	struct bpf_spin_lock lock; /* every reader and writer takes it: an entry is read whole */
@@ -38,7 +41,7 @@ struct cd_entry {
 	__u8 state;
 	__u8 flags;
 	__u8 mac[6]; /* the guest's */
-	__u32 pad;
+	__u32 waiting; /* frames that were put into the hold tap and have not come back out */
 };
 
 /* The machine behind a tap, by the tap's ifindex: nothing else may come out of it. */
@@ -78,7 +81,7 @@ struct cd_change {
 	__u8 state;
 	__u8 flags;
 	__u8 mac[6];
-	__u32 pad;
+	__u32 waiting; /* in, with state 0: that many which wait will never come; out: the entry's */
 };
 
 #define CD_CHANGE_AT 16

@@ -15,6 +15,7 @@
  * - Nothing leaves a tap but frames of its machine, and only while this host owns the machine.
  * - Nothing that comes through the tunnel is believed without a known sender; an edge believes a
  *   machine's frame only from the host that owns it at that epoch, or that is announced as next.
+ * - No frame overtakes one that was held: while any is being given back, others go behind it.
  * - Every frame that ends here is counted under a name (events.h).
  */
 #include "kernel.h"
@@ -136,6 +137,54 @@ INLINE int find(const struct cd_key *key, struct place *out)
 	return check == check_of(key);
 }
 
+/* Where frames to this address go now: behind those that were held, while they are given back. */
+INLINE __u8 way(const struct cd_config *cfg, const struct place *place)
+{
+	return place->flags & CD_DRAIN && cfg->hold ? CD_HOLD : place->state;
+}
+
+/* Counts one more frame that waits. 0 if none has to any more: the last one was given back since the
+ * caller read the entry. */
+INLINE int waits(const struct cd_key *key)
+{
+	struct cd_entry *entry = bpf_map_lookup_elem(&forward, key);
+	__u32 check = check_of(key);
+	int counted = 0;
+
+	if (!entry)
+		return 0;
+	bpf_spin_lock(&entry->lock);
+	if (entry->check == check && (entry->state == CD_HOLD || entry->flags & CD_DRAIN)) {
+		entry->waiting += 1;
+		counted = 1;
+	}
+	bpf_spin_unlock(&entry->lock);
+	return counted;
+}
+
+/* One frame that waited is given back; says where to. The last one opens the way for all. */
+INLINE int given_back(const struct cd_key *key, struct place *out)
+{
+	struct cd_entry *entry = bpf_map_lookup_elem(&forward, key);
+	__u32 check;
+
+	if (!entry)
+		return 0;
+	bpf_spin_lock(&entry->lock);
+	check = entry->check;
+	out->epoch = entry->epoch;
+	__builtin_memcpy(out->owner, entry->owner, 16);
+	out->ifindex = entry->ifindex;
+	out->state = entry->state;
+	__builtin_memcpy(out->mac, entry->mac, 6);
+	if (entry->waiting)
+		entry->waiting -= 1;
+	if (!entry->waiting)
+		entry->flags &= ~CD_DRAIN;
+	bpf_spin_unlock(&entry->lock);
+	return check == check_of(key);
+}
+
 /* What the wire says of an epoch. */
 INLINE __u16 wire_of(__u64 epoch)
 {
@@ -197,15 +246,34 @@ INLINE int deliver(struct __sk_buff *skb, const struct cd_config *cfg, const str
 	return bpf_redirect(place->ifindex, 0);
 }
 
-/* Into the hold tap; the network goes with it as the last three bytes of the source address. */
-INLINE int hold(struct __sk_buff *skb, const struct cd_config *cfg, __u32 net)
+/* Where a frame goes that found nothing to wait for any more. */
+INLINE int behind_the_last(struct __sk_buff *skb, const struct cd_config *cfg,
+			   const struct cd_key *key)
 {
+	struct place place = {};
+
+	if (!find(key, &place))
+		return drop(EV_unknown_machine);
+	if (place.state == CD_LOCAL)
+		return deliver(skb, cfg, &place);
+	if (place.state != CD_REMOTE)
+		return drop(EV_machine_gone);
+	return encap(skb, cfg, key->net, place.owner, place.epoch,
+		     cfg->role == CD_EDGE ? 0 : CD_FORWARDED, EV_to_tunnel);
+}
+
+/* Into the hold tap; the network goes with it as the last three bytes of the source address. */
+INLINE int hold(struct __sk_buff *skb, const struct cd_config *cfg, const struct cd_key *key)
+{
+	__u32 net = key->net;
 	__u8 from[6] = { 0x02, 0x63, 0x64, net >> 16, net >> 8, net };
 
 	if (!cfg->hold)
 		return drop(EV_no_hold);
 	if (bpf_skb_store_bytes(skb, ETH_ALEN, from, sizeof(from), 0))
 		return drop(EV_malformed);
+	if (!waits(key))
+		return behind_the_last(skb, cfg, key);
 	count(EV_held);
 	return bpf_redirect(cfg->hold, 0);
 }
@@ -273,6 +341,8 @@ int cd_tap(struct __sk_buff *skb)
 	if (same16(h.dst.addr, port->v4) || same16(h.dst.addr, port->v6)) {
 		if (!find(&h.dst, &place) || place.state != CD_REMOTE)
 			return drop(EV_loop);
+		if (way(cfg, &place) == CD_HOLD)
+			return hold(skb, cfg, &h.dst);
 		return encap(skb, cfg, port->net, place.owner, place.epoch, CD_FORWARDED, EV_forwarded);
 	}
 
@@ -297,13 +367,13 @@ int cd_tap(struct __sk_buff *skb)
 		return drop(EV_not_owner);
 
 	if (find(&h.dst, &place)) {
-		switch (place.state) {
+		switch (way(cfg, &place)) {
 		case CD_LOCAL:
 			if (too_large(skb, place.ifindex))
 				return to_stack(skb, EV_too_large);
 			return deliver(skb, cfg, &place);
 		case CD_HOLD:
-			return hold(skb, cfg, port->net);
+			return hold(skb, cfg, &h.dst);
 		case CD_REMOTE:
 			/* Through the edge, which judges the sender. */
 			break;
@@ -353,11 +423,11 @@ INLINE int at_edge(struct __sk_buff *skb, const struct cd_config *cfg, const str
 		return drop(bad);
 	if (!find(&h->dst, &place))
 		return to_stack(skb, EV_to_stack);
-	switch (place.state) {
+	switch (way(cfg, &place)) {
 	case CD_REMOTE:
 		return encap(skb, cfg, h->dst.net, place.owner, place.epoch, 0, EV_to_tunnel);
 	case CD_HOLD:
-		return hold(skb, cfg, h->dst.net);
+		return hold(skb, cfg, &h->dst);
 	default:
 		return drop(EV_machine_gone);
 	}
@@ -403,11 +473,11 @@ int cd_decap(struct __sk_buff *skb)
 	behind = ahead(place.epoch, wire);
 	if (behind > CD_EPOCH_SLACK)
 		return drop(EV_old_epoch);
-	switch (place.state) {
+	switch (way(cfg, &place)) {
 	case CD_LOCAL:
 		return deliver(skb, cfg, &place);
 	case CD_HOLD:
-		return hold(skb, cfg, key.tunnel_id);
+		return hold(skb, cfg, &h.dst);
 	case CD_REMOTE:
 		/* Only a newer word than the sender's may send it further: so it never circles. */
 		if (behind <= 0)
@@ -439,7 +509,7 @@ int cd_stack(struct __sk_buff *skb)
 	if (bad)
 		return drop(bad);
 	if (find(&h.dst, &place)) {
-		switch (place.state) {
+		switch (way(cfg, &place)) {
 		case CD_REMOTE:
 			if (set_key(skb, cfg, net, place.owner, place.epoch, 0))
 				return drop(EV_tunnel_refused);
@@ -448,7 +518,7 @@ int cd_stack(struct __sk_buff *skb)
 		case CD_LOCAL:
 			return deliver(skb, cfg, &place);
 		case CD_HOLD:
-			return hold(skb, cfg, net);
+			return hold(skb, cfg, &h.dst);
 		default:
 			return drop(EV_machine_gone);
 		}
@@ -482,7 +552,7 @@ int cd_replay(struct __sk_buff *skb)
 		return drop(bad);
 	net = (__u32)h.source_mac[3] << 16 | (__u32)h.source_mac[4] << 8 | h.source_mac[5];
 	h.dst.net = net;
-	if (!find(&h.dst, &place))
+	if (!given_back(&h.dst, &place))
 		return drop(EV_unknown_machine);
 	switch (place.state) {
 	case CD_REMOTE:
@@ -505,6 +575,7 @@ int cd_change(struct __sk_buff *skb)
 	struct cd_change ask;
 	struct cd_entry *entry, fresh = {};
 	__u32 verdict = CD_CHANGED;
+	__u32 waiting = 0;
 	__u64 epoch;
 	__u8 owner[16];
 	int same;
@@ -512,6 +583,8 @@ int cd_change(struct __sk_buff *skb)
 	if (bpf_skb_load_bytes(skb, CD_CHANGE_AT, &ask, sizeof(ask)))
 		return TC_ACT_SHOT;
 	entry = bpf_map_lookup_elem(&forward, &ask.key);
+	if (!entry && !ask.state)
+		goto answer_waiting;
 	if (!entry) {
 		fresh.check = check_of(&ask.key);
 		fresh.epoch = ask.epoch;
@@ -523,19 +596,24 @@ int cd_change(struct __sk_buff *skb)
 		__builtin_memcpy(fresh.mac, ask.mac, 6);
 		ask.verdict = bpf_map_update_elem(&forward, &ask.key, &fresh, BPF_NOEXIST) ? CD_FULL :
 											    CD_CHANGED;
-		goto answer;
+		goto answer_waiting;
 	}
 	bpf_spin_lock(&entry->lock);
 	epoch = entry->epoch;
 	__builtin_memcpy(owner, entry->owner, 16);
-	if (ask.epoch < epoch) {
+	if (!ask.state) {
+		/* The holder says that some will never come. */
+		entry->waiting -= ask.waiting < entry->waiting ? ask.waiting : entry->waiting;
+		if (!entry->waiting)
+			entry->flags &= ~CD_DRAIN;
+	} else if (ask.epoch < epoch) {
 		verdict = CD_STALE;
 	} else if (ask.epoch == epoch && !(entry->flags & CD_CANDIDATE) && !same16(ask.owner, owner)) {
 		verdict = CD_TAKEN;
 	} else {
 		same = ask.epoch == epoch && same16(ask.owner, owner) &&
 		       same16(ask.candidate, entry->candidate) && ask.ifindex == entry->ifindex &&
-		       ask.state == entry->state && ask.flags == entry->flags &&
+		       ask.state == entry->state && ask.flags == (entry->flags & ~CD_DRAIN) &&
 		       same6(ask.mac, entry->mac);
 		verdict = same ? CD_SAME : CD_CHANGED;
 		entry->epoch = ask.epoch;
@@ -544,15 +622,19 @@ int cd_change(struct __sk_buff *skb)
 		entry->ifindex = ask.ifindex;
 		entry->state = ask.state;
 		entry->flags = ask.flags;
+		if (entry->waiting && (ask.state == CD_REMOTE || ask.state == CD_LOCAL))
+			entry->flags |= CD_DRAIN;
 		__builtin_memcpy(entry->mac, ask.mac, 6);
 		epoch = ask.epoch;
 		__builtin_memcpy(owner, ask.owner, 16);
 	}
+	waiting = entry->waiting;
 	bpf_spin_unlock(&entry->lock);
 	ask.verdict = verdict;
 	ask.epoch = epoch;
 	__builtin_memcpy(ask.owner, owner, 16);
-answer:
+answer_waiting:
+	ask.waiting = waiting;
 	bpf_skb_store_bytes(skb, CD_CHANGE_AT, &ask, sizeof(ask), 0);
 	return TC_ACT_OK;
 }

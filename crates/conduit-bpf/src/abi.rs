@@ -30,7 +30,7 @@ pub(crate) struct RawEntry {
     pub(crate) state: u8,
     pub(crate) flags: u8,
     pub(crate) mac: [u8; 6],
-    pub(crate) pad: u32,
+    pub(crate) waiting: u32,
 }
 
 /// `struct cd_port`.
@@ -72,7 +72,7 @@ pub(crate) struct RawChange {
     pub(crate) state: u8,
     pub(crate) flags: u8,
     pub(crate) mac: [u8; 6],
-    pub(crate) pad: u32,
+    pub(crate) waiting: u32,
 }
 
 const _: () = {
@@ -129,16 +129,19 @@ pub enum Place {
     },
     /// Into the hold tap, until somebody has the machine.
     Hold,
+    /// Into the hold tap: the machine may come here, and nobody owns this epoch.
+    Expected,
     /// Nowhere: it was here, and is gone.
     Drop,
 }
 
 const REMOTE: u8 = 1;
 const LOCAL: u8 = 2;
-const HOLD: u8 = 3;
-const DROP: u8 = 4;
+pub(crate) const HOLD: u8 = 3;
+pub(crate) const DROP: u8 = 4;
 const CANDIDATE: u8 = 1;
 const LEAVING: u8 = 2;
+pub(crate) const DRAIN: u8 = 4;
 
 /// One address in the forwarding map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,6 +164,7 @@ impl Entry {
             Place::Remote { leaving } => (REMOTE, if leaving { LEAVING } else { 0 }, 0),
             Place::Local { tap, candidate } => (LOCAL, if candidate { CANDIDATE } else { 0 }, tap),
             Place::Hold => (HOLD, 0, 0),
+            Place::Expected => (HOLD, CANDIDATE, 0),
             Place::Drop => (DROP, 0, 0),
         }
     }
@@ -179,7 +183,7 @@ impl Entry {
             state,
             flags,
             mac: self.mac,
-            pad: 0,
+            waiting: 0,
         }
     }
 
@@ -188,6 +192,7 @@ impl Entry {
         let place = match raw.state {
             REMOTE => Place::Remote { leaving: raw.flags & LEAVING != 0 },
             LOCAL => Place::Local { tap: raw.ifindex, candidate: raw.flags & CANDIDATE != 0 },
+            HOLD if raw.flags & CANDIDATE != 0 => Place::Expected,
             HOLD => Place::Hold,
             DROP => Place::Drop,
             _ => return None,
@@ -335,6 +340,7 @@ mod tests {
             Place::Local { tap: 7, candidate: true },
             Place::Local { tap: 9, candidate: false },
             Place::Hold,
+            Place::Expected,
             Place::Drop,
         ] {
             let candidate = Some("fd00::2".parse().unwrap());

@@ -14,6 +14,7 @@
 
 mod abi;
 mod error;
+mod held;
 mod layout;
 mod pins;
 mod plane;
@@ -21,6 +22,7 @@ mod sys;
 
 pub use abi::{Config, Entry, Key, LAYOUT, Place, Port, Role};
 pub use error::Error;
+pub use held::{HeldView, Way};
 pub use pins::{ROOT, folder, sweep};
 pub use plane::{Attach, Changed, DataPlane, Program};
 

@@ -7,7 +7,7 @@
 use crate::{
     Event,
     abi::{
-        CHANGE_AT, Config, Entry, Key, LAYOUT, Port, RawChange, RawConfig, RawEntry, RawKey,
+        CHANGE_AT, Config, DRAIN, Entry, Key, LAYOUT, Port, RawChange, RawConfig, RawEntry, RawKey,
         RawPort, Role, mapped, unmapped,
     },
     error::Error,
@@ -314,20 +314,8 @@ impl DataPlane {
     /// Makes an address's entry what is asked: refused if its epoch is newer, or the same and
     /// another host's. Decided in the kernel, whole for every frame.
     pub fn change(&self, key: Key, entry: &Entry) -> Result<Changed, Error> {
-        const SIZE: usize = CHANGE_AT + size_of::<RawChange>();
-        let mut frame = [0; SIZE];
-        frame[CHANGE_AT..].copy_from_slice(&sys::bytes_of(&entry.change(key)));
-        let mut answer = [0; SIZE];
-        let options = TestRunOptions {
-            data_in: Some(&frame),
-            data_out: Some(&mut answer),
-            ..TestRunOptions::default()
-        };
         let fail = |detail: String| Error::map(format!("change the entry of {key}"), detail);
-        self.change.test_run(options).map_err(|e| fail(whole(&e)))?;
-        let mut bytes = [0; size_of::<RawChange>()];
-        bytes.copy_from_slice(&answer[CHANGE_AT..]);
-        let answer = sys::change_of(bytes);
+        let answer = run_change(&self.change, &entry.change(key)).map_err(fail)?;
         // enum cd_verdict
         match answer.verdict {
             1 => Ok(Changed::Changed),
@@ -344,6 +332,15 @@ impl DataPlane {
         match self.maps().forward.get(&key.into(), 0) {
             Ok(raw) => Ok(Entry::from_raw(&raw)),
             Err(MapError::KeyNotFound) => Ok(None),
+            Err(e) => Err(Error::map(format!("read the entry of {key}"), whole(&e))),
+        }
+    }
+
+    /// Whether an address has an owner, and frames that were held for it are still being given back.
+    pub fn is_draining(&self, key: Key) -> Result<bool, Error> {
+        match self.maps().forward.get(&key.into(), 0) {
+            Ok(raw) => Ok(raw.flags & DRAIN != 0),
+            Err(MapError::KeyNotFound) => Ok(false),
             Err(e) => Err(Error::map(format!("read the entry of {key}"), whole(&e))),
         }
     }
@@ -412,6 +409,23 @@ impl DataPlane {
     }
 }
 
+/// Runs the change program. An error is the kernel's words.
+pub(crate) fn run_change(change: &SchedClassifier, ask: &RawChange) -> Result<RawChange, String> {
+    const SIZE: usize = CHANGE_AT + size_of::<RawChange>();
+    let mut frame = [0; SIZE];
+    frame[CHANGE_AT..].copy_from_slice(&sys::bytes_of(ask));
+    let mut answer = [0; SIZE];
+    let options = TestRunOptions {
+        data_in: Some(&frame),
+        data_out: Some(&mut answer),
+        ..TestRunOptions::default()
+    };
+    change.test_run(options).map_err(|e| whole(&e))?;
+    let mut bytes = [0; size_of::<RawChange>()];
+    bytes.copy_from_slice(&answer[CHANGE_AT..]);
+    Ok(sys::change_of(bytes))
+}
+
 impl Maps {
     fn of(programs: &mut Ebpf) -> Result<Self, Error> {
         Ok(Self {
@@ -465,7 +479,7 @@ fn end_of(text: &str) -> &str {
 }
 
 /// An error with its causes.
-fn whole(error: &dyn std::error::Error) -> String {
+pub(crate) fn whole(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(next) = cause {

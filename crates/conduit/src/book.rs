@@ -51,6 +51,23 @@ pub enum EdgeView {
     },
 }
 
+/// Where the frames of a machine that may come here wait for it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Wait {
+    /// In its tap's queue: it reads them all at once when it runs.
+    #[default]
+    Tap,
+    /// In the hold tap: they are given back at a pace.
+    Hold,
+}
+
+impl Wait {
+    fn is_tap(&self) -> bool {
+        *self == Self::Tap
+    }
+}
+
 /// A machine in the book. This is also its state file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
@@ -71,6 +88,9 @@ pub struct Record {
     /// forwards frames.
     #[serde(default)]
     pub retiring: bool,
+    /// Of a candidate: where its frames wait.
+    #[serde(default, skip_serializing_if = "Wait::is_tap")]
+    pub wait: Wait,
 }
 
 impl Record {
@@ -148,7 +168,7 @@ impl Book {
 
     /// The machine may come here. Refused while this host still forwards its frames and the edge
     /// has not confirmed: the frames that it sends here belong elsewhere.
-    pub fn prepare(&mut self, net: &MachineNet) -> Result<&Record, NetError> {
+    pub fn prepare(&mut self, net: &MachineNet, wait: Wait) -> Result<&Record, NetError> {
         let floor = self.floor(net.address);
         let mut place = Place::Candidate;
         let (mut epoch, mut edge) = (floor, EdgeView::Unasked);
@@ -187,6 +207,7 @@ impl Book {
             epoch,
             edge,
             retiring: false,
+            wait: if place == Place::Candidate { wait } else { Wait::Tap },
         };
         Ok(replace(&mut self.records, record))
     }
@@ -255,6 +276,7 @@ impl Book {
                 epoch,
                 edge: if place == Place::Here { EdgeView::Pending } else { EdgeView::Held },
                 retiring: false,
+                wait: Wait::Tap,
             };
             return Ok(replace(&mut self.records, record));
         }

@@ -16,7 +16,7 @@ fn net() -> MachineNet {
 
 fn here(epoch: u64) -> Book {
     let mut book = Book::default();
-    book.prepare(&net()).unwrap();
+    book.prepare(&net(), Wait::Tap).unwrap();
     book.resume(&net(), epoch).unwrap();
     book.edge_answered(net().address, epoch, Ok(())).unwrap();
     book
@@ -56,11 +56,11 @@ fn one_epoch_never_has_two_owners() {
 fn a_machine_cannot_come_back_while_the_edge_still_sends_its_frames_here() {
     let mut book = here(5);
     book.divert(&net(), B, 6).unwrap();
-    let error = book.prepare(&net()).unwrap_err().to_string();
+    let error = book.prepare(&net(), Wait::Tap).unwrap_err().to_string();
     assert!(error.contains("100.64.0.3") && error.contains("edge"), "{error}");
     book.drained(net().address, 6).unwrap();
     book.edge_answered(net().address, 6, Ok(())).unwrap();
-    assert_eq!(book.prepare(&net()).unwrap().place, Place::Candidate);
+    assert_eq!(book.prepare(&net(), Wait::Tap).unwrap().place, Place::Candidate);
     assert!(
         matches!(book.resume(&net(), 6), Err(NetError::StaleEpoch { current: 7, .. })),
         "the epoch given away stays given away"
@@ -87,7 +87,7 @@ fn an_epoch_stays_the_floor_after_forget() {
     assert!(book.get(net().address).is_some(), "the edge is still to be told");
     book.edge_answered(net().address, 5, Ok(())).unwrap();
     assert!(book.get(net().address).is_none());
-    book.prepare(&net()).unwrap();
+    book.prepare(&net(), Wait::Tap).unwrap();
     assert!(matches!(book.resume(&net(), 4), Err(NetError::StaleEpoch { current: 5, .. })));
     book.resume(&net(), 5).unwrap();
 }
@@ -103,7 +103,7 @@ fn another_machine_does_not_get_an_address_in_use() {
     let mut book = here(5);
     let mut other = net();
     other.machine = "postgres".into();
-    let error = book.prepare(&other).unwrap_err().to_string();
+    let error = book.prepare(&other, Wait::Tap).unwrap_err().to_string();
     assert!(error.contains("redis"), "{error}");
 }
 
@@ -179,7 +179,7 @@ proptest! {
         let mut floor = 0;
         for op in ops {
             let taken = match op {
-                Op::Prepare => { let _ = book.prepare(&net); None }
+                Op::Prepare => { let _ = book.prepare(&net, Wait::Tap); None }
                 Op::Divert(host, epoch) => {
                     let to = if host == 0 { B } else { C };
                     book.divert(&net, to, epoch).ok().map(|_| (epoch, Place::Away { to }))

@@ -5,6 +5,7 @@ use crate::{
     agent::{Agent, AgentConfig},
     bench, check, client,
     edge::{Edge, EdgeConfig},
+    holder::{self, HoldSettings, LimitArgs},
     plane::PathChoice,
     wire::{Peer, Status},
 };
@@ -39,6 +40,10 @@ pub enum Command {
     Agent(AgentArgs),
     /// Run an edge: the public address that clients use.
     Edge(EdgeArgs),
+    /// Run the process that holds frames; agent and edge start it by themselves.
+    Hold(holder::HoldArgs),
+    /// Show what the holder of an agent or edge keeps, and what it did.
+    Held(holder::ShowArgs),
     /// Show the machines, their addresses and where their frames go.
     Map(LookArgs),
     /// Show whether the agent or edge here is well, and whom it can reach.
@@ -86,6 +91,27 @@ pub struct PathArgs {
     pub pins: PathBuf,
 }
 
+/// How frames wait for a machine that no host has at the moment.
+#[derive(Debug, Args)]
+pub struct HolderArgs {
+    /// Hold no frames: no process beside this one, and they are lost while no host has their machine.
+    #[arg(long)]
+    pub no_hold: bool,
+    /// Bounds.
+    #[command(flatten)]
+    pub limits: LimitArgs,
+}
+
+impl HolderArgs {
+    fn settings(&self) -> Result<Option<HoldSettings>> {
+        if self.no_hold {
+            return Ok(None);
+        }
+        let settings = HoldSettings::of_this_program(self.limits.into());
+        settings.map(Some).context("find this program, which is the holder's too")
+    }
+}
+
 /// Settings of `conduit agent`.
 #[derive(Debug, Args)]
 pub struct AgentArgs {
@@ -116,6 +142,9 @@ pub struct AgentArgs {
     /// How frames find their way.
     #[command(flatten)]
     pub path: PathArgs,
+    /// Holding.
+    #[command(flatten)]
+    pub hold: HolderArgs,
     /// Protection.
     #[command(flatten)]
     pub security: SecurityArgs,
@@ -154,6 +183,9 @@ pub struct EdgeArgs {
     /// How frames find their way.
     #[command(flatten)]
     pub path: PathArgs,
+    /// Holding.
+    #[command(flatten)]
+    pub hold: HolderArgs,
     /// Protection.
     #[command(flatten)]
     pub security: SecurityArgs,
@@ -196,6 +228,8 @@ pub fn run(command: Command) -> Result<()> {
     match command {
         Command::Agent(args) => agent(args),
         Command::Edge(args) => edge(args),
+        Command::Hold(args) => holder::run(args),
+        Command::Held(args) => holder::show(&args),
         Command::Map(args) => look(&args, print_map),
         Command::Status(args) => look(&args, print_status),
         Command::Check(args) => try_kernel(&args),
@@ -212,6 +246,7 @@ pub fn run(command: Command) -> Result<()> {
 fn agent(args: AgentArgs) -> Result<()> {
     let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])?;
     let security = args.security.load(&args.host)?;
+    let hold = args.hold.settings()?;
     let agent = Agent::start(AgentConfig {
         host: args.host,
         this: Peer { overlay: args.overlay, underlay: args.underlay },
@@ -222,6 +257,7 @@ fn agent(args: AgentArgs) -> Result<()> {
         state: args.state,
         path: args.path.path,
         pins: args.path.pins,
+        hold,
     })
     .context("the agent did not start")?;
     tracing::info!(overlay = %args.overlay, "agent ready");
@@ -235,6 +271,7 @@ fn agent(args: AgentArgs) -> Result<()> {
 fn edge(args: EdgeArgs) -> Result<()> {
     let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])?;
     let security = args.security.load(&args.name)?;
+    let hold = args.hold.settings()?;
     let edge = Edge::start(EdgeConfig {
         public: args.public,
         this: Peer { overlay: args.overlay, underlay: args.underlay },
@@ -245,6 +282,7 @@ fn edge(args: EdgeArgs) -> Result<()> {
         state: args.state,
         path: args.path.path,
         pins: args.path.pins,
+        hold,
     })
     .context("the edge did not start")?;
     tracing::info!(listen = %edge.listens_on(), public = %args.public, "edge ready");

@@ -128,6 +128,21 @@ impl AgentDataPath {
         }
     }
 
+    fn prepare_within(
+        &self,
+        net: &MachineNet,
+        blackout: Option<Duration>,
+    ) -> Result<Tap, NetError> {
+        let what = "prepare its network";
+        let blackout_ms = blackout.map(|b| u64::try_from(b.as_millis()).unwrap_or(u64::MAX));
+        match self.ask(net, what, &Ask::Prepare { net: net.clone(), blackout_ms }, SLOW)? {
+            Answer::Tap(name) => {
+                tap::open(&name).map_err(|e| NetError::failed(net, format!("open tap {name}"), e))
+            }
+            other => Err(NetError::failed(net, what, format!("unexpected answer {other:?}"))),
+        }
+    }
+
     fn ask(
         &self,
         net: &MachineNet,
@@ -149,13 +164,11 @@ impl DataPath for AgentDataPath {
     }
 
     fn prepare(&self, net: &MachineNet) -> Result<Tap, NetError> {
-        let what = "prepare its network";
-        match self.ask(net, what, &Ask::Prepare { net: net.clone() }, SLOW)? {
-            Answer::Tap(name) => {
-                tap::open(&name).map_err(|e| NetError::failed(net, format!("open tap {name}"), e))
-            }
-            other => Err(NetError::failed(net, what, format!("unexpected answer {other:?}"))),
-        }
+        self.prepare_within(net, None)
+    }
+
+    fn prepare_for(&self, net: &MachineNet, blackout: Duration) -> Result<Tap, NetError> {
+        self.prepare_within(net, Some(blackout))
     }
 
     fn divert(&self, net: &MachineNet, to: &HostEndpoint, epoch: u64) -> Result<(), NetError> {

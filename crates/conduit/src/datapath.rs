@@ -144,6 +144,14 @@ pub trait DataPath: Send + Sync {
     /// frames which arrive before the machine runs wait in it, in order.
     fn prepare(&self, net: &MachineNet) -> Result<Tap, NetError>;
 
+    /// Like [`DataPath::prepare`], for a machine that is expected to stand still for `blackout`. What
+    /// comes in a long one is held where it can be given back at a pace, so that it does not overrun
+    /// the machine's sockets when it runs again.
+    fn prepare_for(&self, net: &MachineNet, blackout: Duration) -> Result<Tap, NetError> {
+        let _ = blackout;
+        self.prepare(net)
+    }
+
     /// Source, optional, just before the processors stop: frames that come to this host go to `to`
     /// from now on. Called this early, the guest itself still empties its tap's queue while it
     /// stops, and the monitor never takes a frame that its stopped guest cannot see (QEMU reads

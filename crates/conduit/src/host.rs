@@ -19,7 +19,7 @@
 //! guard accepts frames *to* the machine's address as well.
 
 use crate::{
-    book::{EdgeView, Place, Record},
+    book::{EdgeView, Place, Record, Wait},
     datapath::MachineNet,
     exec::{self, KernelError},
     netlink::{Netlink, NextHop, Route, Rule, interface_index},
@@ -114,6 +114,16 @@ impl HostNet {
     #[must_use]
     pub fn counts(&self) -> std::collections::BTreeMap<String, u64> {
         self.plane.as_ref().map(|p| p.counts()).unwrap_or_default()
+    }
+
+    /// Frames on hold go into this tap; with `None` there is no hold.
+    pub(crate) fn hold_in(&self, tap: Option<u32>) -> Result<(), KernelError> {
+        self.plane.as_ref().map_or(Ok(()), |plane| plane.set_hold(tap))
+    }
+
+    /// Whether frames can be held.
+    pub(crate) fn holds(&self) -> bool {
+        self.plane.as_ref().is_some_and(|plane| plane.holds())
     }
 
     /// Epochs that the kernel remembers, for an agent that has lost its state.
@@ -243,6 +253,7 @@ impl HostNet {
         let Record { net, epoch, .. } = record;
         let tap = || interface_index(&tap::name(net.address));
         match record.place {
+            Place::Candidate if record.wait == Wait::Hold => plane.expect(net, *epoch, None),
             Place::Candidate => plane.local(net, tap()?, *epoch, true),
             Place::Here if record.retiring => self.unroute(net.address),
             Place::Here => {

@@ -35,6 +35,7 @@ mod client;
 mod datapath;
 pub mod edge;
 pub mod exec;
+pub mod holder;
 pub mod host;
 pub mod lab;
 mod local;

@@ -3,7 +3,7 @@
 //! ports are not mapped, and the guest reaches what the host's own rules let it.
 
 use crate::{
-    book::{Book, Forgotten},
+    book::{Book, Forgotten, Wait},
     datapath::{DataPath, HostEndpoint, MachineNet, NetError, Tap},
     exec::KernelError,
     host::HostNet,
@@ -43,7 +43,7 @@ impl DataPath for LocalDataPath {
 
     fn prepare(&self, net: &MachineNet) -> Result<Tap, NetError> {
         wire::check_machine(net)?;
-        let record = self.book().prepare(net)?.clone();
+        let record = self.book().prepare(net, Wait::Tap)?.clone();
         let fail = |e: KernelError| NetError::failed(net, "prepare its network", e);
         let name = self.host.ensure_tap(net).map_err(fail)?;
         self.host.apply(&record).map_err(fail)?;

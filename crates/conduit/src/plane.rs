@@ -11,7 +11,7 @@ use crate::{
 };
 use conduit_bpf::{Config, DataPlane, Entry, Error, Key, Place, Port, Program, Role};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr},
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -59,6 +59,8 @@ pub(crate) struct Plane {
 struct Known {
     /// Where each host of the overlay is.
     underlays: BTreeMap<Ipv4Addr, Ipv4Addr>,
+    /// Entries to be removed when what was held for them has been sent on.
+    lingering: BTreeSet<Key>,
     config: Config,
 }
 
@@ -99,7 +101,7 @@ impl Plane {
             this: this.underlay.into(),
             edge: before.and_then(|c| c.edge),
             tunnel: tunnel.index,
-            hold: before.and_then(|c| c.hold),
+            hold: before.and_then(|c| c.hold).filter(|&tap| exists(tap)),
             net: NETWORK,
             role,
             gateway: GATEWAY_MAC,
@@ -109,7 +111,8 @@ impl Plane {
             bpf.attach(tunnel.index, program)
                 .map_err(|e| fatal(failed("attach to the tunnel", &e)))?;
         }
-        let known = Mutex::new(Known { underlays: BTreeMap::new(), config });
+        let known =
+            Mutex::new(Known { underlays: BTreeMap::new(), lingering: BTreeSet::new(), config });
         Ok(Self { bpf, tunnel, known })
     }
 
@@ -172,6 +175,84 @@ impl Plane {
         self.change(net, epoch, this, None, Place::Local { tap, candidate })
     }
 
+    /// Frames on hold go into this tap, and what comes back out of it is led on.
+    /// `None`: nothing is held from now on.
+    pub(crate) fn set_hold(&self, tap: Option<u32>) -> Result<(), KernelError> {
+        let fail = |e: Error| failed("say where frames are held", &e);
+        if let Some(tap) = tap {
+            self.bpf.attach(tap, Program::Replay).map_err(fail)?;
+        }
+        let mut known = self.known();
+        known.config.hold = tap;
+        self.bpf.configure(&known.config).map_err(fail)
+    }
+
+    /// Whether frames can be held here.
+    pub(crate) fn holds(&self) -> bool {
+        self.known().config.hold.is_some()
+    }
+
+    /// Frames for a machine are held: `owner` has it, and cannot be reached.
+    pub(crate) fn hold(
+        &self,
+        net: &MachineNet,
+        owner: Ipv4Addr,
+        epoch: u64,
+        candidate: Option<Ipv4Addr>,
+    ) -> Result<(), KernelError> {
+        let (owner, candidate) = self.find(net, owner, candidate)?;
+        self.change(net, epoch, owner, candidate, Place::Hold)
+    }
+
+    /// Frames for a machine, and those that were held for it, are dropped.
+    pub(crate) fn drop_frames(
+        &self,
+        net: &MachineNet,
+        owner: Ipv4Addr,
+        epoch: u64,
+    ) -> Result<(), KernelError> {
+        let (owner, _) = self.find(net, owner, None)?;
+        self.change(net, epoch, owner, None, Place::Drop)
+    }
+
+    /// Where an owner and a candidate are.
+    fn find(
+        &self,
+        net: &MachineNet,
+        owner: Ipv4Addr,
+        candidate: Option<Ipv4Addr>,
+    ) -> Result<(IpAddr, Option<IpAddr>), KernelError> {
+        let known = self.known();
+        let find = |host: Ipv4Addr| known.underlays.get(&host).map(|&a| IpAddr::from(a));
+        let found = find(owner).ok_or_else(|| {
+            let what = format!("lead {} to {owner}", net.address);
+            KernelError::new(what, "no such host is known here")
+        })?;
+        Ok((found, candidate.and_then(find)))
+    }
+
+    /// Frames are held for a machine that is to come here, or (at an edge) to the host `to`; nobody
+    /// owns this epoch yet.
+    pub(crate) fn expect(
+        &self,
+        net: &MachineNet,
+        epoch: u64,
+        to: Option<Ipv4Addr>,
+    ) -> Result<(), KernelError> {
+        let (this, candidate) = {
+            let known = self.known();
+            let candidate = to.and_then(|host| known.underlays.get(&host).map(|&a| a.into()));
+            (known.config.this, candidate)
+        };
+        self.change(net, epoch, this, candidate, Place::Expected)
+    }
+
+    /// Whether frames for a machine are held, or dropped, because its owner cannot be reached.
+    pub(crate) fn is_held_back(&self, address: Ipv4Addr) -> bool {
+        let entry = self.bpf.entry(key(address)).ok().flatten();
+        entry.is_some_and(|e| matches!(e.place, Place::Hold | Place::Drop))
+    }
+
     /// Frames for a machine go to the host with the overlay address `to`. `leaving`: it still runs
     /// here, for a moment. `candidate`: of the host that may have it next.
     pub(crate) fn remote(
@@ -182,14 +263,7 @@ impl Plane {
         leaving: bool,
         candidate: Option<Ipv4Addr>,
     ) -> Result<(), KernelError> {
-        let (owner, candidate) = {
-            let known = self.known();
-            let find = |host: Ipv4Addr| known.underlays.get(&host).map(|&a| IpAddr::from(a));
-            (find(to), candidate.and_then(find))
-        };
-        let owner = owner.ok_or_else(|| {
-            KernelError::new(format!("lead {} to {to}", net.address), "no such host is known here")
-        })?;
+        let (owner, candidate) = self.find(net, to, candidate)?;
         self.change(net, epoch, owner, candidate, Place::Remote { leaving })
     }
 
@@ -202,17 +276,41 @@ impl Plane {
         place: Place,
     ) -> Result<(), KernelError> {
         let entry = Entry { epoch, owner, candidate, place, mac: net.mac };
+        self.known().lingering.remove(&key(net.address));
         self.bpf
             .change(key(net.address), &entry)
             .map(drop)
             .map_err(|e| failed(format!("lead the frames of {}", net.address), &e))
     }
 
-    /// Nothing is known of an address any more.
+    /// Nothing is known of an address any more; as soon as the last frame that was held for it has
+    /// been sent on, if some are on their way.
     pub(crate) fn forget(&self, address: Ipv4Addr) -> Result<(), KernelError> {
+        let key = key(address);
+        if self.bpf.is_draining(key).unwrap_or(false) {
+            self.known().lingering.insert(key);
+            return Ok(());
+        }
+        self.remove_entry(key)
+    }
+
+    fn remove_entry(&self, key: Key) -> Result<(), KernelError> {
         self.bpf
-            .remove_entry(key(address))
-            .map_err(|e| failed(format!("forget the way to {address}"), &e))
+            .remove_entry(key)
+            .map_err(|e| failed(format!("forget the way to {}", key.address), &e))
+    }
+
+    /// Removes the entries whose last frames have been sent on.
+    fn forget_lingering(&self) {
+        // Under the lock, so that no change comes between the question and the removal.
+        let mut known = self.known();
+        known.lingering.retain(|&key| {
+            let draining = self.bpf.is_draining(key).unwrap_or(false);
+            if !draining && let Err(error) = self.remove_entry(key) {
+                tracing::warn!(%error, "an entry stays");
+            }
+            draining
+        });
     }
 
     /// The epochs that the kernel remembers of machines which an owner without memory does not
@@ -238,6 +336,7 @@ impl Plane {
             loop {
                 std::thread::sleep(Duration::from_secs(1));
                 let Some(plane) = plane.upgrade() else { return };
+                plane.forget_lingering();
                 let peers: Vec<IpAddr> =
                     plane.known().underlays.values().map(|&a| a.into()).collect();
                 match tunnel::fit(this, &peers, mtu) {
@@ -264,6 +363,10 @@ impl Plane {
 struct OpenError {
     kernel_cannot: bool,
     error: KernelError,
+}
+
+fn exists(interface: u32) -> bool {
+    nix::net::if_::if_indextoname(interface).is_ok()
 }
 
 fn key(address: Ipv4Addr) -> Key {

@@ -61,7 +61,7 @@ fn open_clone_device() -> io::Result<File> {
 pub(crate) fn create_persistent(name: &str) -> io::Result<()> {
     let file = open_clone_device()?;
     sys::attach(file.as_fd(), name, FLAGS)?;
-    sys::set_persistent(file.as_fd())
+    sys::set_persistent(file.as_fd(), true)
 }
 
 /// Opens the existing tap of a machine. It has one queue: a second opener is refused by the
@@ -85,6 +85,24 @@ pub(crate) fn open(name: &str) -> io::Result<Tap> {
         .and_then(|index| Netlink::open()?.wait_running(index, RUNNING_LIMIT))
         .map_err(io::Error::other)?;
     Ok(Tap { name: name.to_owned(), fd: file.into() })
+}
+
+/// Opens (and makes, if need be) the tap of that name, which stays when it is closed, for a reader
+/// that takes whatever the kernel has put together.
+pub(crate) fn open_persistent(name: &str) -> io::Result<Tap> {
+    let file = open_clone_device()?;
+    let name = sys::attach(file.as_fd(), name, FLAGS)?;
+    sys::set_persistent(file.as_fd(), true)?;
+    sys::set_vnet_header_size(file.as_fd(), 10)?;
+    let tcp = sys::TUN_F_CSUM | sys::TUN_F_TSO4 | sys::TUN_F_TSO6 | sys::TUN_F_TSO_ECN;
+    sys::set_offload(file.as_fd(), tcp | sys::TUN_F_USO)
+        .or_else(|_| sys::set_offload(file.as_fd(), tcp))?;
+    Ok(Tap { name, fd: file.into() })
+}
+
+/// The interface goes when the last descriptor of it closes.
+pub(crate) fn let_go(tap: BorrowedFd<'_>) -> io::Result<()> {
+    sys::set_persistent(tap, false)
 }
 
 /// A tap that leads nowhere and goes when it is closed.

@@ -14,7 +14,8 @@
 //! A claim says who owns a machine's address at an epoch; either the old owner (when it pauses) or
 //! the new one (when it resumes) may say it, and the second to say it changes nothing. A candidate is
 //! a host that was prepared for a machine: its frames are believed, with a newer epoch than the
-//! owner's, before its claim has come.
+//! owner's, before its claim has come. A release by a host that is only a candidate says that the machine
+//! will not come there.
 
 use crate::{
     datapath::{MachineNet, NetError},
@@ -63,6 +64,9 @@ pub enum HostSays {
         id: u64,
         /// The machine.
         net: MachineNet,
+        /// It will stand still for long: its frames are held until it runs.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        long: bool,
     },
     /// `owner` has the machine at `epoch`.
     Claim {
@@ -133,6 +137,9 @@ pub enum Ask {
     Prepare {
         /// The machine.
         net: MachineNet,
+        /// How long it is expected to stand still, if that is known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        blackout_ms: Option<u64>,
     },
     /// See [`crate::DataPath::divert`].
     Divert {

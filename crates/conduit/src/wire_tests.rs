@@ -32,7 +32,7 @@ fn the_bytes_between_agent_and_edge_are_fixed() {
         r#"{"say":"hello","version":2,"host":"a","overlay":"100.64.0.2","underlay":"10.88.0.2","path":"bpf"}"#,
     );
     golden(
-        &HostSays::Candidate { id: 6, net: net() },
+        &HostSays::Candidate { id: 6, net: net(), long: false },
         &format!(r#"{{"say":"candidate","id":6,"net":{NET}}}"#),
     );
     golden(
@@ -63,7 +63,14 @@ fn the_bytes_between_agent_and_edge_are_fixed() {
 fn the_bytes_between_runner_and_agent_are_fixed() {
     let to = Ipv4Addr::new(100, 64, 0, 3);
     golden(&Ask::Endpoint, r#"{"ask":"endpoint"}"#);
-    golden(&Ask::Prepare { net: net() }, &format!(r#"{{"ask":"prepare","net":{NET}}}"#));
+    golden(
+        &Ask::Prepare { net: net(), blackout_ms: None },
+        &format!(r#"{{"ask":"prepare","net":{NET}}}"#),
+    );
+    golden(
+        &Ask::Prepare { net: net(), blackout_ms: Some(300) },
+        &format!(r#"{{"ask":"prepare","net":{NET},"blackout_ms":300}}"#),
+    );
     golden(
         &Ask::Divert { net: net(), to, epoch: 5 },
         &format!(r#"{{"ask":"divert","net":{NET},"to":"100.64.0.3","epoch":5}}"#),

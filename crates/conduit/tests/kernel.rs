@@ -5,6 +5,7 @@ use conduit::{
     agent::{Agent, AgentConfig},
     edge::{Edge, EdgeConfig},
     exec,
+    holder::{HoldSettings, Limits},
     netlink::{Netlink, NextHop, Route, Rule, interface_index},
     tap,
     wire::Peer,
@@ -47,6 +48,10 @@ fn net() -> MachineNet {
     }
 }
 
+fn hold() -> HoldSettings {
+    HoldSettings::of(Path::new(env!("CARGO_BIN_EXE_conduit")), Limits::default())
+}
+
 fn edge_config(folder: &Path, path: PathChoice, pins: &Path) -> EdgeConfig {
     let underlay = Ipv4Addr::new(10, 88, 0, 1);
     EdgeConfig {
@@ -59,6 +64,7 @@ fn edge_config(folder: &Path, path: PathChoice, pins: &Path) -> EdgeConfig {
         state: folder.join("edge"),
         path,
         pins: pins.to_owned(),
+        hold: Some(hold()),
     }
 }
 
@@ -212,6 +218,7 @@ fn an_agent_and_an_edge_leave_nothing_behind_when_asked_to() {
             state: folder.path().join("agent"),
             path: PathChoice::Auto,
             pins: conduit_bpf::ROOT.into(),
+            hold: Some(hold()),
         })
         .unwrap();
         assert_ne!(listing(), before);
@@ -244,6 +251,7 @@ fn an_address_that_is_not_this_hosts_is_refused_at_start() {
             state: folder.path().join("edge"),
             path: PathChoice::Auto,
             pins: conduit_bpf::ROOT.into(),
+            hold: None,
         })
         .err()
         .map(|e| e.to_string())

@@ -1,9 +1,9 @@
 //! The agent's connection to the edge: dialled for ever, and everything that the edge must know is
 //! told again after each loss. One thread writes, one reads.
 
-use super::{LinkState, Shared, server::spawn};
+use super::{Core, LinkState, Shared, server::spawn};
 use crate::{
-    book::{EdgeView, Place, Record},
+    book::{EdgeView, Place, Record, Wait},
     wire::{self, EdgeSays, HostSays},
 };
 use identity::{HostName, Reader, Security, Stream, Writer};
@@ -22,7 +22,7 @@ use std::{
 const DIAL_LIMIT: Duration = Duration::from_secs(3);
 const WRITE_LIMIT: Duration = Duration::from_secs(3);
 /// A ping goes out this often; a connection that is silent for [`SILENCE_LIMIT`] is dead.
-const PING_EVERY: Duration = Duration::from_secs(1);
+const PING_EVERY: Duration = Duration::from_millis(100);
 const SILENCE_LIMIT: Duration = Duration::from_secs(4);
 /// Wait before dialling again: the first, and the longest.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
@@ -130,14 +130,28 @@ fn speak(writer: &mut Writer, shared: &Shared, asked: &Asked, dead: &AtomicBool)
                 .unwrap_or_else(PoisonError::into_inner)
                 .insert(id, (address, record.epoch));
             wire::send(writer, &message(id, &record, shared.this.overlay))?;
+            shared.core().said.insert(address, record.epoch);
+            shared.changed.notify_all();
             told.insert(address, record);
         }
         if Instant::now() >= ping_at {
             id += 1;
             wire::send(writer, &HostSays::Ping { id })?;
             ping_at = Instant::now() + PING_EVERY;
-            let core = shared.core();
-            told.retain(|address, _| core.book.get(*address).is_some());
+            let forgotten: Vec<Record> = {
+                let mut core = shared.core();
+                let Core { book, said, .. } = &mut *core;
+                said.retain(|address, _| book.get(*address).is_some());
+                told.extract_if(.., |address, _| book.get(*address).is_none())
+                    .map(|(_, record)| record)
+                    .collect()
+            };
+            for record in forgotten.into_iter().filter(|r| r.place == Place::Candidate) {
+                // It was announced, and will not come.
+                id += 1;
+                let Record { net, epoch, .. } = record;
+                wire::send(writer, &HostSays::Release { id, net, epoch })?;
+            }
         }
     }
 }
@@ -148,7 +162,7 @@ fn message(id: u64, record: &Record, this: Ipv4Addr) -> HostSays {
         Place::Away { to } => HostSays::Claim { id, net, owner: to, epoch },
         Place::Here if record.retiring => HostSays::Release { id, net, epoch },
         Place::Here => HostSays::Claim { id, net, owner: this, epoch },
-        Place::Candidate => HostSays::Candidate { id, net },
+        Place::Candidate => HostSays::Candidate { id, net, long: record.wait == Wait::Hold },
     }
 }
 

@@ -16,11 +16,12 @@ mod server;
 pub(crate) use server::{listen as listen_unix, spawn};
 
 use crate::{
-    book::{Book, EdgeView, Forgotten, Place, RECORD_VERSION, Record},
+    book::{Book, EdgeView, Forgotten, Place, RECORD_VERSION, Record, Wait},
     datapath::{MachineNet, NetError},
     exec::KernelError,
+    holder::{HoldSettings, Keeper},
     host::HostNet,
-    plane::PathChoice,
+    plane::{PathChoice, PathKind},
     store::Store,
     wire::{self, MachineStatus, Peer, Status},
 };
@@ -55,7 +56,13 @@ pub struct AgentConfig {
     pub path: PathChoice,
     /// Where what BPF needs is pinned, on a BPF file system.
     pub pins: PathBuf,
+    /// How frames are held through long blackouts (needs BPF); `None`: they are not.
+    pub hold: Option<HoldSettings>,
 }
+
+/// A blackout that is expected to be longer is not left to the tap's queue, which the machine would
+/// read at once.
+const LONG_BLACKOUT: Duration = Duration::from_millis(200);
 
 /// How long `prepare` waits for the edge to be known, or to confirm an earlier move.
 const PREPARE_PATIENCE: Duration = Duration::from_secs(3);
@@ -80,11 +87,17 @@ struct Core {
     peers: BTreeMap<Ipv4Addr, Peer>,
     edge: Option<Peer>,
     link: LinkState,
+    /// The epoch that was last said to the edge of each machine, whether it has answered or not.
+    said: BTreeMap<Ipv4Addr, u64>,
 }
+
+/// How long the last word about a machine that leaves may take to leave too.
+const SAY_LIMIT: Duration = Duration::from_millis(20);
 
 /// What the threads of an agent share.
 struct Shared {
-    host: HostNet,
+    host: Arc<HostNet>,
+    keeper: Option<Keeper>,
     name: HostName,
     this: Peer,
     core: Mutex<Core>,
@@ -114,7 +127,7 @@ impl Agent {
     /// Sets the host up, takes up what the last agent left, and serves. Must be called in the
     /// host's network namespace.
     pub fn start(config: AgentConfig) -> Result<Self, KernelError> {
-        let host = HostNet::open(Some(config.this), config.path, &config.pins)?;
+        let host = Arc::new(HostNet::open(Some(config.this), config.path, &config.pins)?);
         let machines = Store::open(&config.state.join("machines"))?;
         let floors = Store::open(&config.state.join("floors"))?;
         let fleet = Store::open(&config.state.join("fleet"))?;
@@ -123,6 +136,7 @@ impl Agent {
             peers: BTreeMap::new(),
             edge: None,
             link: LinkState::Connecting { last_error: "not tried yet".into() },
+            said: BTreeMap::new(),
         };
         for floor in floors.load::<Floor>()? {
             core.book.restore_floor(floor.address, floor.epoch);
@@ -160,8 +174,17 @@ impl Agent {
                 core.book.restore_floor(address, epoch);
             }
         }
+        let keeper = config.hold.filter(|_| host.path() == PathKind::Bpf).map(|settings| {
+            let host = host.clone();
+            let tell = move |tap| host.hold_in(Some(tap));
+            Keeper::start(settings, &config.state, &config.pins, tell)
+        });
+        if keeper.is_none() {
+            host.hold_in(None)?;
+        }
         let shared = Arc::new(Shared {
             host,
+            keeper,
             name: config.host.clone(),
             this: config.this,
             core: Mutex::new(core),
@@ -189,6 +212,9 @@ impl Agent {
         for address in addresses {
             self.shared.host.remove_tap(address)?;
             self.shared.machines.remove(address)?;
+        }
+        if let Some(keeper) = &self.shared.keeper {
+            keeper.stop()?;
         }
         self.shared.host.remove()
     }
@@ -228,7 +254,7 @@ impl Shared {
         core
     }
 
-    fn prepare(&self, net: &MachineNet) -> Result<String, NetError> {
+    fn prepare(&self, net: &MachineNet, blackout: Option<Duration>) -> Result<String, NetError> {
         wire::check_machine(net)?;
         let operation = "prepare its network";
         if u32::from(net.mtu) > self.host.mtu() {
@@ -258,13 +284,15 @@ impl Shared {
             let detail = format!("this host has not reached its edge yet ({})", core.link);
             return Err(NetError::failed(net, operation, detail));
         }
+        let long = blackout.is_some_and(|b| b > LONG_BLACKOUT);
+        let wait = if long && self.host.holds() { Wait::Hold } else { Wait::Tap };
         // A rehearsal: is it refused? Then nothing is made.
-        core.book.clone().prepare(net)?;
+        core.book.clone().prepare(net, wait)?;
         drop(core);
 
         let fail = |e: KernelError| NetError::failed(net, operation, e);
         let name = self.host.ensure_tap(net).map_err(fail)?;
-        self.change(net, operation, |book| book.prepare(net).cloned())?;
+        self.change(net, operation, |book| book.prepare(net, wait).cloned())?;
         Ok(name)
     }
 
@@ -291,6 +319,16 @@ impl Shared {
         if let Err(error) = applied {
             tracing::warn!(machine = record.net.machine, %error, "its last frames may still leave");
         }
+    }
+
+    /// Waits a moment until the edge has been told what is pending: this host may be gone soon.
+    fn say(&self, address: Ipv4Addr, epoch: u64) {
+        let said = |core: &Core| {
+            core.link != LinkState::Up
+                || core.said.get(&address).is_some_and(|&said| said >= epoch)
+                || core.book.get(address).is_none_or(|r| r.edge != EdgeView::Pending)
+        };
+        drop(self.wait(self.core(), Instant::now() + SAY_LIMIT, said));
     }
 
     fn resume(&self, net: &MachineNet, epoch: u64) -> Result<(), NetError> {
@@ -436,12 +474,20 @@ impl Shared {
         Ok(())
     }
 
+    /// What programs and holder counted.
+    fn counts(&self) -> BTreeMap<String, u64> {
+        let mut counts = self.host.counts();
+        counts.extend(self.keeper.iter().flat_map(Keeper::counts));
+        counts
+    }
+
     fn set_link(&self, link: LinkState) {
         self.core().link = link;
         self.changed.notify_all();
     }
 
     fn status(&self) -> Status {
+        let counts = self.counts();
         let core = self.core();
         let machines = core.book.records().map(|r| MachineStatus {
             net: r.net.clone(),
@@ -467,7 +513,7 @@ impl Shared {
             peer: self.this,
             link: core.link.to_string(),
             path: self.host.path(),
-            counts: self.host.counts(),
+            counts,
             peers: core.peers.values().copied().collect(),
             machines: machines.collect(),
         }

@@ -96,8 +96,9 @@ fn answer(shared: &Shared, ask: Ask) -> Answer {
     let done = match ask {
         Ask::Endpoint => return Answer::Endpoint(shared.this.overlay),
         Ask::Status => return Answer::Status(shared.status()),
-        Ask::Prepare { net } => {
-            return match shared.prepare(&net) {
+        Ask::Prepare { net, blackout_ms } => {
+            let blackout = blackout_ms.map(Duration::from_millis);
+            return match shared.prepare(&net, blackout) {
                 Ok(name) => Answer::Tap(name),
                 Err(error) => Answer::Failed(error),
             };
@@ -105,6 +106,7 @@ fn answer(shared: &Shared, ask: Ask) -> Answer {
         Ask::Divert { net, to, epoch } => shared.divert(&net, to, epoch),
         Ask::Drained { net, epoch } => {
             shared.drained(net.address, epoch);
+            shared.say(net.address, epoch);
             Ok(())
         }
         Ask::Resume { net, epoch } => shared.resume(&net, epoch),

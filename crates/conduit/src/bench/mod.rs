@@ -7,10 +7,11 @@
 
 mod flip;
 mod gap;
+mod kill;
 mod rig;
 mod wire;
 
-use anyhow::{bail, ensure};
+use anyhow::{Context, bail, ensure};
 use bench::{Results, Row};
 use std::{path::PathBuf, time::Instant};
 
@@ -40,7 +41,12 @@ struct Group {
     run: fn(bool) -> anyhow::Result<Vec<Row>>,
 }
 
-const ALL: &[&[Group]] = &[wire::GROUPS, flip::GROUPS, gap::GROUPS];
+const ALL: &[&[Group]] = &[wire::GROUPS, flip::GROUPS, gap::GROUPS, kill::GROUPS];
+
+/// The `conduit` whose daemons are measured: this one.
+fn program() -> anyhow::Result<PathBuf> {
+    std::env::current_exe().context("find this program")
+}
 
 /// Runs the command. True if every promise was kept.
 pub fn run(args: &Args) -> anyhow::Result<bool> {

@@ -160,7 +160,8 @@ impl Ledger {
         Ok(Change { route: true, ports: true })
     }
 
-    fn check_rules(&self, net: &MachineNet) -> Result<(), NetError> {
+    /// Whether this edge would have such a machine at all.
+    pub(crate) fn check_rules(&self, net: &MachineNet) -> Result<(), NetError> {
         let (network, prefix) = self.rules.machines;
         let mask = u32::MAX.checked_shl(32 - u32::from(prefix.min(32))).unwrap_or(0);
         if u32::from(net.address) & mask != u32::from(network) & mask {

@@ -9,6 +9,7 @@
 //! A move costs one state file and one netlink request here; `nft` runs only when a machine or its
 //! ports are new.
 
+mod health;
 pub mod ledger;
 mod nat;
 mod server;
@@ -17,6 +18,7 @@ use crate::{
     agent::listen_unix,
     datapath::{MachineNet, NetError},
     exec::{self, KernelError},
+    holder::{HoldSettings, Keeper},
     host::{MACHINES, loosen_reverse_path_filter, machines_rule, open_plane, quiet_interface},
     netlink::{Netlink, NextHop, Route},
     overlay,
@@ -26,6 +28,7 @@ use crate::{
     wire::{self, MachineStatus, Peer, Status},
 };
 use conduit_bpf::Role;
+use health::{Health, Signs, Treatment};
 use identity::{HostName, Security};
 use ledger::{Change, ENTRY_VERSION, Entry, Ledger, Rules};
 use nat::Outside;
@@ -35,6 +38,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 /// How an edge is started.
@@ -58,6 +62,8 @@ pub struct EdgeConfig {
     pub path: PathChoice,
     /// Where what BPF needs is pinned, on a BPF file system.
     pub pins: PathBuf,
+    /// How frames are held while no host has their machine (needs BPF); `None`: they are not.
+    pub hold: Option<HoldSettings>,
 }
 
 /// A host as remembered over a restart: its overlay address belongs to its name.
@@ -68,13 +74,34 @@ struct KnownHost {
     peer: Peer,
 }
 
+/// A host that was prepared for a machine.
+#[derive(Clone, Copy, Debug)]
+struct Candidate {
+    by: Ipv4Addr,
+    /// It expects a long blackout: when the machine leaves its owner, its frames are held here.
+    long: bool,
+}
+
+/// Who will have a machine, and since when that is known.
+#[derive(Clone, Copy, Debug)]
+struct Expected {
+    by: Ipv4Addr,
+    since: Instant,
+}
+
 struct Core {
     ledger: Ledger,
     hosts: BTreeMap<Ipv4Addr, KnownHost>,
     netlink: Netlink,
     /// The host that was prepared for a machine: the only one whose frames may run ahead of its
     /// claim.
-    candidates: BTreeMap<Ipv4Addr, Ipv4Addr>,
+    candidates: BTreeMap<Ipv4Addr, Candidate>,
+    /// Machines whose frames are held until their owner itself has said that it has them, and since
+    /// when.
+    awaited: BTreeMap<Ipv4Addr, Instant>,
+    /// Machines that nobody has and somebody will have: their frames are held.
+    expected: BTreeMap<Ipv4Addr, Expected>,
+    health: Health,
 }
 
 /// What the threads of an edge share.
@@ -83,6 +110,7 @@ struct Shared {
     outside: Outside,
     index: u32,
     plane: Option<Arc<Plane>>,
+    keeper: Option<Keeper>,
     listen: SocketAddr,
     core: Mutex<Core>,
     machines: Store,
@@ -131,9 +159,18 @@ impl Edge {
 
         let rules = Rules { machines: config.machines, reserved: BTreeSet::from([listen.port()]) };
         let (ledger, known) = (Ledger::new(rules), BTreeMap::new());
-        let core = Core { ledger, hosts: known, netlink, candidates: BTreeMap::new() };
+        let health = Health::new(config.hold.as_ref().map_or(Duration::ZERO, |h| h.limits.age));
+        let (candidates, awaited, expected) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let core = Core { ledger, hosts: known, netlink, candidates, awaited, expected, health };
         let (this, core) = (config.this, Mutex::new(core));
-        let shared = Shared { this, outside, index, plane, listen, core, machines, hosts };
+        let keeper = config.hold.zip(plane.clone()).map(|(settings, plane)| {
+            let tell = move |tap| plane.set_hold(Some(tap));
+            Keeper::start(settings, &config.state, &config.pins, tell)
+        });
+        if let (None, Some(plane)) = (&keeper, &plane) {
+            plane.set_hold(None)?;
+        }
+        let shared = Shared { this, outside, index, plane, keeper, listen, core, machines, hosts };
         shared.take_up()?;
         // A move reorders a few segments; without this, those at the edge of a window count as
         // invalid and are not translated. The file appears with the first rule that needs it.
@@ -166,6 +203,9 @@ impl Edge {
             core.netlink.delete_route(MACHINES, route.to, route.prefix)?;
         }
         while core.netlink.delete_rule(&machines_rule())? {}
+        if let Some(keeper) = &self.shared.keeper {
+            keeper.stop()?;
+        }
         if let Some(plane) = &self.shared.plane {
             plane.remove()?;
         }
@@ -203,7 +243,11 @@ impl Shared {
                 ));
             }
             if !entry.released {
-                self.lead(&mut core, &entry, None)?;
+                // What the last edge held back stays held until its host has spoken.
+                if self.plane.as_ref().is_some_and(|p| p.is_held_back(entry.net.address)) {
+                    core.awaited.insert(entry.net.address, Instant::now());
+                }
+                self.lead(&mut core, &entry)?;
             }
             core.ledger.restore(entry);
         }
@@ -224,14 +268,18 @@ impl Shared {
     }
 
     /// Leads a machine's frames to the host that has it.
-    fn lead(
-        &self,
-        core: &mut Core,
-        entry: &Entry,
-        candidate: Option<Ipv4Addr>,
-    ) -> Result<(), KernelError> {
+    fn lead(&self, core: &mut Core, entry: &Entry) -> Result<(), KernelError> {
+        let Entry { net, owner, epoch, .. } = entry;
+        let candidate = core.candidates.get(&net.address).map(|c| c.by);
+        let awaited = core.awaited.contains_key(&net.address).then_some(Treatment::Hold);
         match &self.plane {
-            Some(plane) => plane.remote(&entry.net, entry.owner, entry.epoch, false, candidate),
+            Some(plane) => match core.health.treatment(*owner).or(awaited) {
+                Some(Treatment::Hold) if plane.holds() => {
+                    plane.hold(net, *owner, *epoch, candidate)
+                }
+                Some(Treatment::Drop) if plane.holds() => plane.drop_frames(net, *owner, *epoch),
+                _ => plane.remote(net, *owner, *epoch, false, candidate),
+            },
             None => {
                 let next = NextHop::Gateway(entry.owner, self.index);
                 core.netlink.replace_route(&Route::host(MACHINES, entry.net.address, next))
@@ -239,9 +287,62 @@ impl Shared {
         }
     }
 
+    /// Judges hosts by their signs of life; what changes for their machines is made so.
+    fn judge_hosts(&self, signs: &BTreeMap<Ipv4Addr, Vec<Signs>>, now: Instant) {
+        let mut core = self.core();
+        let bound = core.health.bound();
+        let late = |e: &Expected| now.saturating_duration_since(e.since) > bound;
+        let late: Vec<_> =
+            core.expected.iter().filter(|(_, e)| late(e)).map(|(&address, _)| address).collect();
+        for address in late {
+            tracing::warn!(%address, "nobody has come to have it: its frames are not held any more");
+            if let Err(error) = self.expect_no_more(&mut core, address) {
+                tracing::warn!(%address, %error, "they are held all the same");
+            }
+        }
+        let Core { awaited, ledger, .. } = &mut *core;
+        let late: Vec<Entry> = awaited
+            .extract_if(.., |_, since| now.saturating_duration_since(*since) > bound)
+            .filter_map(|(address, _)| ledger.get(address).filter(|e| !e.released).cloned())
+            .collect();
+        self.lead_each(&mut core, &late);
+        for host in core.health.judge(signs, now) {
+            let name = core.hosts.get(&host).map_or("", |h| &h.name).to_owned();
+            match core.health.treatment(host) {
+                Some(Treatment::Hold) => {
+                    tracing::warn!(host = name, "silent: frames for its machines are held");
+                }
+                Some(Treatment::Drop) => {
+                    tracing::warn!(
+                        host = name,
+                        "still silent: frames for its machines are dropped"
+                    );
+                }
+                None => tracing::info!(host = name, "speaks again"),
+            }
+            self.lead_all(&mut core, host);
+        }
+    }
+
+    /// Leads all machines of a host (again).
+    fn lead_all(&self, core: &mut Core, host: Ipv4Addr) {
+        let entries: Vec<Entry> =
+            core.ledger.machines().filter(|e| e.owner == host).cloned().collect();
+        self.lead_each(core, &entries);
+    }
+
+    fn lead_each(&self, core: &mut Core, entries: &[Entry]) {
+        for entry in entries {
+            if let Err(error) = self.lead(core, entry) {
+                tracing::warn!(machine = entry.net.machine, %error, "its way stays as it was");
+            }
+        }
+    }
+
     /// Leads a machine's frames nowhere.
     fn mislead(&self, core: &mut Core, address: Ipv4Addr) -> Result<(), KernelError> {
         core.candidates.remove(&address);
+        core.awaited.remove(&address);
         match &self.plane {
             Some(plane) => plane.forget(address),
             None => core.netlink.delete_route(MACHINES, address, 32).map(drop),
@@ -249,19 +350,61 @@ impl Shared {
     }
 
     /// A host was prepared for a machine.
-    fn candidate(&self, by: Ipv4Addr, net: &MachineNet) -> Result<(), NetError> {
+    fn candidate(&self, by: Ipv4Addr, net: &MachineNet, long: bool) -> Result<(), NetError> {
         wire::check_machine(net)?;
         let mut core = self.core();
-        let Some(entry) = core.ledger.get(net.address).cloned() else { return Ok(()) };
-        if entry.released || entry.net.machine != net.machine || entry.owner == by {
+        let entry = core.ledger.get(net.address).cloned();
+        let Some(entry) = entry.filter(|e| !e.released) else {
+            return self.expect(&mut core, by, net);
+        };
+        if entry.net.machine != net.machine || entry.owner == by {
             return Ok(());
         }
-        core.candidates.insert(net.address, by);
+        core.candidates.insert(net.address, Candidate { by, long });
         if self.plane.is_none() {
             return Ok(());
         }
-        self.lead(&mut core, &entry, Some(by))
+        self.lead(&mut core, &entry)
             .map_err(|e| NetError::failed(net, "announce where it may go", e))
+    }
+
+    /// Nobody has this machine, and `by` says that it will: what comes meanwhile is held.
+    fn expect(&self, core: &mut Core, by: Ipv4Addr, net: &MachineNet) -> Result<(), NetError> {
+        let Some(plane) = self.plane.as_ref().filter(|plane| plane.holds()) else { return Ok(()) };
+        core.ledger.check_rules(net)?;
+        let epoch = core.ledger.get(net.address).map_or(0, |e| e.epoch);
+        plane
+            .expect(net, epoch, Some(by))
+            .map_err(|e| NetError::failed(net, "hold its frames at the edge", e))?;
+        core.expected.insert(net.address, Expected { by, since: Instant::now() });
+        Ok(())
+    }
+
+    /// A host that said it might have a machine will not; false if it had not said so.
+    fn withdraw(&self, core: &mut Core, by: Ipv4Addr, net: &MachineNet) -> Result<bool, NetError> {
+        let fail = |e: KernelError| NetError::failed(net, "forget where it might have gone", e);
+        if core.expected.get(&net.address).is_some_and(|e| e.by == by) {
+            self.expect_no_more(core, net.address).map_err(fail)?;
+            return Ok(true);
+        }
+        if core.candidates.get(&net.address).is_some_and(|c| c.by == by) {
+            core.candidates.remove(&net.address);
+            let entry = core.ledger.get(net.address).filter(|e| !e.released).cloned();
+            if let Some(entry) = entry {
+                self.lead(core, &entry).map_err(fail)?;
+            }
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
+    fn expect_no_more(&self, core: &mut Core, address: Ipv4Addr) -> Result<(), KernelError> {
+        core.expected.remove(&address);
+        let taken = core.ledger.get(address).is_some_and(|e| !e.released);
+        match &self.plane {
+            Some(plane) if !taken => plane.forget(address),
+            _ => Ok(()),
+        }
     }
 
     /// A host says where it is.
@@ -271,22 +414,26 @@ impl Shared {
             return Err(format!("host {name}: {} is the edge's own address", peer.overlay));
         }
         let host = KnownHost { name: name.to_string(), peer };
-        match core.hosts.get(&peer.overlay) {
-            Some(known) if *known == host => return Ok(()),
-            Some(known) if known.name != host.name => {
-                return Err(format!(
-                    "host {name}: the overlay address {} belongs to host \"{}\"; give each host \
-                     its own, or remove hosts/{}.json from the edge's state and restart it",
-                    peer.overlay, known.name, peer.overlay
-                ));
-            }
-            _ => {}
+        if let Some(known) = core.hosts.get(&peer.overlay)
+            && known.name != host.name
+        {
+            return Err(format!(
+                "host {name}: the overlay address {} belongs to host \"{}\"; give each host \
+                 its own, or remove hosts/{}.json from the edge's state and restart it",
+                peer.overlay, known.name, peer.overlay
+            ));
         }
-        let fail = |e: KernelError| format!("host {name}: {e}");
-        self.hosts.save(peer.overlay, &host).map_err(fail)?;
-        self.reach(&mut core, &peer).map_err(fail)?;
-        core.hosts.insert(peer.overlay, host);
-        tracing::info!(host = %name, overlay = %peer.overlay, underlay = %peer.underlay, "host joined");
+        if core.hosts.get(&peer.overlay) != Some(&host) {
+            let fail = |e: KernelError| format!("host {name}: {e}");
+            self.hosts.save(peer.overlay, &host).map_err(fail)?;
+            self.reach(&mut core, &peer).map_err(fail)?;
+            core.hosts.insert(peer.overlay, host);
+            tracing::info!(host = %name, overlay = %peer.overlay, underlay = %peer.underlay, "host joined");
+        }
+        if core.health.connected(peer.overlay) {
+            tracing::info!(host = %name, "connected again: what was held goes there");
+            self.lead_all(&mut core, peer.overlay);
+        }
         Ok(())
     }
 
@@ -308,6 +455,13 @@ impl Shared {
         }
         let before = core.ledger.get(net.address).cloned();
         let change = core.ledger.claim(by, net, owner, epoch)?;
+        if by == owner {
+            core.awaited.remove(&net.address);
+        } else if change.route
+            && core.candidates.get(&net.address).is_some_and(|c| c.by == owner && c.long)
+        {
+            core.awaited.insert(net.address, Instant::now());
+        }
         self.commit(&mut core, net, before, change)?;
         if change.route {
             tracing::info!(machine = net.machine, address = %net.address, %owner, epoch, "route set");
@@ -318,6 +472,10 @@ impl Shared {
     fn release(&self, by: Ipv4Addr, net: &MachineNet, epoch: u64) -> Result<(), NetError> {
         let mut core = self.core();
         let before = core.ledger.get(net.address).cloned();
+        let owner = before.as_ref().filter(|e| !e.released).map(|e| e.owner);
+        if owner != Some(by) && self.withdraw(&mut core, by, net)? {
+            return Ok(());
+        }
         let change = core.ledger.release(by, net, epoch)?;
         self.commit(&mut core, net, before, change)?;
         tracing::info!(machine = net.machine, address = %net.address, epoch, "machine released");
@@ -344,11 +502,11 @@ impl Shared {
         if entry.released {
             self.mislead(core, net.address).map_err(fail)?;
         } else {
+            core.expected.remove(&net.address);
             if before.is_none_or(|b| b.owner != entry.owner) {
                 core.candidates.remove(&net.address);
             }
-            let candidate = core.candidates.get(&net.address).copied();
-            self.lead(core, &entry, candidate).map_err(fail)?;
+            self.lead(core, &entry).map_err(fail)?;
         }
         if change.ports {
             nat::apply(&self.outside, self.tunnel(), core.ledger.machines()).map_err(fail)?;
@@ -356,7 +514,15 @@ impl Shared {
         Ok(())
     }
 
+    /// What programs and holder counted.
+    fn counts(&self) -> BTreeMap<String, u64> {
+        let mut counts = self.plane.as_ref().map(|p| p.counts()).unwrap_or_default();
+        counts.extend(self.keeper.iter().flat_map(Keeper::counts));
+        counts
+    }
+
     fn status(&self) -> Status {
+        let counts = self.counts();
         let core = self.core();
         let machines = core.ledger.machines().map(|e| MachineStatus {
             net: e.net.clone(),
@@ -370,7 +536,7 @@ impl Shared {
             host: String::new(),
             peer: self.this,
             path: self.path(),
-            counts: self.plane.as_ref().map(|p| p.counts()).unwrap_or_default(),
+            counts,
             link: format!("agents connect to {}, clients to {}", self.listen, self.outside.address),
             peers: core.hosts.values().map(|h| h.peer).collect(),
             machines: machines.collect(),

@@ -1,40 +1,57 @@
 //! The edge's two listeners: TCP for agents (under mutual TLS unless plaintext was chosen), a unix
 //! socket for status. A thread per connection; claims of one agent are answered in order.
 
-use super::Shared;
+use super::{
+    Shared,
+    health::{self, ASK_AFTER, Signs},
+};
 use crate::{
     agent::spawn,
     datapath::NetError,
+    sys,
     wire::{self, Answer, Ask, EdgeSays, HostSays, Peer},
 };
 use identity::{Control, HostName, Security, Stream, Writer};
 use std::{
     collections::BTreeMap,
     io::{self, BufReader},
-    net::{TcpListener, TcpStream},
-    os::unix::net::{UnixListener, UnixStream},
+    net::{Ipv4Addr, TcpListener, TcpStream},
+    os::{
+        fd::AsFd,
+        unix::net::{UnixListener, UnixStream},
+    },
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// From the connection to the end of the handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
-/// Agents ping every second.
+/// Agents ping several times a second.
 const SILENCE_LIMIT: Duration = Duration::from_secs(5);
 const WRITE_LIMIT: Duration = Duration::from_secs(2);
 const CONNECTIONS: usize = 4096;
 
 type Pen = Arc<Mutex<Writer>>;
 
+/// An agent that is connected.
+#[derive(Clone)]
+struct Line {
+    host: Ipv4Addr,
+    pen: Pen,
+    control: Control,
+    /// When it last said something.
+    heard: Arc<Mutex<Instant>>,
+}
+
 /// The agents that are connected: where to send news of the fleet.
 #[derive(Default)]
-struct Agents {
+pub(super) struct Agents {
     next: AtomicU64,
-    pens: Mutex<BTreeMap<u64, (Pen, Control)>>,
+    lines: Mutex<BTreeMap<u64, Line>>,
 }
 
 /// Starts both listeners.
@@ -45,8 +62,9 @@ pub(super) fn serve(
     shared: &Arc<Shared>,
 ) {
     let for_agents = shared.clone();
+    let agents = Arc::new(Agents::default());
+    health::watch(agents.clone(), shared.clone());
     spawn("edge-listen", move || {
-        let agents = Arc::new(Agents::default());
         let open = Arc::new(AtomicUsize::new(0));
         for socket in tcp.incoming() {
             let Ok(socket) = socket else {
@@ -122,11 +140,18 @@ fn converse(
         &EdgeSays::Welcome { version: wire::VERSION, edge: shared.this, peers: shared.peers() },
     )?;
     let number = agents.next.fetch_add(1, Ordering::Relaxed);
-    agents.lock().insert(number, (pen.clone(), control.clone()));
+    let heard = Arc::new(Mutex::new(Instant::now()));
+    let line = Line {
+        host: peer.overlay,
+        pen: pen.clone(),
+        control: control.clone(),
+        heard: heard.clone(),
+    };
+    agents.lock().insert(number, line);
     // Said after this agent is on the list: of two that join at once, each hears of the other.
     agents.tell_others(number, &EdgeSays::Peers { peers: shared.peers() });
 
-    let end = answer_all(&mut reader, &pen, peer, shared);
+    let end = answer_all(&mut reader, &pen, peer, shared, &heard);
     agents.lock().remove(&number);
     control.shutdown();
     end
@@ -169,14 +194,18 @@ fn answer_all(
     pen: &Pen,
     peer: Peer,
     shared: &Shared,
+    heard: &Mutex<Instant>,
 ) -> io::Result<()> {
     while let Some(message) = wire::receive::<HostSays>(reader)? {
+        *heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         let (id, done) = match message {
             HostSays::Ping { id } => (id, Ok(())),
             HostSays::Claim { id, net, owner, epoch } => {
                 (id, shared.claim(peer.overlay, &net, owner, epoch))
             }
-            HostSays::Candidate { id, net } => (id, shared.candidate(peer.overlay, &net)),
+            HostSays::Candidate { id, net, long } => {
+                (id, shared.candidate(peer.overlay, &net, long))
+            }
             HostSays::Release { id, net, epoch } => (id, shared.release(peer.overlay, &net, epoch)),
             HostSays::Hello { .. } => return Err(io::Error::other("a second hello")),
         };
@@ -194,17 +223,37 @@ fn say(pen: &Pen, message: &EdgeSays) -> io::Result<()> {
 }
 
 impl Agents {
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, (Pen, Control)>> {
-        self.pens.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, Line>> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The signs of life of every host that is connected. Speaks to those that were not heard lately.
+    pub(super) fn signs(&self, now: Instant) -> BTreeMap<Ipv4Addr, Vec<Signs>> {
+        let lines: Vec<Line> = self.lock().values().cloned().collect();
+        let mut signs = BTreeMap::<Ipv4Addr, Vec<Signs>>::new();
+        for line in lines {
+            let heard = *line.heard.lock().unwrap_or_else(PoisonError::into_inner);
+            let heard = now.saturating_duration_since(heard);
+            let acknowledged = (heard > ASK_AFTER).then(|| {
+                // It answers no question of the agent's, and is passed over.
+                if let Ok(mut pen) = line.pen.try_lock() {
+                    let _ = wire::send(&mut *pen, &EdgeSays::Done { id: 0 });
+                }
+                sys::acknowledged_ago(line.control.as_fd()).ok()
+            });
+            let acknowledged = acknowledged.flatten();
+            signs.entry(line.host).or_default().push(Signs { heard, acknowledged });
+        }
+        signs
     }
 
     fn tell_others(&self, except: u64, message: &EdgeSays) {
-        let others: Vec<_> =
-            self.lock().iter().filter(|(n, _)| **n != except).map(|(_, p)| p.clone()).collect();
-        for (pen, control) in others {
-            if say(&pen, message).is_err() {
+        let others: Vec<Line> =
+            self.lock().iter().filter(|(n, _)| **n != except).map(|(_, l)| l.clone()).collect();
+        for line in others {
+            if say(&line.pen, message).is_err() {
                 // It dials again and hears all of it with the welcome.
-                control.shutdown();
+                line.control.shutdown();
             }
         }
     }

@@ -1,6 +1,7 @@
 //! For tests and benchmarks of the data path: network namespaces without names, which go with the
 //! process that made them, whatever ends it; machines without a processor; and traffic.
 
+pub mod fleet;
 pub mod machine;
 pub mod traffic;
 

@@ -42,10 +42,15 @@ pub struct Received(Arc<Mutex<BTreeSet<u64>>>);
 impl Received {
     /// Starts to collect.
     pub fn collect(socket: UdpSocket) -> Self {
-        let this = Self::default();
-        let received = this.clone();
         // The test is of the network, not of a guest's small socket buffer.
         setsockopt(&socket, sockopt::RcvBufForce, &(8 << 20)).expect("a rig's own call works");
+        Self::collect_as_usual(socket)
+    }
+
+    /// Likewise, with the buffer that every socket has.
+    pub fn collect_as_usual(socket: UdpSocket) -> Self {
+        let this = Self::default();
+        let received = this.clone();
         thread::spawn(move || {
             let mut buffer = [0; 2048];
             while let Ok(size) = socket.recv(&mut buffer) {
@@ -196,14 +201,24 @@ impl Datagrams {
 
 /// Sends as fast as it goes until told to stop. Returns the bytes sent.
 pub fn flood(to: SocketAddr, stop: Arc<AtomicBool>) -> JoinHandle<u64> {
+    flood_at(to, stop, None)
+}
+
+/// Likewise, at most so many bytes a second; what could not be sent in time is sent after.
+pub fn flood_at(to: SocketAddr, stop: Arc<AtomicBool>, rate: Option<u64>) -> JoinHandle<u64> {
     let mut stream = TcpStream::connect_timeout(&to, WAIT).expect("the machine is reached");
     stream.set_write_timeout(Some(WAIT)).expect("a rig's own call works");
     stream.set_read_timeout(Some(WAIT)).expect("a rig's own call works");
     thread::spawn(move || {
         let data = vec![7; 128 * 1024];
-        let mut sent = 0;
+        let (start, mut sent) = (Instant::now(), 0);
         while !stop.load(Ordering::Relaxed) {
-            sent += stream.write(&data).expect("a rig's own call works") as u64;
+            if let Some(rate) = rate {
+                let due = Duration::from_secs_f64(sent as f64 / rate as f64);
+                thread::sleep((start + due).saturating_duration_since(Instant::now()));
+            }
+            let data = if rate.is_some() { &data[..16 * 1024] } else { &data };
+            sent += stream.write(data).expect("a rig's own call works") as u64;
         }
         stream.shutdown(std::net::Shutdown::Write).expect("a rig's own call works");
         assert_eq!(

@@ -2,10 +2,13 @@
 //! into an interface, and nothing else. Numbers and layouts are those of `linux/if_tun.h`,
 //! `linux/if.h` and `linux/if_packet.h`.
 
+pub(crate) mod rights;
+
 use nix::errno::Errno;
 use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    time::Duration,
 };
 
 nix::ioctl_write_ptr_bad!(tun_set_iff, 0x4004_54ca_u32 as libc::Ioctl, libc::ifreq);
@@ -18,6 +21,13 @@ nix::ioctl_write_ptr_bad!(tun_set_vnet_hdr_sz, 0x4004_54d8_u32 as libc::Ioctl, l
 pub(crate) const TUN_F_CSUM: i32 = 0x01;
 /// `TUNSETOFFLOAD`: the reader takes TCP/IPv4 frames larger than the MTU.
 pub(crate) const TUN_F_TSO4: i32 = 0x02;
+
+/// `TUNSETOFFLOAD`: likewise TCP/IPv6.
+pub(crate) const TUN_F_TSO6: i32 = 0x04;
+/// `TUNSETOFFLOAD`: likewise with ECN bits set.
+pub(crate) const TUN_F_TSO_ECN: i32 = 0x08;
+/// `TUNSETOFFLOAD`: UDP datagrams of one size put together, IPv4 and IPv6 (Linux 6.2).
+pub(crate) const TUN_F_USO: i32 = 0x20 | 0x40;
 
 /// Attaches `fd` (an open `/dev/net/tun`) to the interface `name`, which is created if need be;
 /// an empty name lets the kernel choose. `flags` are `IFF_TAP` and the like. Returns the name.
@@ -42,10 +52,10 @@ pub(crate) fn attach(fd: BorrowedFd<'_>, name: &str, flags: i32) -> io::Result<S
     String::from_utf8(name).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
 }
 
-/// Makes the interface stay when its last descriptor closes.
-pub(crate) fn set_persistent(fd: BorrowedFd<'_>) -> io::Result<()> {
+/// Makes the interface stay when its last descriptor closes, or not.
+pub(crate) fn set_persistent(fd: BorrowedFd<'_>, stay: bool) -> io::Result<()> {
     // SAFETY: takes an int by value; the descriptor is open.
-    unsafe { tun_set_persist(fd.as_raw_fd(), 1) }.map_err(io_error).map(drop)
+    unsafe { tun_set_persist(fd.as_raw_fd(), i32::from(stay)) }.map_err(io_error).map(drop)
 }
 
 /// Says which unfinished frames the reader of this tap takes ([`TUN_F_CSUM`], [`TUN_F_TSO4`]).
@@ -154,6 +164,29 @@ pub(crate) fn path_mtu(socket: &std::net::UdpSocket, v6: bool) -> io::Result<u32
         return Err(io::Error::last_os_error());
     }
     u32::try_from(mtu).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+}
+
+/// How long ago the peer of a TCP connection acknowledged or sent anything (`TCP_INFO`).
+pub(crate) fn acknowledged_ago(socket: BorrowedFd<'_>) -> io::Result<Duration> {
+    // SAFETY: tcp_info is plain data; all zeros is a valid value.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut size = size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `size` bytes to the struct, which lives through the call; the
+    // descriptor is open.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut size,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let last = info.tcpi_last_ack_recv.min(info.tcpi_last_data_recv);
+    Ok(Duration::from_millis(last.into()))
 }
 
 fn io_error(errno: Errno) -> io::Error {

@@ -4,6 +4,7 @@
 
 mod decisions;
 mod hold;
+mod holder;
 mod life;
 mod rig;
 mod sizes;

@@ -1,0 +1,388 @@
+//! A fleet of processes: `conduit edge` and two `conduit agent`s in namespaces, a client outside, and a
+//! machine without a processor that moves between the hosts. Daemons can be killed and started again.
+
+use super::{
+    Space,
+    machine::{Guest, Vmm},
+    wait_for,
+};
+use crate::{
+    AgentDataPath, DataPath, KernelError, MachineNet, PathChoice, PortMapping, Protocol, Tap,
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use std::{
+    fs::File,
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// The edge's public address.
+pub const PUBLIC: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
+/// Public TCP port of the machine's echo port 7.
+pub const TCP: u16 = 7000;
+/// Public UDP port of the machine's port 9.
+pub const UDP: u16 = 7001;
+/// Public TCP port of the machine's port 8, for bulk.
+pub const BULK: u16 = 7002;
+
+const READY: Duration = Duration::from_secs(15);
+const SETTLE: Duration = Duration::from_secs(5);
+const END: Duration = Duration::from_secs(20);
+
+/// A daemon's process. Dropped, it is asked to remove all that it made.
+struct Daemon {
+    child: Child,
+}
+
+impl Daemon {
+    fn kill(mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        // Nothing is left to end.
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM);
+        if !wait_for(END, || !matches!(self.child.try_wait(), Ok(None))) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// A host.
+struct Host {
+    name: &'static str,
+    at: u8,
+    space: Space,
+    agent: Option<Daemon>,
+    path: Option<AgentDataPath>,
+    tap: Option<Tap>,
+}
+
+/// See the module.
+pub struct Fleet {
+    /// Where clients are.
+    pub client: Space,
+    /// The machine from inside.
+    pub guest: Guest,
+    /// The machine.
+    pub net: MachineNet,
+    hosts: Vec<Host>,
+    edge: Option<Daemon>,
+    edge_space: Space,
+    vmm: Option<Vmm>,
+    at: usize,
+    epoch: u64,
+    stopped: Instant,
+    program: PathBuf,
+    folder: tempfile::TempDir,
+}
+
+/// What one move took.
+#[derive(Clone, Copy, Debug)]
+pub struct Moved {
+    /// The machine stood still for this long.
+    pub stood: Duration,
+    /// The first change at the source's agent.
+    pub divert: Duration,
+    /// Frames that were in the old tap's queue, and were sent on.
+    pub drained: u64,
+}
+
+fn failed(operation: &str, error: impl std::fmt::Display) -> KernelError {
+    KernelError::new(operation, error.to_string())
+}
+
+impl Fleet {
+    /// Starts everything, with the `conduit` at `program`; the machine runs on the first host.
+    pub fn new(program: &Path, path: PathChoice) -> Result<Self, KernelError> {
+        let folder = tempfile::tempdir().map_err(|e| failed("make a folder", e))?;
+        let (client, edge_space) = (Space::new()?, Space::new()?);
+        edge_space.join("pub0", &client, "eth0")?;
+        client.ip("address add 203.0.113.2/24 dev eth0\n")?;
+        edge_space.ip(&format!(
+            "address add {PUBLIC}/24 dev pub0
+            link add under0 type bridge
+            address add 10.88.0.1/24 dev under0
+            link set under0 up\n"
+        ))?;
+        let port = |protocol, public, machine| PortMapping { protocol, public, machine };
+        let net = MachineNet {
+            machine: "echo".into(),
+            address: Ipv4Addr::new(10, 77, 0, 1),
+            mac: [2, 0, 0, 0x77, 0, 1],
+            mtu: 1400,
+            ports: vec![
+                port(Protocol::Tcp, TCP, 7),
+                port(Protocol::Udp, UDP, 9),
+                port(Protocol::Tcp, BULK, 8),
+            ],
+        };
+        let guest = Guest::new(&net)?;
+        let mut hosts = Vec::new();
+        for (at, name) in [(2_u8, "a"), (3, "b")] {
+            let space = Space::new()?;
+            space.join("eth0", &edge_space, &format!("to-{name}"))?;
+            edge_space.ip(&format!("link set to-{name} master under0\n"))?;
+            space.ip(&format!("address add 10.88.0.{at}/24 dev eth0\n"))?;
+            hosts.push(Host { name, at, space, agent: None, path: None, tap: None });
+        }
+        let mut fleet = Self {
+            client,
+            guest,
+            net,
+            hosts,
+            edge: None,
+            edge_space,
+            vmm: None,
+            at: 0,
+            epoch: 1 << 16,
+            stopped: Instant::now(),
+            program: program.to_owned(),
+            folder,
+        };
+        fleet.start_edge_by(path)?;
+        for host in 0..2 {
+            fleet.start_agent_by(host, path)?;
+            let socket = fleet.agent_socket(host);
+            let path = AgentDataPath::connect(&socket).map_err(|e| failed("ask an agent", e))?;
+            fleet.hosts[host].path = Some(path);
+        }
+        fleet.prepare(0, None)?;
+        let path = fleet.path(0);
+        path.resume(&fleet.net, fleet.epoch).map_err(|e| failed("start the machine", e))?;
+        path.settled(&fleet.net, fleet.epoch, SETTLE)
+            .map_err(|e| failed("start the machine", e))?;
+        fleet.run(0);
+        Ok(fleet)
+    }
+
+    fn path(&self, host: usize) -> &AgentDataPath {
+        self.hosts[host].path.as_ref().expect("each host has one from the start")
+    }
+
+    /// The socket of an agent.
+    #[must_use]
+    pub fn agent_socket(&self, host: usize) -> PathBuf {
+        self.folder.path().join(format!("{}.sock", self.hosts[host].name))
+    }
+
+    /// The socket of the edge.
+    #[must_use]
+    pub fn edge_socket(&self) -> PathBuf {
+        self.folder.path().join("edge.sock")
+    }
+
+    /// The host that has the machine.
+    #[must_use]
+    pub fn at(&self) -> usize {
+        self.at
+    }
+
+    /// Where a client reaches a public port of the machine.
+    #[must_use]
+    pub fn public(&self, port: u16) -> SocketAddr {
+        (PUBLIC, port).into()
+    }
+
+    fn daemon(
+        &self,
+        space: &Space,
+        log: &str,
+        command: &mut Command,
+    ) -> Result<Daemon, KernelError> {
+        let fail = |e: std::io::Error| failed("start a daemon", e);
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.folder.path().join(format!("{log}.log")))
+            .map_err(fail)?;
+        command.args(["--plaintext", "--remove-on-exit"]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        let child = space.run(|| command.spawn()).map_err(fail)?;
+        Ok(Daemon { child })
+    }
+
+    fn by(path: PathChoice) -> &'static str {
+        match path {
+            PathChoice::Auto => "auto",
+            PathChoice::Bpf => "bpf",
+            PathChoice::Routes => "routes",
+        }
+    }
+
+    /// Starts the edge (again), and returns when it answers.
+    pub fn start_edge(&mut self) -> Result<(), KernelError> {
+        self.start_edge_by(PathChoice::Bpf)
+    }
+
+    fn start_edge_by(&mut self, path: PathChoice) -> Result<(), KernelError> {
+        let mut command = Command::new(&self.program);
+        command.args(["edge", "--public", "203.0.113.1", "--underlay", "10.88.0.1", "--socket"]);
+        command.arg(self.edge_socket()).arg("--state").arg(self.folder.path().join("edge"));
+        command.args(["--path", Self::by(path)]);
+        self.edge = Some(self.daemon(&self.edge_space, "edge", &mut command)?);
+        let socket = self.edge_socket();
+        self.ready(|| crate::status(&socket).is_ok(), "the edge")
+    }
+
+    /// Starts the agent of a host (again), and returns when it has its edge.
+    pub fn start_agent(&mut self, host: usize) -> Result<(), KernelError> {
+        self.start_agent_by(host, PathChoice::Bpf)
+    }
+
+    fn start_agent_by(&mut self, host: usize, path: PathChoice) -> Result<(), KernelError> {
+        let Host { name, at, space, .. } = &self.hosts[host];
+        let mut command = Command::new(&self.program);
+        command.args(["agent", "--host", name, "--edge", "10.88.0.1:7450"]);
+        command.args(["--overlay", &format!("100.64.0.{at}")]);
+        command.args(["--underlay", &format!("10.88.0.{at}"), "--socket"]);
+        command.arg(self.agent_socket(host)).arg("--state").arg(self.folder.path().join(name));
+        command.args(["--path", Self::by(path)]);
+        let agent = self.daemon(space, name, &mut command)?;
+        self.hosts[host].agent = Some(agent);
+        let socket = self.agent_socket(host);
+        let joined = || crate::status(&socket).is_ok_and(|s| s.link.starts_with("connected"));
+        self.ready(joined, &format!("the agent of host {}", self.hosts[host].name))
+    }
+
+    fn ready(&self, ready: impl FnMut() -> bool, who: &str) -> Result<(), KernelError> {
+        if wait_for(READY, ready) {
+            return Ok(());
+        }
+        let logs = self.folder.path().display();
+        Err(failed(&format!("wait for {who}"), format!("not within {READY:?}; logs in {logs}")))
+    }
+
+    /// Kills the edge's process (SIGKILL).
+    pub fn kill_edge(&mut self) {
+        if let Some(edge) = self.edge.take() {
+            edge.kill();
+        }
+    }
+
+    /// Kills the agent of a host (SIGKILL).
+    pub fn kill_agent(&mut self, host: usize) {
+        if let Some(agent) = self.hosts[host].agent.take() {
+            agent.kill();
+        }
+    }
+
+    /// Sends a signal to the agent of a host.
+    pub fn signal_agent(&self, host: usize, signal: Signal) -> Result<(), KernelError> {
+        let agent = self.hosts[host].agent.as_ref().expect("it runs");
+        kill(Pid::from_raw(agent.child.id().cast_signed()), signal)
+            .map_err(|e| failed("send a signal to an agent", e))
+    }
+
+    /// The folder of all state; its name is in the command line of every process of this fleet.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Cuts a host off, or lets it in again.
+    pub fn cut(&self, host: usize, cut: bool) -> Result<(), KernelError> {
+        let name = self.hosts[host].name;
+        let state = if cut { "down" } else { "up" };
+        // At the other end, so that the host itself keeps its addresses and routes.
+        self.edge_space.ip(&format!("link set to-{name} {state}\n"))
+    }
+
+    fn prepare(&mut self, host: usize, blackout: Option<Duration>) -> Result<(), KernelError> {
+        let Self { hosts, net, .. } = self;
+        let Host { space, path, tap, .. } = &mut hosts[host];
+        let path = path.as_ref().expect("each host has one from the start");
+        let prepared = space.run(|| match blackout {
+            Some(blackout) => path.prepare_for(net, blackout),
+            None => path.prepare(net),
+        });
+        *tap = Some(prepared.map_err(|e| failed("prepare a host", e))?);
+        Ok(())
+    }
+
+    fn run(&mut self, host: usize) {
+        let tap = self.hosts[host].tap.as_ref().expect("a tap was prepared");
+        self.vmm = Some(Vmm::run(&self.guest, tap));
+    }
+
+    /// The first half of a move: the machine stands still, and its frames go to the other host. The
+    /// destination is told to expect a blackout of `expected`.
+    pub fn depart(&mut self, expected: Option<Duration>) -> Result<Moved, KernelError> {
+        let (from, to) = (self.at, 1 - self.at);
+        self.prepare(to, expected)?;
+        self.epoch += 1 << 16;
+        let target = self.path(to).endpoint();
+        let start = Instant::now();
+        let fail = |e| failed("leave a host", e);
+        self.path(from).divert(&self.net, &target, self.epoch).map_err(fail)?;
+        let divert = start.elapsed();
+        self.stopped = Instant::now();
+        self.vmm.take().expect("the machine runs").pause();
+        let tap = self.hosts[from].tap.take().expect("it has a tap");
+        let drained = self.path(from).pause(&self.net, &tap, &target, self.epoch).map_err(fail)?;
+        // Kept open until it is forgotten, as a runner does.
+        self.hosts[from].tap = Some(tap);
+        Ok(Moved { stood: Duration::ZERO, divert, drained })
+    }
+
+    /// Since the machine has stood still.
+    #[must_use]
+    pub fn stands_for(&self) -> Duration {
+        self.stopped.elapsed()
+    }
+
+    /// The second half: the machine runs on the other host. Says how long it stood still.
+    pub fn arrive(&mut self) -> Result<Duration, KernelError> {
+        let to = 1 - self.at;
+        let fail = |e| failed("run on a host", e);
+        self.path(to).resume(&self.net, self.epoch).map_err(fail)?;
+        self.run(to);
+        let stood = self.stopped.elapsed();
+        self.at = to;
+        Ok(stood)
+    }
+
+    /// What is left at the source is removed, when the edge has confirmed.
+    pub fn forget(&mut self) -> Result<(), KernelError> {
+        let from = 1 - self.at;
+        let fail = |e| failed("leave a host behind", e);
+        self.path(from).settled(&self.net, self.epoch, SETTLE).map_err(fail)?;
+        self.hosts[from].tap = None;
+        self.path(from).forget(&self.net, self.epoch).map_err(fail)
+    }
+
+    /// A whole move, as drafter makes one.
+    pub fn move_machine(
+        &mut self,
+        blackout: Duration,
+        expected: Option<Duration>,
+    ) -> Result<Moved, KernelError> {
+        let mut moved = self.depart(expected)?;
+        thread::sleep(blackout.saturating_sub(self.stands_for()));
+        moved.stood = self.arrive()?;
+        self.forget()?;
+        Ok(moved)
+    }
+}
+
+impl Drop for Fleet {
+    fn drop(&mut self) {
+        self.vmm = None;
+        for host in &mut self.hosts {
+            host.tap = None;
+            host.agent = None;
+        }
+        self.edge = None;
+    }
+}
