@@ -112,4 +112,9 @@ enum cd_verdict {
  * program, and nowhere else. */
 #define CD_MARK 0x63640001U
 
+/* Packets of a machine that are given to the stack carry this in the first byte of their mark, and the
+ * machine's network after it; packets that the stack sends into the tunnel may carry it likewise. */
+#define CD_NET_MARK 0x6d000000U
+#define CD_NET_MASK 0xff000000U
+
 #endif

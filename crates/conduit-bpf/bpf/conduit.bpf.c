@@ -278,9 +278,10 @@ INLINE int hold(struct __sk_buff *skb, const struct cd_config *cfg, const struct
 	return bpf_redirect(cfg->hold, 0);
 }
 
-INLINE int to_stack(struct __sk_buff *skb, __u32 event)
+INLINE int to_stack(struct __sk_buff *skb, __u32 net, __u32 event)
 {
 	count(event);
+	skb->mark = CD_NET_MARK | net;
 	/* The frame is not addressed to this device, and the stack would leave it. */
 	bpf_skb_change_type(skb, PACKET_HOST);
 	return TC_ACT_OK;
@@ -302,6 +303,14 @@ INLINE int may_send(const struct place *self)
 					 self->state == CD_REMOTE && self->flags & CD_LEAVING;
 }
 
+/* A machine's talk with its gateway, which this host is. */
+INLINE int to_link(struct __sk_buff *skb, __u32 net)
+{
+	count(EV_to_stack);
+	skb->mark = CD_NET_MARK | net;
+	return TC_ACT_OK;
+}
+
 INLINE int from_arp(struct __sk_buff *skb, const struct cd_port *port)
 {
 	struct arp arp;
@@ -314,8 +323,7 @@ INLINE int from_arp(struct __sk_buff *skb, const struct cd_port *port)
 	__builtin_memcpy(&sender, arp.sender, 4);
 	if (sender && sender != ((const __u32 *)port->v4)[3])
 		return drop(EV_spoofed_source);
-	count(EV_to_stack);
-	return TC_ACT_OK;
+	return to_link(skb, port->net);
 }
 
 SEC("classifier")
@@ -356,13 +364,10 @@ int cd_tap(struct __sk_buff *skb)
 
 		if (!for_this_link(&h) || !(unset || link))
 			return drop(EV_spoofed_source);
-		count(EV_to_stack);
-		return TC_ACT_OK;
+		return to_link(skb, port->net);
 	}
-	if (for_this_link(&h)) {
-		count(EV_to_stack);
-		return TC_ACT_OK;
-	}
+	if (for_this_link(&h))
+		return to_link(skb, port->net);
 	if (!find(&h.src, &self) || !may_send(&self))
 		return drop(EV_not_owner);
 
@@ -370,7 +375,7 @@ int cd_tap(struct __sk_buff *skb)
 		switch (way(cfg, &place)) {
 		case CD_LOCAL:
 			if (too_large(skb, place.ifindex))
-				return to_stack(skb, EV_too_large);
+				return to_stack(skb, port->net, EV_too_large);
 			return deliver(skb, cfg, &place);
 		case CD_HOLD:
 			return hold(skb, cfg, &h.dst);
@@ -384,7 +389,7 @@ int cd_tap(struct __sk_buff *skb)
 	if (zero16(cfg->edge))
 		return drop(EV_no_edge);
 	if (too_large(skb, cfg->tunnel))
-		return to_stack(skb, EV_too_large);
+		return to_stack(skb, port->net, EV_too_large);
 	return encap(skb, cfg, port->net, cfg->edge, self.epoch, 0, EV_to_tunnel);
 }
 
@@ -422,7 +427,7 @@ INLINE int at_edge(struct __sk_buff *skb, const struct cd_config *cfg, const str
 	if (bad)
 		return drop(bad);
 	if (!find(&h->dst, &place))
-		return to_stack(skb, EV_to_stack);
+		return to_stack(skb, h->src.net, EV_to_stack);
 	switch (way(cfg, &place)) {
 	case CD_REMOTE:
 		return encap(skb, cfg, h->dst.net, place.owner, place.epoch, 0, EV_to_tunnel);
@@ -504,7 +509,9 @@ int cd_stack(struct __sk_buff *skb)
 	}
 	if (!cfg)
 		return drop(EV_no_tunnel_key);
-	net = cfg->net;
+	net = (skb->mark & CD_NET_MASK) == CD_NET_MARK ? skb->mark & ~CD_NET_MASK : cfg->net;
+	/* The outer packet would take it over. */
+	skb->mark = 0;
 	bad = parse(skb, net, &h);
 	if (bad)
 		return drop(bad);

@@ -6,6 +6,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 /// Version of the pinned maps' layout: `CD_LAYOUT` in `bpf/abi.h`.
 pub const LAYOUT: u32 = 2;
 
+/// First byte of the marks of packets of machines in the host's stack, the machine's network after it:
+/// `CD_NET_MARK` in `bpf/abi.h`.
+pub const NETWORK_MARK: u32 = 0x6d00_0000;
+
 /// Where the change stands in the frame that the change program is run on.
 pub(crate) const CHANGE_AT: usize = 16;
 

@@ -20,7 +20,7 @@ mod pins;
 mod plane;
 mod sys;
 
-pub use abi::{Config, Entry, Key, LAYOUT, Place, Port, Role};
+pub use abi::{Config, Entry, Key, LAYOUT, NETWORK_MARK, Place, Port, Role};
 pub use error::Error;
 pub use held::{HeldView, Way};
 pub use pins::{ROOT, folder, sweep};

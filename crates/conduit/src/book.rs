@@ -12,7 +12,7 @@
 //! Two rules hold on every arrow: an epoch older than one seen is refused, and one epoch has one
 //! owner. The same arrow with the same epoch again changes nothing and succeeds.
 
-use crate::datapath::{MachineNet, NetError};
+use crate::datapath::{MachineKey, MachineNet, NetError};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
@@ -112,7 +112,7 @@ impl Record {
 }
 
 /// Version of [`Record`] as written today.
-pub const RECORD_VERSION: u32 = 1;
+pub const RECORD_VERSION: u32 = 2;
 
 /// What [`Book::forget`] leaves to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,8 +130,8 @@ pub enum Forgotten {
 /// The book of one host.
 #[derive(Clone, Debug, Default)]
 pub struct Book {
-    records: BTreeMap<Ipv4Addr, Record>,
-    floors: BTreeMap<Ipv4Addr, u64>,
+    records: BTreeMap<MachineKey, Record>,
+    floors: BTreeMap<MachineKey, u64>,
 }
 
 /// How many addresses without a machine keep their floor.
@@ -140,18 +140,18 @@ const FLOORS: usize = 65_536;
 impl Book {
     /// Takes what a state file says; used at start, and to undo a change that could not be saved.
     pub fn restore(&mut self, record: Record) {
-        self.records.insert(record.net.address, record);
+        self.records.insert(record.net.key(), record);
     }
 
     /// Raises the floor of an address; used at start only.
-    pub fn restore_floor(&mut self, address: Ipv4Addr, epoch: u64) {
-        self.raise_floor(address, epoch);
+    pub fn restore_floor(&mut self, key: impl Into<MachineKey>, epoch: u64) {
+        self.raise_floor(key.into(), epoch);
     }
 
     /// The record of a machine.
     #[must_use]
-    pub fn get(&self, address: Ipv4Addr) -> Option<&Record> {
-        self.records.get(&address)
+    pub fn get(&self, key: impl Into<MachineKey>) -> Option<&Record> {
+        self.records.get(&key.into())
     }
 
     /// All records, by address.
@@ -161,18 +161,32 @@ impl Book {
 
     /// The oldest epoch still accepted for an address.
     #[must_use]
-    pub fn floor(&self, address: Ipv4Addr) -> u64 {
-        let recorded = self.records.get(&address).map_or(0, |r| r.epoch);
-        recorded.max(self.floors.get(&address).copied().unwrap_or(0))
+    pub fn floor(&self, key: impl Into<MachineKey>) -> u64 {
+        let key = key.into();
+        let recorded = self.records.get(&key).map_or(0, |r| r.epoch);
+        recorded.max(self.floors.get(&key).copied().unwrap_or(0))
     }
 
     /// The machine may come here. Refused while this host still forwards its frames and the edge
     /// has not confirmed: the frames that it sends here belong elsewhere.
     pub fn prepare(&mut self, net: &MachineNet, wait: Wait) -> Result<&Record, NetError> {
-        let floor = self.floor(net.address);
+        let same_v6 = |r: &&Record| {
+            let other = &r.net;
+            let same = net.address_v6.is_some() && other.address_v6 == net.address_v6;
+            same && other.network == net.network && other.key() != net.key()
+        };
+        if let Some(other) = self.records.values().find(same_v6) {
+            let taken = format!("machine \"{}\" has its IPv6 address here", other.net.machine);
+            return Err(NetError::failed(
+                net,
+                "prepare its network",
+                format!("{taken}; choose another"),
+            ));
+        }
+        let floor = self.floor(net.key());
         let mut place = Place::Candidate;
         let (mut epoch, mut edge) = (floor, EdgeView::Unasked);
-        if let Some(old) = self.records.get(&net.address) {
+        if let Some(old) = self.records.get(&net.key()) {
             check_same_machine(old, net)?;
             match old.place {
                 Place::Away { to } if old.edge_is_open() => {
@@ -224,8 +238,8 @@ impl Book {
 
     /// What waited in the old tap has been sent on: the edge may be told. Returns the record if
     /// that is news.
-    pub fn drained(&mut self, address: Ipv4Addr, epoch: u64) -> Option<&Record> {
-        let record = self.records.get_mut(&address)?;
+    pub fn drained(&mut self, key: impl Into<MachineKey>, epoch: u64) -> Option<&Record> {
+        let record = self.records.get_mut(&key.into())?;
         if record.epoch != epoch || record.edge != EdgeView::Held {
             return None;
         }
@@ -239,7 +253,7 @@ impl Book {
     }
 
     fn advance(&mut self, net: &MachineNet, place: Place, epoch: u64) -> Result<&Record, NetError> {
-        let floor = self.floor(net.address);
+        let floor = self.floor(net.key());
         let unprepared = || {
             NetError::failed(
                 net,
@@ -247,7 +261,7 @@ impl Book {
                 "this host was not prepared for it; call prepare first",
             )
         };
-        let old = self.records.get(&net.address).ok_or_else(unprepared)?;
+        let old = self.records.get(&net.key()).ok_or_else(unprepared)?;
         check_same_machine(old, net)?;
         if epoch < floor {
             return Err(NetError::StaleEpoch {
@@ -280,13 +294,13 @@ impl Book {
             };
             return Ok(replace(&mut self.records, record));
         }
-        Ok(&self.records[&net.address])
+        Ok(&self.records[&net.key()])
     }
 
     /// The machine is not here any more.
     pub fn forget(&mut self, net: &MachineNet, epoch: u64) -> Result<Forgotten, NetError> {
-        let floor = self.floor(net.address);
-        let Some(old) = self.records.get_mut(&net.address) else {
+        let floor = self.floor(net.key());
+        let Some(old) = self.records.get_mut(&net.key()) else {
             return Ok(Forgotten::Nothing);
         };
         check_same_machine(old, net)?;
@@ -304,11 +318,11 @@ impl Book {
                 Ok(Forgotten::KeepForwarding)
             }
             Place::Away { .. } => {
-                self.drop_record(net.address, floor.saturating_add(1));
+                self.drop_record(net.key(), floor.saturating_add(1));
                 Ok(Forgotten::Remove)
             }
             Place::Candidate => {
-                self.drop_record(net.address, floor);
+                self.drop_record(net.key(), floor);
                 Ok(Forgotten::Remove)
             }
             Place::Here => {
@@ -327,11 +341,12 @@ impl Book {
     /// [retiring](Record::retiring) is out of the book now.
     pub fn edge_answered(
         &mut self,
-        address: Ipv4Addr,
+        key: impl Into<MachineKey>,
         epoch: u64,
         answer: Result<(), NetError>,
     ) -> Option<Record> {
-        let record = self.records.get_mut(&address)?;
+        let key = key.into();
+        let record = self.records.get_mut(&key)?;
         if record.epoch != epoch || record.edge != EdgeView::Pending {
             return None;
         }
@@ -347,7 +362,7 @@ impl Book {
         };
         let record = record.clone();
         if record.retiring {
-            self.drop_record(address, record.floor_after());
+            self.drop_record(key, record.floor_after());
         }
         Some(record)
     }
@@ -362,36 +377,45 @@ impl Book {
         }
     }
 
-    fn drop_record(&mut self, address: Ipv4Addr, floor: u64) {
-        self.records.remove(&address);
-        self.raise_floor(address, floor);
+    fn drop_record(&mut self, key: MachineKey, floor: u64) {
+        self.records.remove(&key);
+        self.raise_floor(key, floor);
     }
 
-    fn raise_floor(&mut self, address: Ipv4Addr, floor: u64) {
-        if self.floors.len() >= FLOORS && !self.floors.contains_key(&address) {
+    fn raise_floor(&mut self, key: MachineKey, floor: u64) {
+        if self.floors.len() >= FLOORS && !self.floors.contains_key(&key) {
             // Bounded, at the price of the protection for one long-gone address.
             self.floors.pop_first();
         }
-        let entry = self.floors.entry(address).or_default();
+        let entry = self.floors.entry(key).or_default();
         *entry = (*entry).max(floor);
     }
 }
 
-fn replace(records: &mut BTreeMap<Ipv4Addr, Record>, record: Record) -> &Record {
-    let address = record.net.address;
-    records.insert(address, record);
-    &records[&address]
+fn replace(records: &mut BTreeMap<MachineKey, Record>, record: Record) -> &Record {
+    let key = record.net.key();
+    records.insert(key, record);
+    &records[&key]
 }
 
 fn check_same_machine(old: &Record, net: &MachineNet) -> Result<(), NetError> {
-    if old.net.machine == net.machine && old.net.mac == net.mac {
-        return Ok(());
+    let refuse = |what: String, detail: String| Err(NetError::failed(net, what, detail));
+    if old.net.machine != net.machine || old.net.mac != net.mac {
+        let taken = format!("machine \"{}\" has it on this host", old.net.machine);
+        return refuse(
+            format!("use address {}", net.key()),
+            format!("{taken}; choose another address"),
+        );
     }
-    Err(NetError::failed(
-        net,
-        format!("use address {}", net.address),
-        format!("machine \"{}\" has it on this host; choose another address", old.net.machine),
-    ))
+    if old.net.mtu != net.mtu
+        || old.net.address_v6.is_some() && old.net.address_v6 != net.address_v6
+    {
+        return refuse(
+            "change its network settings".into(),
+            "its MTU and its addresses are fixed when it is made; make a new machine".into(),
+        );
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -1,17 +1,12 @@
 use super::*;
+use crate::datapath::NetworkId;
 use proptest::prelude::*;
 
 const B: Ipv4Addr = Ipv4Addr::new(100, 64, 0, 3);
 const C: Ipv4Addr = Ipv4Addr::new(100, 64, 0, 4);
 
 fn net() -> MachineNet {
-    MachineNet {
-        machine: "redis".into(),
-        address: Ipv4Addr::new(10, 77, 0, 5),
-        mac: [2, 0, 0, 0, 0, 5],
-        mtu: 1400,
-        ports: vec![],
-    }
+    MachineNet::new("redis", Ipv4Addr::new(10, 77, 0, 5), [2, 0, 0, 0, 0, 5], 1400)
 }
 
 fn here(epoch: u64) -> Book {
@@ -20,6 +15,36 @@ fn here(epoch: u64) -> Book {
     book.resume(&net(), epoch).unwrap();
     book.edge_answered(net().address, epoch, Ok(())).unwrap();
     book
+}
+
+#[test]
+fn machines_of_two_tenants_with_the_same_address_are_two_machines() {
+    let mut book = here(5);
+    let other = MachineNet { network: NetworkId(7), machine: "other".into(), ..net() };
+    book.prepare(&other, Wait::Tap).unwrap();
+    book.resume(&other, 1).unwrap();
+    assert_eq!((book.floor(net().key()), book.floor(other.key())), (5, 1));
+    book.divert(&other, B, 2).unwrap();
+    assert_eq!(book.get(net().key()).unwrap().place, Place::Here);
+}
+
+#[test]
+fn an_ipv6_address_is_one_machines_in_its_network_and_stays_for_life() {
+    let v6 = |machine: &str, last, network| MachineNet {
+        machine: machine.into(),
+        address: Ipv4Addr::new(10, 77, 0, last),
+        address_v6: "fd77::1".parse().ok(),
+        network: NetworkId(network),
+        ..net()
+    };
+    let mut book = Book::default();
+    book.prepare(&v6("one", 1, 7), Wait::Tap).unwrap();
+    let error = book.prepare(&v6("two", 2, 7), Wait::Tap).unwrap_err().to_string();
+    assert!(error.contains("\"one\" has its IPv6 address"), "{error}");
+    book.prepare(&v6("three", 3, 9), Wait::Tap).unwrap();
+    let without = MachineNet { address_v6: None, ..v6("one", 1, 7) };
+    let error = book.resume(&without, 1).unwrap_err().to_string();
+    assert!(error.contains("fixed when it is made"), "{error}");
 }
 
 #[test]
@@ -140,7 +165,7 @@ fn the_state_file_is_fixed() {
     let text = serde_json::to_string(record).unwrap();
     assert_eq!(
         text,
-        r#"{"version":1,"net":{"machine":"redis","address":"10.77.0.5","mac":[2,0,0,0,0,5],"mtu":1400,"ports":[]},"at":"away","to":"100.64.0.3","epoch":6,"edge":"held","retiring":false}"#
+        r#"{"version":2,"net":{"machine":"redis","address":"10.77.0.5","mac":[2,0,0,0,0,5],"mtu":1400,"ports":[]},"at":"away","to":"100.64.0.3","epoch":6,"edge":"held","retiring":false}"#
     );
     assert_eq!(&serde_json::from_str::<Record>(&text).unwrap(), record);
 }

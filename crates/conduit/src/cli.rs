@@ -4,9 +4,10 @@
 use crate::{
     agent::{Agent, AgentConfig},
     bench, check, client,
-    edge::{Edge, EdgeConfig},
+    edge::{Edge, EdgeConfig, EdgeOptions},
     holder::{self, HoldSettings, LimitArgs},
     plane::PathChoice,
+    policy::Prefix,
     wire::{Peer, Status},
 };
 use anyhow::{Context, Result, bail};
@@ -15,7 +16,7 @@ use identity::{HostName, Identity, Security};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::{
     io::Write,
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
 };
 
@@ -168,6 +169,23 @@ pub struct EdgeArgs {
     /// Machines have addresses in this network.
     #[arg(long, value_name = "NETWORK/BITS", default_value = "10.77.0.0/16", value_parser = network)]
     pub machines: (Ipv4Addr, u8),
+    /// Machines have IPv6 addresses in this network.
+    #[arg(long, value_name = "NETWORK/BITS")]
+    pub machines_v6: Option<Prefix>,
+    /// The IPv6 address that clients use; one of this computer's own. Without it machines' addresses are
+    /// seen as they are, and the network outside must lead them here.
+    #[arg(long, value_name = "ADDRESS", requires = "machines_v6")]
+    pub public_v6: Option<Ipv6Addr>,
+    /// An address of this computer that a machine may have whole; may be given several times.
+    #[arg(long, value_name = "ADDRESS")]
+    pub spare: Vec<IpAddr>,
+    /// Tracked connections that the machines of one tenant may have.
+    #[arg(long, value_name = "COUNT", default_value_t = EdgeOptions::default().flows_per_network)]
+    pub flows_per_network: u32,
+    /// The folder of leases: only a machine's lease says who leads its frames. Without it, any host of
+    /// the fleet may take any machine with a newer epoch.
+    #[arg(long, value_name = "DIR")]
+    pub lease: Option<PathBuf>,
     /// Name of the edge in its certificate.
     #[arg(long, default_value = "edge")]
     pub name: HostName,
@@ -277,6 +295,13 @@ fn edge(args: EdgeArgs) -> Result<()> {
         this: Peer { overlay: args.overlay, underlay: args.underlay },
         listen: args.listen.unwrap_or_else(|| (args.underlay, EDGE_PORT).into()),
         machines: args.machines,
+        options: EdgeOptions {
+            machines_v6: args.machines_v6,
+            public_v6: args.public_v6,
+            spare: args.spare,
+            flows_per_network: args.flows_per_network,
+            lease: args.lease,
+        },
         security,
         socket: args.socket,
         state: args.state,
@@ -345,11 +370,12 @@ fn print_map(status: &Status, out: &mut dyn Write) -> std::io::Result<()> {
             .map(|p| format!("{}/{}→{}", p.public, p.protocol, p.machine))
             .collect();
         let edge = if m.edge.is_empty() { "-" } else { &m.edge };
-        let address = m.net.address.to_string();
+        let address = m.net.key().to_string();
+        let v6 = m.net.address_v6.map_or_else(String::new, |v6| format!(" {v6}"));
         let (name, epoch, place) = (&m.net.machine, m.epoch, &m.place);
         writeln!(
             out,
-            "{name:<24} {address:<16} {epoch:>8}  {place:<16} {edge:<10} {}",
+            "{name:<24} {address:<16} {epoch:>8}  {place:<16} {edge:<10} {}{v6}",
             ports.join(" ")
         )?;
     }

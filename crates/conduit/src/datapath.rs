@@ -1,9 +1,67 @@
 //! The contract between drafter and the network: [`DataPath`], its vocabulary, and the data path
 //! that leads nowhere.
 
-use crate::tap;
+use crate::{policy::Policy, tap};
 use serde::{Deserialize, Serialize};
-use std::{net::Ipv4Addr, os::fd::OwnedFd, time::Duration};
+use std::{
+    fmt,
+    net::{Ipv4Addr, Ipv6Addr},
+    os::fd::OwnedFd,
+    time::Duration,
+};
+
+/// A tenant's network. Machines of different ones may have the same addresses, and do not reach each
+/// other by them. 1 to 65535: the tunnel has room for 24 bits, connection tracking's zones for 16.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct NetworkId(pub u16);
+
+impl NetworkId {
+    /// The network of machines that belong to no tenant.
+    pub const COMMON: Self = Self(6472);
+
+    fn is_common(&self) -> bool {
+        *self == Self::COMMON
+    }
+}
+
+impl Default for NetworkId {
+    fn default() -> Self {
+        Self::COMMON
+    }
+}
+
+impl fmt::Display for NetworkId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// What names a machine in the data path: its address in its tenant's network. Written `10.77.0.5`, or
+/// `10.77.0.5@7` in network 7.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MachineKey {
+    /// The tenant's network.
+    pub network: NetworkId,
+    /// The machine's address in it.
+    pub address: Ipv4Addr,
+}
+
+impl fmt::Display for MachineKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.network.is_common() {
+            return self.address.fmt(f);
+        }
+        write!(f, "{}@{}", self.address, self.network)
+    }
+}
+
+/// In the network of no tenant.
+impl From<Ipv4Addr> for MachineKey {
+    fn from(address: Ipv4Addr) -> Self {
+        Self { network: NetworkId::COMMON, address }
+    }
+}
 
 /// A machine as the network sees it: the same on every host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -12,12 +70,44 @@ pub struct MachineNet {
     pub machine: String,
     /// The machine's address, for life.
     pub address: Ipv4Addr,
+    /// Its IPv6 address, for life, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address_v6: Option<Ipv6Addr>,
+    /// The tenant's network that these addresses are of.
+    #[serde(default, skip_serializing_if = "NetworkId::is_common")]
+    pub network: NetworkId,
     /// MAC of the guest's interface.
     pub mac: [u8; 6],
     /// MTU inside the guest.
     pub mtu: u16,
     /// Ports that the edge maps to the machine.
     pub ports: Vec<PortMapping>,
+    /// What else the edge lets through to it, and how much.
+    #[serde(default, skip_serializing_if = "Policy::is_default")]
+    pub policy: Policy,
+}
+
+impl MachineNet {
+    /// A machine of no tenant, without IPv6 and ports.
+    #[must_use]
+    pub fn new(machine: impl Into<String>, address: Ipv4Addr, mac: [u8; 6], mtu: u16) -> Self {
+        Self {
+            machine: machine.into(),
+            address,
+            address_v6: None,
+            network: NetworkId::COMMON,
+            mac,
+            mtu,
+            ports: Vec::new(),
+            policy: Policy::default(),
+        }
+    }
+
+    /// Its name in the data path.
+    #[must_use]
+    pub fn key(&self) -> MachineKey {
+        MachineKey { network: self.network, address: self.address }
+    }
 }
 
 /// A port of the edge's public address that leads to a port of the machine.
@@ -41,8 +131,8 @@ pub enum Protocol {
     Udp,
 }
 
-impl std::fmt::Display for Protocol {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Tcp => "tcp",
             Self::Udp => "udp",
@@ -80,6 +170,18 @@ pub enum NetError {
         epoch: u64,
         /// Who has it.
         owner: String,
+    },
+    /// The host that says so does not have the machine's lease at that epoch.
+    #[error("machine \"{machine}\": host \"{host}\" may not say so at epoch {epoch}: {detail}")]
+    Unauthorised {
+        /// Which machine.
+        machine: String,
+        /// Who said it.
+        host: String,
+        /// The epoch in question.
+        epoch: u64,
+        /// What the lease says instead.
+        detail: String,
     },
     /// Something failed.
     #[error("machine \"{machine}\": {operation}: {detail}")]

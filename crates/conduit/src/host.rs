@@ -14,24 +14,30 @@
 //!                               guests open no connection to the host
 //! ```
 //!
+//! Rules and tables are IPv4's and IPv6's alike. Machines of a tenant's network may have addresses that
+//! others have too: their routes are in a table of their own, for packets that carry the network's
+//! [mark]. It is set by the program at the tap, and the kernel's answers carry their question's
+//! (`fwmark_reflect`).
+//!
 //! A frame taken out of a tap's queue and put back by [`crate::tap::drain`] comes in through the
 //! tap with a foreign source address. That is why reverse path filters are off on taps and the
 //! guard accepts frames *to* the machine's address as well.
 
 use crate::{
     book::{EdgeView, Place, Record, Wait},
-    datapath::MachineNet,
+    datapath::{MachineKey, MachineNet, NetworkId},
     exec::{self, KernelError},
     netlink::{Netlink, NextHop, Route, Rule, interface_index},
     overlay,
     plane::{PathChoice, PathKind, Plane},
-    tap::{self, GATEWAY, GATEWAY_MAC},
+    tap::{self, GATEWAY, GATEWAY_MAC, GATEWAY_V6},
     tunnel,
     wire::Peer,
 };
 use conduit_bpf::Role;
 use std::{
-    net::Ipv4Addr,
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::Path,
     sync::{Arc, Mutex},
 };
@@ -42,6 +48,9 @@ pub const MACHINES: u32 = 6472;
 pub const OUT: u32 = 6473;
 /// Routes to machines that may come here, for frames of the overlay only.
 pub const CANDIDATES: u32 = 6474;
+
+/// Marks of packets start with this byte; the network follows. Tables of networks have the same number.
+const MARK: u32 = conduit_bpf::NETWORK_MARK;
 
 const RULE_CANDIDATES: u32 = 6400;
 const RULE_MACHINES: u32 = 6401;
@@ -63,25 +72,47 @@ struct OverlayLink {
     mtu: u32,
 }
 
+/// The mark of packets of a tenant's network.
+#[must_use]
+pub fn mark(network: NetworkId) -> u32 {
+    MARK | u32::from(network.0)
+}
+
+/// Routes to machines of a network.
+fn table(network: NetworkId) -> u32 {
+    if network == NetworkId::COMMON { MACHINES } else { mark(network) }
+}
+
 /// The rule that sends all traffic for machines to their table; the edge uses it too.
 pub(crate) fn machines_rule() -> Rule {
-    Rule { priority: RULE_MACHINES, from_interface: None, table: MACHINES }
+    Rule { priority: RULE_MACHINES, table: MACHINES, ..Rule::default() }
+}
+
+/// `table` is a tenant's.
+fn network_rule(table: u32) -> Rule {
+    Rule { priority: RULE_MACHINES, mark: Some(table), table, ..Rule::default() }
 }
 
 fn candidates_rule() -> Rule {
-    let from = Some(overlay::INTERFACE.to_owned());
-    Rule { priority: RULE_CANDIDATES, from_interface: from, table: CANDIDATES }
+    let from_interface = Some(overlay::INTERFACE.to_owned());
+    Rule { priority: RULE_CANDIDATES, from_interface, table: CANDIDATES, ..Rule::default() }
 }
 
 fn out_rule(tap: &str) -> Rule {
-    Rule { priority: RULE_OUT, from_interface: Some(tap.to_owned()), table: OUT }
+    let from_interface = Some(tap.to_owned());
+    Rule { priority: RULE_OUT, from_interface, table: OUT, ..Rule::default() }
+}
+
+/// A machine's addresses.
+fn addresses(net: &MachineNet) -> impl Iterator<Item = IpAddr> {
+    [Some(IpAddr::V4(net.address)), net.address_v6.map(IpAddr::V6)].into_iter().flatten()
 }
 
 impl HostNet {
     /// Sets the host up; `this` is where it is in the overlay, or `None` for a host by itself.
     /// Must be called in the host's network namespace.
     pub fn open(this: Option<Peer>, choice: PathChoice, pins: &Path) -> Result<Self, KernelError> {
-        exec::sysctl("net/ipv4/ip_forward", "1")?;
+        forward()?;
         loosen_reverse_path_filter()?;
         let mut netlink = Netlink::open()?;
         netlink.ensure_rule(&machines_rule())?;
@@ -127,7 +158,7 @@ impl HostNet {
     }
 
     /// Epochs that the kernel remembers, for an agent that has lost its state.
-    pub fn floors(&self) -> Result<Vec<(Ipv4Addr, u64)>, KernelError> {
+    pub fn floors(&self) -> Result<Vec<(MachineKey, u64)>, KernelError> {
         self.plane.as_ref().map_or_else(|| Ok(Vec::new()), |p| p.floors())
     }
 
@@ -147,10 +178,31 @@ impl HostNet {
         self.routes.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
+    /// Whether this host can lead a machine's frames at all.
+    fn check(&self, net: &MachineNet) -> Result<(), KernelError> {
+        let fail = |detail: &str| {
+            Err(KernelError::new(format!("lead the frames of {}", net.key()), detail))
+        };
+        let by_routes = self.plane.is_none();
+        if by_routes && net.network != NetworkId::COMMON {
+            return fail("routes know one network only; tenants' networks need BPF (--path bpf)");
+        }
+        if by_routes && self.overlay.is_some() && net.address_v6.is_some() {
+            return fail("routes lead IPv4 only; IPv6 needs BPF (--path bpf)");
+        }
+        if net.address_v6.is_some() && !has_ipv6() {
+            return fail(
+                "this kernel has no IPv6; make the machine without, or boot with ipv6.disable=0",
+            );
+        }
+        Ok(())
+    }
+
     /// Makes a machine's tap ready to be opened, or leaves it alone if it is. Slow: milliseconds.
     pub fn ensure_tap(&self, net: &MachineNet) -> Result<String, KernelError> {
+        self.check(net)?;
         let mut netlink = self.setup.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let name = tap::name(net.address);
+        let name = tap::name(net.key());
         let mac = overlay::mac_text(GATEWAY_MAC);
         if overlay::link_facts(&name)?.is_none() {
             tap::create_persistent(&name)
@@ -158,11 +210,16 @@ impl HostNet {
         }
         quiet_interface(&name)?;
         exec::sysctl(&format!("net/ipv4/conf/{name}/accept_local"), "1")?;
-        exec::sysctl(&format!("net/ipv6/conf/{name}/disable_ipv6"), "1")
+        let without_v6 = if net.address_v6.is_some() { "0" } else { "1" };
+        exec::sysctl(&format!("net/ipv6/conf/{name}/disable_ipv6"), without_v6)
             .or_else(overlay::no_ipv6)?;
         let facts = overlay::link_facts(&name)?
             .ok_or_else(|| KernelError::new(format!("find tap {name}"), "it vanished"))?;
         let mut script = String::new();
+        if net.address_v6.is_some() {
+            exec::sysctl(&format!("net/ipv6/conf/{name}/accept_ra"), "0")?;
+            script += &format!("link set dev {name} addrgenmode none\n");
+        }
         // A MAC set anew would flush the neighbours of a tap in use, even to the same value.
         if facts.address != mac {
             script += &format!("link set dev {name} address {mac}\n");
@@ -173,12 +230,16 @@ impl HostNet {
             script += &format!("link set dev {name} mtu {mtu} txqueuelen {queue} up\n");
         }
         script += &format!("address replace {GATEWAY}/32 dev {name} scope link\n");
+        if net.address_v6.is_some() {
+            script += &format!("address replace {GATEWAY_V6}/64 dev {name} scope link nodad\n");
+        }
         exec::run("ip", &["-batch", "-"], &script)?;
-        let guard =
-            format!("add element inet conduit_host guests {{ \"{name}\" . {} }}\n", net.address);
+        let guard: String = guarded(&name, net).map(|g| format!("add element {g}\n")).collect();
         exec::run("nft", &["-f", "-"], &guard)?;
         let index = interface_index(&name)?;
-        netlink.set_neighbour(index, net.address, net.mac)?;
+        for address in addresses(net) {
+            netlink.set_neighbour(index, address, net.mac)?;
+        }
         netlink.ensure_rule(&out_rule(&name))?;
         if let Some(plane) = &self.plane {
             plane.set_tap(index, net)?;
@@ -188,9 +249,9 @@ impl HostNet {
 
     /// Removes a machine's tap, if there is one. A process that has it open keeps a dead
     /// descriptor.
-    pub fn remove_tap(&self, address: Ipv4Addr) -> Result<(), KernelError> {
+    pub fn remove_tap(&self, net: &MachineNet) -> Result<(), KernelError> {
         let mut netlink = self.setup.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let name = tap::name(address);
+        let name = tap::name(net.key());
         while netlink.delete_rule(&out_rule(&name))? {}
         if let Ok(index) = interface_index(&name) {
             if let Some(plane) = &self.plane {
@@ -199,36 +260,45 @@ impl HostNet {
             exec::run("ip", &["link", "del", &name], "")?;
         }
         // The set has no "remove if there": add first, so that the removal always finds it.
-        let element = format!("element inet conduit_host guests {{ \"{name}\" . {address} }}\n");
-        exec::run("nft", &["-f", "-"], &format!("add {element}delete {element}")).map(drop)
+        let guard: String =
+            guarded(&name, net).map(|g| format!("add element {g}\ndelete element {g}\n")).collect();
+        exec::run("nft", &["-f", "-"], &guard).map(drop)
     }
 
     /// Frames for the machine go into its tap, wherever they come from.
-    fn route_here(&self, address: Ipv4Addr) -> Result<(), KernelError> {
-        let index = interface_index(&tap::name(address))?;
+    fn route_here(&self, net: &MachineNet) -> Result<(), KernelError> {
+        let next = NextHop::Device(interface_index(&tap::name(net.key()))?);
+        let table = table(net.network);
         let mut routes = self.routes();
-        routes.replace_route(&Route::host(MACHINES, address, NextHop::Device(index)))?;
+        if table != MACHINES {
+            routes.ensure_rule(&network_rule(table))?;
+        }
+        for address in addresses(net) {
+            routes.replace_route(&Route::host(table, address, next))?;
+        }
         if self.overlay.is_some() {
-            routes.delete_route(CANDIDATES, address, 32)?;
+            routes.delete_route(CANDIDATES, net.address, 32)?;
         }
         Ok(())
     }
 
     /// Frames for the machine that come over the overlay go into its tap; this host's own still
     /// go their usual way.
-    fn route_candidate(&self, address: Ipv4Addr) -> Result<(), KernelError> {
-        let index = interface_index(&tap::name(address))?;
+    fn route_candidate(&self, net: &MachineNet) -> Result<(), KernelError> {
+        let index = interface_index(&tap::name(net.key()))?;
         let mut routes = self.routes();
-        routes.delete_route(MACHINES, address, 32)?;
-        if self.overlay.is_some() {
-            routes.replace_route(&Route::host(CANDIDATES, address, NextHop::Device(index)))?;
+        for address in addresses(net) {
+            delete_whole(&mut routes, MACHINES, address)?;
+            if self.overlay.is_some() {
+                routes.replace_route(&Route::host(CANDIDATES, address, NextHop::Device(index)))?;
+            }
         }
         Ok(())
     }
 
     /// Frames for the machine go to the host `to`.
     fn route_away(&self, address: Ipv4Addr, to: Ipv4Addr) -> Result<(), KernelError> {
-        let next = NextHop::Gateway(to, self.link()?.index);
+        let next = NextHop::Gateway(to.into(), self.link()?.index);
         let mut routes = self.routes();
         routes.replace_route(&Route::host(MACHINES, address, next))?;
         routes.delete_route(CANDIDATES, address, 32).map(drop)
@@ -236,46 +306,60 @@ impl HostNet {
 
     /// Makes the kernel do what the book says.
     pub fn apply(&self, record: &Record) -> Result<(), KernelError> {
-        let address = record.net.address;
+        let net = &record.net;
         if let Some(plane) = &self.plane {
             return self.apply_to(plane, record);
         }
         match record.place {
-            Place::Candidate => self.route_candidate(address),
-            Place::Here if record.retiring => self.unroute(address),
-            Place::Here => self.route_here(address),
-            Place::Away { to } => self.route_away(address, to),
+            Place::Candidate => self.route_candidate(net),
+            Place::Here if record.retiring => self.unroute(net),
+            Place::Here => self.route_here(net),
+            Place::Away { to } => self.route_away(net.address, to),
         }
     }
 
     /// The entry first: it leads the frames. The route is for this host's own stack.
     fn apply_to(&self, plane: &Plane, record: &Record) -> Result<(), KernelError> {
         let Record { net, epoch, .. } = record;
-        let tap = || interface_index(&tap::name(net.address));
+        let tap = || interface_index(&tap::name(net.key()));
         match record.place {
             Place::Candidate if record.wait == Wait::Hold => plane.expect(net, *epoch, None),
             Place::Candidate => plane.local(net, tap()?, *epoch, true),
-            Place::Here if record.retiring => self.unroute(net.address),
+            Place::Here if record.retiring => self.unroute(net),
             Place::Here => {
                 plane.local(net, tap()?, *epoch, false)?;
-                self.route_here(net.address)
+                self.route_here(net)
             }
             Place::Away { to } => {
                 let leaving = record.edge == EdgeView::Held;
                 plane.remote(net, to, *epoch, leaving, None)?;
-                self.routes().delete_route(MACHINES, net.address, 32).map(drop)
+                self.remove_routes(net)
             }
         }
     }
 
     /// Removes what this host knows of the way to a machine.
-    pub fn unroute(&self, address: Ipv4Addr) -> Result<(), KernelError> {
+    pub fn unroute(&self, net: &MachineNet) -> Result<(), KernelError> {
         if let Some(plane) = &self.plane {
-            plane.forget(address)?;
+            plane.forget(net)?;
         }
+        self.remove_routes(net)
+    }
+
+    /// The last machine of a tenant takes the rule with it.
+    fn remove_routes(&self, net: &MachineNet) -> Result<(), KernelError> {
+        let table = table(net.network);
         let mut routes = self.routes();
-        routes.delete_route(MACHINES, address, 32)?;
-        routes.delete_route(CANDIDATES, address, 32).map(drop)
+        for address in addresses(net) {
+            delete_whole(&mut routes, table, address)?;
+            if self.plane.is_none() {
+                delete_whole(&mut routes, CANDIDATES, address)?;
+            }
+        }
+        if table != MACHINES && routes.routes(table)?.is_empty() {
+            while routes.delete_rule(&network_rule(table))? {}
+        }
+        Ok(())
     }
 
     /// Makes another host reachable.
@@ -290,18 +374,18 @@ impl HostNet {
     /// Makes the edge reachable, and the way out for guests.
     pub fn set_edge(&self, edge: &Peer) -> Result<(), KernelError> {
         let index = self.link()?.index;
-        let next = match &self.plane {
-            Some(plane) => {
-                plane.set_edge(edge)?;
-                NextHop::Gateway(tunnel::NEXT_HOP, index)
-            }
-            None => {
-                self.set_peer(edge)?;
-                NextHop::Gateway(edge.overlay, index)
-            }
+        let default = |to: IpAddr, next: IpAddr| {
+            let next = NextHop::Gateway(next, index);
+            self.routes().replace_route(&Route { table: OUT, to, prefix: 0, next })
         };
-        let default = Route { table: OUT, to: Ipv4Addr::UNSPECIFIED, prefix: 0, next };
-        self.routes().replace_route(&default)
+        let (all, all_v6) = (Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into());
+        let Some(plane) = &self.plane else {
+            self.set_peer(edge)?;
+            return default(all, edge.overlay.into());
+        };
+        plane.set_edge(edge)?;
+        default(all, tunnel::NEXT_HOP.into())?;
+        if has_ipv6() { default(all_v6, tunnel::NEXT_HOP_V6.into()) } else { Ok(()) }
     }
 
     /// The machines that the kernel has a route for, here and now.
@@ -313,10 +397,16 @@ impl HostNet {
     /// [`HostNet::remove_tap`] was not called for.
     pub fn remove(&self) -> Result<(), KernelError> {
         let mut netlink = self.routes();
-        for table in [MACHINES, OUT, CANDIDATES] {
-            for route in netlink.routes(table)? {
-                netlink.delete_route(table, route.to, route.prefix)?;
+        let mut networks = BTreeSet::new();
+        for route in netlink.all_routes()? {
+            let network = route.table & 0xff00_0000 == MARK;
+            if network || [MACHINES, OUT, CANDIDATES].contains(&route.table) {
+                netlink.delete_route(route.table, route.to, route.prefix)?;
             }
+            networks.extend(network.then_some(route.table));
+        }
+        for table in networks {
+            while netlink.delete_rule(&network_rule(table))? {}
         }
         while netlink.delete_rule(&machines_rule())? {}
         while netlink.delete_rule(&candidates_rule())? {}
@@ -348,6 +438,48 @@ pub(crate) fn open_plane(
     let plane = Arc::new(plane);
     plane.keep_fit();
     Ok(Some(plane))
+}
+
+fn delete_whole(routes: &mut Netlink, table: u32, to: IpAddr) -> Result<(), KernelError> {
+    routes.delete_route(table, to, if to.is_ipv4() { 32 } else { 128 }).map(drop)
+}
+
+/// What the guard knows of a machine's tap, as elements of its sets.
+fn guarded(tap: &str, net: &MachineNet) -> impl Iterator<Item = String> {
+    addresses(net).map(move |address| {
+        let set = if address.is_ipv4() { "guests" } else { "guests6" };
+        format!("inet conduit_host {set} {{ \"{tap}\" . {address} }}")
+    })
+}
+
+pub(crate) fn has_ipv6() -> bool {
+    exec::read_sysctl("net/ipv6/conf/all/disable_ipv6").is_some()
+}
+
+/// Makes this computer a router, whose answers to a packet go the way of the packet's mark. With IPv6 it
+/// would stop to believe other routers: interfaces that did, go on to do so (`accept_ra` 2).
+pub(crate) fn forward() -> Result<(), KernelError> {
+    exec::sysctl("net/ipv4/ip_forward", "1")?;
+    exec::sysctl("net/ipv4/fwmark_reflect", "1")?;
+    if !has_ipv6() {
+        return Ok(());
+    }
+    exec::sysctl("net/ipv6/fwmark_reflect", "1")?;
+    if exec::read_sysctl("net/ipv6/conf/all/forwarding").is_some_and(|v| v == "1") {
+        return Ok(());
+    }
+    let list = |e| KernelError::new("list /proc/sys/net/ipv6/conf", e);
+    for entry in std::fs::read_dir("/proc/sys/net/ipv6/conf").map_err(list)? {
+        let entry = entry.map_err(list)?.file_name();
+        let Some(name) = entry.to_str().filter(|n| !["all", "default"].contains(n)) else {
+            continue;
+        };
+        let key = format!("net/ipv6/conf/{name}/accept_ra");
+        if exec::read_sysctl(&key).is_some_and(|v| v == "1") {
+            exec::sysctl(&key, "2")?;
+        }
+    }
+    exec::sysctl("net/ipv6/conf/all/forwarding", "1")
 }
 
 /// Interfaces of ours neither filter by reverse path nor tell senders of shorter ways.
@@ -386,6 +518,7 @@ fn guard_script(in_overlay: bool) -> String {
     let mut script = String::from(
         "add table inet conduit_host
 add set inet conduit_host guests { type ifname . ipv4_addr; }
+add set inet conduit_host guests6 { type ifname . ipv6_addr; }
 add chain inet conduit_host from_guest { type filter hook prerouting priority raw; policy accept; }
 add chain inet conduit_host to_host { type filter hook input priority filter; policy accept; }
 flush chain inet conduit_host from_guest
@@ -393,8 +526,12 @@ flush chain inet conduit_host to_host
 add rule inet conduit_host from_guest iifname != \"dr-*\" accept
 add rule inet conduit_host from_guest iifname . ip saddr @guests accept
 add rule inet conduit_host from_guest iifname . ip daddr @guests accept
+add rule inet conduit_host from_guest iifname . ip6 saddr @guests6 accept
+add rule inet conduit_host from_guest iifname . ip6 daddr @guests6 accept
+add rule inet conduit_host from_guest ip6 saddr { fe80::/10, :: } ip6 daddr { fe80::/10, ff02::/16 } accept
 add rule inet conduit_host from_guest drop
 add rule inet conduit_host to_host iifname \"dr-*\" icmp type { echo-request, echo-reply } accept
+add rule inet conduit_host to_host iifname \"dr-*\" icmpv6 type { echo-request, echo-reply, nd-neighbor-solicit, nd-neighbor-advert } accept
 add rule inet conduit_host to_host iifname \"dr-*\" tcp flags & (syn | ack) != syn accept
 ",
     );

@@ -42,6 +42,7 @@ mod local;
 pub mod netlink;
 pub mod overlay;
 mod plane;
+pub mod policy;
 mod store;
 mod sys;
 pub mod tap;
@@ -51,7 +52,8 @@ pub mod wire;
 pub use client::{AgentDataPath, status};
 pub use conduit_bpf::{ROOT as PINS, sweep as sweep_pins};
 pub use datapath::{
-    DataPath, HostEndpoint, MachineNet, NetError, NullDataPath, PortMapping, Protocol, Tap,
+    DataPath, HostEndpoint, MachineKey, MachineNet, NetError, NetworkId, NullDataPath, PortMapping,
+    Protocol, Tap,
 };
 pub use exec::KernelError;
 pub use local::LocalDataPath;

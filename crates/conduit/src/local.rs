@@ -77,10 +77,10 @@ impl DataPath for LocalDataPath {
             return Ok(());
         }
         let fail = |e: KernelError| NetError::failed(net, "remove its tap", e);
-        self.host.unroute(net.address).map_err(fail)?;
-        self.host.remove_tap(net.address).map_err(fail)?;
+        self.host.unroute(net).map_err(fail)?;
+        self.host.remove_tap(net).map_err(fail)?;
         // There is no edge to wait for.
-        self.book().edge_answered(net.address, epoch, Ok(()));
+        self.book().edge_answered(net.key(), epoch, Ok(()));
         Ok(())
     }
 }

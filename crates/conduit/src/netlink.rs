@@ -28,7 +28,7 @@ use nix::sys::{
 };
 use std::{
     fmt, io,
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     thread,
     time::{Duration, Instant},
 };
@@ -45,16 +45,16 @@ pub enum NextHop {
     /// Straight out of an interface, given by its index.
     Device(u32),
     /// To a neighbour that is taken to be on the link of the interface.
-    Gateway(Ipv4Addr, u32),
+    Gateway(IpAddr, u32),
 }
 
-/// An IPv4 route of one of our tables.
+/// A route of one of our tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Route {
     /// Which table.
     pub table: u32,
     /// Destination network.
-    pub to: Ipv4Addr,
+    pub to: IpAddr,
     /// Its prefix length.
     pub prefix: u8,
     /// Where it leads.
@@ -64,9 +64,15 @@ pub struct Route {
 impl Route {
     /// The route to one machine.
     #[must_use]
-    pub fn host(table: u32, to: Ipv4Addr, next: NextHop) -> Self {
-        Self { table, to, prefix: 32, next }
+    pub fn host(table: u32, to: impl Into<IpAddr>, next: NextHop) -> Self {
+        let to = to.into();
+        Self { table, to, prefix: whole(to), next }
     }
+}
+
+/// The prefix length of one address.
+fn whole(address: IpAddr) -> u8 {
+    if address.is_ipv4() { 32 } else { 128 }
 }
 
 impl fmt::Display for Route {
@@ -80,13 +86,15 @@ impl fmt::Display for Route {
     }
 }
 
-/// A policy rule: which frames look into which table.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A policy rule, for IPv4 and IPv6 alike: which packets look into which table.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rule {
     /// Rules are tried in ascending order of this.
     pub priority: u32,
     /// Only frames that came in here; all if `None`.
     pub from_interface: Option<String>,
+    /// Only packets with this mark; all if `None`.
+    pub mark: Option<u32>,
     /// The table to look into.
     pub table: u32,
 }
@@ -122,16 +130,17 @@ impl Netlink {
     pub fn delete_route(
         &mut self,
         table: u32,
-        to: Ipv4Addr,
+        to: impl Into<IpAddr>,
         prefix: u8,
     ) -> Result<bool, KernelError> {
+        let to = to.into();
         let mut message = RouteMessage::default();
-        message.header.address_family = AddressFamily::Inet;
+        message.header.address_family = family(to);
         message.header.destination_prefix_length = prefix;
         message.header.scope = RouteScope::NoWhere;
         message.header.protocol = RouteProtocol::Other(ROUTE_OWNER);
         message.attributes.push(RouteAttribute::Table(table));
-        message.attributes.push(RouteAttribute::Destination(RouteAddress::Inet(to)));
+        message.attributes.push(RouteAttribute::Destination(route_address(to)));
         match self.request(RouteNetlinkMessage::DelRoute(message), 0) {
             Ok(()) => Ok(true),
             Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(false),
@@ -141,34 +150,45 @@ impl Netlink {
 
     /// Our routes of one table.
     pub fn routes(&mut self, table: u32) -> Result<Vec<Route>, KernelError> {
-        let mut message = RouteMessage::default();
-        message.header.address_family = AddressFamily::Inet;
+        let mut routes = self.all_routes()?;
+        routes.retain(|r| r.table == table);
+        Ok(routes)
+    }
+
+    /// Our routes of all tables.
+    pub fn all_routes(&mut self) -> Result<Vec<Route>, KernelError> {
         let mut found = Vec::new();
-        self.dump(RouteNetlinkMessage::GetRoute(message), |answer| {
-            if let RouteNetlinkMessage::NewRoute(message) = answer
-                && let Some(route) = route_of(&message)
-                && route.table == table
-            {
-                found.push(route);
-            }
-        })
-        .map_err(|e| KernelError::new(format!("list routes of table {table}"), e))?;
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut message = RouteMessage::default();
+            message.header.address_family = family;
+            let listed = self.dump(RouteNetlinkMessage::GetRoute(message), |answer| {
+                if let RouteNetlinkMessage::NewRoute(message) = answer {
+                    found.extend(route_of(&message));
+                }
+            });
+            unless_without(family, listed).map_err(|e| KernelError::new("list routes", e))?;
+        }
         Ok(found)
     }
 
-    /// Makes `address` known behind `interface` with `mac`, for good: no ARP, ever.
+    /// Makes `address` known behind `interface` with `mac`, for good: nobody is ever asked for it.
     pub fn set_neighbour(
         &mut self,
         interface: u32,
-        address: Ipv4Addr,
+        address: impl Into<IpAddr>,
         mac: [u8; 6],
     ) -> Result<(), KernelError> {
+        let address = address.into();
         let mut message = NeighbourMessage::default();
-        message.header.family = AddressFamily::Inet;
+        message.header.family = family(address);
         message.header.ifindex = interface;
         message.header.state = NeighbourState::Permanent;
         message.header.kind = RouteType::Unicast;
-        message.attributes.push(NeighbourAttribute::Destination(NeighbourAddress::Inet(address)));
+        let destination = match address {
+            IpAddr::V4(v4) => NeighbourAddress::Inet(v4),
+            IpAddr::V6(v6) => NeighbourAddress::Inet6(v6),
+        };
+        message.attributes.push(NeighbourAttribute::Destination(destination));
         message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.to_vec()));
         self.request(RouteNetlinkMessage::NewNeighbour(message), NLM_F_CREATE | NLM_F_REPLACE)
             .map_err(|e| KernelError::new(format!("set neighbour {address} on #{interface}"), e))
@@ -194,20 +214,29 @@ impl Netlink {
 
     /// Adds a policy rule; one that is there already stays.
     pub fn ensure_rule(&mut self, rule: &Rule) -> Result<(), KernelError> {
-        let message = RouteNetlinkMessage::NewRule(rule_message(rule));
-        match self.request(message, NLM_F_CREATE | NLM_F_EXCL) {
-            Err(e) if e.raw_os_error() == Some(libc::EEXIST) => Ok(()),
-            other => other.map_err(|e| KernelError::new(format!("add {rule:?}"), e)),
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let message = RouteNetlinkMessage::NewRule(rule_message(rule, family));
+            match unless_without(family, self.request(message, NLM_F_CREATE | NLM_F_EXCL)) {
+                Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {}
+                other => other.map_err(|e| KernelError::new(format!("add {rule:?}"), e))?,
+            }
         }
+        Ok(())
     }
 
     /// Removes a policy rule; true if it was there.
     pub fn delete_rule(&mut self, rule: &Rule) -> Result<bool, KernelError> {
-        match self.request(RouteNetlinkMessage::DelRule(rule_message(rule)), 0) {
-            Ok(()) => Ok(true),
-            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(false),
-            Err(e) => Err(KernelError::new(format!("remove {rule:?}"), e)),
+        let mut there = false;
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let message = RouteNetlinkMessage::DelRule(rule_message(rule, family));
+            match self.request(message, 0) {
+                Ok(()) => there = true,
+                Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {}
+                Err(e) if lacks(family, &e) => {}
+                Err(e) => return Err(KernelError::new(format!("remove {rule:?}"), e)),
+            }
         }
+        Ok(there)
     }
 
     /// Waits until an interface sends what is given to it. Between the moment its carrier comes
@@ -340,10 +369,36 @@ impl Netlink {
     }
 }
 
+fn family(address: IpAddr) -> AddressFamily {
+    if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
+}
+
+fn route_address(address: IpAddr) -> RouteAddress {
+    match address {
+        IpAddr::V4(v4) => RouteAddress::Inet(v4),
+        IpAddr::V6(v6) => RouteAddress::Inet6(v6),
+    }
+}
+
+/// A kernel without IPv6 says so in one of these ways.
+fn lacks(family: AddressFamily, error: &io::Error) -> bool {
+    let code = error.raw_os_error();
+    family == AddressFamily::Inet6
+        && matches!(code, Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::EPFNOSUPPORT))
+}
+
+/// What a kernel without IPv6 has nothing of is done.
+fn unless_without(family: AddressFamily, result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(e) if lacks(family, &e) => Ok(()),
+        other => other,
+    }
+}
+
 fn route_message(route: &Route) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header = RouteHeader {
-        address_family: AddressFamily::Inet,
+        address_family: family(route.to),
         destination_prefix_length: route.prefix,
         table: RouteHeader::RT_TABLE_UNSPEC,
         protocol: RouteProtocol::Other(ROUTE_OWNER),
@@ -351,7 +406,7 @@ fn route_message(route: &Route) -> RouteMessage {
         ..Default::default()
     };
     message.attributes.push(RouteAttribute::Table(route.table));
-    message.attributes.push(RouteAttribute::Destination(RouteAddress::Inet(route.to)));
+    message.attributes.push(RouteAttribute::Destination(route_address(route.to)));
     match route.next {
         NextHop::Device(index) => {
             message.header.scope = RouteScope::Link;
@@ -360,7 +415,7 @@ fn route_message(route: &Route) -> RouteMessage {
         NextHop::Gateway(via, index) => {
             message.header.scope = RouteScope::Universe;
             message.header.flags = RouteFlags::Onlink;
-            message.attributes.push(RouteAttribute::Gateway(RouteAddress::Inet(via)));
+            message.attributes.push(RouteAttribute::Gateway(route_address(via)));
             message.attributes.push(RouteAttribute::Oif(index));
         }
     }
@@ -371,14 +426,24 @@ fn route_of(message: &RouteMessage) -> Option<Route> {
     if message.header.protocol != RouteProtocol::Other(ROUTE_OWNER) {
         return None;
     }
-    let (mut table, mut to) = (u32::from(message.header.table), Ipv4Addr::UNSPECIFIED);
+    // The kernel leaves out a destination that is everything.
+    let mut to = match message.header.address_family {
+        AddressFamily::Inet6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        _ => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+    };
+    let mut table = u32::from(message.header.table);
     let (mut device, mut gateway) = (None, None);
+    let address = |address: &RouteAddress| match address {
+        RouteAddress::Inet(v4) => Some(IpAddr::V4(*v4)),
+        RouteAddress::Inet6(v6) => Some(IpAddr::V6(*v6)),
+        _ => None,
+    };
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Table(t) => table = *t,
-            RouteAttribute::Destination(RouteAddress::Inet(a)) => to = *a,
+            RouteAttribute::Destination(a) => to = address(a)?,
             RouteAttribute::Oif(index) => device = Some(*index),
-            RouteAttribute::Gateway(RouteAddress::Inet(a)) => gateway = Some(*a),
+            RouteAttribute::Gateway(a) => gateway = address(a),
             _ => {}
         }
     }
@@ -387,14 +452,18 @@ fn route_of(message: &RouteMessage) -> Option<Route> {
     Some(Route { table, to, prefix: message.header.destination_prefix_length, next })
 }
 
-fn rule_message(rule: &Rule) -> RuleMessage {
+fn rule_message(rule: &Rule, family: AddressFamily) -> RuleMessage {
     let mut message = RuleMessage::default();
-    message.header.family = AddressFamily::Inet;
+    message.header.family = family;
     message.header.action = RuleAction::ToTable;
     message.attributes.push(RuleAttribute::Priority(rule.priority));
     message.attributes.push(RuleAttribute::Table(rule.table));
     if let Some(name) = &rule.from_interface {
         message.attributes.push(RuleAttribute::Iifname(name.clone()));
+    }
+    if let Some(mark) = rule.mark {
+        message.attributes.push(RuleAttribute::FwMark(mark));
+        message.attributes.push(RuleAttribute::FwMask(u32::MAX));
     }
     message
 }

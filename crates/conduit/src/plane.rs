@@ -3,7 +3,7 @@
 //! and the ledger's, and the kernel's map holds to them once more.
 
 use crate::{
-    datapath::MachineNet,
+    datapath::{MachineKey, MachineNet, NetworkId},
     exec::KernelError,
     tap::GATEWAY_MAC,
     tunnel::{self, NETWORK, Tunnel},
@@ -148,7 +148,12 @@ impl Plane {
 
     /// A machine is behind a tap.
     pub(crate) fn set_tap(&self, tap: u32, net: &MachineNet) -> Result<(), KernelError> {
-        let port = Port { net: NETWORK, mac: net.mac, v4: Some(net.address), v6: None };
+        let port = Port {
+            net: net.network.0.into(),
+            mac: net.mac,
+            v4: Some(net.address),
+            v6: net.address_v6,
+        };
         self.bpf
             .set_port(tap, &port)
             .and_then(|()| self.bpf.attach(tap, Program::Tap))
@@ -232,7 +237,7 @@ impl Plane {
     }
 
     /// Frames are held for a machine that is to come here, or (at an edge) to the host `to`; nobody
-    /// owns this epoch yet.
+    /// owns this epoch yet. Without `to` an edge believes no host's frames.
     pub(crate) fn expect(
         &self,
         net: &MachineNet,
@@ -241,16 +246,20 @@ impl Plane {
     ) -> Result<(), KernelError> {
         let (this, candidate) = {
             let known = self.known();
-            let candidate = to.and_then(|host| known.underlays.get(&host).map(|&a| a.into()));
-            (known.config.this, candidate)
+            let this = known.config.this;
+            let find = |host| known.underlays.get(&host).map(|&a| a.into());
+            (this, to.map_or(Some(this), find))
         };
         self.change(net, epoch, this, candidate, Place::Expected)
     }
 
     /// Whether frames for a machine are held, or dropped, because its owner cannot be reached.
-    pub(crate) fn is_held_back(&self, address: Ipv4Addr) -> bool {
-        let entry = self.bpf.entry(key(address)).ok().flatten();
-        entry.is_some_and(|e| matches!(e.place, Place::Hold | Place::Drop))
+    pub(crate) fn is_held_back(&self, net: &MachineNet) -> bool {
+        let held = |key| {
+            let entry = self.bpf.entry(key).ok().flatten();
+            entry.is_some_and(|e| matches!(e.place, Place::Hold | Place::Drop))
+        };
+        keys(net).any(held)
     }
 
     /// Frames for a machine go to the host with the overlay address `to`. `leaving`: it still runs
@@ -276,28 +285,30 @@ impl Plane {
         place: Place,
     ) -> Result<(), KernelError> {
         let entry = Entry { epoch, owner, candidate, place, mac: net.mac };
-        self.known().lingering.remove(&key(net.address));
-        self.bpf
-            .change(key(net.address), &entry)
-            .map(drop)
-            .map_err(|e| failed(format!("lead the frames of {}", net.address), &e))
+        for key in keys(net) {
+            self.known().lingering.remove(&key);
+            self.bpf
+                .change(key, &entry)
+                .map_err(|e| failed(format!("lead the frames of {key}"), &e))?;
+        }
+        Ok(())
     }
 
-    /// Nothing is known of an address any more; as soon as the last frame that was held for it has
+    /// Nothing is known of a machine any more; as soon as the last frame that was held for it has
     /// been sent on, if some are on their way.
-    pub(crate) fn forget(&self, address: Ipv4Addr) -> Result<(), KernelError> {
-        let key = key(address);
-        if self.bpf.is_draining(key).unwrap_or(false) {
-            self.known().lingering.insert(key);
-            return Ok(());
+    pub(crate) fn forget(&self, net: &MachineNet) -> Result<(), KernelError> {
+        for key in keys(net) {
+            if self.bpf.is_draining(key).unwrap_or(false) {
+                self.known().lingering.insert(key);
+            } else {
+                self.remove_entry(key)?;
+            }
         }
-        self.remove_entry(key)
+        Ok(())
     }
 
     fn remove_entry(&self, key: Key) -> Result<(), KernelError> {
-        self.bpf
-            .remove_entry(key)
-            .map_err(|e| failed(format!("forget the way to {}", key.address), &e))
+        self.bpf.remove_entry(key).map_err(|e| failed(format!("forget the way to {key}"), &e))
     }
 
     /// Removes the entries whose last frames have been sent on.
@@ -315,14 +326,16 @@ impl Plane {
 
     /// The epochs that the kernel remembers of machines which an owner without memory does not
     /// know: the oldest that may come for each address.
-    pub(crate) fn floors(&self) -> Result<Vec<(Ipv4Addr, u64)>, KernelError> {
+    pub(crate) fn floors(&self) -> Result<Vec<(MachineKey, u64)>, KernelError> {
         let this = self.known().config.this;
         let entries = self.bpf.entries().map_err(|e| failed("list the entries", &e))?;
         let floors = entries.into_iter().filter_map(|(key, entry)| {
+            // A machine's IPv6 address has the same epoch.
             let IpAddr::V4(address) = key.address else { return None };
+            let network = NetworkId(u16::try_from(key.net).ok()?);
             // That epoch is somebody else's for good.
             let given = entry.owner != this;
-            Some((address, entry.epoch.saturating_add(u64::from(given))))
+            Some((MachineKey { network, address }, entry.epoch.saturating_add(u64::from(given))))
         });
         Ok(floors.collect())
     }
@@ -369,8 +382,11 @@ fn exists(interface: u32) -> bool {
     nix::net::if_::if_indextoname(interface).is_ok()
 }
 
-fn key(address: Ipv4Addr) -> Key {
-    Key { net: NETWORK, address: address.into() }
+/// A machine's entries: one for each of its addresses.
+fn keys(net: &MachineNet) -> impl Iterator<Item = Key> {
+    let addresses = [Some(IpAddr::V4(net.address)), net.address_v6.map(IpAddr::V6)];
+    let network = net.network.0.into();
+    addresses.into_iter().flatten().map(move |address| Key { net: network, address })
 }
 
 fn failed(operation: impl Into<String>, error: &Error) -> KernelError {

@@ -1,4 +1,4 @@
-//! Small state files, one per address: written beside and renamed over, so that a reader (the
+//! Small state files, one per address or machine: written beside and renamed over, so that a reader (the
 //! next start after a kill) finds the old or the new content and never a part.
 //!
 //! Not synced to the disk: they must outlive this process, not the host. A host that reboots has
@@ -7,8 +7,8 @@
 use crate::exec::KernelError;
 use serde::{Serialize, de::DeserializeOwned};
 use std::{
+    fmt::Display,
     fs, io,
-    net::Ipv4Addr,
     path::{Path, PathBuf},
 };
 
@@ -28,17 +28,17 @@ impl Store {
         Ok(Self { folder: folder.to_owned() })
     }
 
-    fn path(&self, address: Ipv4Addr) -> PathBuf {
-        self.folder.join(format!("{address}.json"))
+    fn path(&self, key: impl Display) -> PathBuf {
+        self.folder.join(format!("{key}.json"))
     }
 
     pub(crate) fn save(
         &self,
-        address: Ipv4Addr,
+        key: impl Display,
         state: &impl Serialize,
     ) -> Result<(), KernelError> {
-        let path = self.path(address);
-        let partial = self.folder.join(format!("{address}.partial"));
+        let path = self.path(&key);
+        let partial = self.folder.join(format!("{key}.partial"));
         let write = || -> io::Result<()> {
             fs::write(&partial, serde_json::to_vec(state)?)?;
             fs::rename(&partial, &path)
@@ -51,8 +51,8 @@ impl Store {
         })
     }
 
-    pub(crate) fn remove(&self, address: Ipv4Addr) -> Result<(), KernelError> {
-        let path = self.path(address);
+    pub(crate) fn remove(&self, key: impl Display) -> Result<(), KernelError> {
+        let path = self.path(key);
         match fs::remove_file(&path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
                 Err(KernelError::new(format!("remove {}", path.display()), e))
@@ -87,6 +87,7 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::Ipv4Addr;
 
     #[test]
     fn what_was_saved_is_found_again_and_a_partial_write_is_not() {

@@ -5,7 +5,7 @@
 //! tap that nobody has open drops what comes.
 
 use crate::{
-    datapath::Tap,
+    datapath::{MachineKey, NetworkId, Tap},
     netlink::{Netlink, interface_index},
     sys,
 };
@@ -13,7 +13,7 @@ use nix::fcntl::OFlag;
 use std::{
     fs::{File, OpenOptions},
     io::{self, Read, Write},
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     os::{
         fd::{AsFd, BorrowedFd},
         unix::fs::OpenOptionsExt,
@@ -25,6 +25,8 @@ use std::{
 pub const GATEWAY_MAC: [u8; 6] = [0x02, 0x64, 0x72, 0x61, 0x66, 0xfe];
 /// The address of that gateway.
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+/// The same for IPv6.
+pub const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 /// Frames that wait in a tap's queue while nobody reads; the kernel drops what comes after. A
 /// large TCP segment (up to 64 KiB) counts as one.
 pub const QUEUE: u32 = 16_384;
@@ -38,10 +40,16 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(1);
 /// More than the largest frame that the kernel puts into a tap, with its header.
 const FRAME_BYTES: usize = 256 * 1024;
 
-/// The name of a machine's tap: the same on every host, and one per address.
+/// The name of a machine's tap: the same on every host, and one per address and network. With the
+/// network's four digits it has the 15 characters that the kernel allows.
 #[must_use]
-pub fn name(address: Ipv4Addr) -> String {
-    format!("{PREFIX}{:08x}", u32::from(address))
+pub fn name(key: impl Into<MachineKey>) -> String {
+    let MachineKey { network, address } = key.into();
+    let address = u32::from(address);
+    if network == NetworkId::COMMON {
+        return format!("{PREFIX}{address:08x}");
+    }
+    format!("{PREFIX}{:04x}{address:08x}", network.0)
 }
 
 const FLAGS: i32 = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
@@ -212,11 +220,22 @@ pub fn drain(tap: &Tap) -> io::Result<Drained> {
     ))
 }
 
-/// Addresses a frame (after `header` bytes) to the gateway; false if it is not an IPv4 frame.
+/// Addresses a frame (after `header` bytes) to the gateway; false if it is not the machine's traffic:
+/// neither IPv4 nor IPv6, or IPv6 that is the link's own (neighbours ask each other).
 fn readdress(frame: &mut [u8], header: usize) -> bool {
     const ETHERTYPE_IPV4: [u8; 2] = [0x08, 0x00];
+    const ETHERTYPE_IPV6: [u8; 2] = [0x86, 0xdd];
     let Some(ethernet) = frame.get_mut(header..) else { return false };
-    if ethernet.len() < 14 || ethernet[12..14] != ETHERTYPE_IPV4 {
+    let Some((link, packet)) = ethernet.split_at_checked(14) else { return false };
+    let ours = match [link[12], link[13]] {
+        ETHERTYPE_IPV4 => true,
+        ETHERTYPE_IPV6 => packet.get(24..26).is_some_and(|to| {
+            let link_local = to[0] == 0xfe && to[1] & 0xc0 == 0x80;
+            !link_local && to[0] != 0xff
+        }),
+        _ => false,
+    };
+    if !ours {
         return false;
     }
     ethernet[..6].copy_from_slice(&GATEWAY_MAC);
@@ -245,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn only_whole_ipv4_frames_are_readdressed() {
+    fn only_whole_frames_of_the_machines_traffic_are_readdressed() {
         let mut frame = vec![0_u8; 12 + 14 + 20];
         frame[12..18].copy_from_slice(&[2, 0, 0, 0, 0, 5]);
         frame[24..26].copy_from_slice(&[0x08, 0x00]);
@@ -253,6 +272,13 @@ mod tests {
         assert_eq!(frame[12..18], GATEWAY_MAC);
         frame[24..26].copy_from_slice(&[0x08, 0x06]);
         assert!(!readdress(&mut frame, 12), "ARP is not for another host");
+        let mut v6 = vec![0_u8; 12 + 14 + 40];
+        v6[24..26].copy_from_slice(&[0x86, 0xdd]);
+        for (to, expected) in [([0xfd, 0x77], true), ([0xfe, 0x80], false), ([0xff, 0x02], false)] {
+            v6[12 + 14 + 24..][..2].copy_from_slice(&to);
+            assert_eq!(readdress(&mut v6, 12), expected, "IPv6 to {to:02x?}");
+        }
+        assert!(!readdress(&mut v6[..12 + 14 + 20], 12), "IPv6 cut short");
         assert!(!readdress(&mut frame[..20], 12), "cut short");
         assert!(!readdress(&mut [], 12));
     }

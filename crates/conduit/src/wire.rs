@@ -6,20 +6,21 @@
 //!  hello {version, host, overlay, …}   welcome {version, edge, peers} | refused {id 0}
 //!  claim {id, net, owner, epoch}       done {id} | refused {id, error}
 //!  release {id, net, epoch}            done {id} | refused {id, error}
-//!  candidate {id, net}                 done {id}
+//!  candidate {id, net, host}           done {id}
 //!  ping {id}                           done {id}
 //!                                      peers {peers}            whenever a host joins
 //! ```
 //!
 //! A claim says who owns a machine's address at an epoch; either the old owner (when it pauses) or
 //! the new one (when it resumes) may say it, and the second to say it changes nothing. A candidate is
-//! a host that was prepared for a machine: its frames are believed, with a newer epoch than the
-//! owner's, before its claim has come. A release by a host that is only a candidate says that the machine
-//! will not come there.
+//! the host that may have the machine next: its frames are believed, with a newer epoch than the
+//! owner's, before its claim has come. A release by a host that is only a candidate says that
+//! the machine will not come there.
 
 use crate::{
     datapath::{MachineNet, NetError},
     plane::PathKind,
+    policy::{Limits, Policy},
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{
@@ -29,7 +30,7 @@ use std::{
 };
 
 /// Version of both protocols.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Longest line; a longer one ends the connection.
 pub const LINE_LIMIT: usize = 64 * 1024;
 
@@ -58,12 +59,15 @@ pub enum HostSays {
         /// How its frames find their way: the edge's must be the same.
         path: PathKind,
     },
-    /// The sender may have the machine next.
+    /// `host` may have the machine next: its owner says so when it is about to give it away, and
+    /// the next one when it was prepared.
     Candidate {
         /// Comes back in the answer.
         id: u64,
         /// The machine.
         net: MachineNet,
+        /// Overlay address of the host.
+        host: Ipv4Addr,
         /// It will stand still for long: its frames are held until it runs.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         long: bool,
@@ -285,6 +289,18 @@ pub fn check_machine(net: &MachineNet) -> Result<(), NetError> {
     if a.is_link_local() {
         return fail(format!("{a} is in the network of the machines' gateway (169.254.0.0/16)"));
     }
+    if let Some(v6) = net.address_v6 {
+        let own = v6.is_unspecified() || v6.is_loopback() || v6.is_multicast();
+        if own || v6.is_unicast_link_local() || v6.to_ipv4_mapped().is_some() {
+            return fail(format!("{v6} cannot be a machine's address"));
+        }
+        if net.mtu < 1280 {
+            return fail(format!("IPv6 needs an MTU of at least 1280, not {}", net.mtu));
+        }
+    }
+    if net.network.0 == 0 {
+        return fail("network 0 is nobody's; networks are 1 to 65535".into());
+    }
     if net.mac[0] & 1 == 1 || net.mac == [0; 6] || net.mac == crate::tap::GATEWAY_MAC {
         let mac = crate::overlay::mac_text(net.mac);
         return fail(format!("{mac} cannot be a machine's MAC"));
@@ -303,6 +319,33 @@ pub fn check_machine(net: &MachineNet) -> Result<(), NetError> {
         if !seen.insert((port.protocol, port.public)) {
             return fail(format!("{} port {} is mapped twice", port.protocol, port.public));
         }
+    }
+    check_policy(&net.policy).or_else(fail)
+}
+
+/// Bounds of what a machine may ask of an edge: rules and sources of one machine.
+const RULES: usize = 64;
+const SOURCES: usize = 1024;
+
+fn check_policy(policy: &Policy) -> Result<(), String> {
+    let families =
+        [true, false].map(|v4| policy.public.iter().filter(|a| a.is_ipv4() == v4).count());
+    if families.iter().any(|&n| n > 1) {
+        return Err("a machine has at most one whole public address of each family".into());
+    }
+    let sources: usize = policy.allow.iter().map(|rule| rule.from.len()).sum();
+    if policy.allow.len() > RULES || sources > SOURCES {
+        return Err(format!(
+            "{} rules with {sources} sources are more than {RULES} with {SOURCES}",
+            policy.allow.len()
+        ));
+    }
+    let Limits { bytes_in, bytes_out, flows_in } = policy.limits;
+    // What nft takes in one bucket.
+    let bytes_fit =
+        |limit: Option<u64>| limit.is_none_or(|n| (1000..=u64::from(u32::MAX)).contains(&n));
+    if !bytes_fit(bytes_in) || !bytes_fit(bytes_out) || flows_in == Some(0) {
+        return Err("limits are 1000 to 4294967295 bytes, and at least one flow, a second".into());
     }
     Ok(())
 }

@@ -4,11 +4,8 @@ use proptest::prelude::*;
 
 fn net() -> MachineNet {
     MachineNet {
-        machine: "redis".into(),
-        address: Ipv4Addr::new(10, 77, 0, 5),
-        mac: [2, 0, 0, 0, 0, 5],
-        mtu: 1400,
         ports: vec![PortMapping { protocol: Protocol::Tcp, public: 6379, machine: 6379 }],
+        ..MachineNet::new("redis", Ipv4Addr::new(10, 77, 0, 5), [2, 0, 0, 0, 0, 5], 1400)
     }
 }
 
@@ -28,12 +25,12 @@ fn the_bytes_between_agent_and_edge_are_fixed() {
     let peer =
         Peer { overlay: Ipv4Addr::new(100, 64, 0, 2), underlay: Ipv4Addr::new(10, 88, 0, 2) };
     golden(
-        &HostSays::Hello { version: 2, host: "a".into(), peer, path: PathKind::Bpf },
-        r#"{"say":"hello","version":2,"host":"a","overlay":"100.64.0.2","underlay":"10.88.0.2","path":"bpf"}"#,
+        &HostSays::Hello { version: 3, host: "a".into(), peer, path: PathKind::Bpf },
+        r#"{"say":"hello","version":3,"host":"a","overlay":"100.64.0.2","underlay":"10.88.0.2","path":"bpf"}"#,
     );
     golden(
-        &HostSays::Candidate { id: 6, net: net(), long: false },
-        &format!(r#"{{"say":"candidate","id":6,"net":{NET}}}"#),
+        &HostSays::Candidate { id: 6, net: net(), host: peer.overlay, long: false },
+        &format!(r#"{{"say":"candidate","id":6,"net":{NET},"host":"100.64.0.2"}}"#),
     );
     golden(
         &HostSays::Claim { id: 7, net: net(), owner: peer.overlay, epoch: 3 },
@@ -45,8 +42,8 @@ fn the_bytes_between_agent_and_edge_are_fixed() {
     );
     golden(&HostSays::Ping { id: 9 }, r#"{"say":"ping","id":9}"#);
     golden(
-        &EdgeSays::Welcome { version: 2, edge: peer, peers: vec![peer] },
-        r#"{"say":"welcome","version":2,"edge":{"overlay":"100.64.0.2","underlay":"10.88.0.2"},"peers":[{"overlay":"100.64.0.2","underlay":"10.88.0.2"}]}"#,
+        &EdgeSays::Welcome { version: 3, edge: peer, peers: vec![peer] },
+        r#"{"say":"welcome","version":3,"edge":{"overlay":"100.64.0.2","underlay":"10.88.0.2"},"peers":[{"overlay":"100.64.0.2","underlay":"10.88.0.2"}]}"#,
     );
     golden(&EdgeSays::Peers { peers: vec![] }, r#"{"say":"peers","peers":[]}"#);
     golden(&EdgeSays::Done { id: 7 }, r#"{"say":"done","id":7}"#);

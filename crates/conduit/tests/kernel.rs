@@ -3,7 +3,7 @@
 use conduit::{
     DataPath, LocalDataPath, MachineNet, PathChoice,
     agent::{Agent, AgentConfig},
-    edge::{Edge, EdgeConfig},
+    edge::{Edge, EdgeConfig, EdgeOptions},
     exec,
     holder::{HoldSettings, Limits},
     netlink::{Netlink, NextHop, Route, Rule, interface_index},
@@ -39,13 +39,7 @@ fn ip(script: &str) {
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 5);
 
 fn net() -> MachineNet {
-    MachineNet {
-        machine: "m".into(),
-        address: ADDRESS,
-        mac: [2, 0, 0, 0, 0, 5],
-        mtu: 1400,
-        ports: vec![],
-    }
+    MachineNet::new("m", ADDRESS, [2, 0, 0, 0, 0, 5], 1400)
 }
 
 fn hold() -> HoldSettings {
@@ -59,6 +53,7 @@ fn edge_config(folder: &Path, path: PathChoice, pins: &Path) -> EdgeConfig {
         this: Peer { overlay: Ipv4Addr::new(100, 64, 0, 1), underlay },
         listen: SocketAddr::from((underlay, 0)),
         machines: (Ipv4Addr::new(10, 77, 0, 0), 16),
+        options: EdgeOptions::default(),
         security: Security::Plaintext,
         socket: folder.join("edge.sock"),
         state: folder.join("edge"),
@@ -76,7 +71,8 @@ fn a_route_is_set_replaced_listed_and_removed_and_others_are_left_alone() {
         let (d0, d1) = (interface_index("d0").unwrap(), interface_index("d1").unwrap());
         let mut netlink = Netlink::open().unwrap();
         let here = Route::host(6472, ADDRESS, NextHop::Device(d0));
-        let away = Route::host(6472, ADDRESS, NextHop::Gateway(Ipv4Addr::new(100, 64, 0, 3), d1));
+        let away =
+            Route::host(6472, ADDRESS, NextHop::Gateway(Ipv4Addr::new(100, 64, 0, 3).into(), d1));
         netlink.replace_route(&here).unwrap();
         assert_eq!(netlink.routes(6472).unwrap(), [here]);
         for _ in 0..2 {
@@ -119,7 +115,8 @@ fn a_refusal_by_the_kernel_says_what_was_attempted() {
 #[test]
 fn a_rule_is_added_once() {
     in_namespace(|| {
-        let rule = Rule { priority: 6402, from_interface: Some("dr-0a4d0005".into()), table: 6473 };
+        let from_interface = Some("dr-0a4d0005".into());
+        let rule = Rule { priority: 6402, from_interface, table: 6473, ..Rule::default() };
         let mut netlink = Netlink::open().unwrap();
         netlink.ensure_rule(&rule).unwrap();
         netlink.ensure_rule(&rule).unwrap();
@@ -246,6 +243,7 @@ fn an_address_that_is_not_this_hosts_is_refused_at_start() {
             },
             listen: "127.0.0.1:0".parse().unwrap(),
             machines: (Ipv4Addr::new(10, 77, 0, 0), 16),
+            options: EdgeOptions::default(),
             security: Security::Plaintext,
             socket: folder.path().join("edge.sock"),
             state: folder.path().join("edge"),

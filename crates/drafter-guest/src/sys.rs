@@ -11,7 +11,7 @@ use std::{
     ffi::CStr,
     fs::{File, OpenOptions},
     io,
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     os::{
         fd::{AsRawFd, FromRawFd, OwnedFd},
         unix::process::{CommandExt, ExitStatusExt},
@@ -234,6 +234,80 @@ impl Interface {
             other => other.map(drop),
         }
     }
+}
+
+/// `struct in6_rtmsg` of `<linux/ipv6_route.h>`; libc's has private fields.
+#[repr(C)]
+struct RouteV6 {
+    to: libc::in6_addr,
+    from: libc::in6_addr,
+    gateway: libc::in6_addr,
+    kind: u32,
+    to_length: u16,
+    from_length: u16,
+    metric: u32,
+    info: libc::c_ulong,
+    flags: u32,
+    interface: libc::c_int,
+}
+
+const _: () = assert!(size_of::<RouteV6>() == size_of::<libc::in6_rtmsg>());
+
+impl Interface {
+    fn index(&self) -> io::Result<libc::c_int> {
+        let ifru = libc::__c_anonymous_ifr_ifru { ifru_ifindex: 0 };
+        let mut request = self.request(ifru);
+        self.ioctl(libc::SIOCGIFINDEX, &mut request)?;
+        // SAFETY: SIOCGIFINDEX has just filled this member of the union.
+        Ok(unsafe { request.ifr_ifru.ifru_ifindex })
+    }
+
+    /// An ioctl of IPv6 sockets with a struct of its own.
+    fn ioctl_v6<T>(what: libc::c_ulong, request: &T) -> io::Result<()> {
+        let socket =
+            socket(AddressFamily::Inet6, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+        // SAFETY: the callers below give the struct that the call reads, whole and alive.
+        let result = unsafe {
+            check(libc::ioctl(socket.as_raw_fd(), what, std::ptr::from_ref(request)).into())
+        };
+        match result {
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+            other => other.map(drop),
+        }
+    }
+
+    /// Gives the interface the IPv6 address with a /128 mask.
+    pub(crate) fn set_address_v6(&self, address: Ipv6Addr) -> io::Result<()> {
+        let request = libc::in6_ifreq {
+            ifr6_addr: in6(address),
+            ifr6_prefixlen: 128,
+            ifr6_ifindex: self.index()?,
+        };
+        Self::ioctl_v6(libc::SIOCSIFADDR, &request)
+    }
+
+    /// The IPv6 route to everywhere else, by a gateway on this interface's link.
+    pub(crate) fn add_default_route_v6(&self, gateway: Ipv6Addr) -> io::Result<()> {
+        let any = in6(Ipv6Addr::UNSPECIFIED);
+        let request = RouteV6 {
+            to: any,
+            from: any,
+            gateway: in6(gateway),
+            kind: 0,
+            to_length: 0,
+            from_length: 0,
+            // The kernel's own default.
+            metric: 1024,
+            info: 0,
+            flags: (libc::RTF_UP | libc::RTF_GATEWAY).into(),
+            interface: self.index()?,
+        };
+        Self::ioctl_v6(libc::SIOCADDRT, &request)
+    }
+}
+
+fn in6(address: Ipv6Addr) -> libc::in6_addr {
+    libc::in6_addr { s6_addr: address.octets() }
 }
 
 /// An address in the form of `sockaddr_in`, inside the generic struct that the ioctls take.

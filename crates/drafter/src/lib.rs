@@ -7,9 +7,10 @@
 pub mod cli;
 pub mod driver;
 pub mod guest;
-pub mod lease;
 pub mod migrate;
 pub mod package;
 pub mod runner;
 
 mod socket;
+
+pub use lease;

@@ -4,6 +4,7 @@
 use super::{Core, LinkState, Shared, server::spawn};
 use crate::{
     book::{EdgeView, Place, Record, Wait},
+    datapath::MachineKey,
     wire::{self, EdgeSays, HostSays},
 };
 use identity::{HostName, Reader, Security, Stream, Writer};
@@ -28,7 +29,7 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(4);
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
 /// What was said and not answered yet, by id.
-type Asked = Arc<Mutex<BTreeMap<u64, (Ipv4Addr, u64)>>>;
+type Asked = Arc<Mutex<BTreeMap<u64, (MachineKey, u64)>>>;
 
 /// Keeps a connection to the edge from now on.
 pub(super) fn keep(edge: SocketAddr, name: HostName, security: Security, shared: Arc<Shared>) {
@@ -107,12 +108,13 @@ fn speak(writer: &mut Writer, shared: &Shared, asked: &Asked, dead: &AtomicBool)
     let mut id = 0;
     let mut ping_at = Instant::now() + PING_EVERY;
     // The epoch that was last told, per address: not told again over this connection.
-    let mut told = BTreeMap::<Ipv4Addr, Record>::new();
+    let mut told = BTreeMap::<MachineKey, Record>::new();
     loop {
         let news: Vec<Record> = {
             let untold = |r: &&Record| {
-                let news = r.edge == EdgeView::Pending || r.place == Place::Candidate;
-                news && told.get(&r.net.address) != Some(*r)
+                let news = matches!(r.edge, EdgeView::Pending | EdgeView::Held)
+                    || r.place == Place::Candidate;
+                news && told.get(&r.net.key()) != Some(*r)
             };
             let core = shared.wait(shared.core(), ping_at, |core| {
                 dead.load(Ordering::Acquire) || core.book.records().any(|r| untold(&r))
@@ -124,15 +126,16 @@ fn speak(writer: &mut Writer, shared: &Shared, asked: &Asked, dead: &AtomicBool)
         }
         for record in news {
             id += 1;
-            let address = record.net.address;
-            asked
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .insert(id, (address, record.epoch));
+            let key = record.net.key();
+            // What is answered to an announcement is no confirmation.
+            if record.edge == EdgeView::Pending {
+                let mut asked = asked.lock().unwrap_or_else(PoisonError::into_inner);
+                asked.insert(id, (key, record.epoch));
+            }
             wire::send(writer, &message(id, &record, shared.this.overlay))?;
-            shared.core().said.insert(address, record.epoch);
+            shared.core().said.insert(key, record.epoch);
             shared.changed.notify_all();
-            told.insert(address, record);
+            told.insert(key, record);
         }
         if Instant::now() >= ping_at {
             id += 1;
@@ -141,8 +144,8 @@ fn speak(writer: &mut Writer, shared: &Shared, asked: &Asked, dead: &AtomicBool)
             let forgotten: Vec<Record> = {
                 let mut core = shared.core();
                 let Core { book, said, .. } = &mut *core;
-                said.retain(|address, _| book.get(*address).is_some());
-                told.extract_if(.., |address, _| book.get(*address).is_none())
+                said.retain(|key, _| book.get(*key).is_some());
+                told.extract_if(.., |key, _| book.get(*key).is_none())
                     .map(|(_, record)| record)
                     .collect()
             };
@@ -159,10 +162,16 @@ fn speak(writer: &mut Writer, shared: &Shared, asked: &Asked, dead: &AtomicBool)
 fn message(id: u64, record: &Record, this: Ipv4Addr) -> HostSays {
     let (net, epoch) = (record.net.clone(), record.epoch);
     match record.place {
+        Place::Away { to } if record.edge == EdgeView::Held => {
+            HostSays::Candidate { id, net, host: to, long: false }
+        }
         Place::Away { to } => HostSays::Claim { id, net, owner: to, epoch },
         Place::Here if record.retiring => HostSays::Release { id, net, epoch },
         Place::Here => HostSays::Claim { id, net, owner: this, epoch },
-        Place::Candidate => HostSays::Candidate { id, net, long: record.wait == Wait::Hold },
+        Place::Candidate => {
+            let long = record.wait == Wait::Hold;
+            HostSays::Candidate { id, net, host: this, long }
+        }
     }
 }
 
@@ -178,8 +187,8 @@ fn listen(reader: &mut BufReader<Reader>, shared: &Shared, asked: &Asked) -> io:
             EdgeSays::Welcome { .. } => return Err(io::Error::other("a second welcome")),
         };
         let question = asked.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
-        if let Some((address, epoch)) = question {
-            shared.edge_answered(address, epoch, answer);
+        if let Some((key, epoch)) = question {
+            shared.edge_answered(key, epoch, answer);
         }
     }
     Ok(())

@@ -17,7 +17,7 @@ pub(crate) use server::{listen as listen_unix, spawn};
 
 use crate::{
     book::{Book, EdgeView, Forgotten, Place, RECORD_VERSION, Record, Wait},
-    datapath::{MachineNet, NetError},
+    datapath::{MachineKey, MachineNet, NetError, NetworkId},
     exec::KernelError,
     holder::{HoldSettings, Keeper},
     host::HostNet,
@@ -88,7 +88,7 @@ struct Core {
     edge: Option<Peer>,
     link: LinkState,
     /// The epoch that was last said to the edge of each machine, whether it has answered or not.
-    said: BTreeMap<Ipv4Addr, u64>,
+    said: BTreeMap<MachineKey, u64>,
 }
 
 /// How long the last word about a machine that leaves may take to leave too.
@@ -120,6 +120,8 @@ pub struct Agent {
 #[derive(Serialize, Deserialize)]
 struct Floor {
     address: Ipv4Addr,
+    #[serde(default)]
+    network: NetworkId,
     epoch: u64,
 }
 
@@ -139,7 +141,8 @@ impl Agent {
             said: BTreeMap::new(),
         };
         for floor in floors.load::<Floor>()? {
-            core.book.restore_floor(floor.address, floor.epoch);
+            let Floor { address, network, epoch } = floor;
+            core.book.restore_floor(MachineKey { network, address }, epoch);
         }
         for known in fleet.load::<KnownPeer>()? {
             core.peers.insert(known.peer.overlay, known.peer);
@@ -169,9 +172,9 @@ impl Agent {
             core.book.restore(record);
         }
         // The kernel remembers what a lost state folder does not.
-        for (address, epoch) in host.floors()? {
-            if core.book.get(address).is_none() {
-                core.book.restore_floor(address, epoch);
+        for (key, epoch) in host.floors()? {
+            if core.book.get(key).is_none() {
+                core.book.restore_floor(key, epoch);
             }
         }
         let keeper = config.hold.filter(|_| host.path() == PathKind::Bpf).map(|settings| {
@@ -208,10 +211,10 @@ impl Agent {
     /// Removes all that this host was set up with: traffic of its machines ends. Not done at a
     /// normal end, because the data path outlives its agent.
     pub fn remove_everything(&self) -> Result<(), KernelError> {
-        let addresses: Vec<_> = self.shared.core().book.records().map(|r| r.net.address).collect();
-        for address in addresses {
-            self.shared.host.remove_tap(address)?;
-            self.shared.machines.remove(address)?;
+        let machines: Vec<_> = self.shared.core().book.records().map(|r| r.net.clone()).collect();
+        for net in machines {
+            self.shared.host.remove_tap(&net)?;
+            self.shared.machines.remove(net.key())?;
         }
         if let Some(keeper) = &self.shared.keeper {
             keeper.stop()?;
@@ -270,11 +273,11 @@ impl Shared {
             ));
         }
         let _one_at_a_time = self.taps();
-        let last = self.core().book.get(net.address).map_or(0, |r| r.epoch);
-        self.drained(net.address, last);
+        let last = self.core().book.get(net.key()).map_or(0, |r| r.epoch);
+        self.drained(net.key(), last);
         let moving_on = |core: &Core| {
             core.book
-                .get(net.address)
+                .get(net.key())
                 .is_some_and(|r| matches!(r.place, Place::Away { .. }) && r.edge_is_open())
         };
         let deadline = Instant::now() + PREPARE_PATIENCE;
@@ -309,10 +312,10 @@ impl Shared {
     }
 
     /// The edge may be told of a divert.
-    fn drained(&self, address: Ipv4Addr, epoch: u64) {
+    fn drained(&self, key: MachineKey, epoch: u64) {
         let mut core = self.core();
         // Not written down: a restart says it by itself.
-        let Some(record) = core.book.drained(address, epoch).cloned() else { return };
+        let Some(record) = core.book.drained(key, epoch).cloned() else { return };
         let applied = self.host.apply(&record);
         drop(core);
         self.changed.notify_all();
@@ -322,11 +325,11 @@ impl Shared {
     }
 
     /// Waits a moment until the edge has been told what is pending: this host may be gone soon.
-    fn say(&self, address: Ipv4Addr, epoch: u64) {
+    fn say(&self, key: MachineKey, epoch: u64) {
         let said = |core: &Core| {
             core.link != LinkState::Up
-                || core.said.get(&address).is_some_and(|&said| said >= epoch)
-                || core.book.get(address).is_none_or(|r| r.edge != EdgeView::Pending)
+                || core.said.get(&key).is_some_and(|&said| said >= epoch)
+                || core.book.get(key).is_none_or(|r| r.edge != EdgeView::Pending)
         };
         drop(self.wait(self.core(), Instant::now() + SAY_LIMIT, said));
     }
@@ -344,10 +347,10 @@ impl Shared {
         decide: impl FnOnce(&mut Book) -> Result<Record, NetError>,
     ) -> Result<(), NetError> {
         let mut core = self.core();
-        let before = core.book.get(net.address).cloned();
+        let before = core.book.get(net.key()).cloned();
         let record = decide(&mut core.book)?;
         if before.as_ref() != Some(&record)
-            && let Err(error) = self.machines.save(net.address, &record)
+            && let Err(error) = self.machines.save(net.key(), &record)
         {
             if let Some(before) = before {
                 core.book.restore(before);
@@ -364,11 +367,11 @@ impl Shared {
     fn settled(&self, net: &MachineNet, epoch: u64, limit: Duration) -> Result<(), NetError> {
         let operation = format!("wait for the edge to confirm epoch {epoch}");
         let answer = |core: &Core| -> Option<Result<(), NetError>> {
-            let floor = core.book.floor(net.address);
-            let Some(record) = core.book.get(net.address).filter(|r| r.epoch <= epoch) else {
+            let floor = core.book.floor(net.key());
+            let Some(record) = core.book.get(net.key()).filter(|r| r.epoch <= epoch) else {
                 // Confirmed and forgotten, or overtaken.
                 let last = floor == epoch || floor == epoch.saturating_add(1);
-                let gone = core.book.get(net.address).is_none() && floor > 0 && last;
+                let gone = core.book.get(net.key()).is_none() && floor > 0 && last;
                 return Some(if gone {
                     Ok(())
                 } else {
@@ -387,7 +390,7 @@ impl Shared {
             }
         };
         // A runner that was interrupted before it could say so says it now.
-        self.drained(net.address, epoch);
+        self.drained(net.key(), epoch);
         let deadline = Instant::now() + limit;
         let core = self.wait(self.core(), deadline, |c| answer(c).is_some());
         answer(&core).unwrap_or_else(|| {
@@ -405,17 +408,17 @@ impl Shared {
         let fail = |e: KernelError| NetError::failed(net, operation, e);
         let _one_at_a_time = self.taps();
         let mut core = self.core();
-        let floor = core.book.get(net.address).map_or(0, Record::floor_after);
+        let floor = core.book.get(net.key()).map_or(0, Record::floor_after);
         match core.book.forget(net, epoch)? {
             Forgotten::Nothing => return Ok(()),
             Forgotten::Remove => {
-                self.drop_files(net.address, floor.max(epoch)).map_err(fail)?;
-                self.host.unroute(net.address).map_err(fail)?;
+                self.drop_files(net.key(), floor.max(epoch)).map_err(fail)?;
+                self.host.unroute(net).map_err(fail)?;
             }
             Forgotten::KeepForwarding | Forgotten::RemoveAndRelease => {
-                let record = core.book.get(net.address).cloned();
+                let record = core.book.get(net.key()).cloned();
                 if let Some(record) = record {
-                    self.machines.save(net.address, &record).map_err(fail)?;
+                    self.machines.save(net.key(), &record).map_err(fail)?;
                     self.host.apply(&record).map_err(fail)?;
                 }
             }
@@ -423,17 +426,17 @@ impl Shared {
         drop(core);
         self.changed.notify_all();
         tracing::info!(machine = net.machine, epoch, "machine forgotten");
-        self.host.remove_tap(net.address).map_err(fail)
+        self.host.remove_tap(net).map_err(fail)
     }
 
     /// The edge answered about a machine.
-    fn edge_answered(&self, address: Ipv4Addr, epoch: u64, answer: Result<(), NetError>) {
+    fn edge_answered(&self, key: MachineKey, epoch: u64, answer: Result<(), NetError>) {
         let mut core = self.core();
-        let Some(record) = core.book.edge_answered(address, epoch, answer) else { return };
+        let Some(record) = core.book.edge_answered(key, epoch, answer) else { return };
         let saved = if record.retiring {
-            self.drop_files(address, record.floor_after()).and_then(|()| self.host.unroute(address))
+            self.drop_files(key, record.floor_after()).and_then(|()| self.host.unroute(&record.net))
         } else {
-            self.machines.save(address, &record)
+            self.machines.save(key, &record)
         };
         drop(core);
         self.changed.notify_all();
@@ -446,9 +449,10 @@ impl Shared {
         }
     }
 
-    fn drop_files(&self, address: Ipv4Addr, epoch: u64) -> Result<(), KernelError> {
-        self.floors.save(address, &Floor { address, epoch })?;
-        self.machines.remove(address)
+    fn drop_files(&self, key: MachineKey, epoch: u64) -> Result<(), KernelError> {
+        let MachineKey { address, network } = key;
+        self.floors.save(key, &Floor { address, network, epoch })?;
+        self.machines.remove(key)
     }
 
     /// Takes the edge's word on who is in the overlay.

@@ -105,8 +105,8 @@ fn answer(shared: &Shared, ask: Ask) -> Answer {
         }
         Ask::Divert { net, to, epoch } => shared.divert(&net, to, epoch),
         Ask::Drained { net, epoch } => {
-            shared.drained(net.address, epoch);
-            shared.say(net.address, epoch);
+            shared.drained(net.key(), epoch);
+            shared.say(net.key(), epoch);
             Ok(())
         }
         Ask::Resume { net, epoch } => shared.resume(&net, epoch),

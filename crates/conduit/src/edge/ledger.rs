@@ -6,17 +6,18 @@
 //! who gets epochs, not the edge); it may give away only what it has.
 
 use crate::{
-    datapath::{MachineNet, NetError, Protocol},
+    datapath::{MachineKey, MachineNet, NetError, Protocol},
+    policy::Prefix,
     wire,
 };
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
 };
 
 /// Version of [`Entry`] as written today.
-pub const ENTRY_VERSION: u32 = 1;
+pub const ENTRY_VERSION: u32 = 2;
 
 /// A machine in the ledger. This is also its state file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,6 +32,9 @@ pub struct Entry {
     pub epoch: u64,
     /// It is gone; only its epoch is remembered.
     pub released: bool,
+    /// Name of the host whose lease this epoch is of, where the edge reads leases.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holder: Option<String>,
 }
 
 /// What a claim or a release changed.
@@ -47,6 +51,12 @@ pub struct Change {
 pub struct Rules {
     /// Machines have addresses in this network.
     pub machines: (Ipv4Addr, u8),
+    /// And IPv6 addresses in this one; none if there is none.
+    pub machines_v6: Option<Prefix>,
+    /// IPv6 addresses are seen as they are: two tenants cannot have the same.
+    pub routed_v6: bool,
+    /// Public addresses that a machine may have whole.
+    pub spare: BTreeSet<IpAddr>,
     /// Public TCP ports that cannot be mapped: the edge's own.
     pub reserved: BTreeSet<u16>,
 }
@@ -55,7 +65,7 @@ pub struct Rules {
 #[derive(Clone, Debug)]
 pub struct Ledger {
     rules: Rules,
-    entries: BTreeMap<Ipv4Addr, Entry>,
+    entries: BTreeMap<MachineKey, Entry>,
 }
 
 impl Ledger {
@@ -67,21 +77,21 @@ impl Ledger {
 
     /// Takes what a state file says.
     pub fn restore(&mut self, entry: Entry) {
-        self.entries.insert(entry.net.address, entry);
+        self.entries.insert(entry.net.key(), entry);
     }
 
     /// Puts an address back to what it was, when a change could not be saved.
-    pub(crate) fn undo(&mut self, address: Ipv4Addr, before: Option<Entry>) {
+    pub(crate) fn undo(&mut self, key: MachineKey, before: Option<Entry>) {
         match before {
             Some(entry) => self.restore(entry),
-            None => drop(self.entries.remove(&address)),
+            None => drop(self.entries.remove(&key)),
         }
     }
 
     /// What is known of an address.
     #[must_use]
-    pub fn get(&self, address: Ipv4Addr) -> Option<&Entry> {
-        self.entries.get(&address)
+    pub fn get(&self, key: impl Into<MachineKey>) -> Option<&Entry> {
+        self.entries.get(&key.into())
     }
 
     /// The machines that exist.
@@ -100,7 +110,7 @@ impl Ledger {
         let operation = "take it to the edge";
         wire::check_machine(net)?;
         self.check_rules(net)?;
-        let old = self.entries.get(&net.address);
+        let old = self.entries.get(&net.key());
         if let Some(old) = old {
             let current = old.epoch;
             if epoch < current {
@@ -126,13 +136,29 @@ impl Ledger {
                 return Err(NetError::failed(net, operation, detail));
             }
         }
-        self.check_ports(net)?;
-        let ports = old.is_none_or(|o| o.released || o.net.ports != net.ports);
+        self.check_others(net)?;
+        // What the rules at the edge are made of: all but who has it.
+        let ports = old.is_none_or(|o| o.released || o.net != *net);
         let route = old.is_none_or(|o| o.released || o.owner != owner);
-        let entry =
-            Entry { version: ENTRY_VERSION, net: net.clone(), owner, epoch, released: false };
-        self.entries.insert(net.address, entry);
+        let entry = Entry {
+            version: ENTRY_VERSION,
+            net: net.clone(),
+            owner,
+            epoch,
+            released: false,
+            holder: None,
+        };
+        self.entries.insert(net.key(), entry);
         Ok(Change { route, ports })
+    }
+
+    /// Notes whose lease the epoch of a claim is of.
+    pub(crate) fn held_by(&mut self, key: MachineKey, holder: Option<String>) {
+        if let Some(entry) = self.entries.get_mut(&key)
+            && holder.is_some()
+        {
+            entry.holder = holder;
+        }
     }
 
     /// `by`, which has it, says that the machine is gone.
@@ -143,7 +169,7 @@ impl Ledger {
         epoch: u64,
     ) -> Result<Change, NetError> {
         let unchanged = Change { route: false, ports: false };
-        let Some(entry) = self.entries.get_mut(&net.address) else { return Ok(unchanged) };
+        let Some(entry) = self.entries.get_mut(&net.key()) else { return Ok(unchanged) };
         if entry.released || entry.net.machine != net.machine {
             return Ok(unchanged);
         }
@@ -163,10 +189,26 @@ impl Ledger {
     /// Whether this edge would have such a machine at all.
     pub(crate) fn check_rules(&self, net: &MachineNet) -> Result<(), NetError> {
         let (network, prefix) = self.rules.machines;
-        let mask = u32::MAX.checked_shl(32 - u32::from(prefix.min(32))).unwrap_or(0);
-        if u32::from(net.address) & mask != u32::from(network) & mask {
+        let inside = Prefix::new(network.into(), prefix);
+        if !inside.is_some_and(|p| p.contains(net.address.into())) {
             let detail = format!("{} is not in this edge's {network}/{prefix}", net.address);
             return Err(NetError::failed(net, "check its address", detail));
+        }
+        if let Some(v6) = net.address_v6 {
+            let detail = match self.rules.machines_v6 {
+                None => format!("{v6}: this edge leads no IPv6; start it with --machines-v6"),
+                Some(p) if !p.contains(v6.into()) => format!("{v6} is not in this edge's {p}"),
+                Some(_) => String::new(),
+            };
+            if !detail.is_empty() {
+                return Err(NetError::failed(net, "check its IPv6 address", detail));
+            }
+        }
+        let routed = net.address_v6.filter(|_| self.rules.routed_v6).map(IpAddr::V6);
+        let to_give = |a: &&IpAddr| self.rules.spare.contains(*a) || routed == Some(**a);
+        if let Some(whole) = net.policy.public.iter().find(|a| !to_give(a)) {
+            let detail = format!("{whole} is none of this edge's spare addresses (--spare)");
+            return Err(NetError::failed(net, "give it a public address", detail));
         }
         let own = |p: &&crate::PortMapping| {
             p.protocol == Protocol::Tcp && self.rules.reserved.contains(&p.public)
@@ -178,18 +220,32 @@ impl Ledger {
         Ok(())
     }
 
-    fn check_ports(&self, net: &MachineNet) -> Result<(), NetError> {
-        for other in self.machines().filter(|e| e.net.address != net.address) {
+    /// What it wants for itself alone is nobody else's.
+    fn check_others(&self, net: &MachineNet) -> Result<(), NetError> {
+        for other in self.machines().filter(|e| e.net.key() != net.key()) {
+            let taken = |operation: &str, what: String| {
+                let name = &other.net.machine;
+                let detail = format!("{what} is taken by machine \"{name}\"; choose another");
+                Err(NetError::failed(net, operation, detail))
+            };
             for port in &net.ports {
                 let same =
                     |p: &crate::PortMapping| p.protocol == port.protocol && p.public == port.public;
                 if other.net.ports.iter().any(same) {
-                    let detail = format!(
-                        "{} port {} is taken by machine \"{}\"; choose another",
-                        port.protocol, port.public, other.net.machine
-                    );
-                    return Err(NetError::failed(net, "map its ports", detail));
+                    let what = format!("{} port {}", port.protocol, port.public);
+                    return taken("map its ports", what);
                 }
+            }
+            let whole = |a: &&IpAddr| other.net.policy.public.contains(a);
+            if let Some(address) = net.policy.public.iter().find(whole) {
+                return taken("give it a public address", address.to_string());
+            }
+            let same_network = self.rules.routed_v6 || other.net.network == net.network;
+            if let Some(v6) = net.address_v6
+                && same_network
+                && other.net.address_v6 == Some(v6)
+            {
+                return taken("check its IPv6 address", v6.to_string());
             }
         }
         Ok(())
@@ -208,17 +264,18 @@ mod tests {
     fn ledger() -> Ledger {
         Ledger::new(Rules {
             machines: (Ipv4Addr::new(10, 77, 0, 0), 16),
+            machines_v6: "fd77::/64".parse().ok(),
+            routed_v6: false,
+            spare: BTreeSet::from([IpAddr::from([203, 0, 113, 9])]),
             reserved: BTreeSet::from([7450]),
         })
     }
 
     fn net(last: u8, public: u16) -> MachineNet {
+        let (address, mac) = (Ipv4Addr::new(10, 77, 0, last), [2, 0, 0, 0, 0, last]);
         MachineNet {
-            machine: format!("m{last}"),
-            address: Ipv4Addr::new(10, 77, 0, last),
-            mac: [2, 0, 0, 0, 0, last],
-            mtu: 1400,
             ports: vec![PortMapping { protocol: Protocol::Tcp, public, machine: 80 }],
+            ..MachineNet::new(format!("m{last}"), address, mac, 1400)
         }
     }
 
@@ -233,7 +290,7 @@ mod tests {
             assert_eq!(flip, Change { route: true, ports: false });
             let again = ledger.claim(second, &m, B, 2).unwrap();
             assert_eq!(again, Change { route: false, ports: false });
-            assert_eq!(ledger.get(m.address).unwrap().owner, B);
+            assert_eq!(ledger.get(m.key()).unwrap().owner, B);
         }
     }
 
@@ -246,7 +303,7 @@ mod tests {
             Err(NetError::StaleEpoch { asked: 2, current: 3, .. })
         ));
         assert!(matches!(ledger.claim(B, &m, B, 3), Err(NetError::EpochTaken { .. })));
-        assert_eq!(ledger.get(m.address).unwrap().owner, A);
+        assert_eq!(ledger.get(m.key()).unwrap().owner, A);
     }
 
     #[test]
@@ -264,7 +321,7 @@ mod tests {
         ledger.claim(A, &net(5, 80), A, 1).unwrap();
         let error = ledger.claim(B, &net(6, 80), B, 1).unwrap_err().to_string();
         assert!(error.contains("tcp port 80") && error.contains("\"m5\""), "{error}");
-        assert!(ledger.get(net(6, 80).address).is_none(), "nothing of it was taken");
+        assert!(ledger.get(net(6, 80).key()).is_none(), "nothing of it was taken");
         ledger.release(A, &net(5, 80), 1).unwrap();
         ledger.claim(B, &net(6, 80), B, 1).unwrap();
     }
@@ -301,13 +358,55 @@ mod tests {
     }
 
     #[test]
+    fn tenants_have_the_same_addresses_and_other_ports() {
+        let mut ledger = ledger();
+        let tenant = |machine: &str, network, public| MachineNet {
+            machine: machine.into(),
+            network: crate::NetworkId(network),
+            address_v6: "fd77::5".parse().ok(),
+            ..net(5, public)
+        };
+        ledger.claim(A, &tenant("one", 7, 80), A, 1).unwrap();
+        ledger.claim(A, &tenant("two", 9, 81), A, 1).unwrap();
+        assert_eq!(ledger.machines().count(), 2);
+        let error = ledger.claim(A, &tenant("three", 11, 80), A, 1).unwrap_err().to_string();
+        assert!(error.contains("tcp port 80"), "{error}");
+        let taken = MachineNet { address: Ipv4Addr::new(10, 77, 0, 6), ..tenant("four", 7, 82) };
+        let error = ledger.claim(A, &taken, A, 1).unwrap_err().to_string();
+        assert!(error.contains("fd77::5 is taken by machine \"one\""), "{error}");
+    }
+
+    #[test]
+    fn a_whole_address_is_one_of_the_spare_ones_and_one_machines() {
+        let whole = |last, public: [u8; 4]| MachineNet {
+            policy: crate::policy::Policy { public: vec![public.into()], ..Default::default() },
+            ..net(last, last.into())
+        };
+        let mut ledger = ledger();
+        let error = ledger.claim(A, &whole(5, [203, 0, 113, 1]), A, 1).unwrap_err().to_string();
+        assert!(error.contains("spare"), "{error}");
+        ledger.claim(A, &whole(5, [203, 0, 113, 9]), A, 1).unwrap();
+        let error = ledger.claim(A, &whole(6, [203, 0, 113, 9]), A, 1).unwrap_err().to_string();
+        assert!(error.contains("\"m5\""), "{error}");
+    }
+
+    #[test]
+    fn ipv6_addresses_are_in_the_edges_own_network() {
+        let mut ledger = ledger();
+        let v6 = |text: &str| MachineNet { address_v6: text.parse().ok(), ..net(5, 80) };
+        let error = ledger.claim(A, &v6("2001:db8::5"), A, 1).unwrap_err().to_string();
+        assert!(error.contains("fd77::/64"), "{error}");
+        ledger.claim(A, &v6("fd77::5"), A, 1).unwrap();
+    }
+
+    #[test]
     fn the_state_file_is_fixed() {
         let mut ledger = ledger();
         ledger.claim(A, &net(5, 80), A, 1).unwrap();
-        let text = serde_json::to_string(ledger.get(net(5, 80).address).unwrap()).unwrap();
+        let text = serde_json::to_string(ledger.get(net(5, 80).key()).unwrap()).unwrap();
         assert_eq!(
             text,
-            r#"{"version":1,"net":{"machine":"m5","address":"10.77.0.5","mac":[2,0,0,0,0,5],"mtu":1400,"ports":[{"protocol":"tcp","public":80,"machine":80}]},"owner":"100.64.0.2","epoch":1,"released":false}"#
+            r#"{"version":2,"net":{"machine":"m5","address":"10.77.0.5","mac":[2,0,0,0,0,5],"mtu":1400,"ports":[{"protocol":"tcp","public":80,"machine":80}]},"owner":"100.64.0.2","epoch":1,"released":false}"#
         );
     }
 }

@@ -9,33 +9,40 @@
 //! A move costs one state file and one netlink request here; `nft` runs only when a machine or its
 //! ports are new.
 
+mod authority;
 mod health;
 pub mod ledger;
 mod nat;
 mod server;
+mod words;
 
 use crate::{
     agent::listen_unix,
-    datapath::{MachineNet, NetError},
+    datapath::{MachineKey, MachineNet, NetError},
     exec::{self, KernelError},
     holder::{HoldSettings, Keeper},
-    host::{MACHINES, loosen_reverse_path_filter, machines_rule, open_plane, quiet_interface},
+    host::{
+        MACHINES, forward, loosen_reverse_path_filter, machines_rule, open_plane, quiet_interface,
+    },
     netlink::{Netlink, NextHop, Route},
     overlay,
     plane::{PathChoice, PathKind, Plane},
+    policy::Prefix,
     store::Store,
     tunnel,
     wire::{self, MachineStatus, Peer, Status},
 };
+use authority::{Authority, Refusal};
 use conduit_bpf::Role;
 use health::{Health, Signs, Treatment};
 use identity::{HostName, Security};
-use ledger::{Change, ENTRY_VERSION, Entry, Ledger, Rules};
-use nat::Outside;
+use lease::FileStore;
+use ledger::{ENTRY_VERSION, Entry, Ledger, Rules};
+use nat::Nat;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{Ipv4Addr, SocketAddr, TcpListener},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -52,6 +59,8 @@ pub struct EdgeConfig {
     pub listen: SocketAddr,
     /// Machines have addresses in this network.
     pub machines: (Ipv4Addr, u8),
+    /// What not every edge has.
+    pub options: EdgeOptions,
     /// How connections of agents are protected.
     pub security: Security,
     /// The unix socket for status.
@@ -64,6 +73,34 @@ pub struct EdgeConfig {
     pub pins: PathBuf,
     /// How frames are held while no host has their machine (needs BPF); `None`: they are not.
     pub hold: Option<HoldSettings>,
+}
+
+/// What not every edge has.
+#[derive(Clone, Debug)]
+pub struct EdgeOptions {
+    /// Machines have IPv6 addresses in this network.
+    pub machines_v6: Option<Prefix>,
+    /// The IPv6 address that clients use, one of this host's own. Without it machines' addresses are seen
+    /// as they are: the network outside leads their prefix to this edge.
+    pub public_v6: Option<Ipv6Addr>,
+    /// Addresses of this host that a machine may have whole.
+    pub spare: Vec<IpAddr>,
+    /// Tracked connections that the machines of one network may have.
+    pub flows_per_network: u32,
+    /// The folder of leases: where it is given, only a machine's lease says who leads its frames.
+    pub lease: Option<PathBuf>,
+}
+
+impl Default for EdgeOptions {
+    fn default() -> Self {
+        Self {
+            machines_v6: None,
+            public_v6: None,
+            spare: Vec::new(),
+            flows_per_network: 16_384,
+            lease: None,
+        }
+    }
 }
 
 /// A host as remembered over a restart: its overlay address belongs to its name.
@@ -83,8 +120,9 @@ struct Candidate {
 }
 
 /// Who will have a machine, and since when that is known.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Expected {
+    net: MachineNet,
     by: Ipv4Addr,
     since: Instant,
 }
@@ -95,19 +133,26 @@ struct Core {
     netlink: Netlink,
     /// The host that was prepared for a machine: the only one whose frames may run ahead of its
     /// claim.
-    candidates: BTreeMap<Ipv4Addr, Candidate>,
+    candidates: BTreeMap<MachineKey, Candidate>,
+    /// The host whose frames are believed before its claim: the one that may have the machine next, said
+    /// by whoever may say so.
+    believed: BTreeMap<MachineKey, Ipv4Addr>,
     /// Machines whose frames are held until their owner itself has said that it has them, and since
     /// when.
-    awaited: BTreeMap<Ipv4Addr, Instant>,
+    awaited: BTreeMap<MachineKey, Instant>,
     /// Machines that nobody has and somebody will have: their frames are held.
-    expected: BTreeMap<Ipv4Addr, Expected>,
+    expected: BTreeMap<MachineKey, Expected>,
     health: Health,
 }
 
 /// What the threads of an edge share.
 struct Shared {
     this: Peer,
-    outside: Outside,
+    public: Ipv4Addr,
+    nat: Nat,
+    authority: Authority,
+    /// Words that had no effect, by the reason's name.
+    refused: Mutex<BTreeMap<&'static str, u64>>,
     index: u32,
     plane: Option<Arc<Plane>>,
     keeper: Option<Keeper>,
@@ -127,7 +172,9 @@ impl Edge {
     /// Sets this host up as an edge, takes up what the last one left, and serves. Must be called
     /// in the edge's network namespace.
     pub fn start(config: EdgeConfig) -> Result<Self, KernelError> {
-        let outside = Outside::find(config.public)?;
+        let authority = open_authority(&config)?;
+        // The address first: it is what people get wrong.
+        nat::interface_of(config.public.into())?;
         let machines = Store::open(&config.state.join("machines"))?;
         let hosts = Store::open(&config.state.join("hosts"))?;
         let unix = listen_unix(&config.socket)?;
@@ -137,7 +184,7 @@ impl Edge {
             .local_addr()
             .map_err(|e| KernelError::new(format!("listen for agents on {}", config.listen), e))?;
 
-        exec::sysctl("net/ipv4/ip_forward", "1")?;
+        forward()?;
         loosen_reverse_path_filter()?;
         let plane = open_plane(config.path, config.this, Role::Edge, &config.pins)?;
         let index = match &plane {
@@ -153,16 +200,36 @@ impl Edge {
         if plane.is_some() {
             // All machines are behind the tunnel; which host each is on, its program knows.
             let (to, prefix) = config.machines;
-            let next = NextHop::Gateway(tunnel::NEXT_HOP, index);
-            netlink.replace_route(&Route { table: MACHINES, to, prefix, next })?;
+            let next = NextHop::Gateway(tunnel::NEXT_HOP.into(), index);
+            netlink.replace_route(&Route { table: MACHINES, to: to.into(), prefix, next })?;
+            if let Some(v6) = config.options.machines_v6 {
+                let next = NextHop::Gateway(tunnel::NEXT_HOP_V6.into(), index);
+                let (to, prefix) = (v6.address(), v6.bits());
+                netlink.replace_route(&Route { table: MACHINES, to, prefix, next })?;
+            }
         }
+        let interface = if plane.is_some() { tunnel::INTERFACE } else { overlay::INTERFACE };
+        let nat = Nat::find(config.public, &config.options, interface)?;
 
-        let rules = Rules { machines: config.machines, reserved: BTreeSet::from([listen.port()]) };
+        let rules = Rules {
+            machines: config.machines,
+            machines_v6: config.options.machines_v6,
+            routed_v6: config.options.public_v6.is_none(),
+            spare: config.options.spare.iter().copied().collect(),
+            reserved: BTreeSet::from([listen.port()]),
+        };
         let (ledger, known) = (Ledger::new(rules), BTreeMap::new());
         let health = Health::new(config.hold.as_ref().map_or(Duration::ZERO, |h| h.limits.age));
-        let (candidates, awaited, expected) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        let core = Core { ledger, hosts: known, netlink, candidates, awaited, expected, health };
-        let (this, core) = (config.this, Mutex::new(core));
+        let core = Core {
+            ledger,
+            hosts: known,
+            netlink,
+            candidates: BTreeMap::new(),
+            believed: BTreeMap::new(),
+            awaited: BTreeMap::new(),
+            expected: BTreeMap::new(),
+            health,
+        };
         let keeper = config.hold.zip(plane.clone()).map(|(settings, plane)| {
             let tell = move |tap| plane.set_hold(Some(tap));
             Keeper::start(settings, &config.state, &config.pins, tell)
@@ -170,7 +237,20 @@ impl Edge {
         if let (None, Some(plane)) = (&keeper, &plane) {
             plane.set_hold(None)?;
         }
-        let shared = Shared { this, outside, index, plane, keeper, listen, core, machines, hosts };
+        let shared = Shared {
+            this: config.this,
+            public: config.public,
+            nat,
+            authority,
+            refused: Mutex::default(),
+            index,
+            plane,
+            keeper,
+            listen,
+            core: Mutex::new(core),
+            machines,
+            hosts,
+        };
         shared.take_up()?;
         // A move reorders a few segments; without this, those at the edge of a window count as
         // invalid and are not translated. The file appears with the first rule that needs it.
@@ -213,9 +293,35 @@ impl Edge {
     }
 }
 
+/// How long a lease's lock may be waited for; holders write one small file.
+const LEASE_LIMIT: Duration = Duration::from_millis(500);
+
+fn open_authority(config: &EdgeConfig) -> Result<Authority, KernelError> {
+    if let Some(folder) = &config.options.lease {
+        let store = FileStore::open(folder, LEASE_LIMIT)
+            .map_err(|e| KernelError::new(format!("read leases in {}", folder.display()), e))?;
+        return Ok(Authority::Lease(Box::new(store)));
+    }
+    tracing::warn!("no leases to read (--lease): any host of the fleet may take any machine");
+    Ok(Authority::Fleet)
+}
+
 impl Drop for Edge {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.socket);
+    }
+}
+
+impl Core {
+    /// The name of a host, empty for one that never connected.
+    fn name(&self, host: Ipv4Addr) -> &str {
+        self.hosts.get(&host).map_or("", |h| &h.name)
+    }
+}
+
+impl From<NetError> for Refusal {
+    fn from(error: NetError) -> Self {
+        Self::Final(error)
     }
 }
 
@@ -244,19 +350,14 @@ impl Shared {
             }
             if !entry.released {
                 // What the last edge held back stays held until its host has spoken.
-                if self.plane.as_ref().is_some_and(|p| p.is_held_back(entry.net.address)) {
-                    core.awaited.insert(entry.net.address, Instant::now());
+                if self.plane.as_ref().is_some_and(|p| p.is_held_back(&entry.net)) {
+                    core.awaited.insert(entry.net.key(), Instant::now());
                 }
                 self.lead(&mut core, &entry)?;
             }
             core.ledger.restore(entry);
         }
-        nat::apply(&self.outside, self.tunnel(), core.ledger.machines())
-    }
-
-    /// The interface that machines are behind.
-    fn tunnel(&self) -> &'static str {
-        if self.plane.is_some() { tunnel::INTERFACE } else { overlay::INTERFACE }
+        self.nat.start(core.ledger.machines())
     }
 
     /// Makes a host reachable.
@@ -270,8 +371,10 @@ impl Shared {
     /// Leads a machine's frames to the host that has it.
     fn lead(&self, core: &mut Core, entry: &Entry) -> Result<(), KernelError> {
         let Entry { net, owner, epoch, .. } = entry;
-        let candidate = core.candidates.get(&net.address).map(|c| c.by);
-        let awaited = core.awaited.contains_key(&net.address).then_some(Treatment::Hold);
+        // Where one is announced, no other's newer epoch is believed.
+        let only_owner = (!self.authority.believes_strangers()).then_some(*owner);
+        let candidate = core.believed.get(&net.key()).copied().or(only_owner);
+        let awaited = core.awaited.contains_key(&net.key()).then_some(Treatment::Hold);
         match &self.plane {
             Some(plane) => match core.health.treatment(*owner).or(awaited) {
                 Some(Treatment::Hold) if plane.holds() => {
@@ -281,7 +384,7 @@ impl Shared {
                 _ => plane.remote(net, *owner, *epoch, false, candidate),
             },
             None => {
-                let next = NextHop::Gateway(entry.owner, self.index);
+                let next = NextHop::Gateway(entry.owner.into(), self.index);
                 core.netlink.replace_route(&Route::host(MACHINES, entry.net.address, next))
             }
         }
@@ -340,70 +443,13 @@ impl Shared {
     }
 
     /// Leads a machine's frames nowhere.
-    fn mislead(&self, core: &mut Core, address: Ipv4Addr) -> Result<(), KernelError> {
-        core.candidates.remove(&address);
-        core.awaited.remove(&address);
+    fn mislead(&self, core: &mut Core, net: &MachineNet) -> Result<(), KernelError> {
+        core.candidates.remove(&net.key());
+        core.believed.remove(&net.key());
+        core.awaited.remove(&net.key());
         match &self.plane {
-            Some(plane) => plane.forget(address),
-            None => core.netlink.delete_route(MACHINES, address, 32).map(drop),
-        }
-    }
-
-    /// A host was prepared for a machine.
-    fn candidate(&self, by: Ipv4Addr, net: &MachineNet, long: bool) -> Result<(), NetError> {
-        wire::check_machine(net)?;
-        let mut core = self.core();
-        let entry = core.ledger.get(net.address).cloned();
-        let Some(entry) = entry.filter(|e| !e.released) else {
-            return self.expect(&mut core, by, net);
-        };
-        if entry.net.machine != net.machine || entry.owner == by {
-            return Ok(());
-        }
-        core.candidates.insert(net.address, Candidate { by, long });
-        if self.plane.is_none() {
-            return Ok(());
-        }
-        self.lead(&mut core, &entry)
-            .map_err(|e| NetError::failed(net, "announce where it may go", e))
-    }
-
-    /// Nobody has this machine, and `by` says that it will: what comes meanwhile is held.
-    fn expect(&self, core: &mut Core, by: Ipv4Addr, net: &MachineNet) -> Result<(), NetError> {
-        let Some(plane) = self.plane.as_ref().filter(|plane| plane.holds()) else { return Ok(()) };
-        core.ledger.check_rules(net)?;
-        let epoch = core.ledger.get(net.address).map_or(0, |e| e.epoch);
-        plane
-            .expect(net, epoch, Some(by))
-            .map_err(|e| NetError::failed(net, "hold its frames at the edge", e))?;
-        core.expected.insert(net.address, Expected { by, since: Instant::now() });
-        Ok(())
-    }
-
-    /// A host that said it might have a machine will not; false if it had not said so.
-    fn withdraw(&self, core: &mut Core, by: Ipv4Addr, net: &MachineNet) -> Result<bool, NetError> {
-        let fail = |e: KernelError| NetError::failed(net, "forget where it might have gone", e);
-        if core.expected.get(&net.address).is_some_and(|e| e.by == by) {
-            self.expect_no_more(core, net.address).map_err(fail)?;
-            return Ok(true);
-        }
-        if core.candidates.get(&net.address).is_some_and(|c| c.by == by) {
-            core.candidates.remove(&net.address);
-            let entry = core.ledger.get(net.address).filter(|e| !e.released).cloned();
-            if let Some(entry) = entry {
-                self.lead(core, &entry).map_err(fail)?;
-            }
-            return Ok(true);
-        }
-        Ok(false)
-    }
-
-    fn expect_no_more(&self, core: &mut Core, address: Ipv4Addr) -> Result<(), KernelError> {
-        core.expected.remove(&address);
-        let taken = core.ledger.get(address).is_some_and(|e| !e.released);
-        match &self.plane {
-            Some(plane) if !taken => plane.forget(address),
-            _ => Ok(()),
+            Some(plane) => plane.forget(net),
+            None => core.netlink.delete_route(MACHINES, net.address, 32).map(drop),
         }
     }
 
@@ -441,83 +487,12 @@ impl Shared {
         self.core().hosts.values().map(|h| h.peer).collect()
     }
 
-    fn claim(
-        &self,
-        by: Ipv4Addr,
-        net: &MachineNet,
-        owner: Ipv4Addr,
-        epoch: u64,
-    ) -> Result<(), NetError> {
-        let mut core = self.core();
-        if !core.hosts.contains_key(&owner) {
-            let detail = format!("no host with overlay address {owner} has ever connected");
-            return Err(NetError::failed(net, "take it to the edge", detail));
-        }
-        let before = core.ledger.get(net.address).cloned();
-        let change = core.ledger.claim(by, net, owner, epoch)?;
-        if by == owner {
-            core.awaited.remove(&net.address);
-        } else if change.route
-            && core.candidates.get(&net.address).is_some_and(|c| c.by == owner && c.long)
-        {
-            core.awaited.insert(net.address, Instant::now());
-        }
-        self.commit(&mut core, net, before, change)?;
-        if change.route {
-            tracing::info!(machine = net.machine, address = %net.address, %owner, epoch, "route set");
-        }
-        Ok(())
-    }
-
-    fn release(&self, by: Ipv4Addr, net: &MachineNet, epoch: u64) -> Result<(), NetError> {
-        let mut core = self.core();
-        let before = core.ledger.get(net.address).cloned();
-        let owner = before.as_ref().filter(|e| !e.released).map(|e| e.owner);
-        if owner != Some(by) && self.withdraw(&mut core, by, net)? {
-            return Ok(());
-        }
-        let change = core.ledger.release(by, net, epoch)?;
-        self.commit(&mut core, net, before, change)?;
-        tracing::info!(machine = net.machine, address = %net.address, epoch, "machine released");
-        Ok(())
-    }
-
-    /// Makes the kernel follow the ledger: the route first, because a move waits for it. Asked
-    /// again with nothing new, the route is made again all the same.
-    fn commit(
-        &self,
-        core: &mut Core,
-        net: &MachineNet,
-        before: Option<Entry>,
-        change: Change,
-    ) -> Result<(), NetError> {
-        let fail = |e: KernelError| NetError::failed(net, "set its way at the edge", e);
-        let Some(entry) = core.ledger.get(net.address).cloned() else { return Ok(()) };
-        if before.as_ref() != Some(&entry)
-            && let Err(error) = self.machines.save(net.address, &entry)
-        {
-            core.ledger.undo(net.address, before);
-            return Err(fail(error));
-        }
-        if entry.released {
-            self.mislead(core, net.address).map_err(fail)?;
-        } else {
-            core.expected.remove(&net.address);
-            if before.is_none_or(|b| b.owner != entry.owner) {
-                core.candidates.remove(&net.address);
-            }
-            self.lead(core, &entry).map_err(fail)?;
-        }
-        if change.ports {
-            nat::apply(&self.outside, self.tunnel(), core.ledger.machines()).map_err(fail)?;
-        }
-        Ok(())
-    }
-
-    /// What programs and holder counted.
+    /// What programs, rules, holder and listeners counted, by name.
     fn counts(&self) -> BTreeMap<String, u64> {
         let mut counts = self.plane.as_ref().map(|p| p.counts()).unwrap_or_default();
         counts.extend(self.keeper.iter().flat_map(Keeper::counts));
+        counts.extend(Nat::counts());
+        counts.extend(self.refused().iter().map(|(name, n)| ((*name).to_owned(), *n)));
         counts
     }
 
@@ -537,7 +512,7 @@ impl Shared {
             peer: self.this,
             path: self.path(),
             counts,
-            link: format!("agents connect to {}, clients to {}", self.listen, self.outside.address),
+            link: format!("agents connect to {}, clients to {}", self.listen, self.public),
             peers: core.hosts.values().map(|h| h.peer).collect(),
             machines: machines.collect(),
         }

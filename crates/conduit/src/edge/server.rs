@@ -3,6 +3,7 @@
 
 use super::{
     Shared,
+    authority::Refusal,
     health::{self, ASK_AFTER, Signs},
 };
 use crate::{
@@ -201,12 +202,14 @@ fn answer_all(
         let (id, done) = match message {
             HostSays::Ping { id } => (id, Ok(())),
             HostSays::Claim { id, net, owner, epoch } => {
-                (id, shared.claim(peer.overlay, &net, owner, epoch))
+                (id, settle(shared.claim(peer.overlay, &net, owner, epoch))?)
             }
-            HostSays::Candidate { id, net, long } => {
-                (id, shared.candidate(peer.overlay, &net, long))
+            HostSays::Candidate { id, net, host, long } => {
+                (id, shared.candidate(peer.overlay, &net, host, long))
             }
-            HostSays::Release { id, net, epoch } => (id, shared.release(peer.overlay, &net, epoch)),
+            HostSays::Release { id, net, epoch } => {
+                (id, settle(shared.release(peer.overlay, &net, epoch))?)
+            }
             HostSays::Hello { .. } => return Err(io::Error::other("a second hello")),
         };
         let answer = match done {
@@ -216,6 +219,15 @@ fn answer_all(
         say(pen, &answer)?;
     }
     Ok(())
+}
+
+/// What cannot be judged now ends the connection: the agent dials again and says it again.
+fn settle(done: Result<(), Refusal>) -> io::Result<Result<(), NetError>> {
+    match done {
+        Ok(()) => Ok(Ok(())),
+        Err(Refusal::Final(error)) => Ok(Err(error)),
+        Err(Refusal::Later(error)) => Err(io::Error::other(error)),
+    }
 }
 
 fn say(pen: &Pen, message: &EdgeSays) -> io::Result<()> {

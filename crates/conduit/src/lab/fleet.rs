@@ -118,15 +118,12 @@ impl Fleet {
         ))?;
         let port = |protocol, public, machine| PortMapping { protocol, public, machine };
         let net = MachineNet {
-            machine: "echo".into(),
-            address: Ipv4Addr::new(10, 77, 0, 1),
-            mac: [2, 0, 0, 0x77, 0, 1],
-            mtu: 1400,
             ports: vec![
                 port(Protocol::Tcp, TCP, 7),
                 port(Protocol::Udp, UDP, 9),
                 port(Protocol::Tcp, BULK, 8),
             ],
+            ..MachineNet::new("echo", Ipv4Addr::new(10, 77, 0, 1), [2, 0, 0, 0x77, 0, 1], 1400)
         };
         let guest = Guest::new(&net)?;
         let mut hosts = Vec::new();

@@ -40,9 +40,25 @@ route add default via {gateway} dev eth0
 "
             );
             exec::run("ip", &["-batch", "-"], &script)?;
+            if let Some(v6) = net.address_v6 {
+                let gateway = tap::GATEWAY_V6;
+                exec::sysctl("net/ipv6/conf/eth0/accept_ra", "0")?;
+                let script = format!(
+                    "address add {v6}/128 dev eth0 nodad
+route add ::/0 via {gateway} dev eth0
+"
+                );
+                exec::run("ip", &["-6", "-batch", "-"], &script)?;
+            }
             Ok(interface)
         })?;
         Ok(Self { space, interface })
+    }
+
+    /// The guest's network namespace.
+    #[must_use]
+    pub fn space(&self) -> &Space {
+        &self.space
     }
 
     /// Runs something in the guest, on a thread of its own.

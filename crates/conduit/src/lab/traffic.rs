@@ -5,7 +5,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use std::{
     collections::BTreeSet,
     io::{self, Read, Write},
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -170,7 +170,11 @@ static NEXT_STREAM: AtomicU64 = AtomicU64::new(0);
 impl Datagrams {
     /// Starts in the calling thread's namespace.
     pub fn start(to: SocketAddr) -> Self {
-        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a rig's own call works");
+        let any: IpAddr = match to {
+            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let socket = UdpSocket::bind((any, 0)).expect("a rig's own call works");
         socket.connect(to).expect("a rig's own call works");
         let stop = Arc::new(AtomicBool::new(false));
         let first = NEXT_STREAM.fetch_add(1, Ordering::Relaxed) << 32;

@@ -5,11 +5,17 @@
 //! the kernel or the package; words with it that this version does not know are kept by name, so
 //! that the init can say so, and otherwise ignored.
 
-use std::{fmt, net::Ipv4Addr};
+use std::{
+    fmt,
+    net::{Ipv4Addr, Ipv6Addr},
+};
 
 /// The gateway of every machine, on every host: link-local, so that nothing changes inside the
 /// guest when it moves.
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+
+/// The same for IPv6.
+pub const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 
 /// Longest host name that Linux takes.
 pub const MAX_HOST_NAME: usize = 64;
@@ -28,6 +34,8 @@ pub struct InstanceConfig {
     pub host: Option<String>,
     /// `drafter.ip`: the machine's address, a /32. None: no network but the loopback.
     pub address: Option<Ipv4Addr>,
+    /// `drafter.ip6`: its IPv6 address, a /128, by [`GATEWAY_V6`]. Only together with the other.
+    pub address_v6: Option<Ipv6Addr>,
     /// `drafter.gw`: the next hop, reached on-link.
     pub gateway: Ipv4Addr,
     /// `drafter.mtu`: MTU of the interface.
@@ -43,6 +51,7 @@ impl Default for InstanceConfig {
         Self {
             host: None,
             address: None,
+            address_v6: None,
             gateway: GATEWAY,
             mtu: DEFAULT_MTU,
             name_servers: Vec::new(),
@@ -87,6 +96,7 @@ impl InstanceConfig {
         match name {
             "host" => self.host = Some(host_name(value)?),
             "ip" => self.address = Some(address(value)?),
+            "ip6" => self.address_v6 = Some(address_v6(value)?),
             "gw" => self.gateway = address(value)?,
             "mtu" => {
                 self.mtu = value.parse().ok().filter(|mtu| *mtu >= MIN_MTU).ok_or_else(|| {
@@ -114,6 +124,9 @@ impl InstanceConfig {
         }
         if let Some(address) = self.address {
             words.push(format!("drafter.ip={address}"));
+            if let Some(v6) = self.address_v6 {
+                words.push(format!("drafter.ip6={v6}"));
+            }
             words.push(format!("drafter.gw={}", self.gateway));
             words.push(format!("drafter.mtu={}", self.mtu));
         }
@@ -135,6 +148,15 @@ fn address(value: &str) -> Result<Ipv4Addr, String> {
     let address: Ipv4Addr =
         value.parse().map_err(|_| "an IPv4 address, as in 10.90.0.5".to_owned())?;
     if address.is_unspecified() || address.is_broadcast() || address.is_multicast() {
+        return Err("an address of one host".to_owned());
+    }
+    Ok(address)
+}
+
+fn address_v6(value: &str) -> Result<Ipv6Addr, String> {
+    let address: Ipv6Addr =
+        value.parse().map_err(|_| "an IPv6 address, as in fd77::5".to_owned())?;
+    if address.is_unspecified() || address.is_multicast() || address.is_loopback() {
         return Err("an address of one host".to_owned());
     }
     Ok(address)
@@ -164,10 +186,11 @@ mod tests {
     #[test]
     fn the_documented_command_line_is_understood() {
         let line = "console=ttyS0 quiet drafter.host=redis-1 drafter.ip=10.90.0.5 \
-                    drafter.gw=169.254.1.1 drafter.mtu=1400 drafter.dns=10.0.0.53,10.0.1.53 panic=-1\n";
+                    drafter.ip6=fd90::5 drafter.gw=169.254.1.1 drafter.mtu=1400 drafter.dns=10.0.0.53,10.0.1.53 panic=-1\n";
         let config = InstanceConfig::parse(line).unwrap();
         assert_eq!(config.host.as_deref(), Some("redis-1"));
         assert_eq!(config.address, Some(Ipv4Addr::new(10, 90, 0, 5)));
+        assert_eq!(config.address_v6, Some(Ipv6Addr::new(0xfd90, 0, 0, 0, 0, 0, 0, 5)));
         assert_eq!((config.gateway, config.mtu), (GATEWAY, 1400));
         assert_eq!(config.name_servers.len(), 2);
         assert_eq!(InstanceConfig::parse(&config.to_command_line()).unwrap(), config);
@@ -193,6 +216,8 @@ mod tests {
         for word in [
             "drafter.ip=10.90.0",
             "drafter.ip=0.0.0.0",
+            "drafter.ip6=10.90.0.5",
+            "drafter.ip6=ff02::1",
             "drafter.gw=224.0.0.1",
             "drafter.mtu=100",
             "drafter.mtu=65536",

@@ -11,7 +11,7 @@
 
 mod instance;
 
-pub use instance::{GATEWAY, InstanceConfig, InstanceError, MAX_HOST_NAME};
+pub use instance::{GATEWAY, GATEWAY_V6, InstanceConfig, InstanceError, MAX_HOST_NAME};
 
 use std::{collections::BTreeMap, fmt, time::Duration};
 

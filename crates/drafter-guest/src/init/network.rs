@@ -3,7 +3,11 @@
 //! The address is a /32 and the gateway a link-local address reached by a host route: nothing in
 //! here depends on the host or its subnets, so nothing changes when the machine moves.
 
-use crate::{config::InstanceConfig, log::say, sys::Interface};
+use crate::{
+    config::{GATEWAY_V6, InstanceConfig},
+    log::say,
+    sys::Interface,
+};
 use std::{
     fmt::Write as _,
     io,
@@ -47,10 +51,25 @@ fn connect(instance: &InstanceConfig, address: Ipv4Addr) -> io::Result<()> {
         result.map_err(|error| io::Error::new(error.kind(), format!("{name}: {what}: {error}")))
     };
     step("MTU", interface.set_mtu(instance.mtu))?;
+    if instance.address_v6.is_some() {
+        step("IPv6 settings", fix_ipv6(&Path::new("/proc/sys/net/ipv6/conf").join(&name)))?;
+    }
     step("address", interface.set_address(address))?;
     step("up", interface.up())?;
     step("route to the gateway", interface.add_host_route(instance.gateway))?;
-    step("default route", interface.add_default_route(instance.gateway))
+    step("default route", interface.add_default_route(instance.gateway))?;
+    let Some(address) = instance.address_v6 else { return Ok(()) };
+    step("IPv6 address", interface.set_address_v6(address))?;
+    step("IPv6 default route", interface.add_default_route_v6(GATEWAY_V6))
+}
+
+/// What the kernel would do by itself with IPv6: ask whether somebody else has the address (nobody has:
+/// for a second nothing could be sent), and believe routers.
+fn fix_ipv6(settings: &Path) -> io::Result<()> {
+    for (key, value) in [("accept_dad", "0"), ("accept_ra", "0")] {
+        std::fs::write(settings.join(key), value)?;
+    }
+    Ok(())
 }
 
 /// The first Ethernet interface by name; waits for one to appear.

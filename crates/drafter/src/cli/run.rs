@@ -84,6 +84,27 @@ pub struct RunArgs {
     /// The machine's address, for life
     #[arg(long)]
     address: Option<Ipv4Addr>,
+    /// Its IPv6 address, for life
+    #[arg(long, requires = "address")]
+    address_v6: Option<std::net::Ipv6Addr>,
+    /// The tenant's network that the addresses are of, 1 to 65535 [default: the common one]
+    #[arg(long, requires = "address", value_parser = clap::value_parser!(u16).range(1..))]
+    network_id: Option<u16>,
+    /// A public address of the edge that the machine has whole; may be given for IPv4 and IPv6
+    #[arg(long, requires = "address")]
+    public: Vec<std::net::IpAddr>,
+    /// Who may open flows from outside: NETWORK, or PORT[/udp]=NETWORK for one public port
+    #[arg(long, requires = "address", value_parser = parse_allow)]
+    allow: Vec<conduit::policy::Allow>,
+    /// Bytes a second from outside, at most
+    #[arg(long, requires = "address")]
+    bytes_in: Option<u64>,
+    /// Bytes a second to the outside, at most
+    #[arg(long, requires = "address")]
+    bytes_out: Option<u64>,
+    /// New connections a second from outside, at most
+    #[arg(long, requires = "address")]
+    connections_in: Option<u32>,
     /// MTU inside the guest
     #[arg(long, default_value_t = 1400)]
     mtu: u16,
@@ -152,6 +173,23 @@ fn parse_port(text: &str) -> Result<conduit::PortMapping, String> {
     parsed.ok_or_else(|| format!("\"{text}\" is not PUBLIC:MACHINE[/udp], as in 6379:6379"))
 }
 
+fn parse_allow(text: &str) -> Result<conduit::policy::Allow, String> {
+    use conduit::policy::{Allow, PublicPort};
+    let (port, network) = match text.split_once('=') {
+        Some((port, network)) => (Some(port), network),
+        None => (None, text),
+    };
+    let to = port.map(|port| {
+        let mapping =
+            parse_port(&port.replacen('/', ":1/", 1)).or_else(|_| parse_port(&format!("{port}:1")));
+        mapping
+            .map(|p| PublicPort { protocol: p.protocol, port: p.public })
+            .map_err(|_| format!("\"{port}\" is not PORT or PORT/udp"))
+    });
+    let from = network.parse().map_err(|e: conduit::policy::BadPrefix| e.to_string())?;
+    Ok(Allow { to: to.transpose()?, from: vec![from] })
+}
+
 fn config(
     name: &str,
     on: &HostArgs,
@@ -197,6 +235,17 @@ pub(super) fn run(args: RunArgs, state: &StateArgs) -> anyhow::Result<()> {
         memory_bytes: args.memory_mib.map(|mib| mib << 20),
         vcpus: args.vcpus,
         address: args.address,
+        address_v6: args.address_v6,
+        network: args.network_id.map_or_else(Default::default, conduit::NetworkId),
+        policy: conduit::policy::Policy {
+            public: args.public,
+            allow: args.allow,
+            limits: conduit::policy::Limits {
+                bytes_in: args.bytes_in,
+                bytes_out: args.bytes_out,
+                flows_in: args.connections_in,
+            },
+        },
         mtu: args.mtu,
         ports: args.publish,
         keep_disks: args.keep_disks,
@@ -272,6 +321,11 @@ mod tests {
             (port.public, port.machine, port.protocol),
             (6379, 6380, conduit::Protocol::Tcp)
         );
+        let allow = |text: &str| parse_allow(text).map(|a| (a.to.map(|p| p.port), a.from.len()));
+        assert_eq!(allow("198.51.100.0/24"), Ok((None, 1)));
+        assert_eq!(allow("53/udp=2001:db8::/32"), Ok((Some(53), 1)));
+        assert_eq!(allow("80=198.51.100.7"), Ok((Some(80), 1)));
+        assert!(allow("80=all").is_err() && allow("x=1.2.3.4").is_err());
         assert_eq!(parse_port("53:53/udp").unwrap().protocol, conduit::Protocol::Udp);
         for bad in ["6379", "a:b", "1:2/sctp", "70000:1", ""] {
             assert!(parse_port(bad).is_err(), "{bad}");

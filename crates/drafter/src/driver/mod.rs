@@ -113,6 +113,9 @@ pub struct MachineShape {
 pub struct NetworkShape {
     /// The machine's address.
     pub address: Ipv4Addr,
+    /// Its IPv6 address, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address_v6: Option<std::net::Ipv6Addr>,
     /// The guest interface's MAC.
     pub mac: [u8; 6],
     /// MTU inside the guest.

@@ -107,6 +107,15 @@ pub struct Boot {
     pub vcpus: Option<u32>,
     /// The machine's address.
     pub address: Option<Ipv4Addr>,
+    /// Its IPv6 address.
+    #[serde(default)]
+    pub address_v6: Option<std::net::Ipv6Addr>,
+    /// The tenant's network that these addresses are of.
+    #[serde(default)]
+    pub network: conduit::NetworkId,
+    /// What the edge lets through to it.
+    #[serde(default)]
+    pub policy: conduit::policy::Policy,
     /// MTU in the guest.
     pub mtu: u16,
     /// Ports at the edge: public port, machine port, protocol.

@@ -121,17 +121,25 @@ pub(super) fn shape_of(
     let instance = InstanceConfig {
         host: Some(name.to_owned()),
         address: boot.address,
+        address_v6: boot.address_v6,
         mtu: boot.mtu,
         ..InstanceConfig::default()
     };
-    let network =
-        boot.address.map(|address| NetworkShape { address, mac: mac_of(address), mtu: boot.mtu });
+    let network = boot.address.map(|address| NetworkShape {
+        address,
+        address_v6: boot.address_v6,
+        mac: mac_of(address),
+        mtu: boot.mtu,
+    });
     let net = network.as_ref().map(|network| MachineNet {
         machine: name.to_owned(),
         address: network.address,
+        address_v6: network.address_v6,
+        network: boot.network,
         mac: network.mac,
         mtu: network.mtu,
         ports: boot.ports.clone(),
+        policy: boot.policy.clone(),
     });
     let words = instance.to_command_line();
     let shape = MachineShape {
@@ -286,7 +294,7 @@ impl Hosted {
             DiskServers::start(shape.disk_kind, &disks, &memory, shape.vcpus, site.run_dir)?;
         let vm = site.driver.take_over(site.run_dir).map_err(fail)?.ok_or_else(gone)?;
         let tap = held.tap.map(|fd| {
-            let name = net.as_ref().map_or_else(String::new, |net| conduit::tap_name(net.address));
+            let name = net.as_ref().map_or_else(String::new, |net| conduit::tap_name(net.key()));
             Arc::new(Tap { name, fd })
         });
         Ok(Self {

@@ -135,7 +135,7 @@ impl Runner {
                 let (epoch, flip) = {
                     let inner = self.lock();
                     let epoch = inner.holding.as_ref().map_or(0, |h| h.record.epoch.0);
-                    (epoch, FlipEpoch::of(crate::lease::Epoch(epoch), u16::MAX).0)
+                    (epoch, FlipEpoch::of(lease::Epoch(epoch), u16::MAX).0)
                 };
                 // The directory is useless without its index, which is written last.
                 let _ = fs::remove_dir_all(directory);

@@ -30,11 +30,8 @@ pub(super) fn config(prefix: &str) -> RigConfig {
 pub(super) fn machine_net() -> MachineNet {
     let port = |protocol, public, machine| PortMapping { protocol, public, machine };
     MachineNet {
-        machine: "echo".into(),
-        address: super::super::MACHINE,
-        mac: [0x02, 0, 0, 0x77, 0, 1],
-        mtu: 1400,
         ports: vec![port(Protocol::Tcp, 7000, 7), port(Protocol::Udp, 7001, 9)],
+        ..MachineNet::new("echo", super::super::MACHINE, [0x02, 0, 0, 0x77, 0, 1], 1400)
     }
 }
 

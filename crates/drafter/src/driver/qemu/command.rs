@@ -254,6 +254,7 @@ pub(super) mod tests {
             command_line: "drafter.host=redis-1".into(),
             network: Some(NetworkShape {
                 address: Ipv4Addr::new(10, 0, 0, 2),
+                address_v6: None,
                 mac: [2, 0, 0, 0, 0, 0xfe],
                 mtu: 1400,
             }),

@@ -180,7 +180,12 @@ impl Rig {
     pub(super) fn full_shape(&self) -> MachineShape {
         MachineShape {
             command_line: format!("test.ip={GUEST}/24"),
-            network: Some(NetworkShape { address: GUEST, mac: [2, 0, 0, 0, 0, 2], mtu: 1400 }),
+            network: Some(NetworkShape {
+                address: GUEST,
+                address_v6: None,
+                mac: [2, 0, 0, 0, 0, 2],
+                mtu: 1400,
+            }),
             disks: vec!["root".into()],
             ..self.shape()
         }

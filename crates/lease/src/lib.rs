@@ -2,7 +2,7 @@
 //!
 //! One [`Record`] per machine, in a [`LeaseStore`] that can do two things, both linearizable: read
 //! one record, and replace it if it is still the one expected. The store needs no clock and knows
-//! no rule; the rules are those of [`crate::migrate::switchover`], which is also the only caller
+//! no rule; the rules are those of drafter's `migrate::switchover`, which is also the only caller
 //! that changes a record during a move. A runner makes the first one when it boots a machine.
 //!
 //! What must hold: an epoch never goes back and never belongs to two owners, because every change

@@ -147,7 +147,7 @@ fn unavailable(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lease::{AttemptId, Epoch, HostName, Nonce};
+    use crate::{AttemptId, Epoch, HostName, Nonce};
 
     fn machine() -> MachineName {
         MachineName::new("redis-1").unwrap()

@@ -1,0 +1,11 @@
+//! What clients, machines and hosts see of a real edge: IPv6, tenants, policies, and who may flip.
+//! Needs root; everything is in nameless network namespaces.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod authority;
+mod policies;
+mod rig;
+mod sizes;
+mod tenants;
+mod v6;
