@@ -50,6 +50,8 @@ clang clang
 ip iproute2
 tc iproute2
 nft nftables
+wg wireguard-tools
+wireguard-go wireguard-go
 mke2fs e2fsprogs
 lz4 lz4
 xz xz-utils

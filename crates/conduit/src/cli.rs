@@ -8,6 +8,8 @@ use crate::{
     holder::{self, HoldSettings, LimitArgs},
     plane::PathChoice,
     policy::Prefix,
+    secure::{self, Encrypt, SecureConfig},
+    wg,
     wire::{Peer, Status},
 };
 use anyhow::{Context, Result, bail};
@@ -49,6 +51,9 @@ pub enum Command {
     Map(LookArgs),
     /// Show whether the agent or edge here is well, and whom it can reach.
     Status(LookArgs),
+    /// The encrypted tunnel in user space: run it, look at it, change its keys.
+    #[command(subcommand)]
+    Tunnel(wg::Command),
     /// Try what this kernel can do for the data path (needs root).
     Check(CheckArgs),
     /// Measure the data path next to kernel vxlan and plain routing (needs root).
@@ -113,6 +118,38 @@ impl HolderArgs {
     }
 }
 
+/// How packets between hosts and edges are protected; the same in all of a fleet.
+#[derive(Debug, Args)]
+pub struct EncryptArgs {
+    /// By the kernel's WireGuard, by a tunnel in user space, by the kernel where it can, or not at
+    /// all (only on a network that is trusted as a whole).
+    #[arg(long, value_enum, default_value = "auto", env = "CONDUIT_ENCRYPT")]
+    pub encrypt: Encrypt,
+    /// The UDP port of encrypted packets.
+    #[arg(long, value_name = "PORT", default_value_t = secure::PORT)]
+    pub encrypt_port: u16,
+    /// How long a key pair is used, as in 12h or 7d (user space only).
+    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = wg::duration)]
+    pub rotate_every: std::time::Duration,
+}
+
+impl EncryptArgs {
+    fn config(&self, state: &Path) -> Result<SecureConfig> {
+        let program = std::env::current_exe().context("find this program")?;
+        // `architect conduit …` is the same program.
+        let within = program.file_name().is_some_and(|name| name == "architect");
+        let mut program = vec![program.into_os_string()];
+        program.extend(within.then(|| "conduit".into()));
+        Ok(SecureConfig {
+            encrypt: self.encrypt,
+            port: self.encrypt_port,
+            state: state.join("encrypt"),
+            program,
+            rotate_every: Some(self.rotate_every),
+        })
+    }
+}
+
 /// Settings of `conduit agent`.
 #[derive(Debug, Args)]
 pub struct AgentArgs {
@@ -146,6 +183,9 @@ pub struct AgentArgs {
     /// Holding.
     #[command(flatten)]
     pub hold: HolderArgs,
+    /// How packets are protected.
+    #[command(flatten)]
+    pub encrypt: EncryptArgs,
     /// Protection.
     #[command(flatten)]
     pub security: SecurityArgs,
@@ -204,6 +244,9 @@ pub struct EdgeArgs {
     /// Holding.
     #[command(flatten)]
     pub hold: HolderArgs,
+    /// How packets are protected.
+    #[command(flatten)]
+    pub encrypt: EncryptArgs,
     /// Protection.
     #[command(flatten)]
     pub security: SecurityArgs,
@@ -250,6 +293,7 @@ pub fn run(command: Command) -> Result<()> {
         Command::Held(args) => holder::show(&args),
         Command::Map(args) => look(&args, print_map),
         Command::Status(args) => look(&args, print_status),
+        Command::Tunnel(command) => wg::run(command),
         Command::Check(args) => try_kernel(&args),
         // Exit code 3: all was measured, and a promise was not kept.
         Command::Bench(args) if !bench::run(&args)? => std::process::exit(3),
@@ -265,7 +309,9 @@ fn agent(args: AgentArgs) -> Result<()> {
     let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])?;
     let security = args.security.load(&args.host)?;
     let hold = args.hold.settings()?;
+    let secure = args.encrypt.config(&args.state)?;
     let agent = Agent::start(AgentConfig {
+        secure,
         host: args.host,
         this: Peer { overlay: args.overlay, underlay: args.underlay },
         edge: args.edge,
@@ -290,7 +336,9 @@ fn edge(args: EdgeArgs) -> Result<()> {
     let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])?;
     let security = args.security.load(&args.name)?;
     let hold = args.hold.settings()?;
+    let secure = args.encrypt.config(&args.state)?;
     let edge = Edge::start(EdgeConfig {
+        secure,
         public: args.public,
         this: Peer { overlay: args.overlay, underlay: args.underlay },
         listen: args.listen.unwrap_or_else(|| (args.underlay, EDGE_PORT).into()),
@@ -386,7 +434,9 @@ fn print_status(status: &Status, out: &mut dyn Write) -> std::io::Result<()> {
     let Peer { overlay, underlay } = status.peer;
     writeln!(out, "{} {} at {overlay} (underlay {underlay})", status.role, status.host)?;
     writeln!(out, "  {}", status.link)?;
-    writeln!(out, "  frames find their way by {}", status.path)?;
+    let protection =
+        if status.protection.is_empty() { "not encrypted" } else { &status.protection };
+    writeln!(out, "  frames find their way by {}, {protection}", status.path)?;
     writeln!(out, "  {} machines, {} peers", status.machines.len(), status.peers.len())?;
     for peer in &status.peers {
         writeln!(out, "  peer {} at {}", peer.overlay, peer.underlay)?;

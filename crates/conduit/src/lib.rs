@@ -43,10 +43,12 @@ pub mod netlink;
 pub mod overlay;
 mod plane;
 pub mod policy;
+pub mod secure;
 mod store;
 mod sys;
 pub mod tap;
 pub mod tunnel;
+pub mod wg;
 pub mod wire;
 
 pub use client::{AgentDataPath, status};

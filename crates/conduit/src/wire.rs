@@ -7,8 +7,10 @@
 //!  claim {id, net, owner, epoch}       done {id} | refused {id, error}
 //!  release {id, net, epoch}            done {id} | refused {id, error}
 //!  candidate {id, net, host}           done {id}
+//!  tunnel {id, tunnel}                 done {id} | refused {id, error}
 //!  ping {id}                           done {id}
 //!                                      peers {peers}            whenever a host joins
+//!                                      tunnels {tunnels}        whenever keys change, if encrypted
 //! ```
 //!
 //! A claim says who owns a machine's address at an epoch; either the old owner (when it pauses) or
@@ -26,7 +28,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{
     collections::BTreeMap,
     io::{self, BufRead, Write},
-    net::Ipv4Addr,
+    net::{Ipv4Addr, SocketAddr},
 };
 
 /// Version of both protocols.
@@ -41,6 +43,15 @@ pub struct Peer {
     pub overlay: Ipv4Addr,
     /// Where its vxlan packets go.
     pub underlay: Ipv4Addr,
+}
+
+/// What others must know to send a host encrypted packets.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TunnelEnd {
+    /// Its public keys, the newest first.
+    pub keys: Vec<conduit_wg::PublicKey>,
+    /// Where they go, by UDP.
+    pub endpoint: SocketAddr,
 }
 
 /// What an agent says to the edge.
@@ -92,6 +103,13 @@ pub enum HostSays {
         /// The machine's epoch.
         epoch: u64,
     },
+    /// How to reach the sender by encrypted packets; again whenever its keys change.
+    Tunnel {
+        /// Comes back in the answer.
+        id: u64,
+        /// Keys and address.
+        tunnel: TunnelEnd,
+    },
     /// Are you there?
     Ping {
         /// Comes back in the answer.
@@ -116,6 +134,11 @@ pub enum EdgeSays {
     Peers {
         /// The list.
         peers: Vec<Peer>,
+    },
+    /// How to reach everybody by encrypted packets, the edge included, by overlay address.
+    Tunnels {
+        /// All of them.
+        tunnels: BTreeMap<Ipv4Addr, TunnelEnd>,
     },
     /// Done as asked, or done already.
     Done {
@@ -224,6 +247,9 @@ pub struct Status {
     pub machines: Vec<MachineStatus>,
     /// How frames find their way.
     pub path: PathKind,
+    /// How packets between hosts are protected; empty if they are not.
+    #[serde(default)]
+    pub protection: String,
     /// What the BPF programs counted since they were first loaded, by name.
     #[serde(default)]
     pub counts: BTreeMap<String, u64>,

@@ -7,6 +7,7 @@ use conduit::{
     exec,
     holder::{HoldSettings, Limits},
     netlink::{Netlink, NextHop, Route, Rule, interface_index},
+    secure::SecureConfig,
     tap,
     wire::Peer,
 };
@@ -60,6 +61,7 @@ fn edge_config(folder: &Path, path: PathChoice, pins: &Path) -> EdgeConfig {
         path,
         pins: pins.to_owned(),
         hold: Some(hold()),
+        secure: SecureConfig::off(),
     }
 }
 
@@ -216,6 +218,7 @@ fn an_agent_and_an_edge_leave_nothing_behind_when_asked_to() {
             path: PathChoice::Auto,
             pins: conduit_bpf::ROOT.into(),
             hold: Some(hold()),
+            secure: SecureConfig::off(),
         })
         .unwrap();
         assert_ne!(listing(), before);
@@ -250,6 +253,7 @@ fn an_address_that_is_not_this_hosts_is_refused_at_start() {
             path: PathChoice::Auto,
             pins: conduit_bpf::ROOT.into(),
             hold: None,
+            secure: SecureConfig::off(),
         })
         .err()
         .map(|e| e.to_string())

@@ -317,6 +317,8 @@ link set to-{name} master under0 up
             Some(folder) => command.arg("--identity").arg(folder),
             None => command.arg("--plaintext"),
         };
+        // One computer's own namespaces; what encryption costs is measured by itself.
+        command.args(["--encrypt", "off"]);
         Daemon::start(&self.folder, name, command)
     }
 

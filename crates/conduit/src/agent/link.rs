@@ -107,6 +107,8 @@ fn converse(stream: Stream, shared: &Arc<Shared>) -> io::Result<()> {
 fn speak(writer: &mut Writer, shared: &Shared, asked: &Asked, dead: &AtomicBool) -> io::Result<()> {
     let mut id = 0;
     let mut ping_at = Instant::now() + PING_EVERY;
+    // Keys that were last told.
+    let mut tunnel = None;
     // The epoch that was last told, per address: not told again over this connection.
     let mut told = BTreeMap::<MachineKey, Record>::new();
     loop {
@@ -123,6 +125,14 @@ fn speak(writer: &mut Writer, shared: &Shared, asked: &Asked, dead: &AtomicBool)
         };
         if dead.load(Ordering::Acquire) {
             return Ok(());
+        }
+        let now = shared.secure.as_ref().map(|secure| secure.this());
+        if let Some(end) = &now
+            && now != tunnel
+        {
+            id += 1;
+            wire::send(writer, &HostSays::Tunnel { id, tunnel: end.clone() })?;
+            tunnel = now;
         }
         for record in news {
             id += 1;
@@ -182,6 +192,12 @@ fn listen(reader: &mut BufReader<Reader>, shared: &Shared, asked: &Asked) -> io:
             EdgeSays::Refused { id, error } => (id, Err(error)),
             EdgeSays::Peers { peers } => {
                 shared.set_fleet(None, &peers).map_err(io::Error::other)?;
+                continue;
+            }
+            EdgeSays::Tunnels { tunnels } => {
+                if let Some(secure) = &shared.secure {
+                    secure.set_peers(tunnels).map_err(io::Error::other)?;
+                }
                 continue;
             }
             EdgeSays::Welcome { .. } => return Err(io::Error::other("a second welcome")),

@@ -22,6 +22,7 @@ use crate::{
     holder::{HoldSettings, Keeper},
     host::HostNet,
     plane::{PathChoice, PathKind},
+    secure::{Secure, SecureConfig},
     store::Store,
     wire::{self, MachineStatus, Peer, Status},
 };
@@ -58,6 +59,8 @@ pub struct AgentConfig {
     pub pins: PathBuf,
     /// How frames are held through long blackouts (needs BPF); `None`: they are not.
     pub hold: Option<HoldSettings>,
+    /// How packets to other hosts are protected.
+    pub secure: SecureConfig,
 }
 
 /// A blackout that is expected to be longer is not left to the tap's queue, which the machine would
@@ -98,6 +101,7 @@ const SAY_LIMIT: Duration = Duration::from_millis(20);
 struct Shared {
     host: Arc<HostNet>,
     keeper: Option<Keeper>,
+    secure: Option<Arc<Secure>>,
     name: HostName,
     this: Peer,
     core: Mutex<Core>,
@@ -128,7 +132,8 @@ struct Floor {
 impl Agent {
     /// Sets the host up, takes up what the last agent left, and serves. Must be called in the
     /// host's network namespace.
-    pub fn start(config: AgentConfig) -> Result<Self, KernelError> {
+    pub fn start(mut config: AgentConfig) -> Result<Self, KernelError> {
+        let secure = Secure::open(&config.secure, &mut config.this)?;
         let host = Arc::new(HostNet::open(Some(config.this), config.path, &config.pins)?);
         let machines = Store::open(&config.state.join("machines"))?;
         let floors = Store::open(&config.state.join("floors"))?;
@@ -188,6 +193,7 @@ impl Agent {
         let shared = Arc::new(Shared {
             host,
             keeper,
+            secure,
             name: config.host.clone(),
             this: config.this,
             core: Mutex::new(core),
@@ -219,7 +225,8 @@ impl Agent {
         if let Some(keeper) = &self.shared.keeper {
             keeper.stop()?;
         }
-        self.shared.host.remove()
+        self.shared.host.remove()?;
+        self.shared.secure.as_ref().map_or(Ok(()), |secure| secure.remove())
     }
 }
 
@@ -517,6 +524,7 @@ impl Shared {
             peer: self.this,
             link: core.link.to_string(),
             path: self.host.path(),
+            protection: self.secure.as_ref().map(|s| s.describe().into()).unwrap_or_default(),
             counts,
             peers: core.peers.values().copied().collect(),
             machines: machines.collect(),

@@ -9,6 +9,7 @@ mod flip;
 mod gap;
 mod kill;
 mod rig;
+mod wg;
 mod wire;
 
 use anyhow::{Context, bail, ensure};
@@ -41,7 +42,7 @@ struct Group {
     run: fn(bool) -> anyhow::Result<Vec<Row>>,
 }
 
-const ALL: &[&[Group]] = &[wire::GROUPS, flip::GROUPS, gap::GROUPS, kill::GROUPS];
+const ALL: &[&[Group]] = &[wire::GROUPS, flip::GROUPS, gap::GROUPS, kill::GROUPS, wg::GROUPS];
 
 /// The `conduit` whose daemons are measured: this one.
 fn program() -> anyhow::Result<PathBuf> {

@@ -4,6 +4,7 @@ use super::{
     Group,
     rig::{CLIENT, Rig, Way, received},
 };
+use crate::lab::Space;
 use anyhow::{Context, ensure};
 use bench::{Row, Target};
 use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrIn, sendmmsg};
@@ -92,13 +93,23 @@ fn pattern() -> Vec<u8> {
 }
 const CHUNK: usize = 256 << 10;
 
-/// Sends for `time`, waits until all of it arrived and was right, and returns Gb/s.
+/// One stream on one of the rig's ways; Gb/s.
 fn stream(rig: &Rig, way: Way, direction: Direction, time: Duration) -> anyhow::Result<f64> {
     let machine = rig.machine(way);
     let (from, to, address) = match direction {
         Direction::Ingress => (&rig.client, machine, way.machine()),
         Direction::Egress => (machine, &rig.client, CLIENT),
     };
+    transfer(from, to, address, time).with_context(|| format!("{way:?}, {direction:?}"))
+}
+
+/// Sends for `time`, waits until all of it arrived and was right, and returns Gb/s.
+pub(super) fn transfer(
+    from: &Space,
+    to: &Space,
+    address: Ipv4Addr,
+    time: Duration,
+) -> anyhow::Result<f64> {
     let listener = to.run(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, 5001)))?;
     let port = listener.local_addr()?.port();
     let receiving = thread::spawn(move || -> anyhow::Result<u64> {
@@ -119,7 +130,7 @@ fn stream(rig: &Rig, way: Way, direction: Direction, time: Duration) -> anyhow::
     let limit = Duration::from_secs(5);
     let mut stream = from
         .run(|| TcpStream::connect_timeout(&SocketAddrV4::new(address, port).into(), limit))
-        .with_context(|| format!("{way:?}, {direction:?}"))?;
+        .context("connect")?;
     stream.set_write_timeout(Some(Duration::from_secs(10)))?;
     let chunk = &pattern()[..CHUNK];
     let (start, mut sent) = (Instant::now(), 0_u64);

@@ -28,9 +28,10 @@ use crate::{
     overlay,
     plane::{PathChoice, PathKind, Plane},
     policy::Prefix,
+    secure::{self, Secure, SecureConfig},
     store::Store,
     tunnel,
-    wire::{self, MachineStatus, Peer, Status},
+    wire::{self, MachineStatus, Peer, Status, TunnelEnd},
 };
 use authority::{Authority, Refusal};
 use conduit_bpf::Role;
@@ -73,6 +74,8 @@ pub struct EdgeConfig {
     pub pins: PathBuf,
     /// How frames are held while no host has their machine (needs BPF); `None`: they are not.
     pub hold: Option<HoldSettings>,
+    /// How packets to hosts are protected.
+    pub secure: SecureConfig,
 }
 
 /// What not every edge has.
@@ -109,6 +112,9 @@ struct KnownHost {
     name: String,
     #[serde(flatten)]
     peer: Peer,
+    /// How it is reached by encrypted packets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tunnel: Option<TunnelEnd>,
 }
 
 /// A host that was prepared for a machine.
@@ -153,6 +159,7 @@ struct Shared {
     authority: Authority,
     /// Words that had no effect, by the reason's name.
     refused: Mutex<BTreeMap<&'static str, u64>>,
+    secure: Option<Arc<Secure>>,
     index: u32,
     plane: Option<Arc<Plane>>,
     keeper: Option<Keeper>,
@@ -171,10 +178,11 @@ pub struct Edge {
 impl Edge {
     /// Sets this host up as an edge, takes up what the last one left, and serves. Must be called
     /// in the edge's network namespace.
-    pub fn start(config: EdgeConfig) -> Result<Self, KernelError> {
+    pub fn start(mut config: EdgeConfig) -> Result<Self, KernelError> {
         let authority = open_authority(&config)?;
         // The address first: it is what people get wrong.
         nat::interface_of(config.public.into())?;
+        let secure = Secure::open(&config.secure, &mut config.this)?;
         let machines = Store::open(&config.state.join("machines"))?;
         let hosts = Store::open(&config.state.join("hosts"))?;
         let unix = listen_unix(&config.socket)?;
@@ -242,6 +250,7 @@ impl Edge {
             public: config.public,
             nat,
             authority,
+            secure,
             refused: Mutex::default(),
             index,
             plane,
@@ -289,7 +298,8 @@ impl Edge {
         if let Some(plane) = &self.shared.plane {
             plane.remove()?;
         }
-        overlay::remove()
+        overlay::remove()?;
+        self.shared.secure.as_ref().map_or(Ok(()), |secure| secure.remove())
     }
 }
 
@@ -341,6 +351,7 @@ impl Shared {
             self.reach(&mut core, &host.peer)?;
             core.hosts.insert(host.peer.overlay, host);
         }
+        self.tell_tunnel(&core)?;
         for entry in self.machines.load::<Entry>()? {
             if entry.version > ENTRY_VERSION {
                 return Err(KernelError::new(
@@ -459,7 +470,17 @@ impl Shared {
         if peer.overlay == self.this.overlay || peer.underlay == self.this.underlay {
             return Err(format!("host {name}: {} is the edge's own address", peer.overlay));
         }
-        let host = KnownHost { name: name.to_string(), peer };
+        // Inside the tunnel, every host has the address that goes with its overlay address.
+        let inside = peer.underlay == secure::address(peer.overlay);
+        if inside != self.secure.is_some() {
+            let (its, ours) = if inside { ("", " not") } else { (" not", "") };
+            return Err(format!(
+                "host {name}: its packets are{its} encrypted, this edge's are{ours}; start all \
+                 hosts and edges with the same --encrypt"
+            ));
+        }
+        let tunnel = core.hosts.get(&peer.overlay).and_then(|h| h.tunnel.clone());
+        let host = KnownHost { name: name.to_string(), peer, tunnel };
         if let Some(known) = core.hosts.get(&peer.overlay)
             && known.name != host.name
         {
@@ -481,6 +502,42 @@ impl Shared {
             self.lead_all(&mut core, peer.overlay);
         }
         Ok(())
+    }
+
+    /// A host says how it is reached by encrypted packets.
+    fn join_tunnel(&self, by: Ipv4Addr, tunnel: TunnelEnd) -> Result<(), String> {
+        let mut core = self.core();
+        let same = |end: &TunnelEnd| end.keys.iter().any(|k| tunnel.keys.contains(k));
+        let another = core.hosts.values().find(|h| {
+            let shares = h.tunnel.as_ref().is_some_and(same);
+            let address = secure::address(h.peer.overlay) == secure::address(by);
+            h.peer.overlay != by && (shares || address)
+        });
+        if let Some(another) = another {
+            return Err(format!(
+                "host \"{}\" has the same key, or the same low 17 bits of its overlay address",
+                another.name
+            ));
+        }
+        if tunnel.keys.is_empty() || tunnel.keys.len() > 2 {
+            return Err(format!("{} keys are not one or two", tunnel.keys.len()));
+        }
+        let host = core.hosts.get_mut(&by).ok_or("it has not said hello")?;
+        host.tunnel = Some(tunnel);
+        let saved = self.hosts.save(by, host);
+        self.tell_tunnel(&core).and(saved).map_err(|e| e.to_string())
+    }
+
+    /// Everybody's ends, this edge's included.
+    fn tunnels(&self, core: &Core) -> BTreeMap<Ipv4Addr, TunnelEnd> {
+        let hosts = core.hosts.values().filter_map(|h| Some((h.peer.overlay, h.tunnel.clone()?)));
+        let own = self.secure.iter().map(|secure| (self.this.overlay, secure.this()));
+        hosts.chain(own).collect()
+    }
+
+    fn tell_tunnel(&self, core: &Core) -> Result<(), KernelError> {
+        let Some(secure) = &self.secure else { return Ok(()) };
+        secure.set_peers(self.tunnels(core))
     }
 
     fn peers(&self) -> Vec<Peer> {
@@ -511,6 +568,7 @@ impl Shared {
             host: String::new(),
             peer: self.this,
             path: self.path(),
+            protection: self.secure.as_ref().map(|s| s.describe().into()).unwrap_or_default(),
             counts,
             link: format!("agents connect to {}, clients to {}", self.listen, self.public),
             peers: core.hosts.values().map(|h| h.peer).collect(),

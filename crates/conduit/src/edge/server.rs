@@ -35,6 +35,8 @@ const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
 const SILENCE_LIMIT: Duration = Duration::from_secs(5);
 const WRITE_LIMIT: Duration = Duration::from_secs(2);
 const CONNECTIONS: usize = 4096;
+/// How often this edge looks whether its keys have changed.
+const KEYS_EVERY: Duration = Duration::from_millis(500);
 
 type Pen = Arc<Mutex<Writer>>;
 
@@ -65,6 +67,10 @@ pub(super) fn serve(
     let for_agents = shared.clone();
     let agents = Arc::new(Agents::default());
     health::watch(agents.clone(), shared.clone());
+    if shared.secure.is_some() {
+        let (shared, agents) = (shared.clone(), agents.clone());
+        spawn("edge-keys", move || tell_of_own_keys(&shared, &agents));
+    }
     spawn("edge-listen", move || {
         let open = Arc::new(AtomicUsize::new(0));
         for socket in tcp.incoming() {
@@ -151,8 +157,11 @@ fn converse(
     agents.lock().insert(number, line);
     // Said after this agent is on the list: of two that join at once, each hears of the other.
     agents.tell_others(number, &EdgeSays::Peers { peers: shared.peers() });
+    if let Some(tunnels) = news_of_tunnels(shared) {
+        say(&pen, &tunnels)?;
+    }
 
-    let end = answer_all(&mut reader, &pen, peer, shared, &heard);
+    let end = answer_all(&mut reader, &pen, peer, shared, (agents, &heard));
     agents.lock().remove(&number);
     control.shutdown();
     end
@@ -195,7 +204,7 @@ fn answer_all(
     pen: &Pen,
     peer: Peer,
     shared: &Shared,
-    heard: &Mutex<Instant>,
+    (agents, heard): (&Agents, &Mutex<Instant>),
 ) -> io::Result<()> {
     while let Some(message) = wire::receive::<HostSays>(reader)? {
         *heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
@@ -209,6 +218,22 @@ fn answer_all(
             }
             HostSays::Release { id, net, epoch } => {
                 (id, settle(shared.release(peer.overlay, &net, epoch))?)
+            }
+            HostSays::Tunnel { id, tunnel } => {
+                let joined = shared.join_tunnel(peer.overlay, tunnel);
+                if joined.is_ok()
+                    && let Some(tunnels) = news_of_tunnels(shared)
+                {
+                    agents.tell_all(&tunnels);
+                }
+                (
+                    id,
+                    joined.map_err(|detail| NetError::Failed {
+                        machine: String::new(),
+                        operation: format!("take the keys of host {}", peer.overlay),
+                        detail,
+                    }),
+                )
             }
             HostSays::Hello { .. } => return Err(io::Error::other("a second hello")),
         };
@@ -227,6 +252,29 @@ fn settle(done: Result<(), Refusal>) -> io::Result<Result<(), NetError>> {
         Ok(()) => Ok(Ok(())),
         Err(Refusal::Final(error)) => Ok(Err(error)),
         Err(Refusal::Later(error)) => Err(io::Error::other(error)),
+    }
+}
+
+/// Who is reached how by encrypted packets; nothing where they are not encrypted.
+fn news_of_tunnels(shared: &Shared) -> Option<EdgeSays> {
+    shared.secure.as_ref()?;
+    let tunnels = shared.tunnels(&shared.core());
+    Some(EdgeSays::Tunnels { tunnels })
+}
+
+/// Tells every agent when this edge's own keys change.
+fn tell_of_own_keys(shared: &Shared, agents: &Agents) {
+    let Some(secure) = &shared.secure else { return };
+    let mut told = secure.this();
+    loop {
+        thread::sleep(KEYS_EVERY);
+        let now = secure.this();
+        if now != told
+            && let Some(tunnels) = news_of_tunnels(shared)
+        {
+            agents.tell_all(&tunnels);
+            told = now;
+        }
     }
 }
 
@@ -257,6 +305,10 @@ impl Agents {
             signs.entry(line.host).or_default().push(Signs { heard, acknowledged });
         }
         signs
+    }
+
+    fn tell_all(&self, message: &EdgeSays) {
+        self.tell_others(u64::MAX, message);
     }
 
     fn tell_others(&self, except: u64, message: &EdgeSays) {

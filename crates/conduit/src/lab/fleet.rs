@@ -84,6 +84,7 @@ pub struct Fleet {
     at: usize,
     epoch: u64,
     stopped: Instant,
+    encrypt: &'static str,
     program: PathBuf,
     folder: tempfile::TempDir,
 }
@@ -106,6 +107,20 @@ fn failed(operation: &str, error: impl std::fmt::Display) -> KernelError {
 impl Fleet {
     /// Starts everything, with the `conduit` at `program`; the machine runs on the first host.
     pub fn new(program: &Path, path: PathChoice) -> Result<Self, KernelError> {
+        Self::with(program, path, "off", 1400)
+    }
+
+    /// The same, with all packets between hosts and edge encrypted in user space.
+    pub fn encrypted(program: &Path, path: PathChoice) -> Result<Self, KernelError> {
+        Self::with(program, path, "userspace", 1380)
+    }
+
+    fn with(
+        program: &Path,
+        path: PathChoice,
+        encrypt: &'static str,
+        mtu: u16,
+    ) -> Result<Self, KernelError> {
         let folder = tempfile::tempdir().map_err(|e| failed("make a folder", e))?;
         let (client, edge_space) = (Space::new()?, Space::new()?);
         edge_space.join("pub0", &client, "eth0")?;
@@ -123,7 +138,7 @@ impl Fleet {
                 port(Protocol::Udp, UDP, 9),
                 port(Protocol::Tcp, BULK, 8),
             ],
-            ..MachineNet::new("echo", Ipv4Addr::new(10, 77, 0, 1), [2, 0, 0, 0x77, 0, 1], 1400)
+            ..MachineNet::new("echo", Ipv4Addr::new(10, 77, 0, 1), [2, 0, 0, 0x77, 0, 1], mtu)
         };
         let guest = Guest::new(&net)?;
         let mut hosts = Vec::new();
@@ -145,6 +160,7 @@ impl Fleet {
             at: 0,
             epoch: 1 << 16,
             stopped: Instant::now(),
+            encrypt,
             program: program.to_owned(),
             folder,
         };
@@ -180,6 +196,19 @@ impl Fleet {
         self.folder.path().join("edge.sock")
     }
 
+    /// The control socket of a host's tunnel, or the edge's (`None`).
+    #[must_use]
+    pub fn tunnel_socket(&self, host: Option<usize>) -> PathBuf {
+        let name = host.map_or("edge", |host| self.hosts[host].name);
+        self.folder.path().join(name).join("encrypt/tunnel.sock")
+    }
+
+    /// Counters of an interface at the edge that carries all packets between hosts and edge.
+    #[must_use]
+    pub fn edge_space(&self) -> &Space {
+        &self.edge_space
+    }
+
     /// The host that has the machine.
     #[must_use]
     pub fn at(&self) -> usize {
@@ -204,7 +233,7 @@ impl Fleet {
             .append(true)
             .open(self.folder.path().join(format!("{log}.log")))
             .map_err(fail)?;
-        command.args(["--plaintext", "--remove-on-exit"]);
+        command.args(["--plaintext", "--remove-on-exit", "--encrypt", self.encrypt]);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         let child = space.run(|| command.spawn()).map_err(fail)?;
         Ok(Daemon { child })
@@ -381,5 +410,12 @@ impl Drop for Fleet {
             host.agent = None;
         }
         self.edge = None;
+        // A daemon that was killed has left its tunnel.
+        if self.encrypt != "off" {
+            for end in [None, Some(0), Some(1)] {
+                let stop = conduit_wg::Ask::Stop { remove: true };
+                let _ = conduit_wg::tell(&self.tunnel_socket(end), &stop);
+            }
+        }
     }
 }

@@ -4,6 +4,7 @@
 pub mod fleet;
 pub mod machine;
 pub mod traffic;
+pub mod tunnel;
 
 use crate::exec::{self, KernelError};
 use nix::sched::{CloneFlags, setns, unshare};

@@ -234,6 +234,11 @@ pub fn flood_at(to: SocketAddr, stop: Arc<AtomicBool>, rate: Option<u64>) -> Joi
     })
 }
 
+/// What this socket sends may not be cut on its way, nor here.
+pub fn never_cut(socket: &UdpSocket) {
+    crate::sys::never_cut(socket).expect("a rig's own call works");
+}
+
 /// TCP segments that this namespace has sent again so far.
 pub fn retransmits() -> u64 {
     let text =

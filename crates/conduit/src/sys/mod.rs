@@ -149,6 +149,23 @@ pub(crate) fn set_card(name: &str, offload: CardOffload, on: bool) -> io::Result
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Packets of this IPv4 socket may not be cut (`IP_PMTUDISC_DO`).
+pub(crate) fn never_cut(socket: &std::net::UdpSocket) -> io::Result<()> {
+    let value: libc::c_int = libc::IP_PMTUDISC_DO;
+    let size = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the kernel reads one int of this stack frame; the socket is open.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IP,
+            libc::IP_MTU_DISCOVER,
+            (&raw const value).cast(),
+            size,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// What the kernel knows of the path MTU of a connected socket (`IP_MTU`, `IPV6_MTU`).
 pub(crate) fn path_mtu(socket: &std::net::UdpSocket, v6: bool) -> io::Result<u32> {
     let (level, option) =

@@ -201,6 +201,7 @@ impl Rig {
             path: PathChoice::Bpf,
             pins: conduit::PINS.into(),
             hold: None,
+            secure: conduit::secure::SecureConfig::off(),
         };
         self.edge = Some(self.edge_space.run(|| Edge::start(config)).unwrap());
     }
@@ -284,6 +285,7 @@ fn start_agent(space: &Space, folder: &Path, name: &str, peer: Peer) -> (Agent, 
         path: PathChoice::Bpf,
         pins: conduit::PINS.into(),
         hold: None,
+        secure: conduit::secure::SecureConfig::off(),
     };
     let agent = space.run(|| Agent::start(config)).unwrap();
     let joined = || conduit::status(&socket).is_ok_and(|s| s.link.starts_with("connected"));

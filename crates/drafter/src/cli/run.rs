@@ -105,8 +105,8 @@ pub struct RunArgs {
     /// New connections a second from outside, at most
     #[arg(long, requires = "address")]
     connections_in: Option<u32>,
-    /// MTU inside the guest
-    #[arg(long, default_value_t = 1400)]
+    /// MTU inside the guest; 1380 fits an encrypted overlay on a network of 1500
+    #[arg(long, default_value_t = 1380)]
     mtu: u16,
     /// Port at the edge that leads to a port of the machine: PUBLIC:MACHINE[/udp]
     #[arg(long = "publish", value_parser = parse_port)]
