@@ -203,7 +203,7 @@ impl Fleet {
         self.folder.path().join(name).join("encrypt/tunnel.sock")
     }
 
-    /// Counters of an interface at the edge that carries all packets between hosts and edge.
+    /// The edge's namespace.
     #[must_use]
     pub fn edge_space(&self) -> &Space {
         &self.edge_space
