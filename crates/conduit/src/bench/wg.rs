@@ -9,6 +9,7 @@ use crate::{
         tunnel::{Outer, Pair, inner, outer},
         wait_for,
     },
+    sys::{self, CardOffload},
 };
 use anyhow::{Context, ensure};
 use bench::{Row, Target};
@@ -44,19 +45,29 @@ fn streams(quick: bool) -> anyhow::Result<Vec<Row>> {
     for way in ways {
         run(way, Duration::from_millis(100))?;
     }
-    let mut rates = [const { Vec::new() }; 2];
-    for turn in 0..runs {
-        for at in 0..2 {
-            let at = (at + turn) % 2;
-            rates[at].push(run(ways[at], time).with_context(|| format!("to {}", ways[at]))?);
+    let in_turns = || -> anyhow::Result<[f64; 2]> {
+        let mut rates = [const { Vec::new() }; 2];
+        for turn in 0..runs {
+            for at in 0..2 {
+                let at = (at + turn) % 2;
+                rates[at].push(run(ways[at], time).with_context(|| format!("to {}", ways[at]))?);
+            }
         }
-    }
+        Ok(rates.map(median))
+    };
+    let [ours, theirs] = in_turns()?;
     let counts = pair.a.status()?.counts;
     let sent = |name| counts.get(name).copied().unwrap_or_default() as f64;
     let per_call = sent("packets_sent") / sent("send_calls").max(1.0);
-    drop(go);
     let veth = run(plain, time)?;
-    let [ours, theirs] = rates.map(median);
+    let vxlan = overlay(&pair)?;
+    run(vxlan, Duration::from_millis(100))?;
+    let vxlan = (0..runs).map(|_| run(vxlan, time)).collect::<anyhow::Result<Vec<_>>>()?;
+    for end in [&pair.a, &pair.b] {
+        as_on_a_wire(&end.space)?;
+    }
+    let [ours_wire, theirs_wire] = in_turns()?;
+    drop(go);
     Ok(vec![
         Row::judged(
             "conduit.wg.tcp | both ends on this computer",
@@ -72,9 +83,49 @@ fn streams(quick: bool) -> anyhow::Result<Vec<Row>> {
             Some(theirs),
             Some(Target::RatioAtLeast(1.0)),
         ),
+        Row::judged(
+            "conduit.wg.wire.tcp | next to wireguard-go",
+            ours_wire,
+            "Gb/s",
+            Some(theirs_wire),
+            Some(Target::RatioAtLeast(1.0)),
+        ),
         Row::judged("conduit.wg.tcp | next to the veth itself", ours, "Gb/s", Some(veth), None),
+        Row::judged(
+            "conduit.wg.vxlan.tcp | vxlan over the tunnel",
+            median(vxlan),
+            "Gb/s",
+            None,
+            None,
+        ),
         Row::judged("conduit.wg.batch | packets in a send call", per_call, "packets", None, None),
     ])
+}
+
+/// vxlan over the tunnel, as agents have it; where its other end is.
+fn overlay(pair: &Pair) -> anyhow::Result<Ipv4Addr> {
+    for (number, end) in [(1_u8, &pair.a), (2, &pair.b)] {
+        let other = 3 - number;
+        let (own, its) = (inner(number).0, inner(other).0);
+        end.space.ip(&format!(
+            "link add vx0 type vxlan id 100 local {own} remote {its} dstport 4789 nolearning
+            link set vx0 mtu 1370 up
+            address add 10.97.0.{number}/24 dev vx0\n"
+        ))?;
+    }
+    Ok(Ipv4Addr::new(10, 97, 0, 2))
+}
+
+/// Packets of wire size between the ends, put together again where they arrive: what a network card
+/// does that cuts nothing itself.
+fn as_on_a_wire(space: &Space) -> anyhow::Result<()> {
+    space.ip("link set dev under0 gso_max_segs 1\n")?;
+    space
+        .run(|| {
+            sys::set_card("under0", CardOffload::Tso, false)?;
+            sys::set_card("under0", CardOffload::Gro, true)
+        })
+        .context("set the offloads of under0")
 }
 
 /// wireguard-go at both ends, over the same pair.
