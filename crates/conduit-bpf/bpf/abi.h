@@ -108,6 +108,66 @@ enum cd_verdict {
 /* Room for counters: events may be added at the end of events.h without a new layout. */
 #define CD_EVENTS 64
 
+/* Where a frame was when its way was decided. */
+enum cd_program {
+	CD_AT_TAP = 1,    /* cd_tap: out of a machine */
+	CD_AT_TUNNEL = 2, /* cd_decap: out of the tunnel */
+	CD_AT_STACK = 3,  /* cd_stack: from this host's own stack into the tunnel */
+	CD_AT_HOLD = 4,   /* cd_replay: out of the hold tap */
+};
+
+/* Who looks on, and at what (bpf/watch.h). All zeros: nobody, and a frame costs what it costs. Times
+ * are CLOCK_MONOTONIC in nanoseconds: whoever looks on says so again every second, so that one who was
+ * killed looks on no longer. This map and the two below hold nothing that must outlive a layout. */
+struct cd_watch {
+	__u64 flows_until; /* frames are counted by flow until then */
+	__u64 trace_until; /* frames that the filter takes are told one by one until then */
+	__u8 addr[16];     /* the filter: either end; zeros for any */
+	__u32 net;         /* 0 for any */
+	__u16 port;        /* either end, network byte order; 0 for any */
+	__u8 proto;        /* IP protocol; 0 for any */
+	__u8 drops;        /* 1: only frames that end here */
+};
+
+struct cd_flow_key {
+	__u32 net;
+	__u8 src[16];
+	__u8 dst[16];
+	__u16 sport; /* network byte order; of ICMP the echo's identifier */
+	__u16 dport;
+	__u8 proto;
+	__u8 program; /* enum cd_program */
+	__u8 pad[2];
+};
+
+struct cd_flow {
+	__u64 packets; /* as they are on the wire: the pieces of a large segment, each */
+	__u64 bytes;   /* of frames as they are here */
+	__u64 dropped; /* frames that ended here, which are not in the others */
+};
+
+/* One frame, as cd_trace tells it. */
+struct cd_seen {
+	__u64 at;      /* CLOCK_MONOTONIC, nanoseconds */
+	__u64 epoch;   /* of the entry that decided; 0 if none did */
+	__u8 src[16];
+	__u8 dst[16];
+	__u8 owner[16]; /* of that entry; zeros for none */
+	__u32 net;
+	__u32 hash;    /* of what no hop changes: the same frame has the same at every host */
+	__u32 ifindex; /* where it was */
+	__u32 len;     /* bytes with the Ethernet header */
+	__u16 sport;
+	__u16 dport;
+	__u16 segments;
+	__u8 proto;
+	__u8 tcp_flags;
+	__u8 program;
+	__u8 event;    /* enum cd_event */
+	__u8 state;    /* of that entry; 0 for none */
+	__u8 pad[5];
+};
+
 /* Frames whose tunnel key is set already carry this mark from the redirect to the tunnel's own
  * program, and nowhere else. */
 #define CD_MARK 0x63640001U

@@ -17,10 +17,14 @@
  *   machine's frame only from the host that owns it at that epoch, or that is announced as next.
  * - No frame overtakes one that was held: while any is being given back, others go behind it.
  * - Every frame that ends here is counted under a name (events.h).
+ *
+ * Each program is a function that decides, and end(), which counts what was decided and shows it to
+ * whoever looks on (watch.h).
  */
 #include "kernel.h"
 #include "abi.h"
 #include "frame.h"
+#include "watch.h"
 
 /* Layout 1 named the owner `remote` and had no candidate; src/layout.rs carries it over. */
 _Static_assert(sizeof(struct cd_key) == 20, "layout");
@@ -29,6 +33,10 @@ _Static_assert(sizeof(struct cd_port) == 44, "layout");
 _Static_assert(sizeof(struct cd_config) == 56, "layout");
 _Static_assert(sizeof(struct cd_change) == 80, "layout");
 _Static_assert(EV_COUNT <= CD_EVENTS, "layout");
+_Static_assert(sizeof(struct cd_watch) == 40, "layout");
+_Static_assert(sizeof(struct cd_flow_key) == 44, "layout");
+_Static_assert(sizeof(struct cd_flow) == 24, "layout");
+_Static_assert(sizeof(struct cd_seen) == 96, "layout");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -86,10 +94,15 @@ INLINE void count(__u32 event)
 		*n += 1;
 }
 
+/* What becomes of a frame: a verdict for the kernel, and the event to count it under. */
+INLINE int outcome(__u32 event, int verdict)
+{
+	return (event + 1) << 8 | (verdict & 0xff);
+}
+
 INLINE int drop(__u32 event)
 {
-	count(event);
-	return TC_ACT_SHOT;
+	return outcome(event, TC_ACT_SHOT);
 }
 
 INLINE const struct cd_config *settings(void)
@@ -228,9 +241,8 @@ INLINE int encap(struct __sk_buff *skb, const struct cd_config *cfg, __u32 net, 
 {
 	if (set_key(skb, cfg, net, to, epoch, bits))
 		return drop(EV_tunnel_refused);
-	count(event);
 	skb->mark = CD_MARK;
-	return bpf_redirect(cfg->tunnel, 0);
+	return outcome(event, bpf_redirect(cfg->tunnel, 0));
 }
 
 /* Into a machine's tap, from the gateway that it knows. */
@@ -242,8 +254,7 @@ INLINE int deliver(struct __sk_buff *skb, const struct cd_config *cfg, const str
 	__builtin_memcpy(macs + 6, cfg->gateway, 6);
 	if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
 		return drop(EV_malformed);
-	count(EV_to_tap);
-	return bpf_redirect(place->ifindex, 0);
+	return outcome(EV_to_tap, bpf_redirect(place->ifindex, 0));
 }
 
 /* Where a frame goes that found nothing to wait for any more. */
@@ -274,17 +285,15 @@ INLINE int hold(struct __sk_buff *skb, const struct cd_config *cfg, const struct
 		return drop(EV_malformed);
 	if (!waits(key))
 		return behind_the_last(skb, cfg, key);
-	count(EV_held);
-	return bpf_redirect(cfg->hold, 0);
+	return outcome(EV_held, bpf_redirect(cfg->hold, 0));
 }
 
 INLINE int to_stack(struct __sk_buff *skb, __u32 net, __u32 event)
 {
-	count(event);
 	skb->mark = CD_NET_MARK | net;
 	/* The frame is not addressed to this device, and the stack would leave it. */
 	bpf_skb_change_type(skb, PACKET_HOST);
-	return TC_ACT_OK;
+	return outcome(event, TC_ACT_OK);
 }
 
 /* Whether the stack must see it, which answers the sender with the size that fits. */
@@ -326,8 +335,7 @@ INLINE int from_arp(struct __sk_buff *skb, const struct cd_port *port)
 	return to_link(skb, port->net);
 }
 
-SEC("classifier")
-int cd_tap(struct __sk_buff *skb)
+INLINE int at_tap(struct __sk_buff *skb)
 {
 	const struct cd_config *cfg = settings();
 	__u32 ifindex = skb->ifindex;
@@ -438,8 +446,7 @@ INLINE int at_edge(struct __sk_buff *skb, const struct cd_config *cfg, const str
 	}
 }
 
-SEC("classifier")
-int cd_decap(struct __sk_buff *skb)
+INLINE int at_tunnel(struct __sk_buff *skb)
 {
 	const struct cd_config *cfg = settings();
 	struct bpf_tunnel_key key = {};
@@ -494,8 +501,7 @@ int cd_decap(struct __sk_buff *skb)
 	}
 }
 
-SEC("classifier")
-int cd_stack(struct __sk_buff *skb)
+INLINE int at_stack(struct __sk_buff *skb)
 {
 	const struct cd_config *cfg = settings();
 	struct place place = {};
@@ -520,8 +526,7 @@ int cd_stack(struct __sk_buff *skb)
 		case CD_REMOTE:
 			if (set_key(skb, cfg, net, place.owner, place.epoch, 0))
 				return drop(EV_tunnel_refused);
-			count(EV_to_tunnel);
-			return TC_ACT_OK;
+			return outcome(EV_to_tunnel, TC_ACT_OK);
 		case CD_LOCAL:
 			return deliver(skb, cfg, &place);
 		case CD_HOLD:
@@ -539,12 +544,10 @@ int cd_stack(struct __sk_buff *skb)
 		return drop(EV_not_owner);
 	if (set_key(skb, cfg, net, cfg->edge, place.epoch, 0))
 		return drop(EV_tunnel_refused);
-	count(EV_to_tunnel);
-	return TC_ACT_OK;
+	return outcome(EV_to_tunnel, TC_ACT_OK);
 }
 
-SEC("classifier")
-int cd_replay(struct __sk_buff *skb)
+INLINE int at_hold(struct __sk_buff *skb)
 {
 	const struct cd_config *cfg = settings();
 	struct place place = {};
@@ -573,6 +576,142 @@ int cd_replay(struct __sk_buff *skb)
 	default:
 		return drop(EV_machine_gone);
 	}
+}
+
+/* The network of a frame whose way was decided. */
+INLINE __u32 net_of(struct __sk_buff *skb, __u32 program)
+{
+	const struct cd_config *cfg = settings();
+	__u32 ifindex = skb->ifindex;
+
+	if (program == CD_AT_TAP) {
+		const struct cd_port *port = bpf_map_lookup_elem(&ports, &ifindex);
+
+		return port ? port->net : 0;
+	}
+	if (program == CD_AT_TUNNEL || program == CD_AT_STACK) {
+		struct bpf_tunnel_key key = {};
+
+		/* Where it came from, or where it was decided to go. */
+		if (!bpf_skb_get_tunnel_key(skb, &key, sizeof(key), 0) ||
+		    !bpf_skb_get_tunnel_key(skb, &key, sizeof(key), BPF_F_TUNINFO_IPV6))
+			return key.tunnel_id;
+	}
+	if (program == CD_AT_HOLD) {
+		__u8 net[3];
+
+		if (bpf_skb_load_bytes(skb, ETH_ALEN + 3, net, sizeof(net)))
+			return 0;
+		return (__u32)net[0] << 16 | (__u32)net[1] << 8 | net[2];
+	}
+	return cfg ? cfg->net : 0;
+}
+
+/* The entry that a frame's way was decided by: its destination's, else its source's. */
+INLINE void tell_entry(const struct cd_flow_key *key, struct cd_seen *seen)
+{
+	struct place place = {};
+	struct cd_key at;
+
+	at.net = key->net;
+	__builtin_memcpy(at.addr, key->dst, 16);
+	if (!find(&at, &place)) {
+		__builtin_memcpy(at.addr, key->src, 16);
+		if (!find(&at, &place)) {
+			seen->epoch = 0;
+			seen->state = 0;
+			__builtin_memset(seen->owner, 0, 16);
+			return;
+		}
+	}
+	seen->epoch = place.epoch;
+	seen->state = place.state;
+	__builtin_memcpy(seen->owner, place.owner, 16);
+}
+
+/* For those who look on. A function of its own: the programs' stacks are theirs. */
+static __attribute__((noinline)) int look(struct __sk_buff *skb, __u32 program, int what)
+{
+	__u32 zero = 0, hash = 0, event = ((__u32)what >> 8) - 1;
+	const struct cd_watch *who = bpf_map_lookup_elem(&watch, &zero);
+	int dropped = (what & 0xff) == TC_ACT_SHOT;
+	__u64 now = bpf_ktime_get_ns();
+	struct cd_flow_key key = {};
+	struct cd_seen *seen;
+	__u8 tcp_flags = 0;
+
+	if (!who || (now >= who->flows_until && now >= who->trace_until))
+		return 0;
+	key.net = net_of(skb, program);
+	key.program = program;
+	/* Of what is not IP there is nothing to say but that it was here. */
+	if (!read_frame(skb, &key, &hash, &tcp_flags) && now < who->flows_until)
+		count_flow(skb, &key, dropped);
+	if (now >= who->trace_until || !wanted(who, &key, dropped))
+		return 0;
+	seen = bpf_ringbuf_reserve(&trace, sizeof(*seen), 0);
+	if (!seen) {
+		count(EV_untold);
+		return 0;
+	}
+	seen->at = now;
+	__builtin_memcpy(seen->src, key.src, 16);
+	__builtin_memcpy(seen->dst, key.dst, 16);
+	seen->net = key.net;
+	seen->hash = hash;
+	seen->ifindex = skb->ifindex;
+	seen->len = skb->len;
+	seen->sport = key.sport;
+	seen->dport = key.dport;
+	seen->segments = skb->gso_segs;
+	seen->proto = key.proto;
+	seen->tcp_flags = tcp_flags;
+	seen->program = program;
+	seen->event = event;
+	__builtin_memset(seen->pad, 0, sizeof(seen->pad));
+	tell_entry(&key, seen);
+	bpf_ringbuf_submit(seen, 0);
+	return 0;
+}
+
+/* Counts what was decided, shows it to whoever looks on, and says it to the kernel. */
+INLINE int end(struct __sk_buff *skb, __u32 program, int what)
+{
+	__u32 zero = 0, event = (__u32)what >> 8;
+	const struct cd_watch *who;
+
+	/* Decided by another program before, and counted there. */
+	if (!event)
+		return what;
+	count(event - 1);
+	who = bpf_map_lookup_elem(&watch, &zero);
+	if (who && (who->flows_until | who->trace_until))
+		look(skb, program, what);
+	return what & 0xff;
+}
+
+SEC("classifier")
+int cd_tap(struct __sk_buff *skb)
+{
+	return end(skb, CD_AT_TAP, at_tap(skb));
+}
+
+SEC("classifier")
+int cd_decap(struct __sk_buff *skb)
+{
+	return end(skb, CD_AT_TUNNEL, at_tunnel(skb));
+}
+
+SEC("classifier")
+int cd_stack(struct __sk_buff *skb)
+{
+	return end(skb, CD_AT_STACK, at_stack(skb));
+}
+
+SEC("classifier")
+int cd_replay(struct __sk_buff *skb)
+{
+	return end(skb, CD_AT_HOLD, at_hold(skb));
 }
 
 /* Compare and set of one entry: the epoch only grows, and one epoch has one owner. */

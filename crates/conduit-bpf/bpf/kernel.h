@@ -37,6 +37,11 @@ static long (*const bpf_skb_set_tunnel_opt)(struct __sk_buff *skb, void *opt,
 static long (*const bpf_redirect)(__u32 ifindex, __u64 flags) = (void *)BPF_FUNC_redirect;
 static long (*const bpf_check_mtu)(void *ctx, __u32 ifindex, __u32 *mtu, __s32 diff,
 				   __u64 flags) = (void *)BPF_FUNC_check_mtu;
+static __u64 (*const bpf_ktime_get_ns)(void) = (void *)BPF_FUNC_ktime_get_ns;
+static void *(*const bpf_ringbuf_reserve)(void *ring, __u64 size,
+					  __u64 flags) = (void *)BPF_FUNC_ringbuf_reserve;
+static void (*const bpf_ringbuf_submit)(void *data, __u64 flags) = (void *)BPF_FUNC_ringbuf_submit;
+static void (*const bpf_ringbuf_discard)(void *data, __u64 flags) = (void *)BPF_FUNC_ringbuf_discard;
 static long (*const bpf_spin_lock)(struct bpf_spin_lock *lock) = (void *)BPF_FUNC_spin_lock;
 static long (*const bpf_spin_unlock)(struct bpf_spin_lock *lock) = (void *)BPF_FUNC_spin_unlock;
 

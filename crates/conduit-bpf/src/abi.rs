@@ -79,12 +79,56 @@ pub(crate) struct RawChange {
     pub(crate) waiting: u32,
 }
 
+/// `struct cd_watch`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub(crate) struct RawWatch {
+    pub(crate) flows_until: u64,
+    pub(crate) trace_until: u64,
+    pub(crate) addr: [u8; 16],
+    pub(crate) net: u32,
+    /// Network byte order.
+    pub(crate) port: [u8; 2],
+    pub(crate) proto: u8,
+    pub(crate) drops: u8,
+}
+
+/// `struct cd_flow_key`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(C)]
+pub(crate) struct RawFlowKey {
+    pub(crate) net: u32,
+    pub(crate) src: [u8; 16],
+    pub(crate) dst: [u8; 16],
+    /// Network byte order, like the next.
+    pub(crate) sport: [u8; 2],
+    pub(crate) dport: [u8; 2],
+    pub(crate) proto: u8,
+    pub(crate) program: u8,
+    pub(crate) pad: [u8; 2],
+}
+
+/// `struct cd_flow`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub(crate) struct RawFlow {
+    pub(crate) packets: u64,
+    pub(crate) bytes: u64,
+    pub(crate) dropped: u64,
+}
+
+/// Bytes of `struct cd_seen`.
+pub(crate) const SEEN: usize = 96;
+
 const _: () = {
     assert!(size_of::<RawKey>() == 20);
     assert!(size_of::<RawEntry>() == 64);
     assert!(size_of::<RawPort>() == 44);
     assert!(size_of::<RawConfig>() == 56);
     assert!(size_of::<RawChange>() == 80);
+    assert!(size_of::<RawWatch>() == 40);
+    assert!(size_of::<RawFlowKey>() == 44);
+    assert!(size_of::<RawFlow>() == 24);
 };
 
 /// An address of a machine in a tenant's network.
@@ -137,6 +181,31 @@ pub enum Place {
     Expected,
     /// Nowhere: it was here, and is gone.
     Drop,
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Remote { leaving: false } => "remote",
+            Self::Remote { leaving: true } => "leaving",
+            Self::Local { candidate: false, .. } => "local",
+            Self::Local { candidate: true, .. } => "candidate",
+            Self::Hold => "hold",
+            Self::Expected => "expected",
+            Self::Drop => "drop",
+        })
+    }
+}
+
+/// The name of an entry's state, where only that is known.
+pub(crate) fn state_name(state: u8) -> Option<&'static str> {
+    match state {
+        REMOTE => Some("remote"),
+        LOCAL => Some("local"),
+        HOLD => Some("hold"),
+        DROP => Some("drop"),
+        _ => None,
+    }
 }
 
 const REMOTE: u8 = 1;
@@ -262,6 +331,14 @@ impl Role {
         match self {
             Self::Host => 1,
             Self::Edge => 2,
+        }
+    }
+
+    pub(crate) fn from_raw(raw: u32) -> Option<Self> {
+        match raw {
+            1 => Some(Self::Host),
+            2 => Some(Self::Edge),
+            _ => None,
         }
     }
 }

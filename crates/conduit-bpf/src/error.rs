@@ -23,6 +23,22 @@ pub enum Error {
         /// Its pins.
         path: PathBuf,
     },
+    /// Nothing is pinned for this network namespace.
+    #[error(
+        "there is no data path in {}; does an agent or edge with --path bpf run in this network \
+         namespace, of the same version, with the same --pins?",
+        path.display()
+    )]
+    Absent {
+        /// Where it would be.
+        path: PathBuf,
+    },
+    /// Another process traces.
+    #[error("another trace of the data path at {} is under way; end it first", path.display())]
+    Traced {
+        /// Its pins.
+        path: PathBuf,
+    },
     /// Pins of a newer version.
     #[error(
         "the data path at {} has layout {found}, this program knows {LAYOUT} and older; start the \
@@ -91,4 +107,18 @@ impl Error {
     pub(crate) fn map(operation: impl Into<String>, detail: impl ToString) -> Self {
         Self::Map { operation: operation.into(), detail: detail.to_string() }
     }
+}
+
+/// An error with its causes.
+pub(crate) fn whole(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        let next_text = next.to_string();
+        if !text.contains(&next_text) {
+            text = format!("{text}: {next_text}");
+        }
+        cause = next.source();
+    }
+    text
 }

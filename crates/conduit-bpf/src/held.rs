@@ -9,9 +9,9 @@
 
 use crate::{
     abi::{DROP, HOLD, Key, LAYOUT, RawChange, RawEntry, RawKey, mapped},
-    error::Error,
+    error::{Error, whole},
     pins,
-    plane::{run_change, whole},
+    plane::run_change,
 };
 use aya::{
     maps::{HashMap, Map, MapData, MapError},

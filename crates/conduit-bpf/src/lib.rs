@@ -9,6 +9,7 @@
 //! - The data path outlives its owner: programs, maps and links are pinned ([`pins`]), and the
 //!   next owner takes them up, with new programs and a newer layout if it brings them, without a
 //!   frame lost.
+//! - Whoever looks on ([`View`]) needs no owner to run, disturbs none, and changes no entry.
 //! - An entry changes by compare and set of its epoch in the kernel ([`DataPlane::change`]): an
 //!   older epoch is refused, and one epoch has one owner, whoever asks.
 
@@ -19,12 +20,14 @@ mod layout;
 mod pins;
 mod plane;
 mod sys;
+mod view;
 
 pub use abi::{Config, Entry, Key, LAYOUT, NETWORK_MARK, Place, Port, Role};
 pub use error::Error;
 pub use held::{HeldView, Way};
 pub use pins::{ROOT, folder, sweep};
 pub use plane::{Attach, Changed, DataPlane, Program};
+pub use view::{At, Filter, Flow, Flows, Seen, Trace, View};
 
 include!(concat!(env!("OUT_DIR"), "/events.rs"));
 

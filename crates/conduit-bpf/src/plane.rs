@@ -10,10 +10,11 @@ use crate::{
         CHANGE_AT, Config, DRAIN, Entry, Key, LAYOUT, Port, RawChange, RawConfig, RawEntry, RawKey,
         RawPort, Role, mapped, unmapped,
     },
-    error::Error,
+    error::{Error, whole},
     layout,
     pins::Pins,
     sys,
+    view::View,
 };
 use aya::{
     Ebpf, EbpfLoader,
@@ -171,6 +172,11 @@ impl DataPlane {
     #[must_use]
     pub fn pins(&self) -> &Path {
         self.pins.path()
+    }
+
+    /// For looking on.
+    pub fn view(&self) -> Result<View, Error> {
+        View::of(self.pins.path().to_owned())
     }
 
     /// Attaches a program to an interface, or replaces ours there by this one, in one step.
@@ -476,18 +482,4 @@ fn end_of(text: &str) -> &str {
         from += 1;
     }
     &text[from..]
-}
-
-/// An error with its causes.
-pub(crate) fn whole(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        let next_text = next.to_string();
-        if !text.contains(&next_text) {
-            text = format!("{text}: {next_text}");
-        }
-        cause = next.source();
-    }
-    text
 }

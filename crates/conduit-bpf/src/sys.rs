@@ -1,7 +1,7 @@
 //! What no crate at hand offers: the identity of a network namespace, and the promise that the
 //! kernel's structs may be copied as bytes.
 
-use crate::abi::{RawChange, RawConfig, RawEntry, RawKey, RawPort};
+use crate::abi::{RawChange, RawConfig, RawEntry, RawFlow, RawFlowKey, RawKey, RawPort, RawWatch};
 use std::{io, mem::size_of, os::fd::AsRawFd};
 
 // SAFETY: `repr(C)`, integers and byte arrays only, no padding (the sizes asserted
@@ -15,6 +15,12 @@ unsafe impl aya::Pod for RawPort {}
 unsafe impl aya::Pod for RawConfig {}
 // SAFETY: see above.
 unsafe impl aya::Pod for RawChange {}
+// SAFETY: see above.
+unsafe impl aya::Pod for RawWatch {}
+// SAFETY: see above.
+unsafe impl aya::Pod for RawFlowKey {}
+// SAFETY: see above.
+unsafe impl aya::Pod for RawFlow {}
 
 /// The bytes of a change.
 pub(crate) fn bytes_of(change: &RawChange) -> [u8; size_of::<RawChange>()] {

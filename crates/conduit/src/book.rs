@@ -138,9 +138,17 @@ pub struct Book {
 const FLOORS: usize = 65_536;
 
 impl Book {
-    /// Takes what a state file says; used at start, and to undo a change that could not be saved.
+    /// Takes what a state file says; used at start.
     pub fn restore(&mut self, record: Record) {
         self.records.insert(record.net.key(), record);
+    }
+
+    /// Puts an address back to what it was, when a change could not be saved.
+    pub(crate) fn undo(&mut self, key: MachineKey, before: Option<Record>) {
+        match before {
+            Some(record) => self.restore(record),
+            None => drop(self.records.remove(&key)),
+        }
     }
 
     /// Raises the floor of an address; used at start only.

@@ -21,6 +21,8 @@ pub struct Finding {
     pub needed: bool,
     /// The kernel's words, where it cannot.
     pub detail: String,
+    /// What is done instead, where it cannot.
+    pub instead: &'static str,
 }
 
 /// Tries everything. Needs root.
@@ -30,19 +32,45 @@ pub fn check(pins: &Path) -> Result<Vec<Finding>, KernelError> {
     let found = space.run(|| {
         let mut found = Vec::new();
         let device = tunnel::ensure(IpAddr::from([10, 0, 0, 1]));
-        note(&mut found, "a tunnel device that is told per packet where to", true, &device);
-        for (attach, what, needed) in [
-            (Attach::Tcx, "programs, maps, pins; attached by tcx links (Linux 6.6)", false),
-            (Attach::Clsact, "programs, maps, pins; attached by clsact filters", false),
+        let routes = "frames are led by routes, all hosts and edges of the fleet (--path routes)";
+        note(&mut found, "a tunnel device that is told per packet where to", true, routes, &device);
+        for (attach, what, instead) in [
+            (
+                Attach::Tcx,
+                "programs, maps, pins; attached by tcx links (Linux 6.6)",
+                "programs are attached by clsact filters",
+            ),
+            (
+                Attach::Clsact,
+                "programs, maps, pins; attached by clsact filters",
+                "programs are attached by tcx links; without those too, frames are led by routes",
+            ),
         ] {
             let tried = attached(attach, pins, device.as_ref().map_or(1, |d| d.index));
-            note(&mut found, what, needed, &tried);
+            note(&mut found, what, false, instead, &tried);
         }
         let tap = crate::tap::open_temporary("check0");
-        note(&mut found, "a tap", true, &tap);
+        note(&mut found, "a tap", true, "nothing: machines have no network here", &tap);
         let rules =
             "add table ip check; add chain ip check c { type nat hook prerouting priority -100; }";
-        note(&mut found, "address translation (an edge)", false, &exec::run("nft", &[rules], ""));
+        let translation = exec::run("nft", &[rules], "");
+        let instead = "nothing: no edge can be here";
+        note(&mut found, "address translation (an edge)", false, instead, &translation);
+        note(
+            &mut found,
+            "a list of tracked connections (an edge)",
+            false,
+            "conduit flows does not show what a conversation is outside",
+            &crate::conntrack::list(),
+        );
+        let wireguard = ["link", "add", "check-wg", "type", "wireguard"];
+        note(
+            &mut found,
+            "WireGuard in the kernel",
+            false,
+            "the overlay is encrypted by a process, or runs over a network that is trusted",
+            &exec::run("ip", &wireguard, ""),
+        );
         let _ = conduit_bpf::sweep(pins);
         found
     });
@@ -60,13 +88,14 @@ fn note<T>(
     found: &mut Vec<Finding>,
     what: &'static str,
     needed: bool,
+    instead: &'static str,
     tried: &Result<T, impl std::fmt::Display>,
 ) {
-    let (works, detail) = match tried {
-        Ok(_) => (true, String::new()),
-        Err(error) => (false, error.to_string()),
+    let (works, detail, instead) = match tried {
+        Ok(_) => (true, String::new(), ""),
+        Err(error) => (false, error.to_string(), instead),
     };
-    found.push(Finding { what, works, needed, detail });
+    found.push(Finding { what, works, needed, detail, instead });
 }
 
 /// Loads, attaches, changes an entry, and removes it all.
@@ -87,7 +116,10 @@ mod tests {
 
     #[test]
     fn one_way_to_attach_is_enough_and_nothing_needed_may_be_missing() {
-        let finding = |what, works, needed| Finding { what, works, needed, detail: String::new() };
+        let finding = |what, works, needed| {
+            let (detail, instead) = (String::new(), "");
+            Finding { what, works, needed, detail, instead }
+        };
         let tunnel = |works| finding("a tunnel device", works, true);
         let tcx = |works| finding("programs by tcx", works, false);
         let clsact = |works| finding("programs by clsact", works, false);

@@ -3,11 +3,13 @@
 
 use crate::{
     agent::{Agent, AgentConfig},
-    bench, check, client,
+    bench, check,
     edge::{Edge, EdgeConfig, EdgeOptions},
     holder::{self, HoldSettings, LimitArgs},
+    look,
     plane::PathChoice,
     policy::Prefix,
+    probe,
     secure::{self, Encrypt, SecureConfig},
     wg,
     wire::{Peer, Status},
@@ -48,13 +50,17 @@ pub enum Command {
     /// Show what the holder of an agent or edge keeps, and what it did.
     Held(holder::ShowArgs),
     /// Show the machines, their addresses and where their frames go.
-    Map(LookArgs),
+    Map(look::MapArgs),
+    /// Show who talks to whom, and how much.
+    Flows(look::FlowsArgs),
+    /// Follow frames: which program saw them, and what it decided.
+    Trace(look::TraceArgs),
     /// Show whether the agent or edge here is well, and whom it can reach.
     Status(LookArgs),
     /// The encrypted tunnel in user space: run it, look at it, change its keys.
     #[command(subcommand)]
     Tunnel(wg::Command),
-    /// Try what this kernel can do for the data path (needs root).
+    /// Try what this kernel can do for the data path, and what the paths to peers carry (needs root).
     Check(CheckArgs),
     /// Measure the data path next to kernel vxlan and plain routing (needs root).
     Bench(bench::Args),
@@ -177,6 +183,9 @@ pub struct AgentArgs {
     /// At the end, remove taps, routes and rules: traffic of the machines here ends.
     #[arg(long)]
     pub remove_on_exit: bool,
+    /// Answer Prometheus on http://ADDRESS:PORT/metrics; without protection, so not on a public one.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub metrics: Option<SocketAddr>,
     /// How frames find their way.
     #[command(flatten)]
     pub path: PathArgs,
@@ -238,6 +247,9 @@ pub struct EdgeArgs {
     /// At the end, remove translation and routes: connections through this edge end.
     #[arg(long)]
     pub remove_on_exit: bool,
+    /// Answer Prometheus on http://ADDRESS:PORT/metrics; without protection, so not on a public one.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub metrics: Option<SocketAddr>,
     /// How frames find their way.
     #[command(flatten)]
     pub path: PathArgs,
@@ -269,6 +281,16 @@ pub struct CheckArgs {
     /// A folder of a BPF file system to pin in.
     #[arg(long, value_name = "DIR", default_value = conduit_bpf::ROOT)]
     pub pins: PathBuf,
+    /// Underlay address of a host or edge to probe the path to; all that the agent or edge here knows,
+    /// if not given.
+    #[arg(long, value_name = "ADDRESS")]
+    pub peer: Vec<IpAddr>,
+    /// The socket of that agent or edge.
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Try the kernel only.
+    #[arg(long, conflicts_with = "peer")]
+    pub no_paths: bool,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
@@ -291,8 +313,10 @@ pub fn run(command: Command) -> Result<()> {
         Command::Edge(args) => edge(args),
         Command::Hold(args) => holder::run(args),
         Command::Held(args) => holder::show(&args),
-        Command::Map(args) => look(&args, print_map),
-        Command::Status(args) => look(&args, print_status),
+        Command::Map(args) => look::map(&args),
+        Command::Flows(args) => look::flows(&args),
+        Command::Trace(args) => look::trace(&args),
+        Command::Status(args) => show_status(&args),
         Command::Tunnel(command) => wg::run(command),
         Command::Check(args) => try_kernel(&args),
         // Exit code 3: all was measured, and a promise was not kept.
@@ -324,6 +348,7 @@ fn agent(args: AgentArgs) -> Result<()> {
         hold,
     })
     .context("the agent did not start")?;
+    let _endpoint = args.metrics.map(|address| agent.serve_metrics(address)).transpose()?;
     tracing::info!(overlay = %args.overlay, "agent ready");
     signals.forever().next();
     if args.remove_on_exit {
@@ -358,6 +383,7 @@ fn edge(args: EdgeArgs) -> Result<()> {
         hold,
     })
     .context("the edge did not start")?;
+    let _endpoint = args.metrics.map(|address| edge.serve_metrics(address)).transpose()?;
     tracing::info!(listen = %edge.listens_on(), public = %args.public, "edge ready");
     signals.forever().next();
     if args.remove_on_exit {
@@ -366,30 +392,34 @@ fn edge(args: EdgeArgs) -> Result<()> {
     Ok(())
 }
 
-fn look(args: &LookArgs, print: fn(&Status, &mut dyn Write) -> std::io::Result<()>) -> Result<()> {
-    let status = match &args.socket {
-        Some(socket) => client::status(socket)?,
-        None => {
-            let folder = Path::new(RUN_DIR);
-            client::status(&folder.join("agent.sock"))
-                .or_else(|agent| client::status(&folder.join("edge.sock")).map_err(|_| agent))?
-        }
-    };
+fn show_status(args: &LookArgs) -> Result<()> {
+    let status = look::find_status(args.socket.as_ref())?;
     let mut out = std::io::stdout().lock();
     if args.json {
         serde_json::to_writer_pretty(&mut out, &status)?;
         writeln!(out)?;
         return Ok(());
     }
-    print(&status, &mut out)?;
+    print_status(&status, &mut out)?;
     Ok(())
 }
 
 fn try_kernel(args: &CheckArgs) -> Result<()> {
     let found = check::check(&args.pins)?;
+    let peers: Vec<IpAddr> = match look::find_status(args.socket.as_ref()) {
+        _ if args.no_paths => Vec::new(),
+        _ if !args.peer.is_empty() => args.peer.clone(),
+        Ok(status) => status.peers.iter().map(|p| p.underlay.into()).collect(),
+        // A socket that was asked for by name must answer; without one this is about the kernel.
+        Err(error) if args.socket.is_some() => return Err(error.into()),
+        Err(_) => Vec::new(),
+    };
+    let paths: Vec<_> = peers.into_iter().map(probe::path).collect();
     let mut out = std::io::stdout().lock();
     if args.json {
-        serde_json::to_writer_pretty(&mut out, &found)?;
+        let bpf = check::can_bpf(&found);
+        let all = serde_json::json!({ "bpf": bpf, "kernel": found, "paths": paths });
+        serde_json::to_writer_pretty(&mut out, &all)?;
         writeln!(out)?;
         return Ok(());
     }
@@ -398,35 +428,28 @@ fn try_kernel(args: &CheckArgs) -> Result<()> {
         if !finding.detail.is_empty() {
             writeln!(out, "        {}", finding.detail)?;
         }
+        if !finding.instead.is_empty() {
+            writeln!(out, "        instead: {}", finding.instead)?;
+        }
+    }
+    for path in &paths {
+        let size = |size: Option<u32>| size.map_or("-".to_owned(), |size| size.to_string());
+        let (carries, inside) = (size(path.carries), size(path.inside));
+        let time = path.round_trip_us.map_or("-".to_owned(), |us| format!("{us} us"));
+        let works = if path.detail.is_empty() { "yes" } else { "no" };
+        let peer = path.peer;
+        writeln!(
+            out,
+            "{works:<7} path to {peer}: carries {carries} bytes (believed {}), machines' packets of \
+             {inside}; round trip {time}",
+            path.believed
+        )?;
+        if !path.detail.is_empty() {
+            writeln!(out, "        {}", path.detail)?;
+        }
     }
     let way = if check::can_bpf(&found) { "BPF" } else { "routes (--path routes)" };
     writeln!(out, "frames can be led by {way}")?;
-    Ok(())
-}
-
-fn print_map(status: &Status, out: &mut dyn Write) -> std::io::Result<()> {
-    writeln!(
-        out,
-        "{:<24} {:<16} {:>8}  {:<16} {:<10} PORTS",
-        "MACHINE", "ADDRESS", "EPOCH", "PLACE", "EDGE"
-    )?;
-    for m in &status.machines {
-        let ports: Vec<_> = m
-            .net
-            .ports
-            .iter()
-            .map(|p| format!("{}/{}→{}", p.public, p.protocol, p.machine))
-            .collect();
-        let edge = if m.edge.is_empty() { "-" } else { &m.edge };
-        let address = m.net.key().to_string();
-        let v6 = m.net.address_v6.map_or_else(String::new, |v6| format!(" {v6}"));
-        let (name, epoch, place) = (&m.net.machine, m.epoch, &m.place);
-        writeln!(
-            out,
-            "{name:<24} {address:<16} {epoch:>8}  {place:<16} {edge:<10} {}{v6}",
-            ports.join(" ")
-        )?;
-    }
     Ok(())
 }
 
@@ -437,7 +460,7 @@ fn print_status(status: &Status, out: &mut dyn Write) -> std::io::Result<()> {
     let protection =
         if status.protection.is_empty() { "not encrypted" } else { &status.protection };
     writeln!(out, "  frames find their way by {}, {protection}", status.path)?;
-    writeln!(out, "  {} machines, {} peers", status.machines.len(), status.peers.len())?;
+    writeln!(out, "  {} machines, {} peers", status.machine_count, status.peers.len())?;
     for peer in &status.peers {
         writeln!(out, "  peer {} at {}", peer.overlay, peer.underlay)?;
     }

@@ -68,10 +68,21 @@ pub fn status(socket: &Path) -> io::Result<Status> {
         )
     };
     let mut connection = Connection::open(socket).map_err(hint)?;
-    match connection.ask(&Ask::Status, Instant::now() + QUICK).map_err(hint)? {
-        Answer::Status(status) => Ok(status),
-        other => Err(io::Error::other(format!("an unexpected answer: {other:?}"))),
+    let unexpected = |other| Err(io::Error::other(format!("an unexpected answer: {other:?}")));
+    let mut status = match connection.ask(&Ask::Status, Instant::now() + QUICK).map_err(hint)? {
+        Answer::Status(status) => status,
+        other => return unexpected(other),
+    };
+    while status.machines.len() < status.machine_count {
+        let after = status.machines.last().map(|m| wire::cursor(&m.net));
+        match connection.ask(&Ask::Machines { after }, Instant::now() + QUICK).map_err(hint)? {
+            // Some may have gone meanwhile.
+            Answer::Machines(more) if more.is_empty() => break,
+            Answer::Machines(more) => status.machines.extend(more),
+            other => return unexpected(other),
+        }
     }
+    Ok(status)
 }
 
 impl AgentDataPath {

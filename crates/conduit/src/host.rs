@@ -30,13 +30,14 @@ use crate::{
     netlink::{Netlink, NextHop, Route, Rule, interface_index},
     overlay,
     plane::{PathChoice, PathKind, Plane},
+    recall::Known,
     tap::{self, GATEWAY, GATEWAY_MAC, GATEWAY_V6},
     tunnel,
     wire::Peer,
 };
 use conduit_bpf::Role;
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::Path,
     sync::{Arc, Mutex},
@@ -143,7 +144,7 @@ impl HostNet {
 
     /// What the BPF programs counted, by name; empty with routes.
     #[must_use]
-    pub fn counts(&self) -> std::collections::BTreeMap<String, u64> {
+    pub fn counts(&self) -> BTreeMap<String, u64> {
         self.plane.as_ref().map(|p| p.counts()).unwrap_or_default()
     }
 
@@ -157,9 +158,17 @@ impl HostNet {
         self.plane.as_ref().is_some_and(|plane| plane.holds())
     }
 
-    /// Epochs that the kernel remembers, for an agent that has lost its state.
-    pub fn floors(&self) -> Result<Vec<(MachineKey, u64)>, KernelError> {
-        self.plane.as_ref().map_or_else(|| Ok(Vec::new()), |p| p.floors())
+    /// The data path's figures; none with routes.
+    pub(crate) fn read_figures(&self, readings: &mut scrape::Readings) {
+        if let Some(plane) = &self.plane {
+            plane.read_figures(readings);
+        }
+    }
+
+    /// What the kernel remembers of machines, for an agent whose files are behind it; nothing with
+    /// routes, which have no epochs.
+    pub(crate) fn recall(&self) -> Result<BTreeMap<MachineKey, Known>, KernelError> {
+        self.plane.as_ref().map_or_else(|| Ok(BTreeMap::new()), |p| p.recall())
     }
 
     /// Largest guest MTU that crosses the overlay whole.
@@ -276,7 +285,7 @@ impl HostNet {
         for address in addresses(net) {
             routes.replace_route(&Route::host(table, address, next))?;
         }
-        if self.overlay.is_some() {
+        if self.overlay.is_some() && self.plane.is_none() {
             routes.delete_route(CANDIDATES, net.address, 32)?;
         }
         Ok(())
@@ -333,6 +342,11 @@ impl HostNet {
             Place::Away { to } => {
                 let leaving = record.edge == EdgeView::Held;
                 plane.remote(net, to, *epoch, leaving, None)?;
+                if leaving {
+                    // Until it stops, this host's stack may have to answer it; and a flip waits for
+                    // nothing but its entry. The next step comes here again.
+                    return Ok(());
+                }
                 self.remove_routes(net)
             }
         }

@@ -3,8 +3,11 @@
 //! and the ledger's, and the kernel's map holds to them once more.
 
 use crate::{
+    book,
     datapath::{MachineKey, MachineNet, NetworkId},
     exec::KernelError,
+    metrics,
+    recall::Known as Recalled,
     tap::GATEWAY_MAC,
     tunnel::{self, NETWORK, Tunnel},
     wire::Peer,
@@ -14,7 +17,10 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr},
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -53,6 +59,8 @@ impl std::fmt::Display for PathKind {
 pub(crate) struct Plane {
     bpf: DataPlane,
     tunnel: Tunnel,
+    /// The tunnel's MTU as its paths are now.
+    mtu: AtomicU32,
     known: Mutex<Known>,
 }
 
@@ -113,7 +121,7 @@ impl Plane {
         }
         let known =
             Mutex::new(Known { underlays: BTreeMap::new(), lingering: BTreeSet::new(), config });
-        Ok(Self { bpf, tunnel, known })
+        Ok(Self { bpf, tunnel, mtu: AtomicU32::new(tunnel.mtu), known })
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
@@ -324,20 +332,39 @@ impl Plane {
         });
     }
 
-    /// The epochs that the kernel remembers of machines which an owner without memory does not
-    /// know: the oldest that may come for each address.
-    pub(crate) fn floors(&self) -> Result<Vec<(MachineKey, u64)>, KernelError> {
-        let this = self.known().config.this;
+    /// What the entries say of each machine, for an owner whose files may be behind them.
+    pub(crate) fn recall(&self) -> Result<BTreeMap<MachineKey, Recalled>, KernelError> {
         let entries = self.bpf.entries().map_err(|e| failed("list the entries", &e))?;
-        let floors = entries.into_iter().filter_map(|(key, entry)| {
+        let hosts = self.known();
+        let this = hosts.config.this;
+        let overlay = |underlay: IpAddr| {
+            hosts.underlays.iter().find_map(|(&o, &u)| (IpAddr::from(u) == underlay).then_some(o))
+        };
+        let known = entries.into_iter().filter_map(|(key, entry)| {
             // A machine's IPv6 address has the same epoch.
             let IpAddr::V4(address) = key.address else { return None };
             let network = NetworkId(u16::try_from(key.net).ok()?);
-            // That epoch is somebody else's for good.
-            let given = entry.owner != this;
-            Some((MachineKey { network, address }, entry.epoch.saturating_add(u64::from(given))))
+            let owner = overlay(entry.owner);
+            let place = match entry.place {
+                Place::Local { candidate: true, .. } | Place::Expected => {
+                    Some(book::Place::Candidate)
+                }
+                Place::Local { candidate: false, .. } => Some(book::Place::Here),
+                Place::Remote { .. } => owner.map(|to| book::Place::Away { to }),
+                Place::Hold | Place::Drop => None,
+            };
+            let wait = match entry.place {
+                Place::Expected => book::Wait::Hold,
+                _ => book::Wait::Tap,
+            };
+            // An epoch that was given to another host is its for good.
+            let floor = entry.epoch.saturating_add(u64::from(entry.owner != this));
+            Some((
+                MachineKey { network, address },
+                Recalled { epoch: entry.epoch, floor, owner, place, wait },
+            ))
         });
-        Ok(floors.collect())
+        Ok(known.collect())
     }
 
     /// Keeps the tunnel's MTU to what its paths carry, for as long as this lives. The thread is of
@@ -350,14 +377,30 @@ impl Plane {
                 std::thread::sleep(Duration::from_secs(1));
                 let Some(plane) = plane.upgrade() else { return };
                 plane.forget_lingering();
+                // A `conduit flows` or `trace` that was killed.
+                if let Err(error) = plane.bpf.view().and_then(|view| view.expire()) {
+                    tracing::debug!(%error, "what is watched could not be looked at");
+                }
                 let peers: Vec<IpAddr> =
                     plane.known().underlays.values().map(|&a| a.into()).collect();
                 match tunnel::fit(this, &peers, mtu) {
-                    Ok(now) => mtu = now,
+                    Ok(now) => {
+                        mtu = now;
+                        plane.mtu.store(now, Ordering::Relaxed);
+                    }
                     Err(error) => tracing::debug!(%error, "the path MTU could not be followed"),
                 }
             }
         });
+    }
+
+    /// Figures for Prometheus. What the kernel does not say is left out.
+    pub(crate) fn read_figures(&self, readings: &mut scrape::Readings) {
+        metrics::frames(readings, &self.bpf.counts().unwrap_or_default());
+        if let Ok(bytes) = self.bpf.memory() {
+            readings.level(&metrics::MAP_MEMORY, &[], bytes as f64);
+        }
+        readings.level(&metrics::MTU, &[], f64::from(self.mtu.load(Ordering::Relaxed)));
     }
 
     /// What was counted, by name.

@@ -20,7 +20,7 @@
 //! the machine will not come there.
 
 use crate::{
-    datapath::{MachineNet, NetError},
+    datapath::{MachineNet, NetError, NetworkId},
     plane::PathKind,
     policy::{Limits, Policy},
 };
@@ -207,8 +207,13 @@ pub enum Ask {
         /// The epoch.
         epoch: u64,
     },
-    /// Everything there is to know, for people.
+    /// Everything there is to know, for people; of the machines as many as fit.
     Status,
+    /// The machines that come after this address, as many as fit.
+    Machines {
+        /// See above; from the first if there is none.
+        after: Option<Cursor>,
+    },
 }
 
 /// The agent's (or the edge's) answer on its own socket.
@@ -223,6 +228,8 @@ pub enum Answer {
     Tap(String),
     /// The answer to [`Ask::Status`].
     Status(Status),
+    /// The answer to [`Ask::Machines`], by address; none if there are no more.
+    Machines(Vec<MachineStatus>),
     /// Not done.
     Failed(NetError),
 }
@@ -243,8 +250,11 @@ pub struct Status {
     pub link: String,
     /// All other hosts that it can reach.
     pub peers: Vec<Peer>,
-    /// The machines that it knows.
+    /// The machines that it knows, by address; only the first of them if they are many.
     pub machines: Vec<MachineStatus>,
+    /// How many it knows.
+    #[serde(default)]
+    pub machine_count: usize,
     /// How frames find their way.
     pub path: PathKind,
     /// How packets between hosts are protected; empty if they are not.
@@ -266,6 +276,27 @@ pub struct MachineStatus {
     pub place: String,
     /// What the edge knows: `confirmed`, `pending`, …; empty at the edge itself.
     pub edge: String,
+}
+
+/// Where a list of machines goes on: network and address of the last one.
+pub type Cursor = (NetworkId, Ipv4Addr);
+
+pub(crate) fn cursor(net: &MachineNet) -> Cursor {
+    (net.network, net.address)
+}
+
+/// The machines that one answer holds: the first of them, whatever it has, and as many more as leave
+/// half a line for the rest.
+pub(crate) fn page(machines: impl Iterator<Item = MachineStatus>) -> Vec<MachineStatus> {
+    let (mut size, mut found) = (0, Vec::new());
+    for machine in machines {
+        size += serde_json::to_vec(&machine).map_or(0, |text| text.len() + 1);
+        if size > LINE_LIMIT / 2 && !found.is_empty() {
+            break;
+        }
+        found.push(machine);
+    }
+    found
 }
 
 /// Sends one message.

@@ -111,17 +111,24 @@ fn speak(writer: &mut Writer, shared: &Shared, asked: &Asked, dead: &AtomicBool)
     let mut tunnel = None;
     // The epoch that was last told, per address: not told again over this connection.
     let mut told = BTreeMap::<MachineKey, Record>::new();
+    // A new connection looks at all of them, later only at what has changed.
+    {
+        let mut core = shared.core();
+        core.news = core.book.records().map(|r| r.net.key()).collect();
+    }
     loop {
         let news: Vec<Record> = {
-            let untold = |r: &&Record| {
+            let mut core = shared.wait(shared.core(), ping_at, |core| {
+                dead.load(Ordering::Acquire) || !core.news.is_empty()
+            });
+            let changed = std::mem::take(&mut core.news);
+            let records = changed.into_iter().filter_map(|key| core.book.get(key));
+            let untold = records.filter(|r| {
                 let news = matches!(r.edge, EdgeView::Pending | EdgeView::Held)
                     || r.place == Place::Candidate;
                 news && told.get(&r.net.key()) != Some(*r)
-            };
-            let core = shared.wait(shared.core(), ping_at, |core| {
-                dead.load(Ordering::Acquire) || core.book.records().any(|r| untold(&r))
             });
-            core.book.records().filter(untold).cloned().collect()
+            untold.cloned().collect()
         };
         if dead.load(Ordering::Acquire) {
             return Ok(());

@@ -5,11 +5,16 @@
 //! ([`crate::AgentDataPath`]); it dials the edge itself, so that a host needs no public address.
 //!
 //! What must hold: the kernel holds the data path, the state folder the book. So the agent may be
-//! killed at any instruction and started again without a frame lost: a change is written down
-//! first, then made in the kernel, then answered, and at start everything written is made again
-//! (which changes nothing that is so already). A caller that got no answer asks again with the
-//! same epoch.
+//! killed at any instruction and started again without a frame lost: at start everything written is
+//! made again (which changes nothing that is so already). A caller that got no answer asks again with
+//! the same epoch.
+//!
+//! A flip with BPF is written down by its entry in the pinned map, which outlives the agent as the
+//! frames' way itself does; the file follows ([`crate::journal`]), and a start takes the entry's word
+//! where it is newer ([`crate::recall`]). What no entry says (a new machine and its ports), and every
+//! change with routes, is in its file before it is made in the kernel.
 
+mod figures;
 mod link;
 mod server;
 
@@ -21,15 +26,19 @@ use crate::{
     exec::KernelError,
     holder::{HoldSettings, Keeper},
     host::HostNet,
+    journal::Journal,
+    metrics::{self, Changes},
     plane::{PathChoice, PathKind},
+    recall::{self, Recalled},
     secure::{Secure, SecureConfig},
     store::Store,
     wire::{self, MachineStatus, Peer, Status},
 };
 use identity::{HostName, Security};
+use scrape::{Endpoint, EndpointError, Metrics};
 use serde::{Deserialize, Serialize};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{Ipv4Addr, SocketAddr},
     path::PathBuf,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
@@ -87,6 +96,8 @@ struct KnownPeer {
 
 struct Core {
     book: Book,
+    /// Addresses whose records changed since the thread that tells the edge last looked.
+    news: BTreeSet<MachineKey>,
     peers: BTreeMap<Ipv4Addr, Peer>,
     edge: Option<Peer>,
     link: LinkState,
@@ -109,9 +120,10 @@ struct Shared {
     changed: Condvar,
     /// Held while taps are made and removed, which takes milliseconds; never taken under `core`.
     taps: Mutex<()>,
-    machines: Store,
+    machines: Journal<Record>,
     floors: Store,
     fleet: Store,
+    changes: Changes<{ figures::OPERATIONS.len() }>,
 }
 
 /// A running agent. Its threads end with the process.
@@ -135,11 +147,12 @@ impl Agent {
     pub fn start(mut config: AgentConfig) -> Result<Self, KernelError> {
         let secure = Secure::open(&config.secure, &mut config.this)?;
         let host = Arc::new(HostNet::open(Some(config.this), config.path, &config.pins)?);
-        let machines = Store::open(&config.state.join("machines"))?;
+        let machines = Journal::<Record>::open(&config.state.join("machines"))?;
         let floors = Store::open(&config.state.join("floors"))?;
         let fleet = Store::open(&config.state.join("fleet"))?;
         let mut core = Core {
             book: Book::default(),
+            news: BTreeSet::new(),
             peers: BTreeMap::new(),
             edge: None,
             link: LinkState::Connecting { last_error: "not tried yet".into() },
@@ -157,13 +170,30 @@ impl Agent {
                 core.edge = Some(known.peer);
             }
         }
-        for mut record in machines.load::<Record>()? {
+        let kernel = host.recall()?;
+        for mut record in machines.load()? {
             if record.version > RECORD_VERSION {
                 return Err(KernelError::new(
                     format!("read the state of machine \"{}\"", record.net.machine),
                     format!("it is of version {}, written by a newer agent", record.version),
                 ));
             }
+            let key = record.net.key();
+            record = match recall::record(record, kernel.get(&key).copied()) {
+                Recalled::AsWritten(record) => record,
+                Recalled::Ahead(record) => {
+                    machines.note(key, record.clone());
+                    record
+                }
+                Recalled::Lost { floor } => {
+                    tracing::warn!(address = %key, floor, "it is on a host that is not known here");
+                    core.book.restore_floor(key, floor);
+                    let MachineKey { network, address } = key;
+                    floors.save(key, &Floor { network, address, epoch: floor })?;
+                    machines.remove(key)?;
+                    continue;
+                }
+            };
             if !record.retiring {
                 host.ensure_tap(&record.net)?;
             }
@@ -177,9 +207,9 @@ impl Agent {
             core.book.restore(record);
         }
         // The kernel remembers what a lost state folder does not.
-        for (key, epoch) in host.floors()? {
+        for (key, known) in kernel {
             if core.book.get(key).is_none() {
-                core.book.restore_floor(key, epoch);
+                core.book.restore_floor(key, known.floor);
             }
         }
         let keeper = config.hold.filter(|_| host.path() == PathKind::Bpf).map(|settings| {
@@ -202,6 +232,7 @@ impl Agent {
             machines,
             floors,
             fleet,
+            changes: Changes::of(figures::OPERATIONS),
         });
         server::serve(&config.socket, shared.clone())?;
         link::keep(config.edge, config.edge_name, config.security, shared.clone());
@@ -212,6 +243,27 @@ impl Agent {
     #[must_use]
     pub fn status(&self) -> Status {
         self.shared.status()
+    }
+
+    /// Answers Prometheus on this address for as long as the endpoint lives.
+    pub fn serve_metrics(&self, address: SocketAddr) -> Result<Endpoint, EndpointError> {
+        let metrics = Metrics::new(metrics::ALL);
+        metrics.add(self.shared.clone());
+        Endpoint::start(address, metrics)
+    }
+
+    /// How many machines are in the book.
+    pub(crate) fn machines(&self) -> usize {
+        self.shared.core().book.records().count()
+    }
+
+    /// Takes up machines that are elsewhere and have no tap here any more; for benchmarks.
+    pub(crate) fn remember(&self, records: Vec<Record>) -> Result<(), KernelError> {
+        for record in records {
+            self.shared.host.apply(&record)?;
+            self.shared.core().book.restore(record);
+        }
+        Ok(())
     }
 
     /// Removes all that this host was set up with: traffic of its machines ends. Not done at a
@@ -232,6 +284,9 @@ impl Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
+        if !self.shared.machines.flush() {
+            tracing::warn!("some state files are behind; the kernel's maps say what they do not");
+        }
         let _ = std::fs::remove_file(&self.socket);
     }
 }
@@ -288,8 +343,8 @@ impl Shared {
                 .is_some_and(|r| matches!(r.place, Place::Away { .. }) && r.edge_is_open())
         };
         let deadline = Instant::now() + PREPARE_PATIENCE;
-        let core = self.core();
-        let core = self.wait(core, deadline, |c| c.edge.is_some() && !moving_on(c));
+        let ready = |core: &Core| core.edge.is_some() && !moving_on(core);
+        let mut core = self.wait(self.core(), deadline, ready);
         if core.edge.is_none() {
             let detail = format!("this host has not reached its edge yet ({})", core.link);
             return Err(NetError::failed(net, operation, detail));
@@ -297,7 +352,9 @@ impl Shared {
         let long = blackout.is_some_and(|b| b > LONG_BLACKOUT);
         let wait = if long && self.host.holds() { Wait::Hold } else { Wait::Tap };
         // A rehearsal: is it refused? Then nothing is made.
-        core.book.clone().prepare(net, wait)?;
+        let before = core.book.get(net.key()).cloned();
+        core.book.prepare(net, wait)?;
+        core.book.undo(net.key(), before);
         drop(core);
 
         let fail = |e: KernelError| NetError::failed(net, operation, e);
@@ -323,6 +380,7 @@ impl Shared {
         let mut core = self.core();
         // Not written down: a restart says it by itself.
         let Some(record) = core.book.drained(key, epoch).cloned() else { return };
+        core.news.insert(key);
         let applied = self.host.apply(&record);
         drop(core);
         self.changed.notify_all();
@@ -345,8 +403,9 @@ impl Shared {
         self.change(net, "take its frames", |book| book.resume(net, epoch).cloned())
     }
 
-    /// One change: decided by the book, written down, made in the kernel, told to whoever waits
-    /// (the thread that tells the edge among them). A repeated call makes the kernel follow again.
+    /// One change: decided by the book, written down, made in the kernel. A repeated call makes the
+    /// kernel follow again. Whoever asked is answered next, and the others are told then
+    /// ([`Shared::tell`]).
     fn change(
         &self,
         net: &MachineNet,
@@ -356,19 +415,34 @@ impl Shared {
         let mut core = self.core();
         let before = core.book.get(net.key()).cloned();
         let record = decide(&mut core.book)?;
-        if before.as_ref() != Some(&record)
+        let news = before.as_ref() != Some(&record);
+        // What the entry in the kernel says need not be in the file yet.
+        let entry_says_it = self.host.path() == PathKind::Bpf
+            && before.as_ref().is_some_and(|b| b.net == record.net);
+        if news
+            && !entry_says_it
             && let Err(error) = self.machines.save(net.key(), &record)
         {
-            if let Some(before) = before {
-                core.book.restore(before);
-            }
+            core.book.undo(net.key(), before);
             return Err(NetError::failed(net, operation, error));
         }
+        core.news.insert(net.key());
         let done = self.host.apply(&record);
-        drop(core);
-        self.changed.notify_all();
-        tracing::info!(machine = net.machine, place = ?record.place, epoch = record.epoch, "route set");
+        if news && entry_says_it {
+            self.machines.note(net.key(), record);
+        }
         done.map_err(|e| NetError::failed(net, operation, e))
+    }
+
+    /// After a change and its answer: wakes the threads that wait for one, that which tells the edge
+    /// among them, and that which writes files.
+    fn tell(&self, net: &MachineNet, done: bool) {
+        self.changed.notify_all();
+        self.machines.wake();
+        if done && let Some(record) = self.core().book.get(net.key()) {
+            let (place, epoch) = (record.place, record.epoch);
+            tracing::info!(machine = net.machine, ?place, epoch, "way set");
+        }
     }
 
     fn settled(&self, net: &MachineNet, epoch: u64, limit: Duration) -> Result<(), NetError> {
@@ -416,7 +490,9 @@ impl Shared {
         let _one_at_a_time = self.taps();
         let mut core = self.core();
         let floor = core.book.get(net.key()).map_or(0, Record::floor_after);
-        match core.book.forget(net, epoch)? {
+        let forgotten = core.book.forget(net, epoch)?;
+        core.news.insert(net.key());
+        match forgotten {
             Forgotten::Nothing => return Ok(()),
             Forgotten::Remove => {
                 self.drop_files(net.key(), floor.max(epoch)).map_err(fail)?;
@@ -440,13 +516,16 @@ impl Shared {
     fn edge_answered(&self, key: MachineKey, epoch: u64, answer: Result<(), NetError>) {
         let mut core = self.core();
         let Some(record) = core.book.edge_answered(key, epoch, answer) else { return };
+        core.news.insert(key);
         let saved = if record.retiring {
             self.drop_files(key, record.floor_after()).and_then(|()| self.host.unroute(&record.net))
         } else {
-            self.machines.save(key, &record)
+            self.machines.note(key, record.clone());
+            Ok(())
         };
         drop(core);
         self.changed.notify_all();
+        self.machines.wake();
         if let EdgeView::Refused { error } = &record.edge {
             tracing::warn!(machine = record.net.machine, epoch, %error, "the edge refused");
         }
@@ -497,10 +576,11 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    fn status(&self) -> Status {
-        let counts = self.counts();
+    /// The machines after an address, as many as one answer holds.
+    fn machines_after(&self, after: Option<wire::Cursor>) -> Vec<MachineStatus> {
         let core = self.core();
-        let machines = core.book.records().map(|r| MachineStatus {
+        let rest = core.book.records().filter(|r| Some(wire::cursor(&r.net)) > after);
+        wire::page(rest.map(|r| MachineStatus {
             net: r.net.clone(),
             epoch: r.epoch,
             place: match r.place {
@@ -516,7 +596,13 @@ impl Shared {
                 EdgeView::Confirmed => "confirmed".into(),
                 EdgeView::Refused { error } => format!("refused: {error}"),
             },
-        });
+        }))
+    }
+
+    fn status(&self) -> Status {
+        let counts = self.counts();
+        let machines = self.machines_after(None);
+        let core = self.core();
         Status {
             role: "agent".into(),
             version: wire::VERSION,
@@ -527,7 +613,8 @@ impl Shared {
             protection: self.secure.as_ref().map(|s| s.describe().into()).unwrap_or_default(),
             counts,
             peers: core.peers.values().copied().collect(),
-            machines: machines.collect(),
+            machines,
+            machine_count: core.book.records().count(),
         }
     }
 }

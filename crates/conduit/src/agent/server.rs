@@ -3,6 +3,7 @@
 
 use super::Shared;
 use crate::{
+    datapath::MachineNet,
     exec::KernelError,
     wire::{self, Answer, Ask},
 };
@@ -18,7 +19,7 @@ use std::{
         atomic::{AtomicUsize, Ordering},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// More than the machines that fit on a host.
@@ -87,15 +88,50 @@ fn converse(stream: &UnixStream, shared: &Shared) -> std::io::Result<()> {
     let mut reader = BufReader::new(stream);
     let mut writer = stream;
     while let Some(ask) = wire::receive::<Ask>(&mut reader)? {
-        wire::send(&mut writer, &answer(shared, ask))?;
+        let (asked, operation) = (Instant::now(), ask.operation());
+        let changed = ask.changes().cloned();
+        let answer = answer(shared, ask);
+        let done = !matches!(answer, Answer::Failed(_));
+        let sent = wire::send(&mut writer, &answer);
+        shared.changes.count(operation, done, asked);
+        // A machine may stand still until it is answered; nobody else is in such a hurry.
+        if let Some(net) = changed {
+            shared.tell(&net, done);
+        }
+        sent?;
     }
     Ok(())
+}
+
+impl Ask {
+    /// Its name among what is counted.
+    fn operation(&self) -> &'static str {
+        match self {
+            Self::Prepare { .. } => "prepare",
+            Self::Divert { .. } => "divert",
+            Self::Drained { .. } => "drained",
+            Self::Resume { .. } => "resume",
+            Self::Forget { .. } => "forget",
+            _ => "",
+        }
+    }
+
+    /// The machine whose way it changes.
+    fn changes(&self) -> Option<&MachineNet> {
+        match self {
+            Self::Prepare { net, .. } | Self::Divert { net, .. } | Self::Resume { net, .. } => {
+                Some(net)
+            }
+            _ => None,
+        }
+    }
 }
 
 fn answer(shared: &Shared, ask: Ask) -> Answer {
     let done = match ask {
         Ask::Endpoint => return Answer::Endpoint(shared.this.overlay),
         Ask::Status => return Answer::Status(shared.status()),
+        Ask::Machines { after } => return Answer::Machines(shared.machines_after(after)),
         Ask::Prepare { net, blackout_ms } => {
             let blackout = blackout_ms.map(Duration::from_millis);
             return match shared.prepare(&net, blackout) {

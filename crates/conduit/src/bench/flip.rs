@@ -13,7 +13,7 @@ use std::{
 pub(super) const GROUPS: &[Group] = &[Group {
     name: "flip",
     about: "one change of one machine's way, and what many machines cost",
-    bars: &["conduit.flip."],
+    bars: &["conduit.flip.map", "conduit.flip.memory"],
     run: flips,
 }];
 

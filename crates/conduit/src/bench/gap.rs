@@ -25,12 +25,7 @@ pub(super) const GROUPS: &[Group] = &[
     Group {
         name: "gap",
         about: "TCP and UDP of a client while a machine moves",
-        bars: &[
-            "conduit.gap.100ms",
-            "conduit.gap.300ms",
-            "conduit.gap.1000ms",
-            "conduit.flip.agent",
-        ],
+        bars: &["conduit.gap.100ms", "conduit.gap.300ms", "conduit.gap.1000ms", "conduit.gap.flip"],
         run: gaps,
     },
     Group {
@@ -99,7 +94,7 @@ fn gaps(quick: bool) -> anyhow::Result<Vec<Row>> {
         ));
     }
     rows.push(Row::judged(
-        "conduit.flip.agent | asked over its socket, written down",
+        "conduit.gap.flip | at the agent over its socket, once in a while, amid a client's traffic",
         median(&mut diverts),
         "us",
         None,

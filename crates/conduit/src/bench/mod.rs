@@ -5,6 +5,7 @@
 //! `make bench ONLY=conduit.` runs them all and writes the table of the README. Everything happens
 //! in network namespaces that go with this process.
 
+mod asked;
 mod flip;
 mod gap;
 mod kill;
@@ -42,7 +43,8 @@ struct Group {
     run: fn(bool) -> anyhow::Result<Vec<Row>>,
 }
 
-const ALL: &[&[Group]] = &[wire::GROUPS, flip::GROUPS, gap::GROUPS, kill::GROUPS, wg::GROUPS];
+const ALL: &[&[Group]] =
+    &[wire::GROUPS, flip::GROUPS, asked::GROUPS, gap::GROUPS, kill::GROUPS, wg::GROUPS];
 
 /// The `conduit` whose daemons are measured: this one.
 fn program() -> anyhow::Result<PathBuf> {

@@ -136,9 +136,12 @@ impl Ledger {
                 return Err(NetError::failed(net, operation, detail));
             }
         }
-        self.check_others(net)?;
         // What the rules at the edge are made of: all but who has it.
         let ports = old.is_none_or(|o| o.released || o.net != *net);
+        // Looks at every machine, so not at a move, which brings its ports along.
+        if ports {
+            self.check_others(net)?;
+        }
         let route = old.is_none_or(|o| o.released || o.owner != owner);
         let entry = Entry {
             version: ENTRY_VERSION,

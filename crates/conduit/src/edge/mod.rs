@@ -6,10 +6,13 @@
 //! killed and started again without a frame lost; an edge that lost its state folder as well
 //! hears everything again from the agents.
 //!
-//! A move costs one state file and one netlink request here; `nft` runs only when a machine or its
-//! ports are new.
+//! A move costs one change in the kernel's map here (with routes: a state file and a netlink request);
+//! `nft` runs only when a machine or its ports are new. With BPF the state file follows
+//! ([`crate::journal`]): the pinned map says meanwhile who has the machine, and a start takes its word
+//! where it is newer ([`crate::recall`]).
 
 mod authority;
+mod figures;
 mod health;
 pub mod ledger;
 mod nat;
@@ -24,10 +27,13 @@ use crate::{
     host::{
         MACHINES, forward, loosen_reverse_path_filter, machines_rule, open_plane, quiet_interface,
     },
+    journal::Journal,
+    metrics::{self, Changes},
     netlink::{Netlink, NextHop, Route},
     overlay,
     plane::{PathChoice, PathKind, Plane},
     policy::Prefix,
+    recall::{self, Recalled},
     secure::{self, Secure, SecureConfig},
     store::Store,
     tunnel,
@@ -40,12 +46,13 @@ use identity::{HostName, Security};
 use lease::FileStore;
 use ledger::{ENTRY_VERSION, Entry, Ledger, Rules};
 use nat::Nat;
+use scrape::{Endpoint, EndpointError, Metrics};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicUsize},
     time::{Duration, Instant},
 };
 
@@ -165,8 +172,11 @@ struct Shared {
     keeper: Option<Keeper>,
     listen: SocketAddr,
     core: Mutex<Core>,
-    machines: Store,
+    machines: Journal<Entry>,
     hosts: Store,
+    changes: Changes<{ figures::OPERATIONS.len() }>,
+    /// Agents that are connected.
+    agents: AtomicUsize,
 }
 
 /// A running edge. Its threads end with the process.
@@ -183,7 +193,7 @@ impl Edge {
         // The address first: it is what people get wrong.
         nat::interface_of(config.public.into())?;
         let secure = Secure::open(&config.secure, &mut config.this)?;
-        let machines = Store::open(&config.state.join("machines"))?;
+        let machines = Journal::<Entry>::open(&config.state.join("machines"))?;
         let hosts = Store::open(&config.state.join("hosts"))?;
         let unix = listen_unix(&config.socket)?;
         let listener = TcpListener::bind(config.listen)
@@ -259,6 +269,8 @@ impl Edge {
             core: Mutex::new(core),
             machines,
             hosts,
+            changes: Changes::of(figures::OPERATIONS),
+            agents: AtomicUsize::new(0),
         };
         shared.take_up()?;
         // A move reorders a few segments; without this, those at the edge of a window count as
@@ -281,6 +293,18 @@ impl Edge {
     #[must_use]
     pub fn listens_on(&self) -> SocketAddr {
         self.shared.listen
+    }
+
+    /// Answers Prometheus on this address for as long as the endpoint lives.
+    pub fn serve_metrics(&self, address: SocketAddr) -> Result<Endpoint, EndpointError> {
+        let metrics = Metrics::new(metrics::ALL);
+        metrics.add(self.shared.clone());
+        Endpoint::start(address, metrics)
+    }
+
+    /// How many machines exist.
+    pub(crate) fn machines(&self) -> usize {
+        self.shared.core().ledger.machines().count()
     }
 
     /// Removes all that this host was set up with: connections through it end. Not done at a
@@ -318,6 +342,9 @@ fn open_authority(config: &EdgeConfig) -> Result<Authority, KernelError> {
 
 impl Drop for Edge {
     fn drop(&mut self) {
+        if !self.shared.machines.flush() {
+            tracing::warn!("some state files are behind; the kernel's maps say what they do not");
+        }
         let _ = std::fs::remove_file(&self.socket);
     }
 }
@@ -352,13 +379,30 @@ impl Shared {
             core.hosts.insert(host.peer.overlay, host);
         }
         self.tell_tunnel(&core)?;
-        for entry in self.machines.load::<Entry>()? {
+        let kernel = match &self.plane {
+            Some(plane) => plane.recall()?,
+            None => BTreeMap::new(),
+        };
+        for entry in self.machines.load()? {
             if entry.version > ENTRY_VERSION {
                 return Err(KernelError::new(
                     format!("read the state of machine \"{}\"", entry.net.machine),
                     format!("it is of version {}, written by a newer edge", entry.version),
                 ));
             }
+            let (key, before) = (entry.net.key(), entry.clone());
+            let entry = match recall::entry(entry, kernel.get(&key).copied()) {
+                Recalled::AsWritten(entry) => entry,
+                Recalled::Ahead(entry) => {
+                    self.machines.note(key, entry.clone());
+                    entry
+                }
+                Recalled::Lost { floor } => {
+                    tracing::warn!(address = %key, floor, "it is on a host that is not known here");
+                    core.ledger.restore(Entry { epoch: floor, released: true, ..before });
+                    continue;
+                }
+            };
             if !entry.released {
                 // What the last edge held back stays held until its host has spoken.
                 if self.plane.as_ref().is_some_and(|p| p.is_held_back(&entry.net)) {
@@ -553,15 +597,22 @@ impl Shared {
         counts
     }
 
-    fn status(&self) -> Status {
-        let counts = self.counts();
+    /// The machines after an address, as many as one answer holds.
+    fn machines_after(&self, after: Option<wire::Cursor>) -> Vec<MachineStatus> {
         let core = self.core();
-        let machines = core.ledger.machines().map(|e| MachineStatus {
+        let rest = core.ledger.machines().filter(|e| Some(wire::cursor(&e.net)) > after);
+        wire::page(rest.map(|e| MachineStatus {
             net: e.net.clone(),
             epoch: e.epoch,
             place: e.owner.to_string(),
             edge: String::new(),
-        });
+        }))
+    }
+
+    fn status(&self) -> Status {
+        let counts = self.counts();
+        let machines = self.machines_after(None);
+        let core = self.core();
         Status {
             role: "edge".into(),
             version: wire::VERSION,
@@ -572,7 +623,8 @@ impl Shared {
             counts,
             link: format!("agents connect to {}, clients to {}", self.listen, self.public),
             peers: core.hosts.values().map(|h| h.peer).collect(),
-            machines: machines.collect(),
+            machines,
+            machine_count: core.ledger.machines().count(),
         }
     }
 }

@@ -107,10 +107,16 @@ fn tell_status(stream: &UnixStream, shared: &Shared) -> io::Result<()> {
     stream.set_read_timeout(Some(WRITE_LIMIT))?;
     stream.set_write_timeout(Some(WRITE_LIMIT))?;
     let mut writer = stream;
-    match wire::receive::<Ask>(&mut BufReader::new(stream))? {
-        Some(Ask::Status) => wire::send(&mut writer, &Answer::Status(shared.status())),
-        _ => Err(io::Error::other("an edge answers only status on this socket")),
+    let mut reader = BufReader::new(stream);
+    while let Some(ask) = wire::receive::<Ask>(&mut reader)? {
+        let answer = match ask {
+            Ask::Status => Answer::Status(shared.status()),
+            Ask::Machines { after } => Answer::Machines(shared.machines_after(after)),
+            _ => return Err(io::Error::other("an edge answers only status on this socket")),
+        };
+        wire::send(&mut writer, &answer)?;
     }
+    Ok(())
 }
 
 fn converse(
@@ -161,7 +167,9 @@ fn converse(
         say(&pen, &tunnels)?;
     }
 
+    shared.agents.fetch_add(1, Ordering::Relaxed);
     let end = answer_all(&mut reader, &pen, peer, shared, (agents, &heard));
+    shared.agents.fetch_sub(1, Ordering::Relaxed);
     agents.lock().remove(&number);
     control.shutdown();
     end
@@ -208,15 +216,23 @@ fn answer_all(
 ) -> io::Result<()> {
     while let Some(message) = wire::receive::<HostSays>(reader)? {
         *heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        let (asked, mut operation, mut moved) = (Instant::now(), "", None);
         let (id, done) = match message {
             HostSays::Ping { id } => (id, Ok(())),
             HostSays::Claim { id, net, owner, epoch } => {
-                (id, settle(shared.claim(peer.overlay, &net, owner, epoch))?)
+                operation = "claim";
+                let claimed = shared.claim(peer.overlay, &net, owner, epoch);
+                if matches!(&claimed, Ok(change) if change.route) {
+                    moved = Some((net, owner, epoch));
+                }
+                (id, settle(claimed.map(drop))?)
             }
             HostSays::Candidate { id, net, host, long } => {
+                operation = "candidate";
                 (id, shared.candidate(peer.overlay, &net, host, long))
             }
             HostSays::Release { id, net, epoch } => {
+                operation = "release";
                 (id, settle(shared.release(peer.overlay, &net, epoch))?)
             }
             HostSays::Tunnel { id, tunnel } => {
@@ -241,7 +257,12 @@ fn answer_all(
             Ok(()) => EdgeSays::Done { id },
             Err(error) => EdgeSays::Refused { id, error },
         };
-        say(pen, &answer)?;
+        let said = say(pen, &answer);
+        shared.changes.count(operation, matches!(answer, EdgeSays::Done { .. }), asked);
+        if let Some((net, owner, epoch)) = moved {
+            shared.claimed(&net, owner, epoch);
+        }
+        said?;
     }
     Ok(())
 }

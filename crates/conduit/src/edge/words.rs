@@ -114,7 +114,7 @@ impl Shared {
         net: &MachineNet,
         owner: Ipv4Addr,
         epoch: u64,
-    ) -> Result<(), Refusal> {
+    ) -> Result<Change, Refusal> {
         let done = self.try_claim(by, net, owner, epoch);
         self.count_refusal(done)
     }
@@ -125,7 +125,7 @@ impl Shared {
         net: &MachineNet,
         owner: Ipv4Addr,
         epoch: u64,
-    ) -> Result<(), Refusal> {
+    ) -> Result<Change, Refusal> {
         self.check_path(net)?;
         let (mut core, holder) = self.authorise(by, net, owner, epoch)?;
         let core = &mut *core;
@@ -144,10 +144,13 @@ impl Shared {
         }
         core.ledger.held_by(net.key(), holder);
         self.commit(core, net, before, change)?;
-        if change.route {
-            tracing::info!(machine = net.machine, address = %net.key(), %owner, epoch, "route set");
-        }
-        Ok(())
+        Ok(change)
+    }
+
+    /// After a claim and its answer: what nobody waits for.
+    pub(super) fn claimed(&self, net: &MachineNet, owner: Ipv4Addr, epoch: u64) {
+        self.machines.wake();
+        tracing::info!(machine = net.machine, address = %net.key(), %owner, epoch, "way set");
     }
 
     pub(super) fn release(
@@ -212,7 +215,7 @@ impl Shared {
         Err(Refusal::Later(NetError::failed(net, "judge a word about it", busy)))
     }
 
-    fn count_refusal(&self, done: Result<(), Refusal>) -> Result<(), Refusal> {
+    fn count_refusal<T>(&self, done: Result<T, Refusal>) -> Result<T, Refusal> {
         if let Err(Refusal::Final(error) | Refusal::Later(error)) = &done {
             let name = match error {
                 NetError::StaleEpoch { .. } => "flip_stale_epoch",
@@ -241,11 +244,16 @@ impl Shared {
     ) -> Result<(), NetError> {
         let fail = |e: KernelError| NetError::failed(net, "set its way at the edge", e);
         let Some(entry) = core.ledger.get(net.key()).cloned() else { return Ok(()) };
-        if before.as_ref() != Some(&entry)
-            && let Err(error) = self.machines.save(net.key(), &entry)
-        {
-            core.ledger.undo(net.key(), before);
-            return Err(fail(error));
+        // A move: its entry in the kernel says it, and the file may follow.
+        let known = before.as_ref().is_some_and(|b| !b.released && b.net == entry.net);
+        let entry_says_it = self.plane.is_some() && known && !entry.released;
+        if before.as_ref() != Some(&entry) {
+            if entry_says_it {
+                self.machines.note(net.key(), entry.clone());
+            } else if let Err(error) = self.machines.save(net.key(), &entry) {
+                core.ledger.undo(net.key(), before);
+                return Err(fail(error));
+            }
         }
         if entry.released {
             self.mislead(core, net).map_err(fail)?;

@@ -206,6 +206,34 @@ pub(crate) fn acknowledged_ago(socket: BorrowedFd<'_>) -> io::Result<Duration> {
     Ok(Duration::from_millis(last.into()))
 }
 
+/// Bytes of the C library's heap that are in use, by all threads.
+pub(crate) fn heap_in_use() -> usize {
+    // SAFETY: takes nothing, and returns a struct of numbers by value.
+    let info = unsafe { libc::mallinfo2() };
+    info.uordblks + info.hblkhd
+}
+
+/// Packets of this socket are never cut, and the kernel does not refuse any for what it believes of
+/// the path (`IP_PMTUDISC_PROBE`).
+pub(crate) fn probe_sizes(socket: &impl AsRawFd, v6: bool) -> io::Result<()> {
+    let (level, option, value) = if v6 {
+        (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_PROBE)
+    } else {
+        (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_PROBE)
+    };
+    // SAFETY: the kernel reads one int, which lives through the call; the socket is open.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw const value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 fn io_error(errno: Errno) -> io::Error {
     io::Error::from_raw_os_error(errno as i32)
 }

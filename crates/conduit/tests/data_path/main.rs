@@ -8,3 +8,4 @@ mod holder;
 mod life;
 mod rig;
 mod sizes;
+mod watch;
