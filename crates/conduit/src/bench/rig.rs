@@ -1,11 +1,12 @@
-//! One client, one edge, one host, and three machines that differ in the way between edge and
-//! host: routed plainly, through kernel vxlan with routes, and through the BPF data path. They take
-//! turns over the same underlay.
+//! One client, and three machines that differ in the way between edge and host: routed plainly,
+//! through kernel vxlan with routes, and through the BPF data path. Each has an edge and a host of its
+//! own, so that none pays for another's devices: with one tunnel in a namespace the kernel (6.16 and
+//! newer) finds its socket without looking, with two it looks for every packet. They take turns.
 //!
 //! ```text
-//!  client ── edge ══ under0 ══ host ─┬─ plain  10.77.1.1
-//!                                    ├─ vxlan  10.77.2.1
-//!                                    └─ bpf    10.77.3.1
+//!           ┌─ edge ══ under0 ══ host ── plain  10.77.1.1
+//!  client ──┼─ edge ══ under0 ══ host ── vxlan  10.77.2.1
+//!           └─ edge ══ under0 ══ host ── bpf    10.77.3.1
 //! ```
 
 use crate::{
@@ -17,7 +18,7 @@ use crate::{
     tunnel::{self, NETWORK},
 };
 use anyhow::Context;
-use conduit_bpf::{Attach, Config, DataPlane, Entry, Key, Place, Port, Program, Role};
+use conduit_bpf::{Attach, Config, DataPlane, Entry, Flows, Key, Place, Port, Program, Role};
 use std::{
     net::{IpAddr, Ipv4Addr},
     path::Path,
@@ -25,7 +26,6 @@ use std::{
 
 const EDGE: Ipv4Addr = Ipv4Addr::new(10, 88, 0, 1);
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 88, 0, 2);
-pub(super) const CLIENT: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 2);
 /// Inside the machines, on every path.
 const GUEST_MTU: u32 = 1400;
 
@@ -52,58 +52,49 @@ impl Way {
         Ipv4Addr::new(10, 77, self.number(), 1)
     }
 
+    /// The client's address on this way.
+    pub(super) fn client(self) -> Ipv4Addr {
+        Ipv4Addr::new(203, 0, 112 + self.number(), 2)
+    }
+
     fn mac(self) -> [u8; 6] {
         [2, 0, 0, 0, 7, self.number()]
     }
 }
 
-pub(super) struct Rig {
-    pub(super) client: Space,
+/// One way's edge, host and machine.
+struct Lane {
     edge: Space,
     host: Space,
-    machines: [Space; 3],
+    machine: Space,
+}
+
+pub(super) struct Rig {
+    pub(super) client: Space,
+    lanes: [Lane; 3],
     planes: Vec<DataPlane>,
 }
 
 impl Rig {
     pub(super) fn new() -> anyhow::Result<Self> {
-        let space = Space::new;
-        let mut rig = Self {
-            client: space()?,
-            edge: space()?,
-            host: space()?,
-            machines: [space()?, space()?, space()?],
-            planes: Vec::new(),
-        };
+        let client = Space::new()?;
+        let [plain, vxlan, bpf] = Way::ALL.map(|way| Lane::new(way, &client));
+        let mut rig = Self { client, lanes: [plain?, vxlan?, bpf?], planes: Vec::new() };
         rig.build().context("the rig")?;
         Ok(rig)
     }
 
+    fn lane(&self, way: Way) -> &Lane {
+        &self.lanes[usize::from(way.number()) - 1]
+    }
+
     fn build(&mut self) -> anyhow::Result<()> {
-        let Self { client, edge, host, machines, planes } = self;
-        edge.join("under0", host, "under0")?;
-        edge.join("pub0", client, "eth0")?;
-        for space in [&*edge, &*host] {
-            space.sysctl("net/ipv4/ip_forward", "1")?;
-            for key in ["all", "default", "under0"] {
-                space.sysctl(&format!("net/ipv4/conf/{key}/rp_filter"), "0")?;
-            }
-        }
-        edge.ip(&format!(
-            "address add {EDGE}/24 dev under0\naddress add 203.0.113.1/24 dev pub0\n"
-        ))?;
-        host.ip(&format!("address add {HOST}/24 dev under0\n"))?;
-        client.ip(&format!(
-            "address add {CLIENT}/24 dev eth0\nroute add 10.77.0.0/16 via 203.0.113.1\n"
-        ))?;
-        for (way, machine) in Way::ALL.into_iter().zip(machines.iter()) {
-            attach(way, host, machine)?;
-        }
+        let [plain, vxlan, bpf] = &self.lanes;
         // Plain: the host is the next hop, both ways.
-        edge.ip(&format!("route add {} via {HOST}\n", Way::Plain.machine()))?;
-        host.ip(&format!("route add default via {EDGE} table 101\n"))?;
+        plain.edge.ip(&format!("route add {} via {HOST}\n", Way::Plain.machine()))?;
+        plain.host.ip(&format!("route add default via {EDGE} table 101\n"))?;
         // Kernel vxlan with routes, as conduit's other path has it.
-        for (space, own, its, at) in [(&*edge, EDGE, HOST, 1), (&*host, HOST, EDGE, 2)] {
+        for (space, own, its, at) in [(&vxlan.edge, EDGE, HOST, 1), (&vxlan.host, HOST, EDGE, 2)] {
             let other = 3 - at;
             space.ip(&format!(
                 "link add vx0 address 02:00:00:00:aa:0{at} type vxlan id 100 local {own} dstport 4789 nolearning
@@ -116,15 +107,16 @@ impl Rig {
             let fdb = ["fdb", "append", &mac, "dev", "vx0", "dst", &its];
             space.run(|| exec::run("bridge", &fdb, ""))?;
         }
-        edge.ip(&format!("route add {} via 100.64.0.2\n", Way::Vxlan.machine()))?;
-        host.ip("route add default via 100.64.0.1 table 102\n")?;
+        vxlan.edge.ip(&format!("route add {} via 100.64.0.2\n", Way::Vxlan.machine()))?;
+        vxlan.host.ip("route add default via 100.64.0.1 table 102\n")?;
         // BPF.
+        let Lane { edge, host, .. } = bpf;
         for (space, own, its, role) in
-            [(&*edge, EDGE, HOST, Role::Edge), (&*host, HOST, EDGE, Role::Host)]
+            [(edge, EDGE, HOST, Role::Edge), (host, HOST, EDGE, Role::Host)]
         {
-            planes.push(space.run(|| open(own.into(), its.into(), role))?);
+            self.planes.push(space.run(|| open(own.into(), its.into(), role))?);
         }
-        let machine = Way::Bpf.machine();
+        let (planes, machine) = (&self.planes, Way::Bpf.machine());
         edge.ip(&format!("route add {machine} via {} dev cd-tunnel onlink\n", tunnel::NEXT_HOP))?;
         let key = Key { net: NETWORK, address: machine.into() };
         let tap = host.run(|| interface_index("tap3"))?;
@@ -147,7 +139,7 @@ impl Rig {
     /// together again where they arrive; or large ones kept whole from end to end.
     pub(super) fn set_wire(&self, wire: bool) -> anyhow::Result<()> {
         let segments = if wire { 1 } else { 65_535 };
-        for space in [&self.edge, &self.host] {
+        for space in self.lanes.iter().flat_map(|lane| [&lane.edge, &lane.host]) {
             space.ip(&format!("link set dev under0 gso_max_segs {segments}\n"))?;
             // A veth puts together only what comes from one that cuts nothing itself.
             space
@@ -161,13 +153,44 @@ impl Rig {
     }
 
     pub(super) fn machine(&self, way: Way) -> &Space {
-        &self.machines[usize::from(way.number()) - 1]
+        &self.lane(way).machine
     }
 
-    /// Bytes and packets that the edge and the host have put on the underlay.
-    pub(super) fn on_the_wire(&self) -> anyhow::Result<(u64, u64)> {
-        let (edge, host) = (sent(&self.edge, "under0")?, sent(&self.host, "under0")?);
+    /// Has frames counted by flow at the BPF way's edge and host for as long as this lives.
+    pub(super) fn count_flows(&self) -> anyhow::Result<Vec<Flows>> {
+        self.planes.iter().map(|plane| Ok(plane.view()?.flows()?)).collect()
+    }
+
+    /// Bytes and packets that a way's edge and host have put on their underlay.
+    pub(super) fn on_the_wire(&self, way: Way) -> anyhow::Result<(u64, u64)> {
+        let lane = self.lane(way);
+        let (edge, host) = (sent(&lane.edge, "under0")?, sent(&lane.host, "under0")?);
         Ok((edge.0 + host.0, edge.1 + host.1))
+    }
+}
+
+impl Lane {
+    fn new(way: Way, client: &Space) -> anyhow::Result<Self> {
+        let lane = Self { edge: Space::new()?, host: Space::new()?, machine: Space::new()? };
+        let Self { edge, host, machine } = &lane;
+        let (n, its) = (way.number(), way.client());
+        let outside = Ipv4Addr::new(203, 0, 112 + n, 1);
+        edge.join("under0", host, "under0")?;
+        edge.join("pub0", client, &format!("eth{n}"))?;
+        for space in [edge, host] {
+            space.sysctl("net/ipv4/ip_forward", "1")?;
+            for key in ["all", "default", "under0"] {
+                space.sysctl(&format!("net/ipv4/conf/{key}/rp_filter"), "0")?;
+            }
+        }
+        edge.ip(&format!("address add {EDGE}/24 dev under0\naddress add {outside}/24 dev pub0\n"))?;
+        host.ip(&format!("address add {HOST}/24 dev under0\n"))?;
+        client.ip(&format!(
+            "address add {its}/24 dev eth{n}\nroute add {} via {outside}\n",
+            way.machine()
+        ))?;
+        attach(way, host, machine)?;
+        Ok(lane)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::{
     Group,
-    rig::{CLIENT, Rig, Way, received},
+    rig::{Rig, Way, received},
 };
 use crate::lab::Space;
 use anyhow::{Context, ensure};
@@ -35,6 +35,12 @@ pub(super) const GROUPS: &[Group] = &[
         bars: &["conduit.wire.packets."],
         run: packets,
     },
+    Group {
+        name: "watch",
+        about: "packets of 64 bytes a second while `conduit flows` looks on",
+        bars: &["conduit.watch."],
+        run: watched,
+    },
 ];
 
 #[derive(Clone, Copy, Debug)]
@@ -64,9 +70,10 @@ fn streams(quick: bool, wire: bool) -> anyhow::Result<Vec<Row>> {
             // Every way is first, second and third in turn.
             for at in 0..3 {
                 let at = (at + run) % 3;
-                let before = rig.on_the_wire()?;
-                rates[at].push(stream(&rig, Way::ALL[at], direction, time)?);
-                let after = rig.on_the_wire()?;
+                let way = Way::ALL[at];
+                let before = rig.on_the_wire(way)?;
+                rates[at].push(stream(&rig, way, direction, time)?);
+                let after = rig.on_the_wire(way)?;
                 let size = (after.0 - before.0) as f64 / (after.1 - before.1).max(1) as f64;
                 ensure!(!wire || size < 1600.0, "packets of {size:.0} bytes are not of wire size");
             }
@@ -98,7 +105,7 @@ fn stream(rig: &Rig, way: Way, direction: Direction, time: Duration) -> anyhow::
     let machine = rig.machine(way);
     let (from, to, address) = match direction {
         Direction::Ingress => (&rig.client, machine, way.machine()),
-        Direction::Egress => (machine, &rig.client, CLIENT),
+        Direction::Egress => (machine, &rig.client, way.client()),
     };
     transfer(from, to, address, time).with_context(|| format!("{way:?}, {direction:?}"))
 }
@@ -143,6 +150,29 @@ pub(super) fn transfer(
     let taken = start.elapsed().as_secs_f64();
     ensure!(arrived == sent, "{arrived} of {sent} bytes arrived");
     Ok(arrived as f64 * 8.0 / taken / 1e9)
+}
+
+/// What it costs to have frames counted by flow, which is off unless somebody looks on: packets of 64
+/// bytes with it next to without, in turns.
+fn watched(quick: bool) -> anyhow::Result<Vec<Row>> {
+    let (runs, time) = if quick { (1, 300) } else { (7, 500) };
+    let time = Duration::from_millis(time);
+    let rig = Rig::new()?;
+    rig.set_wire(true)?;
+    flood(&rig, Way::Bpf, Duration::from_millis(50))?;
+    let (mut without, mut with) = (Vec::new(), Vec::new());
+    for _ in 0..runs {
+        without.push(flood(&rig, Way::Bpf, time)?);
+        let flows = rig.count_flows()?;
+        with.push(flood(&rig, Way::Bpf, time)?);
+        for place in flows {
+            let counted: u64 = place.read()?.iter().map(|flow| flow.packets).sum();
+            ensure!(counted > 0, "nothing was counted");
+        }
+    }
+    let bar = "conduit.watch.packets.64 | counted by flow, next to not";
+    let (with, without) = (median(with) / 1e6, median(without) / 1e6);
+    Ok(vec![Row::judged(bar, with, "M/s", Some(without), None)])
 }
 
 fn packets(quick: bool) -> anyhow::Result<Vec<Row>> {
