@@ -14,8 +14,8 @@ use conduit::{
 use identity::{HostName, Security};
 use nix::sched::{CloneFlags, unshare};
 use std::{
-    io::Write,
-    net::{Ipv4Addr, SocketAddr, UdpSocket},
+    io::{Read, Write},
+    net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
     path::Path,
     thread,
     time::{Duration, Instant},
@@ -287,6 +287,53 @@ fn a_folder_that_is_no_bpf_file_system_is_refused_and_auto_goes_on_with_routes()
         assert!(error.contains("BPF file system") && error.contains("mount -t bpf"), "{error}");
         let edge = Edge::start(config(PathChoice::Auto)).unwrap();
         assert_eq!(edge.status().path, conduit::PathKind::Routes);
+        edge.remove_everything().unwrap();
+    });
+}
+
+#[test]
+fn a_tracked_connection_is_listed_with_both_of_its_directions() {
+    in_namespace(|| {
+        let rules = "add table ip t; add chain ip t c { type filter hook output priority 0; }; \
+            add rule ip t c ct state new accept";
+        exec::run("nft", &[rules], "").unwrap();
+        let ear = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let mouth = UdpSocket::bind("127.0.0.1:0").unwrap();
+        mouth.send_to(b"x", ear.local_addr().unwrap()).unwrap();
+        ear.recv(&mut [0; 4]).unwrap();
+        let (from, to) = (mouth.local_addr().unwrap(), ear.local_addr().unwrap());
+        let found = conduit::conntrack::list().unwrap();
+        let ours = found.iter().find(|c| c.original.from == from).unwrap();
+        assert_eq!((ours.protocol, ours.original.to), (17, to));
+        assert_eq!((ours.reply.from, ours.reply.to), (to, from));
+        assert!(ours.timeout.is_some_and(|t| t > 0), "{ours:?}");
+    });
+}
+
+#[test]
+fn an_edge_answers_prometheus_with_every_name_and_what_its_programs_counted() {
+    in_namespace(|| {
+        let folder = tempfile::tempdir().unwrap();
+        ip("address add 10.88.0.1/32 dev lo\n");
+        let pins = Path::new(conduit_bpf::ROOT);
+        let edge = Edge::start(edge_config(folder.path(), PathChoice::Bpf, pins)).unwrap();
+        let endpoint = edge.serve_metrics("127.0.0.1:0".parse().unwrap()).unwrap();
+        let mut stream = TcpStream::connect(endpoint.address()).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        assert!(text.starts_with("HTTP/1.1 200"), "{text}");
+        for line in [
+            "conduit_machines{place=\"known\"} 0.0",
+            "conduit_frames_total{event=\"spoofed_mac\",end=\"dropped\"} 0",
+            "conduit_changes_total{operation=\"claim\",result=\"done\"} 0",
+            "conduit_state_files_behind 0.0",
+        ] {
+            assert!(text.lines().any(|have| have == line), "{line} is missing in\n{text}");
+        }
+        assert!(text.contains("role=\"edge\",path=\"bpf\"") && text.contains("# EOF"), "{text}");
+        drop(endpoint);
         edge.remove_everything().unwrap();
     });
 }

@@ -6,6 +6,7 @@ mod decisions;
 mod hold;
 mod holder;
 mod life;
+mod paths;
 mod rig;
 mod sizes;
 mod watch;
