@@ -12,6 +12,8 @@ cargo fmt --all --check
 
 say "lints"
 cargo clippy --workspace --all-targets --quiet -- -D warnings
+# All features are on above; the command is also built without its optional one.
+cargo clippy -p silo-cli --no-default-features --quiet -- -D warnings
 
 say "every behavioural check has a test"
 scripts/silo-checks.sh --check

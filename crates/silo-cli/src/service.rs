@@ -7,7 +7,7 @@
 use crate::{
     backup::{Running, Target},
     cli::stop::Stop,
-    config::{AttachConfig, Config, ExposeConfig, FuseConfig, NbdConfig, VhostConfig},
+    config::{AttachConfig, Config, ExposeConfig, FuseConfig, NbdConfig, UblkConfig, VhostConfig},
     metrics::{Endpoint, Readings, Source, names},
     note,
     stack::{DeviceStack, Devices, Host, ROOM_LIMIT, Role},
@@ -15,6 +15,8 @@ use crate::{
 use anyhow::{Context, Result, bail};
 use identity::TlsServer;
 use serde::Serialize;
+#[cfg(feature = "ublk")]
+use silo::expose::ublk::{UblkOptions, UblkServer};
 use silo::{
     expose::{
         fuse::{Caching, FuseMount, FuseOptions},
@@ -59,6 +61,8 @@ enum Front {
     Vhost(VhostServer),
     Fuse(FuseMount),
     Attached(PathBuf),
+    #[cfg(feature = "ublk")]
+    Ublk(UblkServer),
 }
 
 impl Front {
@@ -68,6 +72,8 @@ impl Front {
             Self::Vhost(server) => server.stop(STOP_LIMIT)?,
             Self::Fuse(mount) => mount.stop(STOP_LIMIT)?,
             Self::Attached(node) => nbd::detach(&node)?,
+            #[cfg(feature = "ublk")]
+            Self::Ublk(server) => server.stop(STOP_LIMIT)?,
         }
         Ok(())
     }
@@ -94,6 +100,8 @@ impl Source for Fronts {
                 Front::Vhost(server) => ("vhost-user-blk", server.connections()),
                 Front::Fuse(mount) => ("fuse", usize::from(mount.is_mounted())),
                 Front::Attached(_) => continue,
+                #[cfg(feature = "ublk")]
+                Front::Ublk(server) => ("ublk", usize::from(server.is_live())),
             };
             readings.level(&names::FRONT_CLIENTS, &[device, protocol], clients as f64);
         }
@@ -210,6 +218,9 @@ impl Service {
         if let Some(attach) = &expose.attach {
             self.attach(name, device, attach, expose.nbd.as_ref())?;
         }
+        if let Some(ublk) = &expose.ublk {
+            self.serve_ublk(name, device, ublk)?;
+        }
         Ok(())
     }
 
@@ -298,6 +309,31 @@ impl Service {
         let place = wanted.device.display().to_string();
         self.listening(name, device, "attach", place, Front::Attached(wanted.device.clone()));
         Ok(())
+    }
+
+    #[cfg(feature = "ublk")]
+    fn serve_ublk(
+        &mut self,
+        name: &str,
+        device: &Arc<dyn BlockDevice>,
+        wanted: &UblkConfig,
+    ) -> Result<()> {
+        let options = UblkOptions {
+            id: wanted.id,
+            queues: u16::try_from(wanted.queues)?,
+            recover: wanted.recover,
+            ..UblkOptions::default()
+        };
+        let server = UblkServer::start(device.clone(), &options)?;
+        let place = server.node().display().to_string();
+        self.listening(name, device, "ublk", place, Front::Ublk(server));
+        Ok(())
+    }
+
+    #[cfg(not(feature = "ublk"))]
+    #[allow(clippy::unused_self, reason = "as with the feature")]
+    fn serve_ublk(&mut self, name: &str, _: &Arc<dyn BlockDevice>, _: &UblkConfig) -> Result<()> {
+        bail!("device \"{name}\": this silo was built without ublk (cargo feature \"ublk\")")
     }
 
     fn listening(

@@ -198,6 +198,11 @@ fn one_device_is_exposed_in_each_way_that_this_kernel_has() {
 
     let attach = ["expose", "attach", "/dev/sda", "--socket", path(&socket)];
     silo(attach.iter().chain(&file)).failed(1, "/dev/nbd0");
+
+    if !Path::new("/dev/ublk-control").exists() {
+        silo(["expose", "ublk"].iter().chain(&file)).failed(1, "modprobe ublk_drv");
+        silo(["serve", "--ublk"].iter().chain(&file)).failed(1, "this kernel has no ublk");
+    }
 }
 
 #[test]

@@ -3,6 +3,8 @@
 
 pub mod fuse;
 pub mod nbd;
+#[cfg(feature = "ublk")]
+pub mod ublk;
 pub mod vhost;
 
 mod polling;

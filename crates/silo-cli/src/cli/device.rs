@@ -2,7 +2,7 @@
 
 use crate::config::{
     AttachConfig, ByteSize, Config, DeviceConfig, ExposeConfig, FuseConfig, IdentityConfig,
-    MetricsConfig, NbdConfig, SourceConfig, VhostConfig,
+    MetricsConfig, NbdConfig, SourceConfig, UblkConfig, VhostConfig,
 };
 use anyhow::{Result, bail};
 use clap::Args;
@@ -128,6 +128,15 @@ pub(super) struct FrontArgs {
     /// Attach it as this block device, as in /dev/nbd0, by nbd-client
     #[arg(long, value_name = "DEVICE", conflicts_with = "config", requires = "socket")]
     pub(super) attach: Option<PathBuf>,
+    /// Make it a block device of this kernel, /dev/ublkbN, by its ublk driver
+    #[arg(long, conflicts_with = "config")]
+    pub(super) ublk: bool,
+    /// The N of --ublk; the first free one if not given
+    #[arg(long, value_name = "N", requires = "ublk")]
+    pub(super) ublk_id: Option<u32>,
+    /// Keep --ublk when this process dies: users wait, and the same command goes on
+    #[arg(long, requires = "ublk_id")]
+    pub(super) ublk_recover: bool,
 }
 
 impl FrontArgs {
@@ -150,6 +159,7 @@ impl FrontArgs {
             vhost_user_blk: self.vhost_user_blk.clone().map(VhostConfig::at),
             fuse: self.fuse.clone().map(|mount| FuseConfig { mount, write_back: false }),
             attach: self.attach.clone().map(|device| AttachConfig { device }),
+            ublk: self.ublk.then(|| UblkConfig::numbered(self.ublk_id, self.ublk_recover)),
         }
     }
 
@@ -159,6 +169,7 @@ impl FrontArgs {
             && self.tcp.is_none()
             && self.vhost_user_blk.is_none()
             && self.fuse.is_none()
+            && !self.ublk
     }
 }
 

@@ -20,6 +20,8 @@ pub(super) enum ExposeCommand {
     Fuse(Box<PlaceArgs>),
     /// As a block device of this kernel, as in /dev/nbd0, by nbd-client
     Attach(Box<AttachArgs>),
+    /// As a block device of this kernel, /dev/ublkbN, by its ublk driver
+    Ublk(Box<UblkArgs>),
 }
 
 #[derive(Args)]
@@ -64,6 +66,20 @@ pub(super) struct AttachArgs {
     metrics: MetricsArgs,
 }
 
+#[derive(Args)]
+pub(super) struct UblkArgs {
+    /// The N; the first free one if not given
+    #[arg(long, value_name = "N")]
+    id: Option<u32>,
+    /// Keep the device when this process dies: its users wait, and the same command goes on
+    #[arg(long, requires = "id")]
+    recover: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
+    #[command(flatten)]
+    metrics: MetricsArgs,
+}
+
 pub(super) fn run(command: &ExposeCommand, json: bool) -> Result<()> {
     let none = TlsArgs::default();
     let (device, metrics, tls, fronts) = match command {
@@ -85,6 +101,11 @@ pub(super) fn run(command: &ExposeCommand, json: bool) -> Result<()> {
         ExposeCommand::Attach(args) => {
             let socket = FrontArgs::nbd(Some(args.socket.clone()), None, "");
             let fronts = FrontArgs { attach: Some(args.node.clone()), ..socket };
+            (&args.device, &args.metrics, &none, fronts)
+        }
+        ExposeCommand::Ublk(args) => {
+            let (ublk_id, ublk_recover) = (args.id, args.recover);
+            let fronts = FrontArgs { ublk: true, ublk_id, ublk_recover, ..FrontArgs::default() };
             (&args.device, &args.metrics, &none, fronts)
         }
     };

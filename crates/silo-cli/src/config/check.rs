@@ -350,6 +350,8 @@ fn check_shared_places(root: &mut At<'_>, config: &Config) {
         places.extend(fuse.map(|fuse| ("expose", plain(&fuse.mount))));
         let attach = expose.attach.iter();
         places.extend(attach.map(|attach| ("expose", plain(&attach.device))));
+        let ublk = expose.ublk.iter().filter_map(|ublk| ublk.id);
+        places.extend(ublk.map(|id| ("expose", format!("/dev/ublkb{id}"))));
         for (key, place) in places {
             if let Some(other) = taken.insert(place.clone(), name.clone()) {
                 let mut at = root.below("device");

@@ -355,6 +355,8 @@ pub(crate) struct ExposeConfig {
     pub(crate) fuse: Option<FuseConfig>,
     /// A block device of this kernel, by nbd-client
     pub(crate) attach: Option<AttachConfig>,
+    /// A block device of this kernel, by its ublk driver
+    pub(crate) ublk: Option<UblkConfig>,
 }
 
 /// An NBD export.
@@ -440,6 +442,28 @@ pub(crate) struct FuseConfig {
 pub(crate) struct AttachConfig {
     /// The device to attach to, as in /dev/nbd0
     pub(crate) device: PathBuf,
+}
+
+/// A block device of this kernel, without a socket in between.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct UblkConfig {
+    /// Its number, as 3 in /dev/ublkb3; the first free one if not given
+    pub(crate) id: Option<u32>,
+    /// Number of queues
+    #[serde(default = "VhostConfig::default_queues")]
+    pub(crate) queues: usize,
+    /// The device stays when this process dies, its users wait, and the next start goes on; needs
+    /// an id
+    #[serde(default)]
+    pub(crate) recover: bool,
+}
+
+impl UblkConfig {
+    /// With the usual number of queues.
+    pub(crate) fn numbered(id: Option<u32>, recover: bool) -> Self {
+        Self { id, queues: VhostConfig::default_queues(), recover }
+    }
 }
 
 impl Config {

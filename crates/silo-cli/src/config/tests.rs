@@ -208,7 +208,8 @@ fn the_example_of_the_documentation_is_taken_and_shows_every_section_and_source(
     let mut keys = Vec::new();
     collect_keys(&schema, &mut keys);
     assert!(keys.len() > 50, "{keys:?}");
-    let rare = ["plaintext", "device", "attach", "process", "pid", "mapping", "delay"];
+    let rare =
+        ["plaintext", "device", "attach", "ublk", "recover", "process", "pid", "mapping", "delay"];
     for key in keys.iter().filter(|key| !rare.contains(&key.as_str())) {
         assert!(example.contains(key.as_str()), "the example does not show {key}");
     }

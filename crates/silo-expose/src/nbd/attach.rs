@@ -1,7 +1,8 @@
 //! The kernel's own NBD client, through Debian's `nbd-client`: an export as `/dev/nbdN`.
 //!
-//! The kernels that this was developed on have no NBD: the refusal is tested, and the arguments
-//! against the program's own parser; a device node was never made.
+//! The kernels that this is developed on have no NBD: the refusal is tested, and the arguments
+//! against the program's own parser. `scripts/kernel-fronts.sh` makes a device node in a virtual
+//! machine.
 
 use super::{Endpoint, NbdError};
 use std::{
