@@ -21,11 +21,15 @@ use silo_block::{
     io::BlockDevice,
     session::{Finish, Policy, messages::SessionId, source::Config},
 };
-use silo_move::{Content, Volume, destination, peer::Limits, source};
+use silo_move::{
+    Content, Outbound, Volume, destination,
+    peer::{Dial, Limits},
+    source,
+};
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc, Mutex,
+        Arc, Condvar, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
@@ -155,14 +159,13 @@ fn check_32_writers_and_any_order_across_connections_leave_the_same_bytes() {
         let policy = Policy { finish, max_rounds: 6, ..Policy::default() };
         let options = source_options(Config { policy, ..Config::default() });
         let host = Arc::new(Host::default());
-        let dial = silo_move::peer::Dial::new(
+        let dial = Dial::new(
             tap.address,
             identity::HostName::new("b").unwrap(),
             identity::Security::Plaintext,
             Limits { data: 4, ..limits() },
         );
-        let outbound =
-            silo_move::Outbound::start(vec![volume.clone()], dial, host, options).unwrap();
+        let outbound = Outbound::start(vec![volume.clone()], dial, host, options).unwrap();
         let report = outbound.wait().unwrap();
         stop.store(true, Ordering::Relaxed);
         let writes: u64 = writers.into_iter().map(|thread| thread.join().unwrap()).sum();
@@ -261,6 +264,58 @@ fn check_31_a_device_that_stores_slowly_does_not_hold_the_others() {
     receiver.session(1).wait().unwrap();
     same(&*fast, &*other);
     same(&*slow, &*target);
+}
+
+/// Closed until it is opened.
+#[derive(Default)]
+struct Gate(Mutex<bool>, Condvar);
+
+impl Gate {
+    fn open(&self) {
+        *self.0.lock().unwrap() = true;
+        self.1.notify_all();
+    }
+
+    /// Whether it was opened in time.
+    fn pass(&self) -> bool {
+        let closed = self.0.lock().unwrap();
+        !self.1.wait_timeout_while(closed, 2 * WAIT, |open| !*open).unwrap().1.timed_out()
+    }
+}
+
+#[test]
+fn check_31_a_device_that_is_stuck_uses_up_neither_window_nor_connections() {
+    // More of each than may be on its way.
+    let (stuck, other) = (noise(96 * MIB, 22), noise(48 * MIB, 23));
+    let target = Arc::new(Faulty::new(Memory::new(96 * MIB)));
+    let (gate, writes) = (Arc::new(Gate::default()), Arc::new(AtomicU64::new(0)));
+    let (closed, begun) = (gate.clone(), writes.clone());
+    target.set(move |op, _, _| {
+        if op != Op::Write {
+            return None;
+        }
+        begun.fetch_add(1, Ordering::SeqCst);
+        (!closed.pass()).then(|| std::io::ErrorKind::TimedOut.into())
+    });
+    let free = Arc::new(Memory::new(48 * MIB));
+    let there = vec![empty("stuck", target.clone(), 4096), empty("other", free.clone(), 4096)];
+    let receiver = Receiver::new(there, quick());
+    let server = serve(&receiver);
+    let volumes = vec![owned("stuck", stuck.clone(), 4096), owned("other", other.clone(), 4096)];
+    // One connection for blocks: the stuck device holds who reads it.
+    let limits = Limits { data: 1, ..limits() };
+    let name = identity::HostName::new("b").unwrap();
+    let dial = Dial::new(server.address(), name, identity::Security::Plaintext, limits);
+    let host = Arc::new(Host::default());
+    let outbound = Outbound::start(volumes, dial, host, source::Options::default()).unwrap();
+    until("all of the other device", || free.written.load(Ordering::SeqCst) >= 48 * MIB);
+    // It holds a lock meanwhile: whoever else wants to store there waits too.
+    assert_eq!(writes.load(Ordering::SeqCst), 1, "the first write there has not ended");
+    gate.open();
+    outbound.wait().unwrap();
+    receiver.session(1).wait().unwrap();
+    same(&*other, &*free);
+    same(&*stuck, &*target);
 }
 
 #[test]

@@ -18,6 +18,7 @@ mod backlog;
 mod chores;
 mod driver;
 mod fetch;
+mod lines;
 mod receive;
 mod server;
 

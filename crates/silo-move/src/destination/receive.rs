@@ -1,7 +1,7 @@
 //! What comes over the connections of a link: messages, and runs of blocks, which are stored by the
 //! thread that received them.
 
-use super::{Shared, backlog::Waiting};
+use super::{Shared, backlog::Waiting, lines::Line};
 use crate::{
     codec::{CodecError, Decoder, Naming, Piece, refers, xor},
     lane::{Lane, Track, Work, lock},
@@ -22,7 +22,7 @@ use std::{
     io,
     sync::{Arc, atomic::Ordering},
     thread::Builder,
-    time::Instant,
+    time::{Duration, Instant},
 };
 use twox_hash::XxHash3_64;
 
@@ -65,17 +65,29 @@ impl Shared {
             let shared = self.clone();
             Builder::new().name(name.to_owned()).spawn(move || run(&shared)).map(drop)
         };
+        let watched = hangup.clone();
         let (control, ended) = (link.control.incoming, hangup);
         let mut started =
             vec![spawn("silo-control", Box::new(move |shared| shared.listen(id, control, &ended)))];
         let connections = link.data.into_iter().map(|connection| (Track::Bulk, connection));
+        let mut lines = Vec::new();
         for (track, connection) in connections.chain([(Track::Demand, link.demand)]) {
             // Nothing is said on these from here; a silent one is a source with nothing to send,
             // whose life shows on the control connection.
             connection.control.set_read_timeout(None);
             let incoming = connection.incoming;
-            let run = move |shared: &Arc<Self>| shared.receive(id, track, incoming);
-            started.push(spawn("silo-receive", Box::new(run)));
+            let run: Run<Self> = if self.volumes.len() > 1 {
+                let line = Arc::new(Line::new(id, track));
+                lines.push(line.clone());
+                Box::new(move |shared| shared.receive_of_group(&line, 0, incoming))
+            } else {
+                Box::new(move |shared| shared.receive(id, track, incoming))
+            };
+            started.push(spawn("silo-receive", run));
+        }
+        if !lines.is_empty() {
+            let run = move |shared: &Arc<Self>| shared.watch_lines(&lines, &watched);
+            started.push(spawn("silo-relief", Box::new(run)));
         }
         if let Some(error) = started.into_iter().find_map(Result::err) {
             self.hang_up(id, Some(format!("no thread for a connection: {error}")));
@@ -135,7 +147,7 @@ impl Shared {
     }
 
     /// One run of blocks.
-    fn take(
+    pub(super) fn take(
         self: &Arc<Self>,
         id: LinkId,
         blocks: &Blocks<'_>,
@@ -157,10 +169,14 @@ impl Shared {
         }
         let begin = Instant::now();
         let result = self.take_now(id, volume, blocks, decoder, buffer);
-        if backlog.took(begin.elapsed()) {
-            self.start_backlog(header.device)?;
-        }
+        self.took(header.device, begin.elapsed())?;
         result
+    }
+
+    /// A device has stored a run for so long.
+    pub(super) fn took(self: &Arc<Self>, device: DeviceIndex, time: Duration) -> io::Result<()> {
+        let slow = self.backlogs[usize::from(device.0)].took(time);
+        if slow { self.start_backlog(device) } else { Ok(()) }
     }
 
     /// From here on a thread of its own stores what comes for a device.

@@ -43,6 +43,26 @@ pub struct Frame<'a> {
     pub payload: &'a [u8],
 }
 
+/// A frame with a buffer of its own: the connection can be read on before it is done with.
+#[derive(Debug)]
+pub struct WholeFrame {
+    header: Header,
+    buffer: Vec<u8>,
+    payload: Range<usize>,
+}
+
+impl WholeFrame {
+    /// The frame.
+    pub fn frame(&self) -> Frame<'_> {
+        Frame { header: self.header, payload: &self.buffer[self.payload.clone()] }
+    }
+
+    /// The buffer, for [`FrameReader::read_whole`].
+    pub fn into_buffer(self) -> Vec<u8> {
+        self.buffer
+    }
+}
+
 /// Writes frames; counts bytes.
 pub struct FrameWriter<W> {
     to: W,
@@ -198,6 +218,26 @@ impl<R: Read> FrameReader<R> {
             b: u64::from_le_bytes(array(&bytes[16..24])),
         };
         Ok(Frame { header, payload })
+    }
+
+    /// As [`FrameReader::read`]. The reader goes on with `spare`; only what it has read beyond the
+    /// frame is copied.
+    ///
+    /// # Errors
+    /// As [`FrameReader::read`].
+    pub fn read_whole(&mut self, mut spare: Vec<u8>) -> Result<WholeFrame, WireError> {
+        let frame = self.read()?;
+        let (header, length) = (frame.header, frame.payload.len());
+        let payload = self.have.start - length..self.have.start;
+        let ahead = &self.buffer[self.have.clone()];
+        // It keeps its length: growing it again would fill it with zeros.
+        if spare.len() < ahead.len() {
+            spare.resize(ahead.len(), 0);
+        }
+        spare[..ahead.len()].copy_from_slice(ahead);
+        self.have = 0..ahead.len();
+        let buffer = std::mem::replace(&mut self.buffer, spare);
+        Ok(WholeFrame { header, buffer, payload })
     }
 
     /// Reads until `want` bytes are there.

@@ -21,7 +21,8 @@ use std::{sync::Arc, time::Duration};
 /// How a source behaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Bytes of blocks that may be on their way, not confirmed.
+    /// Bytes of blocks that may be on their way, not confirmed. Of a group's half of it is divided,
+    /// and kept for each of its devices: one that is stuck never stops the others.
     pub window: u64,
     /// Bytes beyond the window for blocks that somebody waits for.
     pub demand_window: u64,

@@ -1,6 +1,6 @@
 //! The source's blocks: what is queued, what is on its way, what comes back.
 
-use super::{Action, Outgoing, Phase, Source, SourceDevice};
+use super::{Action, Config, Outgoing, Phase, Source, SourceDevice};
 use crate::{
     block::{BlockIndex, BlockRange, BlockSet},
     order::{Class, Order},
@@ -30,6 +30,8 @@ impl Outgoing {
             listed: None,
             order: Order::new(blocks, device.heat),
             flying: set(),
+            in_flight: 0,
+            demanded: 0,
             sent: BTreeMap::new(),
             after: set(),
             absent: device.absent,
@@ -178,6 +180,46 @@ impl Outgoing {
     }
 }
 
+/// What the devices of a group may have on their way together. Half of it is anybody's; the other
+/// half is divided, and each device's part is kept free for it whatever the others do: one whose
+/// blocks are not confirmed, because they cannot be stored there, never stops the others. So it is
+/// with what may go beyond that because somebody waits for it.
+struct Room {
+    share: u64,
+    /// Of what is anybody's, not in use.
+    free: u64,
+    /// The same for what is demanded: a part for each, and what is left of the whole.
+    demand_share: u64,
+    demand_free: u64,
+}
+
+impl Room {
+    fn new(config: &Config, devices: &[Outgoing]) -> Self {
+        let count = devices.len() as u64;
+        // One alone has all of it.
+        let part = |of: u64| if count > 1 { of / 2 / count } else { 0 };
+        let (share, demand_share) = (part(config.window), part(config.demand_window));
+        let beyond = |device: &Outgoing| device.in_flight.saturating_sub(share);
+        let used = devices.iter().map(beyond).sum::<u64>() + share * count;
+        let all = config.window + config.demand_window - demand_share * count;
+        Self {
+            share,
+            free: config.window.saturating_sub(used),
+            demand_share,
+            demand_free: all.saturating_sub(used),
+        }
+    }
+
+    /// Whether a device may send more of this class.
+    fn has(&self, device: &Outgoing, class: Class) -> bool {
+        let own = device.in_flight < self.share;
+        match class {
+            Class::Demand => own || self.demand_free > 0 || device.demanded < self.demand_share,
+            _ => own || self.free > 0,
+        }
+    }
+}
+
 enum Ready {
     Send(BlockRange),
     Pull(BlockRange),
@@ -198,18 +240,21 @@ impl Source {
                 }
                 return None;
             };
+            let count = self.devices.len() as u64;
             let device = &mut self.devices[at];
             let (left, block) =
                 (device.order.len() * device.geometry.block(), device.geometry.block());
-            // No run is longer than what may be on its way at all.
-            let run = device.max_run().min((self.config.window / block).max(1));
+            // No run is longer than what a device may have on its way in any case.
+            let most = self.config.window / count;
+            let run = device.max_run().min((most / block).max(1));
             let (class, range) = device.order.next(run)?;
             match device.sendable(class, range) {
                 Ready::Send(range) => {
                     device.flying.insert_range(range);
-                    device.sent.insert(range.start.0, (range.count, device.label));
+                    device.sent.insert(range.start.0, (range.count, device.label, class));
                     let bytes = range.count * block;
-                    self.in_flight += bytes;
+                    device.in_flight += bytes;
+                    device.demanded += if class == Class::Demand { bytes } else { 0 };
                     self.fair.took(at, bytes, left);
                     self.counters.sent[class as usize] += range.count;
                     let (device, epoch) = (DeviceIndex(at as u16), device.label);
@@ -224,20 +269,21 @@ impl Source {
         }
     }
 
-    /// The device whose turn it is, among those with the most urgent class. `None` if the budget is
-    /// used up, `Some(None)` if nothing is queued.
+    /// The device whose turn it is, among those that have room and of these with the most urgent
+    /// class. `None` if the budget is used up, `Some(None)` if nothing is queued.
     #[expect(
         clippy::option_option,
         reason = "full and empty are different, and neither is an error"
     )]
     fn choose(&self) -> Option<Option<(usize, Class)>> {
-        let urgent = self.devices.iter().filter_map(|device| device.order.most_urgent()).min();
-        let Some(class) = urgent else { return Some(None) };
-        let demand = if class == Class::Demand { self.config.demand_window } else { 0 };
-        if self.in_flight >= self.config.window + demand {
-            return None;
+        if self.devices.iter().all(|device| device.order.is_empty()) {
+            return Some(None);
         }
-        let left = |device: &Outgoing| match device.order.most_urgent() {
+        let room = Room::new(&self.config, &self.devices);
+        let urgent =
+            |device: &Outgoing| device.order.most_urgent().filter(|class| room.has(device, *class));
+        let class = self.devices.iter().filter_map(urgent).min()?;
+        let left = |device: &Outgoing| match urgent(device) {
             Some(most) if most == class => device.order.len() * device.geometry.block(),
             _ => 0,
         };
@@ -247,12 +293,12 @@ impl Source {
     /// Nothing else is left: what a store has promised goes too, a run at a time from the other
     /// end, so that a slow store delays nobody. True if there was something.
     fn hedge(&mut self) -> bool {
-        if self.in_flight >= self.config.window {
-            return false;
-        }
+        let room = Room::new(&self.config, &self.devices);
         let mut some = false;
         for device in &mut self.devices {
-            if let Some(range) = device.next_promised() {
+            if room.has(device, Class::Bulk)
+                && let Some(range) = device.next_promised()
+            {
                 device.order.insert(Class::Bulk, range);
                 some = true;
             }
@@ -275,21 +321,26 @@ impl Source {
         // A confirmation that comes twice says nothing about what was sent since. One may be of a
         // part: where some blocks of a run were references, they have fates of their own.
         let run = device.sent.range(..=range.start.0).next_back();
-        let Some((start, (count, as_of))) = run.map(|(start, run)| (*start, *run)) else { return };
+        let Some((start, (count, as_of, class))) = run.map(|(start, run)| (*start, *run)) else {
+            return;
+        };
         let run = BlockRange::new(start, count);
         if as_of != epoch || range.end() > run.end() {
             return;
         }
         device.sent.remove(&start);
         if range.start > run.start {
-            device.sent.insert(start, (range.start.0 - start, epoch));
+            device.sent.insert(start, (range.start.0 - start, epoch, class));
         }
         if range.end() < run.end() {
-            device.sent.insert(range.end(), (run.end() - range.end(), epoch));
+            device.sent.insert(range.end(), (run.end() - range.end(), epoch, class));
         }
         device.flying.remove_range(range);
         let bytes = range.count * device.geometry.block();
-        self.in_flight = self.in_flight.saturating_sub(bytes);
+        device.in_flight = device.in_flight.saturating_sub(bytes);
+        if class == Class::Demand {
+            device.demanded = device.demanded.saturating_sub(bytes);
+        }
         self.pace.confirmed(bytes);
         let again = if urgent { Class::Demand } else { Class::Dirty };
         let held_back: Vec<BlockRange> = device.after.ranges_in(range).collect();

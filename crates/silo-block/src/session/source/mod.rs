@@ -46,7 +46,7 @@ use crate::{
     geometry::Geometry,
     hash::RootHash,
     model::History,
-    order::{Fair, Order},
+    order::{Class, Fair, Order},
     rounds::{Epoch, Holder, Rounds},
 };
 use std::{
@@ -79,8 +79,11 @@ struct Outgoing {
     listed: Option<(Epoch, BlockSet)>,
     order: Order,
     flying: BlockSet,
-    /// The same as it was sent: count of blocks and epoch, by first block.
-    sent: BTreeMap<u64, (u64, Epoch)>,
+    /// The same in bytes, and those of them that somebody waits for.
+    in_flight: u64,
+    demanded: u64,
+    /// The same as it was sent: count of blocks, epoch and class, by first block.
+    sent: BTreeMap<u64, (u64, Epoch, Class)>,
     /// Were to be sent while they were on their way.
     after: BlockSet,
     absent: BlockSet,
@@ -124,7 +127,6 @@ pub struct Source {
     /// The last time somebody was told that something is overdue.
     told: Duration,
     ticked: Duration,
-    in_flight: u64,
     switch: bool,
     ticket: u32,
     actions: VecDeque<Action>,
@@ -158,7 +160,6 @@ impl Source {
             alone: now,
             told: now,
             ticked: now,
-            in_flight: 0,
             switch: false,
             ticket: 0,
             actions: VecDeque::new(),
@@ -245,7 +246,7 @@ impl Source {
     /// Bytes on their way.
     #[must_use]
     pub fn in_flight(&self) -> u64 {
-        self.in_flight
+        self.devices.iter().map(|device| device.in_flight).sum()
     }
 
     /// Takes an event.
@@ -358,7 +359,7 @@ impl Source {
         self.actions.push_back(Action::Failed(reason.clone()));
         self.phase = Phase::Failed(reason);
         self.hand_over = None;
-        self.in_flight = 0;
+        self.devices.iter_mut().for_each(|device| (device.in_flight, device.demanded) = (0, 0));
     }
 
     fn look_at_the_clock(&mut self, now: Duration) {
@@ -406,7 +407,7 @@ impl Source {
 
     /// Whether everything listed so far has been sent and confirmed.
     fn is_idle(&self) -> bool {
-        self.in_flight == 0
+        self.in_flight() == 0
             && self.devices.iter().all(|device| {
                 device.listed.is_none() && device.order.is_empty() && device.awaited.is_empty()
             })

@@ -45,8 +45,8 @@ impl Source {
     fn forget_link(&mut self, now: Duration) {
         self.unpause();
         self.alone = now;
-        self.in_flight = 0;
         for device in &mut self.devices {
+            (device.in_flight, device.demanded) = (0, 0);
             device.flying = BlockSet::new(device.geometry.blocks());
             device.sent.clear();
             device.after = BlockSet::new(device.geometry.blocks());

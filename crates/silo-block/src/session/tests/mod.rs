@@ -2,6 +2,7 @@
 
 mod authority;
 mod blocks;
+mod group;
 
 use super::{
     destination::{self, Access, Destination, DestinationDevice, MemoryHashes, WaiterId},
