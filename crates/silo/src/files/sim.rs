@@ -131,7 +131,7 @@ impl SimFolder {
     }
 
     /// Sectors with content, as bytes.
-    fn used(&self) -> u64 {
+    pub(crate) fn used(&self) -> u64 {
         let names = self.names();
         names.now.values().map(|file| file.used()).sum()
     }

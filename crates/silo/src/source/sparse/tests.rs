@@ -1,11 +1,15 @@
 //! Logs that are torn, damaged, written anew.
 
-use super::*;
+use super::{
+    record::{RECORD, Record},
+    *,
+};
 use crate::{
     files::sim::SimFolder,
     source::tests::{compare, exercise},
     tests::{model::Model, random::Random},
 };
+use std::time::{Duration, Instant};
 
 fn content_of(device: &dyn BlockDevice) -> Vec<u8> {
     let mut all = vec![0xEE; device.size() as usize];
@@ -177,6 +181,8 @@ fn a_log_that_is_written_anew_holds_the_same_and_is_short() {
 #[test]
 fn check_27_what_was_flushed_survives_power_cuts_at_any_change_of_the_log() {
     let seeds = std::env::var("SILO_SEEDS").map_or(300, |seeds| seeds.parse().unwrap());
+    // How often a crash came in each part of writing the log anew.
+    let mut cut = [0; 3];
     for seed in 0..seeds {
         let random = &mut Random(seed);
         let size = 8_000 + random.below(8_000);
@@ -187,17 +193,28 @@ fn check_27_what_was_flushed_survives_power_cuts_at_any_change_of_the_log() {
         for life in 0..5 {
             folder.power_for(random.below(60));
             let mut context = String::new();
+            // Parts of a rewrite, with writes and flushes in between.
+            let mut rewriting = None;
             for step in 0..40 {
                 context = format!("seed {seed}, life {life}, step {step}");
                 let offset = random.below(size);
                 let length = 1 + random.below((size - offset).min(3000));
-                let result = match random.below(10) {
+                let result = match random.below(14) {
                     0 => {
                         model.put(offset as usize, &vec![0; length as usize]);
                         device.zero(offset, length, random.below(3) == 0)
                     }
                     1 => device.flush().inspect(|()| model.flushed()),
-                    2 => device.compact(),
+                    2 if rewriting.is_none() => device.compact(),
+                    2 | 10..=13 => match rewriting.take() {
+                        None => device.inner.begin(1500).map(|rewrite| {
+                            rewriting = Some((rewrite, true));
+                        }),
+                        Some((mut rewrite, true)) => device.inner.slice(&mut rewrite).map(|more| {
+                            rewriting = Some((rewrite, more));
+                        }),
+                        Some((rewrite, false)) => device.inner.switch(&rewrite),
+                    },
                     3 => {
                         assert!(content_of(&device) == model.now, "{context}");
                         Ok(())
@@ -209,10 +226,18 @@ fn check_27_what_was_flushed_survives_power_cuts_at_any_change_of_the_log() {
                     }
                 };
                 if let Err(error) = result {
-                    assert!(error.to_string().contains("no power"), "{context}: {error}");
+                    // Or a write had the last of it, and none was left for the new log.
+                    let text = error.to_string();
+                    let expected = ["no power", "could not be appended to it"];
+                    assert!(expected.iter().any(|t| text.contains(t)), "{context}: {text}");
                     break;
                 }
             }
+            cut[match rewriting {
+                None => 0,
+                Some((_, true)) => 1,
+                Some((_, false)) => 2,
+            }] += 1;
             drop(device);
             folder = folder.crash(random);
             device = SparseDevice::open_in(folder.clone(), "disk", None)
@@ -220,4 +245,128 @@ fn check_27_what_was_flushed_survives_power_cuts_at_any_change_of_the_log() {
             model.crashed(content_of(&device), &context);
         }
     }
+    assert!(cut.iter().all(|count| *count > seeds / 4), "{cut:?}");
+}
+
+#[test]
+fn nobody_waits_for_more_than_a_slice_while_a_log_is_written_anew() {
+    let folder = SimFolder::new();
+    let device = SparseDevice::create_in(folder.clone(), "disk", 256 << 10, 512, None).unwrap();
+    let device = Arc::new(device);
+    let mut model = vec![0; 256 << 10];
+    let mut write = |device: &SparseDevice, at: usize, byte: u8| {
+        model[at..at + 700].fill(byte);
+        device.write_at(at as u64, &[byte; 700]).unwrap();
+        compare(device, &model, "meanwhile");
+    };
+    for at in 0..360 {
+        write(&device, at * 700, 1);
+    }
+    device.flush().unwrap();
+    // Between any two slices others write and flush; a slice is short.
+    let (slice, record) = (4096, 512 + RECORD as u64);
+    let mut rewrite = device.inner.begin(slice).unwrap();
+    let length = || device.inner.log().fresh.as_ref().unwrap().tail.end;
+    let mut slices = 0;
+    loop {
+        let before = length();
+        let more = device.inner.slice(&mut rewrite).unwrap();
+        assert!(length() - before <= slice as u64 + record, "slice {slices}");
+        if !more {
+            break;
+        }
+        write(&device, slices * 1777 % 250_000, 2);
+        device.flush().unwrap();
+        slices += 1;
+    }
+    assert!(slices > 40, "{slices} slices");
+    // During either sync of the new log too: what is flushed then is durable whichever of the two
+    // a crash leaves.
+    let (first, second, again) = (device.clone(), device.clone(), folder.clone());
+    folder.at_next_sync(move || {
+        first.write_at(0, &[3; 700]).unwrap();
+        first.flush().unwrap();
+        again.at_next_sync(move || {
+            second.write_at(700, &[4; 700]).unwrap();
+            second.flush().unwrap();
+            second.write_at(1400, &[5; 700]).unwrap();
+        });
+    });
+    device.inner.switch(&rewrite).unwrap();
+    model[..700].fill(3);
+    model[700..1400].fill(4);
+    let flushed = model.clone();
+    model[1400..2100].fill(5);
+    compare(&*device, &model, "written anew");
+    let (end, dead) = device.log_bytes();
+    assert!(end - dead <= 512 * record + HEADER as u64, "{end} {dead}");
+    for seed in 0..100 {
+        let after = folder.crash(&mut Random(seed));
+        let device = SparseDevice::open_in(after, "disk", None).unwrap();
+        let found = content_of(&device);
+        assert!(found[..1024] == flushed[..1024] && found[2560..] == flushed[2560..], "{seed}");
+    }
+}
+
+#[test]
+fn a_rewrite_that_finds_no_room_leaves_the_device_as_it_was() {
+    let folder = SimFolder::new();
+    let device = SparseDevice::create_in(folder.clone(), "disk", 64 << 10, 512, None).unwrap();
+    let mut model = vec![7; 64 << 10];
+    device.write_at(0, &model).unwrap();
+    let mut rewrite = device.inner.begin(2048).unwrap();
+    assert!(device.inner.slice(&mut rewrite).unwrap());
+    // Enough for one of both logs: the write is in the one that is in use.
+    folder.set_room(Some(folder.used() + 600));
+    device.write_at(512, &[8; 512]).unwrap();
+    model[512..1024].fill(8);
+    assert!(device.inner.slice(&mut rewrite).is_err());
+    assert_eq!(Folder::names(&*folder).unwrap(), ["disk"]);
+    compare(&device, &model, "after a failed rewrite");
+    folder.set_room(None);
+    device.compact().unwrap();
+    compare(&device, &model, "written anew");
+    device.flush().unwrap();
+    drop(device);
+    let device = SparseDevice::open_in(folder, "disk", None).unwrap();
+    compare(&device, &model, "opened again");
+}
+
+#[test]
+fn a_flush_that_finds_much_dead_has_the_log_written_anew_and_does_not_wait_for_it() {
+    const LIMIT: Duration = Duration::from_secs(120);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    let size = 32 << 20;
+    let device = SparseDevice::create(&path, size, 4096).unwrap();
+    let mut model = vec![0; size as usize];
+    for round in 1..=4u8 {
+        model.fill(round);
+        device.write_at(0, &model).unwrap();
+    }
+    let before = device.log_bytes();
+    assert!(before.1 > MIN_DEAD);
+    // The thread waits here, and the flush does not.
+    let one = device.inner.rewriting.lock().unwrap();
+    device.flush().unwrap();
+    assert_eq!(device.log_bytes().0 - before.0, RECORD as u64, "only a mark was added");
+    drop(one);
+    // Writers beside it, until it is done.
+    let (begin, mut random, mut writes, mut longest) =
+        (Instant::now(), Random(8), 0, Duration::ZERO);
+    while device.log_bytes().0 > before.0 / 2 {
+        assert!(begin.elapsed() < LIMIT, "{:?} after {before:?}", device.log_bytes());
+        let (at, data) = (random.below(size / 4096) * 4096, random.bytes(4096));
+        let started = Instant::now();
+        device.write_at(at, &data).unwrap();
+        longest = longest.max(started.elapsed());
+        model[at as usize..][..4096].copy_from_slice(&data);
+        writes += 1;
+        thread::yield_now();
+    }
+    println!("{writes} writes in {:?}, the longest took {longest:?}", begin.elapsed());
+    assert!(writes > 10, "they did not wait for the end of it");
+    compare(&device, &model, "written anew");
+    drop(device);
+    compare(&SparseDevice::open(&path).unwrap(), &model, "opened again");
 }
