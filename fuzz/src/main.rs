@@ -35,6 +35,7 @@ const TARGETS: &[(&str, Target)] = &[
     ("store-pack", silo_store::fuzz_pack),
     ("store-pack-index", silo_store::fuzz_pack_index),
     ("store-runs", silo_store::fuzz_runs),
+    ("store-pin", silo_store::fuzz_pin),
     ("store-tombs", silo_store::fuzz_tombs),
     ("vhost-chains", silo_expose::vhost::fuzz_chains),
     ("vhost-inflight", silo_expose::vhost::fuzz_inflight),

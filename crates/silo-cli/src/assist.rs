@@ -6,7 +6,7 @@
 //! to hold is checked by hash before it is used.
 
 use crate::{
-    backup::{Place, Target, key_ring},
+    backup::{Place, Target, key_ring, pin},
     config::{AssistConfig, Config, MigrateConfig},
     moving::security,
     stack::Host,
@@ -147,6 +147,12 @@ pub(crate) fn at_destination(
 ) -> Result<()> {
     if let Some(assist) = &migrate.assist {
         let (name, open) = newest(config, assist)?;
+        // What is fetched may take hours, and be all that there is once the source has gone.
+        let open: Open = Box::new(move || {
+            let generation = open()?;
+            pin(&generation)?;
+            Ok(generation)
+        });
         options.places.push(Arc::new(StorePlace::new(&name, Naming::Plain, open)));
         options.policy = Policy { hedge: assist.hedge.0, ..Policy::default() };
         options.session.early_release = assist.early_release;

@@ -14,6 +14,8 @@
 //! spares writers that are slow from storing again, and readers of generations that were just
 //! pruned. Times compared are of the store's own clock.
 //!
+//! A generation that somebody reads may be pruned: its pin counts like an entry (see `pin.rs`).
+//!
 //! The model in `tests/collection_model.rs` tries every order of these steps with writers that stall.
 
 use crate::{
@@ -204,7 +206,7 @@ impl Store {
                 }
             }
         }
-        let referred = self.referred()?;
+        let referred = self.referred(began)?;
         objects.retain(|tomb, _| !referred.has(tomb));
         let collected = Collected {
             number,
@@ -253,7 +255,7 @@ impl Store {
         for line in self.lines(None)? {
             self.barrier(&line, number)?;
         }
-        let referred = self.referred()?;
+        let referred = self.referred(now)?;
         let (spared, dead): (BTreeSet<Tomb>, BTreeSet<Tomb>) =
             tombs.into_iter().partition(|tomb| referred.has(tomb));
         let names: Vec<String> = dead.iter().map(name_of).collect();
@@ -301,12 +303,17 @@ impl Store {
         found.map(|listed| listed.modified).ok_or(StoreError::Missing { object })
     }
 
-    /// Everything that the generations of all lines refer to.
-    fn referred(&self) -> Result<Referred> {
+    /// Everything that the generations of all lines refer to, and those that somebody reads at `now`.
+    fn referred(&self, now: SystemTime) -> Result<Referred> {
         let mut referred = Referred::default();
         for line in self.lines(None)? {
             self.referred_by(&line, &mut referred)?;
         }
+        // After the lines: whoever pins a generation has seen it there afterwards.
+        self.pinned(now, |packs, map| {
+            referred.packs.extend(packs);
+            map.map_or(Ok(()), |map| self.referred_by_map(&map, &mut referred))
+        })?;
         Ok(referred)
     }
 

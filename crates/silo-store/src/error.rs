@@ -124,6 +124,16 @@ pub enum StoreError {
         /// The line.
         line: String,
     },
+    /// A generation went while it was being read.
+    #[error(
+        "generation {number} of line \"{line}\" was pruned while it was in use here, and what it refers to is not kept; `silo generations` lists the others"
+    )]
+    Pruned {
+        /// The line.
+        line: String,
+        /// The generation.
+        number: u64,
+    },
     /// A line that was to be created is there.
     #[error("line \"{line}\" exists already; choose another name")]
     LineExists {
@@ -208,7 +218,9 @@ impl StoreError {
     pub fn io_kind(&self) -> io::ErrorKind {
         match self {
             Self::Timeout { .. } => io::ErrorKind::TimedOut,
-            Self::Missing { .. } | Self::NoGeneration { .. } => io::ErrorKind::NotFound,
+            Self::Missing { .. } | Self::NoGeneration { .. } | Self::Pruned { .. } => {
+                io::ErrorKind::NotFound
+            }
             Self::Corrupt { .. } | Self::Sealed { .. } => io::ErrorKind::InvalidData,
             Self::Key(_) => io::ErrorKind::PermissionDenied,
             _ => io::ErrorKind::Other,

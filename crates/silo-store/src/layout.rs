@@ -6,6 +6,7 @@
 //! maps/a0/a0…                                  where blocks are; named likewise
 //! lines/<tenant>/<line>/<!number>              log of a line: numbered, created if absent, never changed
 //! keys/<tenant>/<number>/<tenant key>          data key, wrapped by a tenant key ("first": by whichever was first)
+//! pins/<tenant>/<line>/<!number>-<lease>-<random> somebody reads that generation
 //! collections/<number>/{began,tombs,swept,done} garbage collection
 //! probe/<random>                               does create-if-absent have one winner?
 //! ```
@@ -14,7 +15,7 @@
 //! listing, which stores give in ascending order, has the newest first: one request finds it.
 
 use crate::{StoreError, error::Result};
-use std::fmt;
+use std::{fmt, time::Duration};
 
 pub(crate) const MARKER: &str = "silo-store";
 pub(crate) const FORMAT: &str = "silo-store 1";
@@ -22,6 +23,7 @@ pub(crate) const PACKS: &str = "packs";
 pub(crate) const MAPS: &str = "maps";
 pub(crate) const LINES: &str = "lines";
 pub(crate) const COLLECTIONS: &str = "collections";
+pub(crate) const PINS: &str = "pins";
 pub(crate) const PROBES: &str = "probe";
 
 /// Names an immutable object: BLAKE3 of its bytes.
@@ -175,6 +177,29 @@ pub(crate) fn parse_key(object: &str) -> Option<(u64, &str)> {
     parts.next().is_none().then_some((number, name))
 }
 
+pub(crate) fn pins_of(line: &LineName) -> String {
+    format!("{PINS}/{}/{}", line.tenant, line.line)
+}
+
+pub(crate) fn pin(line: &LineName, number: u64, lease: Duration, random: [u8; 8]) -> String {
+    let (lease, random) = (lease.as_secs(), u64::from_be_bytes(random));
+    format!("{}/{:016x}-{lease:016x}-{random:016x}", pins_of(line), !number)
+}
+
+/// Line, number of the generation and lease, from a pin's name.
+pub(crate) fn parse_pin(object: &str) -> Option<(LineName, u64, Duration)> {
+    let mut parts = object.split('/');
+    if parts.next()? != PINS {
+        return None;
+    }
+    let line = LineName::new(parts.next()?, parts.next()?).ok()?;
+    let mut name = parts.next()?.split('-');
+    let (number, lease) = (!parse_hex(name.next()?)?, parse_hex(name.next()?)?);
+    parse_hex(name.next()?)?;
+    let whole = name.next().is_none() && parts.next().is_none();
+    whole.then_some((line, number, Duration::from_secs(lease)))
+}
+
 pub(crate) fn collection(number: u64, what: &str) -> String {
     format!("{COLLECTIONS}/{number:016x}/{what}")
 }
@@ -198,6 +223,11 @@ mod tests {
         assert_eq!(parse_entry(&line.entry(300)), Some((line.clone(), 300)));
         assert_eq!(parse_key(&key("acme", 5, "first")), Some((5, "first")));
         assert_eq!(parse_collection(&collection(9, "tombs")), Some((9, "tombs")));
+        let lease = Duration::from_secs(600);
+        let object = pin(&line, 300, lease, [1; 8]);
+        assert_eq!(parse_pin(&object), Some((line.clone(), 300, lease)));
+        assert!(object.starts_with(&pins_of(&line)) && parse_entry(&object).is_none());
+        assert_eq!(parse_pin(&line.entry(300)), None);
         let id = ObjectId::of(b"x");
         assert_eq!(ObjectId::parse(&id.pack()), Some(id));
         for foreign in ["lines/acme/vm-1/1", "lines/acme", "lines/a/b/c/fffffffffffffffe", "x"] {

@@ -1,6 +1,6 @@
 //! What commands that were killed leave in a store besides packs and maps, which
 //! [`Store::mark`] finds: objects of a probe, marks of a collection that never condemned anything,
-//! and, in a local folder, files that were being written.
+//! pins of readers that are gone, and, in a local folder, files that were being written.
 //!
 //! None of them is ever referred to. What must hold: nothing is deleted that somebody may be at work
 //! on; so only what is older than the grace goes, and never what is younger than a minute.
@@ -33,6 +33,7 @@ impl Store {
         }
         let (mut leftovers, now) = self.old_probes(grace.max(YOUNG), dry_run)?;
         leftovers.extend(self.idle_marks(now, grace.max(YOUNG))?);
+        leftovers.extend(self.old_pins(now, grace.max(YOUNG))?);
         if !dry_run {
             for object in &leftovers {
                 self.remote.delete(object)?;

@@ -1,7 +1,7 @@
 //! Which generations of a line stay, and deleting the others. What they held is deleted by the next
 //! collection, if nothing else refers to it.
 //!
-//! What must hold: the newest generation always stays. Of the log, only generations are deleted:
+//! What must hold: the newest generation always stays, and so do those that somebody reads. Of the log, only generations are deleted:
 //! entries that took the line, and barriers, are small and are what stops a writer that slept.
 
 use crate::{
@@ -79,6 +79,8 @@ pub struct Pruned {
     pub deleted: Vec<GenerationInfo>,
     /// Kept.
     pub kept: usize,
+    /// Of these, kept only because somebody reads them.
+    pub in_use: usize,
 }
 
 impl Store {
@@ -97,7 +99,12 @@ impl Store {
             self.must_write()?;
         }
         let generations = self.generations(line)?;
-        let keep = retention.keeps(&generations, now);
+        let mut keep = retention.keeps(&generations, now);
+        let wanted = keep.len();
+        // Only so that they can be found again: for whoever reads them their pins are enough.
+        let there = |number: &u64| generations.iter().any(|info| info.number == *number);
+        keep.extend(self.pinned_of(line, now)?.into_iter().filter(there));
+        let in_use = keep.len() - wanted;
         let (kept, deleted): (Vec<_>, Vec<_>) =
             generations.into_iter().partition(|info| keep.contains(&info.number));
         if !dry_run {
@@ -105,7 +112,7 @@ impl Store {
                 self.remote.delete(&line.entry(info.number))?;
             }
         }
-        Ok(Pruned { deleted, kept: kept.len() })
+        Ok(Pruned { deleted, kept: kept.len(), in_use })
     }
 }
 

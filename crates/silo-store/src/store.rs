@@ -20,7 +20,8 @@ use std::{
 /// What a store is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Restoring and verifying. Nothing is written, and opening makes no request.
+    /// Restoring and verifying. Nothing is written, except by [`Generation::pin`](crate::Generation),
+    /// and opening makes no request.
     Read,
     /// Everything. Opening tries whether create-if-absent has one winner, and marks a new store.
     Write,

@@ -1,8 +1,8 @@
-//! The protocol between writers, forks, pruning and collection (see `src/collect.rs`), in every order
-//! of its steps. Any of the writers may stall before any step for as long as the others like: a
+//! The protocol between writers, forks, readers, pruning and collection (see `src/collect.rs` and
+//! `src/pin.rs`), in every order of its steps. Any of the writers may stall before any step for as long as the others like: a
 //! stalled writer is one whose next step comes later in the order, so all of that is tried.
 //!
-//! Three variants leave out one rule each, and the checker has to find how content is lost then: it
+//! Some variants leave out one rule each, and the checker has to find how content is lost then: it
 //! proves that the model can lose something, and that each rule is needed.
 
 use stateright::{Checker, Model, Property};
@@ -54,10 +54,30 @@ enum Writer {
     Ended,
 }
 
+/// Who reads the oldest generation of line 0.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Reader {
+    Begins,
+    /// Has read the entry that is at this place.
+    Pins {
+        at: u8,
+        packs: Packs,
+    },
+    /// Has written the pin, and looks whether the entry is still there.
+    Looks {
+        at: u8,
+        packs: Packs,
+    },
+    Reads {
+        packs: Packs,
+    },
+    Ended,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Collector {
     Begins,
-    /// Has listed packs; reads generations, line after line.
+    /// Has listed packs; reads generations, line after line, and then the pins.
     Marks {
         listed: Packs,
         line: u8,
@@ -85,6 +105,8 @@ struct State {
     packs: Packs,
     condemned: Packs,
     writers: [Writer; 3],
+    reader: Reader,
+    pinned: Packs,
     collector: Collector,
 }
 
@@ -92,6 +114,7 @@ struct State {
 enum Action {
     Writer(u8),
     Choose(u8, Packs),
+    Reader,
     Collector,
     Prune(u8, u8),
 }
@@ -103,13 +126,17 @@ enum Variant {
     NoBarriers,
     ForkDoesNotLook,
     NoSecondReading,
+    ReaderDoesNotLook,
+    PinsBeforeLines,
 }
 
-/// A variant, and which of the writers there are: all at once are too many orders to try.
-struct Protocol(Variant, [bool; 3]);
+/// A variant, and which of the writers there are, and the reader: all at once are too many orders to
+/// try.
+struct Protocol(Variant, [bool; 4]);
 
-/// Two that fight for a line; one of them and a fork.
-const CASTS: [[bool; 3]; 2] = [[true, true, false], [true, false, true]];
+/// Two that fight for a line; one of them and a fork; one of them and a reader.
+const CASTS: [[bool; 4]; 3] =
+    [[true, true, false, false], [true, false, true, false], [true, false, false, true]];
 
 /// Lines of the writers: two fight for line 0, the third forks line 1 from it.
 const LINES: [usize; 3] = [0, 0, 1];
@@ -217,11 +244,51 @@ impl State {
         };
     }
 
+    fn step_reader(&mut self, variant: Variant) {
+        let log = &self.logs[0];
+        self.reader = match self.reader.clone() {
+            Reader::Begins => {
+                let commits = log.iter().enumerate().find_map(|(at, entry)| match entry {
+                    Some(Entry::Commit(_, packs)) => Some((at as u8, *packs)),
+                    _ => None,
+                });
+                commits.map_or(Reader::Ended, |(at, packs)| Reader::Pins { at, packs })
+            }
+            Reader::Pins { at, packs } => {
+                self.pinned = packs;
+                Reader::Looks { at, packs }
+            }
+            Reader::Looks { at, packs } => {
+                let there = matches!(&log[at as usize], Some(Entry::Commit(..)));
+                if there || variant == Variant::ReaderDoesNotLook {
+                    Reader::Reads { packs }
+                } else {
+                    self.pinned = 0;
+                    Reader::Ended
+                }
+            }
+            Reader::Reads { .. } => {
+                self.pinned = 0;
+                Reader::Ended
+            }
+            Reader::Ended => Reader::Ended,
+        };
+    }
+
+    /// What a collection reads in step `step` of three.
+    fn read(&self, step: u8, variant: Variant) -> Packs {
+        let order = if variant == Variant::PinsBeforeLines { [2, 0, 1] } else { [0, 1, 2] };
+        match order[step as usize] {
+            2 => self.pinned,
+            line => referred(&self.logs[line]),
+        }
+    }
+
     fn step_collector(&mut self, variant: Variant) {
         self.collector = match self.collector.clone() {
             Collector::Begins => Collector::Marks { listed: self.packs, line: 0, referred: 0 },
-            Collector::Marks { listed, line, referred: so_far } if line < 2 => {
-                let all = so_far | referred(&self.logs[line as usize]);
+            Collector::Marks { listed, line, referred: so_far } if line < 3 => {
+                let all = so_far | self.read(line, variant);
                 Collector::Marks { listed, line: line + 1, referred: all }
             }
             Collector::Marks { listed, referred, .. } => {
@@ -249,8 +316,8 @@ impl State {
                 Collector::Deletes { dead: self.condemned }
             }
             Collector::Barriers { .. } => Collector::Reads { line: 0, referred: 0 },
-            Collector::Reads { line, referred: so_far } if line < 2 => {
-                let all = so_far | referred(&self.logs[line as usize]);
+            Collector::Reads { line, referred: so_far } if line < 3 => {
+                let all = so_far | self.read(line, variant);
                 Collector::Reads { line: line + 1, referred: all }
             }
             Collector::Reads { referred, .. } => {
@@ -283,7 +350,9 @@ impl Model for Protocol {
             logs: [log, Vec::new()],
             packs: 0b111,
             condemned: 0,
-            writers: self.1.map(|there| if there { Writer::Begins } else { Writer::Ended }),
+            writers: [0, 1, 2].map(|at| if self.1[at] { Writer::Begins } else { Writer::Ended }),
+            reader: if self.1[3] { Reader::Begins } else { Reader::Ended },
+            pinned: 0,
             collector: Collector::Begins,
         }]
     }
@@ -307,6 +376,9 @@ impl Model for Protocol {
                 }
                 _ => actions.push(Action::Writer(number)),
             }
+        }
+        if state.reader != Reader::Ended {
+            actions.push(Action::Reader);
         }
         if state.collector != Collector::Ended {
             actions.push(Action::Collector);
@@ -337,6 +409,7 @@ impl Model for Protocol {
                     *writer = Writer::Commits { head, avoid, known, newest, left, packs: pack };
                 }
             }
+            Action::Reader => state.step_reader(self.0),
             Action::Collector => state.step_collector(self.0),
             Action::Prune(line, at) => state.logs[line as usize][at as usize] = None,
         }
@@ -348,6 +421,10 @@ impl Model for Protocol {
             Property::always("no generation refers to what is gone", |_, state: &State| {
                 state.logs.iter().all(|log| referred(log) & !state.packs == 0)
             }),
+            Property::always(
+                "what a reader reads is there",
+                |_, state: &State| !matches!(&state.reader, Reader::Reads { packs } if packs & !state.packs != 0),
+            ),
             Property::sometimes("something is deleted", |_, state: &State| state.packs & 7 != 7),
             Property::sometimes("a writer commits after a barrier", |_, state: &State| {
                 let after = |log: &Vec<Option<Entry>>| {
@@ -374,13 +451,17 @@ fn in_every_order_of_steps_no_generation_refers_to_what_a_collection_deleted() {
 
 #[test]
 fn each_rule_is_needed_without_it_the_checker_finds_how_content_is_lost() {
-    for (variant, cast) in [
-        (Variant::NoBarriers, CASTS[0]),
-        (Variant::NoSecondReading, CASTS[0]),
-        (Variant::ForkDoesNotLook, CASTS[1]),
+    let (generation, reader) =
+        ("no generation refers to what is gone", "what a reader reads is there");
+    for (variant, cast, property) in [
+        (Variant::NoBarriers, CASTS[0], generation),
+        (Variant::NoSecondReading, CASTS[0], generation),
+        (Variant::ForkDoesNotLook, CASTS[1], generation),
+        (Variant::ReaderDoesNotLook, CASTS[2], reader),
+        (Variant::PinsBeforeLines, CASTS[2], reader),
     ] {
         let checker = Protocol(variant, cast).checker().threads(2).spawn_bfs().join();
-        let lost = checker.discovery("no generation refers to what is gone");
+        let lost = checker.discovery(property);
         assert!(lost.is_some(), "{variant:?}");
     }
 }

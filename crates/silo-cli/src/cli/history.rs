@@ -287,6 +287,7 @@ pub(super) fn prune(args: &PruneArgs, json: bool) -> Result<()> {
     let numbers: Vec<u64> = pruned.deleted.iter().map(|one| one.number).collect();
     let value = serde_json::json!({
         "line": line.to_string(), "dry_run": !args.delete, "deleted": numbers, "kept": pruned.kept,
+        "in_use": pruned.in_use,
     });
     let word = if args.delete { "deleted" } else { "would delete" };
     let mut lines =
@@ -294,6 +295,10 @@ pub(super) fn prune(args: &PruneArgs, json: bool) -> Result<()> {
     lines.extend(
         pruned.deleted.iter().map(|one| format!("{:>8}  {}", one.number, when(one.made).1)),
     );
+    if pruned.in_use > 0 {
+        let text = "of these only because somebody reads them: prune again later";
+        lines.push(format!("{} {text}", pruned.in_use));
+    }
     lines.push(if args.delete {
         "their room is given back by silo collect".to_owned()
     } else {

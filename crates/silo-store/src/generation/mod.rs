@@ -23,6 +23,7 @@ use crate::{
     keys::{BlockName, DataKey, DataKeyId, KeySource},
     layout::{LineName, ObjectId},
     log::{DeviceEntry, Entry, Refers},
+    pin::Pin,
     root::Sum,
     store::Store,
     writer::{from_word, to_word},
@@ -32,7 +33,7 @@ use silo_block::{block::BlockIndex, geometry::Geometry};
 use std::{
     collections::HashMap,
     ops::Range,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, Mutex, PoisonError, RwLock},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -83,10 +84,10 @@ impl Packs {
 
 /// A generation. Share it by [`Arc`].
 pub struct Generation {
-    store: Arc<Store>,
-    line: LineName,
+    pub(crate) store: Arc<Store>,
+    pub(crate) line: LineName,
     entry: Entry,
-    refers: Refers,
+    pub(crate) refers: Refers,
     keys: HashMap<DataKeyId, DataKey>,
     label: String,
     parent: Option<(LineName, u64)>,
@@ -94,6 +95,8 @@ pub struct Generation {
     packs: RwLock<Packs>,
     opener: Option<(MapRef, Opener)>,
     cache: Cache,
+    /// What it refers to is kept in the store, for as long as this is open.
+    pub(crate) pin: Mutex<Option<Pin>>,
 }
 
 /// Where a block is.
@@ -183,6 +186,7 @@ impl Generation {
             packs: RwLock::new(packs),
             opener,
             cache: Cache::new(cache, Duration::from_secs(300)),
+            pin: Mutex::default(),
         }))
     }
 
@@ -472,6 +476,10 @@ impl Generation {
 
     /// Reads whole blocks: `buf` is a multiple of the block size.
     pub(crate) fn read_blocks(&self, device: usize, first: u64, buf: &mut [u8]) -> Result<()> {
+        self.try_read_blocks(device, first, buf).map_err(|error| self.explained(error))
+    }
+
+    fn try_read_blocks(&self, device: usize, first: u64, buf: &mut [u8]) -> Result<()> {
         let size = self.parts[device].entry.geometry.block() as usize;
         for (at, out) in buf.chunks_mut(size).enumerate() {
             match self.place(device, BlockIndex(first + at as u64))? {

@@ -99,6 +99,18 @@ impl Generation {
         done: &AtomicU64,
         stop: &AtomicBool,
     ) -> Result<Restored> {
+        let restored = self.try_restore(name, target, options, done, stop);
+        restored.map_err(|error| self.explained(error))
+    }
+
+    fn try_restore(
+        &self,
+        name: &str,
+        target: &dyn BlockDevice,
+        options: RestoreOptions,
+        done: &AtomicU64,
+        stop: &AtomicBool,
+    ) -> Result<Restored> {
         let (device, start) = (self.find(name)?, Instant::now());
         let _span = tracing::info_span!("restore", line = %self.line, number = self.number(), name)
             .entered();

@@ -11,5 +11,6 @@ mod faults;
 mod keys;
 mod lines;
 mod moto;
+mod pins;
 mod slow;
 mod support;
