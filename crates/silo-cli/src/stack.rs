@@ -33,7 +33,7 @@ use crate::{
     metrics::{CacheFigures, DeviceFigures, FilterFigures, Metrics, MoveFigures, Tracking},
     note,
 };
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use identity::{HostName, Identity};
 use silo::{
     device::DeviceName,
@@ -142,6 +142,7 @@ impl Devices {
     /// # Errors
     /// If a part of a device cannot be opened, or its content is not what the config says.
     pub(crate) fn open(config: &Config, host: &Host, role: &Role) -> Result<Self> {
+        check_kept(config, role)?;
         let mut lowers = BTreeMap::new();
         for (name, device) in &config.device {
             let lower = Lower::open(name, device, host);
@@ -178,6 +179,24 @@ impl Devices {
             .collect::<Result<_>>()?;
         Ok(Self { stacks, capture, volumes })
     }
+}
+
+/// What a note says of blocks is of bytes that are gone if what kept them is: it must not be made
+/// anew, as a config may say, and taken for them.
+fn check_kept(config: &Config, role: &Role) -> Result<()> {
+    let (Role::GoOn(_), Some(migrate)) = (role, &config.migrate) else { return Ok(()) };
+    let group = config.members(migrate.group.as_deref()).context("the group to move")?;
+    for name in group.1 {
+        let place = config.device.get(&name).and_then(DeviceConfig::place);
+        if let Some(place) = place.filter(|place| !place.exists()) {
+            bail!(
+                "device \"{name}\": {} is gone, and the note of its move says what was in it; bring \
+                 it back, or remove the note to begin anew",
+                place.display()
+            );
+        }
+    }
+    Ok(())
 }
 
 /// A device that can move. What is not known to be zeros is sent and compared, never assumed.

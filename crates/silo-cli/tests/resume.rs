@@ -29,7 +29,11 @@ struct Rig {
 impl Rig {
     /// A source with a disk of noise.
     fn new(seed: u64) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::within(&std::env::temp_dir(), seed)
+    }
+
+    fn within(parent: &Path, seed: u64) -> Self {
+        let dir = tempfile::tempdir_in(parent).unwrap();
         let tls = dir.path().join("tls");
         let tls = tls.to_str().unwrap();
         silo(["tls", "init", tls]).good();
@@ -99,8 +103,12 @@ fn last_json(text: &str) -> serde_json::Value {
 
 #[test]
 fn a_destination_killed_after_the_devices_changed_hands_goes_on_with_the_same_command() {
-    for source_too in [false, true] {
-        let rig = Rig::new(1);
+    // Memory of the host survives the process as a file does.
+    let memory = Path::new("/dev/shm");
+    for (source_too, parent) in
+        [(false, &*std::env::temp_dir()), (true, &*std::env::temp_dir()), (true, memory)]
+    {
+        let rig = Rig::within(parent, 1);
         let mut source = rig.source(EARLY);
         let destination = rig.destination();
         destination.next();
@@ -240,4 +248,35 @@ fn after_restarts_of_both_ends_a_move_back_sends_the_difference_unless_somebody_
             report["sent"].as_object().unwrap().values().map(|n| n.as_u64().unwrap()).sum();
         assert_eq!(blocks, if touched { SIZE as u64 / 4096 } else { 1 }, "{report}");
     }
+}
+
+#[test]
+fn a_note_whose_file_is_gone_is_not_believed_of_a_file_that_would_be_made_anew() {
+    let rig = Rig::new(5);
+    let source = rig.source("bandwidth = \"700K\"\nin-flight = \"1M\"\n");
+    let destination = rig.destination();
+    let some = || {
+        let note = FileLedger::new(rig.at("destination.note")).load().unwrap()?;
+        let absent: u64 = note.devices[0].record.absent.iter().map(|range| range.count).sum();
+        (absent < SIZE as u64 / 4096 - 100).then_some(())
+    };
+    let deadline = Instant::now() + common::LIMIT;
+    while some().is_none() {
+        assert!(Instant::now() < deadline, "nothing is noted");
+        thread::sleep(Duration::from_millis(10));
+    }
+    kill(destination);
+    // As a restart of the host does it to what was in memory.
+    fs::remove_file(rig.at("destination.raw")).unwrap();
+    let config = rig.config("destination", "");
+    let refused = silo(["connect", "--config", &config]).failed(1, "destination.raw is gone");
+    assert!(refused.err.contains("remove the note"), "{refused:?}");
+    assert!(!rig.at("destination.raw").exists(), "and none was made");
+    fs::remove_file(rig.at("destination.note")).unwrap();
+    let destination = rig.destination();
+    destination.next();
+    assert_eq!(destination.next()["complete"], true);
+    source.wait().good();
+    destination.stop().good();
+    assert!(fs::read(rig.at("destination.raw")).unwrap() == rig.content);
 }
