@@ -73,7 +73,7 @@ impl Beside {
         self.stage.store(stage as u8, Ordering::SeqCst);
     }
 
-    fn is(&self, stage: Stage) -> bool {
+    pub(super) fn is(&self, stage: Stage) -> bool {
         self.stage.load(Ordering::SeqCst) == stage as u8
     }
 

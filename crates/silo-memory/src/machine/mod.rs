@@ -22,9 +22,11 @@ mod beside;
 mod faults;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 pub use crate::sys;
 pub use faults::{FaultStats, FaultSummary};
+pub use watch::Watcher;
 
 use beside::{Beside, Stage};
 use silo_block::{
@@ -43,6 +45,7 @@ use std::{
     time::Instant,
 };
 use sys::{CopyOutcome, Userfault, feature};
+use watch::Watchers;
 
 /// What the kernel can do for memory on this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,6 +101,7 @@ pub struct Memory {
     shared: Arc<Shared>,
     attached: RwLock<Option<Attached>>,
     beside: Beside,
+    watchers: Mutex<Watchers>,
 }
 
 /// What the fault thread shares with the rest.
@@ -177,6 +181,7 @@ impl Memory {
             }),
             attached: RwLock::new(None),
             beside: Beside::new(blocks),
+            watchers: Mutex::default(),
             name,
         }
     }
@@ -258,8 +263,11 @@ impl Memory {
             (true, false) => Stage::Receiving,
             (true, true) => Stage::Armed,
         };
+        let protected = tracking == Tracking::WriteProtect && mapping.incoming;
+        let mut watchers = self.watchers();
         let mut place = self.attached.write().unwrap_or_else(PoisonError::into_inner);
         self.beside.enter(stage);
+        watchers.enter(protected);
         *place = Some(Attached {
             userfault,
             pagemap,
@@ -273,8 +281,10 @@ impl Memory {
 
     /// The monitor is gone; the content stays.
     pub fn detach(&self) {
+        let mut watchers = self.watchers();
         let mut place = self.attached.write().unwrap_or_else(PoisonError::into_inner);
         self.beside.enter(Stage::Detached);
+        watchers.enter(false);
         place.take();
     }
 
@@ -405,31 +415,28 @@ impl Device for Memory {
     }
 
     fn start_tracking(&self) -> Result<()> {
+        let mut watchers = self.watchers();
+        if watchers.tracking && watchers.any() {
+            // Others are told what was written before.
+            self.look(&mut watchers)?;
+        } else {
+            self.beside.forget_written();
+            self.protect()?;
+            watchers.tracking = true;
+        }
         *self.returned.lock().unwrap_or_else(PoisonError::into_inner) = BlockSet::new(self.blocks);
-        self.beside.forget_written();
-        self.with_attached("start tracking", |attached| {
-            if attached.tracking == Tracking::None {
-                return Err(io::Error::new(
-                    io::ErrorKind::Unsupported,
-                    "this kernel has no WP_ASYNC (Linux 6.7); move by post-copy",
-                ));
-            }
-            attached.userfault.write_protect(attached.address, self.blocks * BLOCK_SIZE as u64)
-        })
+        Ok(())
     }
 
     fn take_dirty(&self) -> Result<BlockSet> {
-        let mut dirty = std::mem::replace(
+        let mut watchers = self.watchers();
+        let mut dirty = self.look(&mut watchers)?;
+        let returned = std::mem::replace(
             &mut *self.returned.lock().unwrap_or_else(PoisonError::into_inner),
             BlockSet::new(self.blocks),
         );
-        self.beside.take_written(&mut dirty);
-        let scanned = self.with_attached("track", |attached| self.scan(attached, &mut dirty));
-        if let Err(error) = scanned {
-            self.put_back(&dirty);
-            return Err(error);
-        }
-        // A block that has not arrived cannot have been written; one that is just arriving can.
+        dirty.union_with(&returned);
+        // What was given back before an arrival may be elsewhere by now.
         let holes = self.holes();
         let mut absent = holes.missing.clone();
         absent.subtract(&holes.landing);

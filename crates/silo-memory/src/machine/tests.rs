@@ -1,6 +1,7 @@
 //! Against the running kernel: this process plays the monitor and the guest.
 
 mod beside;
+mod watch;
 
 use super::*;
 use std::{num::NonZeroUsize, ptr::NonNull, sync::mpsc, thread, time::Duration};
