@@ -29,7 +29,10 @@ use crate::{
     writer::{from_word, to_word},
 };
 use cache::{Cache, Key, Value};
-use silo_block::{block::BlockIndex, geometry::Geometry};
+use silo_block::{
+    block::{BlockIndex, BlockSet},
+    geometry::Geometry,
+};
 use std::{
     collections::HashMap,
     ops::Range,
@@ -366,6 +369,24 @@ impl Generation {
             Content::Zero => Place::Zero,
             Content::At { pack, slot } => Place::At { pack, slot },
         })
+    }
+
+    /// The blocks of a device that are not zeros.
+    ///
+    /// # Errors
+    /// If there is no such device, or the store cannot be read.
+    pub fn data_blocks(&self, name: &str) -> Result<BlockSet> {
+        let device = self.find(name)?;
+        let blocks = self.parts[device].entry.geometry.blocks();
+        let mut data = BlockSet::new(blocks);
+        for leaf in 0..blocks.div_ceil(LEAF_BLOCKS) {
+            for (at, word) in self.leaf(device, leaf)?.iter().enumerate() {
+                if from_word(*word) != Content::Zero {
+                    data.insert(BlockIndex(leaf * LEAF_BLOCKS + at as u64));
+                }
+            }
+        }
+        Ok(data)
     }
 
     /// Calls `each` with every pack that blocks of this are in.

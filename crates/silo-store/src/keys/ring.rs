@@ -49,6 +49,14 @@ impl KeyRing {
         }
     }
 
+    /// Keys as the text of a key file, read by somebody else; `from` says where, for messages.
+    ///
+    /// # Errors
+    /// If it holds no keys.
+    pub fn from_text(text: &str, from: &str) -> Result<Self, KeyError> {
+        Self::parse(text, from.to_owned())
+    }
+
     /// Keys that are given, the one in use first.
     ///
     /// # Errors
