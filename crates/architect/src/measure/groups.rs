@@ -2,7 +2,7 @@
 //! prefixes that it names.
 
 use super::{
-    Setting,
+    Setting, backups,
     cell::{Cell, Link},
     ours::{Bed, Machine, SETTLE, Sample},
     versus,
@@ -101,6 +101,12 @@ pub(super) const ALL: &[Group] = &[
         bars: &["move.versus.1gib.100mbs.1000mbit"],
         run: narrow,
     },
+    Group {
+        name: "backups",
+        about: "256 MiB at 100 MB/s, 30 generations to a store in a folder, with the checker",
+        bars: &["backup.machine."],
+        run: backups::backups,
+    },
 ];
 
 /// A value of each sample.
@@ -117,7 +123,7 @@ fn blackouts(samples: &[Sample]) -> anyhow::Result<Samples> {
 
 /// Rows of a figure that has a median, a largest value and, where there are enough, a 99th
 /// percentile.
-fn spread(
+pub(super) fn spread(
     bar: &str,
     unit: &str,
     samples: &Samples,
@@ -139,7 +145,7 @@ fn spread(
 }
 
 /// A count that must be zero.
-fn none_of(bar: &str, count: u64) -> Row {
+pub(super) fn none_of(bar: &str, count: u64) -> Row {
     Row::judged(bar, count as f64, "", None, Some(Target::AtMost(0.0)))
 }
 
@@ -416,7 +422,8 @@ mod tests {
             ALL.iter().filter(|group| group.concerns(prefix)).map(|group| group.name).collect()
         };
         assert_eq!(names("").len(), ALL.len());
-        assert_eq!(names("move.").len(), ALL.len());
+        assert_eq!(names("move.").len(), ALL.len() - 1);
+        assert_eq!(names("backup.machine.pause"), ["backups"]);
         assert_eq!(names("move.size"), ["sizes"]);
         assert_eq!(names("move.gap.1gib"), ["busy"]);
         assert_eq!(names("move.mismatches."), ["busy", "modes"]);

@@ -10,6 +10,7 @@
 //! is a failed run, with the ends of the logs, never a sample less. What needs 200 moves (a 99th
 //! percentile) is left out and named when there were fewer.
 
+mod backups;
 mod cell;
 mod groups;
 mod journal;

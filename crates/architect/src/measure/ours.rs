@@ -10,7 +10,7 @@ use anyhow::{Context, bail, ensure};
 use drafter::{
     migrate::{messages::Mode, planner::Budgets, timings::MoveReport},
     runner::{
-        api::Request,
+        api::{BackupReport, BackupRequest, Request},
         state::{MachineDir, machines},
     },
 };
@@ -256,6 +256,17 @@ impl Machine {
         let words = ["/usr/bin/oracle", "verify"];
         let (_, out) = bed.fleet.runner(self.runner()).exec(&words, PASS)?;
         Findings::read(&out)
+    }
+
+    /// Stores a generation of it.
+    pub(super) fn back_up(
+        &self,
+        bed: &Bed,
+        request: &BackupRequest,
+    ) -> anyhow::Result<BackupReport> {
+        let mut client = bed.fleet.runner(self.runner()).client()?;
+        client.set_deadline(Some(PASS))?;
+        Ok(client.get(&Request::Backup(request.clone()))?)
     }
 
     /// Starts the Redis client.
