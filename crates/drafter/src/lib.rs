@@ -4,6 +4,7 @@
 //! channel, and moved by [`migrate`] under the authority of a [`lease`]. One [`runner`] process
 //! owns one machine on one host.
 
+pub mod checkpoint;
 pub mod cli;
 pub mod driver;
 pub mod guest;

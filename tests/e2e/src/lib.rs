@@ -17,6 +17,7 @@ pub mod moves;
 pub mod peer;
 pub mod proxy;
 mod stage;
+pub mod writers;
 
 pub use stage::{Stage, program};
 

@@ -130,6 +130,9 @@ pub(super) fn status(args: &NameArgs, state: &StateArgs, format: Format) -> anyh
         if status.stay_bytes > 0 {
             text += &format!("\nkept of an earlier stay: {}", bytes(status.stay_bytes));
         }
+        if let Some(backup) = &status.backup {
+            text += &super::backup::state_line(backup);
+        }
         for report in &status.moves {
             text += &format!("\n{report}");
         }

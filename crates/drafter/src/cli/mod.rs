@@ -2,6 +2,7 @@
 //!
 //! A command talks to a runner over its API socket and owns nothing: ending it harms no machine.
 
+mod backup;
 mod list;
 mod machine;
 mod moves;
@@ -51,6 +52,12 @@ pub enum Command {
     Job(moves::JobCommand),
     /// Save a machine to a directory and end it here
     Suspend(machine::SuspendArgs),
+    /// Store a generation of a running machine in an object store, once or every so often
+    Backup(backup::BackupArgs),
+    /// What a store has of machines
+    Generations(backup::GenerationsArgs),
+    /// Run a machine from a generation in a store, on this host
+    Restore(run::RestoreArgs),
     /// End a machine
     Stop(machine::StopArgs),
     /// Remove what this host keeps of a machine that does not run here
@@ -81,6 +88,9 @@ pub fn execute(command: Command, state: &StateArgs) -> anyhow::Result<()> {
         Command::Migrate(args) => moves::migrate(args, state, format),
         Command::Job(command) => moves::job(command, state, format),
         Command::Suspend(args) => machine::suspend(&args, state, format),
+        Command::Backup(args) => backup::backup(&args, state, format),
+        Command::Generations(args) => backup::generations(&args, format),
+        Command::Restore(args) => run::restore(args, state),
         Command::Stop(args) => machine::stop(&args, state, format),
         Command::Remove(args) => machine::remove(&args, state, format),
         Command::Stay(command) => machine::stay(&command, state, format),

@@ -1,11 +1,13 @@
-//! `run`, `receive`, `resume`: the commands that become (or start) a runner.
+//! `run`, `receive`, `resume`, `restore`: the commands that become (or start) a runner.
 
-use super::StateArgs;
+use super::{StateArgs, backup::HistoryArgs};
 use crate::driver::DiskKind;
 use crate::runner::{
     self,
     api::{Client, Request},
-    config::{AcceleratorChoice, Boot, Launch, NetworkConfig, RunnerConfig, SecurityConfig},
+    config::{
+        AcceleratorChoice, Boot, Launch, NetworkConfig, RestoreFrom, RunnerConfig, SecurityConfig,
+    },
     state::{MachineDir, check_name},
 };
 use anyhow::{Context, bail};
@@ -157,6 +159,31 @@ pub struct ResumeArgs {
     on: HostArgs,
 }
 
+/// `drafter restore`.
+#[derive(Args, Debug)]
+pub struct RestoreArgs {
+    /// The machine's name
+    name: String,
+    #[command(flatten)]
+    history: HistoryArgs,
+    /// Which generation [default: the newest]
+    #[arg(long, value_name = "NUMBER")]
+    generation: Option<u64>,
+    /// The host that owned the machine: it was stopped there, or that host will never come back. Said
+    /// wrongly, the machine runs twice
+    #[arg(long, value_name = "HOST")]
+    take_from: Option<String>,
+    /// Run at once; what the guest touches is fetched first, and then the rest. Until all is here the
+    /// store must stay, and the machine cannot move or be suspended
+    #[arg(long)]
+    lazy: bool,
+    /// Packages, or directories of packages, that the machine may need
+    #[arg(long, required = true)]
+    package: Vec<PathBuf>,
+    #[command(flatten)]
+    on: HostArgs,
+}
+
 fn parse_port(text: &str) -> Result<conduit::PortMapping, String> {
     let (ports, protocol) = match text.split_once('/') {
         None | Some((_, "tcp")) => (text.trim_end_matches("/tcp"), conduit::Protocol::Tcp),
@@ -268,6 +295,28 @@ pub(super) fn resume(args: ResumeArgs, state: &StateArgs) -> anyhow::Result<()> 
     start(config, Launch::Resume(args.from), args.on.detach)
 }
 
+pub(super) fn restore(args: RestoreArgs, state: &StateArgs) -> anyhow::Result<()> {
+    let config = config(&args.name, &args.on, args.package, state)?;
+    let from = RestoreFrom {
+        line: args.history.line(&args.name),
+        store: args.history.store()?,
+        generation: args.generation,
+        keys: args.history.keys,
+        take_from: args.take_from,
+        lazy: args.lazy,
+    };
+    start(config, Launch::Restore(from), args.on.detach)
+}
+
+/// How long a runner in the background may take until its machine is more than being started.
+fn patience(launch: &Launch) -> Duration {
+    match launch {
+        // As long as the store takes for everything; it ends by itself if the store does not answer.
+        Launch::Restore(_) => Duration::from_secs(24 * 3600),
+        _ => Duration::from_secs(120),
+    }
+}
+
 /// Becomes the runner, or starts one in the background and waits until it answers.
 fn start(config: RunnerConfig, launch: Launch, detach: bool) -> anyhow::Result<()> {
     if !detach {
@@ -284,7 +333,8 @@ fn start(config: RunnerConfig, launch: Launch, detach: bool) -> anyhow::Result<(
         // A process group of its own: Ctrl-C at the terminal is not for the machine.
         command.process_group(0).spawn().context("starting the runner")?
     };
-    let deadline = Instant::now() + Duration::from_secs(120);
+    let patience = patience(&launch);
+    let deadline = Instant::now() + patience;
     loop {
         if let Some(status) = child.try_wait()? {
             let log = std::fs::read_to_string(&log_path).unwrap_or_default();
@@ -304,7 +354,10 @@ fn start(config: RunnerConfig, launch: Launch, detach: bool) -> anyhow::Result<(
             return Ok(());
         }
         if Instant::now() > deadline {
-            bail!("the runner did not answer within 120 s; its log is {}", log_path.display());
+            bail!(
+                "the machine is not there within {patience:?}; its log is {}",
+                log_path.display()
+            );
         }
         std::thread::sleep(Duration::from_millis(20));
     }

@@ -132,6 +132,19 @@ impl GuestChannel {
         }
     }
 
+    /// For a pause after which the machine goes on here: says nothing more until
+    /// [`GuestChannel::release`], and gives the monitor up to `limit` to take what was said. Requests
+    /// wait, those that were sent are answered after the pause, and the guest notices nothing. False
+    /// if the monitor did not take everything: it may write to the guest's memory during the pause.
+    pub fn hold(&self, limit: Duration) -> bool {
+        self.connection.hold(limit)
+    }
+
+    /// Ends a [`GuestChannel::hold`].
+    pub fn release(&self) {
+        self.connection.release();
+    }
+
     /// Whether it was closed or told to be silent: nothing can be asked by it any more.
     #[must_use]
     pub fn is_over(&self) -> bool {

@@ -64,6 +64,10 @@ struct State {
     /// What happened last, for messages.
     last: String,
     voice: Voice,
+    /// Nothing is said just now: the guest stands still for a moment.
+    held: bool,
+    /// Lines that are being written, or are about to be.
+    writers: u32,
     closed: bool,
 }
 
@@ -107,6 +111,8 @@ impl Connection {
             next_id: 1,
             last: "not tried yet".to_owned(),
             voice: if silent { Voice::Listening } else { Voice::Speaking },
+            held: false,
+            writers: 0,
             closed: false,
         };
         let connection = Self {
@@ -155,6 +161,7 @@ impl Connection {
             let left = match state.voice {
                 _ if state.closed => return false,
                 Voice::Hushed => return false,
+                _ if state.held => Duration::from_secs(3600),
                 Voice::Speaking => return true,
                 Voice::Listening => Duration::from_secs(3600),
                 Voice::From(at) => at.saturating_duration_since(Instant::now()),
@@ -199,15 +206,37 @@ impl Connection {
         self.changed.notify_all();
         // Without a greeting a hello may be on its way.
         let Some(stream) = stream else { return false };
-        // A line that is being written ends first. The kernel tells nobody when bytes are taken.
-        let quiet = || self.writing.try_lock().is_ok() && untaken(&*stream) == 0;
-        while !quiet() {
+        self.is_quiet_by(&stream, deadline)
+    }
+
+    /// Waits until the monitor has taken every line; a line that is being written ends first. False
+    /// at the deadline.
+    fn is_quiet_by(&self, stream: &UnixStream, deadline: Instant) -> bool {
+        // The kernel tells nobody when bytes are taken.
+        while self.state().writers > 0 || untaken(stream) > 0 {
             if Instant::now() >= deadline {
                 return false;
             }
             std::thread::sleep(Duration::from_micros(100));
         }
         true
+    }
+
+    /// Says nothing until [`Connection::release`]; requests wait. False if the monitor has not taken
+    /// all that was said within `limit`, or no agent is there, to whom a hello may be on its way.
+    pub(super) fn hold(&self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        let mut state = self.state();
+        state.held = true;
+        let Some(stream) = state.greeted.clone() else { return false };
+        drop(state);
+        self.is_quiet_by(&stream, deadline)
+    }
+
+    /// Ends a [`Connection::hold`].
+    pub(super) fn release(&self) {
+        self.state().held = false;
+        self.changed.notify_all();
     }
 
     /// Waits for an agent, then sends the request that `build` makes of its id. Answers come by
@@ -219,7 +248,7 @@ impl Connection {
     ) -> Result<(u64, Receiver<Answer>), SendError> {
         let mut state = self.state();
         let stream = loop {
-            if let Some(stream) = &state.greeted {
+            if let (Some(stream), false) = (&state.greeted, state.held) {
                 break Arc::clone(stream);
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -238,10 +267,13 @@ impl Connection {
         state.next_id += 1;
         let (answers, receiver) = sync_channel(OUTPUT_QUEUE);
         state.waiting.insert(id, answers);
+        // With the lock: whoever wants silence from here on sees that this line is still to come.
+        state.writers += 1;
         drop(state);
         let writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let written = (&*stream).write_all(&line);
         drop(writing);
+        self.state().writers -= 1;
         if let Err(error) = written {
             // Half a line may be out there: nothing more can be said on this connection.
             let _ = stream.shutdown(std::net::Shutdown::Both);

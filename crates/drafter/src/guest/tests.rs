@@ -477,3 +477,48 @@ fn a_channel_whose_monitor_takes_nothing_is_closed_rather_than_hushed() {
     assert!(matches!(hear(&mut reader), Some(HostMessage::Ping { .. })));
     assert!(hear(&mut reader).is_none(), "the connection ended");
 }
+
+#[test]
+fn a_held_channel_says_nothing_and_after_it_every_request_has_its_answer() {
+    let (_folder, path) = socket();
+    let listener = UnixListener::bind(&path).unwrap();
+    let channel = Arc::new(GuestChannel::connect(&path, "m").unwrap());
+    let (stream, mut reader) = greet(&listener);
+    let ask = || {
+        let asking = Arc::clone(&channel);
+        std::thread::spawn(move || asking.ping(SOON))
+    };
+    let before = ask();
+    let Some(HostMessage::Ping { id: first }) = hear(&mut reader) else { panic!("no ping") };
+    assert!(channel.hold(SOON), "the monitor has taken everything");
+    assert!(!channel.is_over());
+    let during = ask();
+    std::thread::sleep(Duration::from_millis(20));
+    assert!(!heard_something(&stream), "something was said to a guest that stands still");
+    channel.release();
+    let Some(HostMessage::Ping { id: second }) = hear(&mut reader) else { panic!("no ping") };
+    for id in [second, first] {
+        (&stream).write_all(&GuestMessage::Done { id }.encode().unwrap()).unwrap();
+    }
+    before.join().unwrap().unwrap();
+    during.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_channel_whose_monitor_takes_nothing_is_held_but_not_quiet() {
+    let (_folder, path) = socket();
+    let listener = UnixListener::bind(&path).unwrap();
+    let channel = Arc::new(GuestChannel::connect(&path, "m").unwrap());
+    let (stream, mut reader) = greet(&listener);
+    assert!(channel.greeted_within(SOON));
+    let asking = Arc::clone(&channel);
+    let asked = std::thread::spawn(move || asking.ping(SOON));
+    while !heard_something(&stream) {
+        std::thread::yield_now();
+    }
+    assert!(!channel.hold(Duration::from_millis(30)), "the request is in the socket");
+    channel.release();
+    let Some(HostMessage::Ping { id }) = hear(&mut reader) else { panic!("no ping") };
+    (&stream).write_all(&GuestMessage::Done { id }.encode().unwrap()).unwrap();
+    asked.join().unwrap().unwrap();
+}

@@ -54,6 +54,11 @@ pub enum Request {
         /// An empty or absent directory on the runner's host.
         directory: PathBuf,
     },
+    /// Stores a generation of the running machine, or does so from now on; answers with a
+    /// [`BackupReport`] when it is durable.
+    Backup(BackupRequest),
+    /// Ends a continuous backup; what was stored stays.
+    EndBackup,
     /// Ends the machine: orderly if it answers in time, else at once.
     Stop {
         /// How long the guest may take, seconds; 0 means at once.
@@ -76,6 +81,104 @@ pub struct MigrateRequest {
     pub budgets: Budgets,
     /// Prepare only, and say what would happen.
     pub dry_run: bool,
+}
+
+/// Text that is not shown: keys and credentials on their way from a command to its runner.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Secret(pub String);
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("(secret)")
+    }
+}
+
+/// Parameters of a backup.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct BackupRequest {
+    /// The store's address, as silo takes it.
+    pub store: String,
+    /// The history in it, `tenant/line`.
+    pub line: String,
+    /// The tenant's keys, as the text of a key file.
+    pub keys: Secret,
+    /// Where the keys were read, for messages.
+    pub keys_from: String,
+    /// The variables with the store's credentials.
+    pub environment: Vec<(String, Secret)>,
+    /// A generation at least this often from now on, milliseconds; else one generation.
+    pub every_ms: Option<u64>,
+    /// What to call the generation.
+    pub label: String,
+}
+
+/// A generation that was stored.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct BackupReport {
+    /// The machine.
+    pub machine: String,
+    /// The store.
+    pub store: String,
+    /// The history, `tenant/line`.
+    pub line: String,
+    /// The generation's number.
+    pub number: u64,
+    /// Only what was written since the generation before was looked at; else everything was compared.
+    pub changes_only: bool,
+    /// How long the machine stood still, all pauses together, milliseconds.
+    pub pause_ms: f64,
+    /// How often it did: more than once if a pause came too early.
+    pub pauses: u32,
+    /// How often written memory was looked for and copied aside.
+    pub rounds: u32,
+    /// Memory that was copied aside, bytes.
+    pub copied_bytes: u64,
+    /// Of it, during the pause.
+    pub copied_paused_bytes: u64,
+    /// Blocks of 4 KiB that were read for it.
+    pub blocks: u64,
+    /// Of them, zeros.
+    pub zeros: u64,
+    /// Of them, content that the store had.
+    pub known: u64,
+    /// Content that it had not, bytes before compression.
+    pub new_bytes: u64,
+    /// Bytes that the generation cost in the store.
+    pub stored_bytes: u64,
+    /// Requests to the store.
+    pub requests: u64,
+    /// From the freeze to the commit, milliseconds.
+    pub stored_ms: f64,
+    /// From the request to the commit, milliseconds.
+    pub total_ms: f64,
+    /// Another follows this long after, milliseconds.
+    pub every_ms: Option<u64>,
+}
+
+/// How a continuous backup does.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct BackupState {
+    /// The store.
+    pub store: String,
+    /// The history, `tenant/line`.
+    pub line: String,
+    /// A generation at least this often, milliseconds.
+    pub every_ms: u64,
+    /// Generations that it has stored.
+    pub generations: u64,
+    /// The newest of them.
+    pub newest: Option<u64>,
+    /// How old that is, seconds.
+    pub age_s: Option<f64>,
+    /// How long the machine stood still for it, milliseconds.
+    pub pause_ms: Option<f64>,
+    /// Rounds that failed.
+    pub failures: u64,
+    /// What went wrong last, until something goes well again.
+    pub error: Option<String>,
+    /// It stores nothing more: another writer has taken the history.
+    pub ended: bool,
 }
 
 /// What a runner answers.
@@ -155,7 +258,7 @@ pub struct Status {
     pub runner_pid: u32,
     /// Process id of the monitor, if one runs.
     pub monitor_pid: Option<u32>,
-    /// One word: standby, booting, running, moving, receiving, paused, stopped, failed.
+    /// One word: standby, booting, running, saving, moving, receiving, paused, stopped, failed.
     pub state: String,
     /// Why, for people, where the word is not enough.
     pub detail: String,
@@ -173,6 +276,9 @@ pub struct Status {
     pub job: Option<Progress>,
     /// Moves that this runner has sent.
     pub moves: Vec<MoveReport>,
+    /// The continuous backup, if there is one.
+    #[serde(default)]
+    pub backup: Option<BackupState>,
 }
 
 /// What a client could not do.

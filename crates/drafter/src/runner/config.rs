@@ -92,8 +92,27 @@ pub enum Launch {
     Receive,
     /// Continues from a directory that `suspend` wrote.
     Resume(PathBuf),
+    /// Continues from a generation in a store.
+    Restore(RestoreFrom),
     /// Takes a running monitor over from a runner that is gone.
     TakeOver(Boot),
+}
+
+/// A generation of a machine, and the right to run it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RestoreFrom {
+    /// The store's address, as silo takes it.
+    pub store: String,
+    /// The history in it, `tenant/line`.
+    pub line: String,
+    /// Which generation; the newest if absent.
+    pub generation: Option<u64>,
+    /// The file with the tenant's keys; without it the variable SILO_KEYS holds them.
+    pub keys: Option<PathBuf>,
+    /// The host that owned the machine, which will not run it again.
+    pub take_from: Option<String>,
+    /// Runs at once, and brings what is touched first and the rest after it.
+    pub lazy: bool,
 }
 
 /// Facts of a new machine.

@@ -10,6 +10,7 @@
 
 use super::hosted::fail;
 use crate::{
+    checkpoint::capture::DiskCopies,
     driver::{DiskKind, UrgentHelpers},
     migrate::source::MachineError,
 };
@@ -56,6 +57,9 @@ pub(super) struct VhostDisk {
     trouble: Arc<Mutex<Option<Trouble>>>,
 }
 
+/// What the guest is served of a disk, and the disk.
+type Served<'a> = (Arc<dyn BlockDevice>, &'a Arc<Disk>);
+
 /// A request that cannot be done until somebody helps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct DiskTrouble {
@@ -65,39 +69,41 @@ pub(super) struct DiskTrouble {
 }
 
 impl DiskServers {
-    /// Serves each disk on a socket of its own in `run_dir`. `memory`: the machine's, for the
-    /// servers that touch it.
+    /// Serves each disk, as `copies` has it, on a socket of its own in `run_dir`. `memory`: the
+    /// machine's, for the servers that touch it.
     pub(super) fn start(
         kind: DiskKind,
         disks: &[Arc<Disk>],
+        copies: &DiskCopies,
         memory: &Arc<Memory>,
         vcpus: u32,
         run_dir: &Path,
     ) -> Result<Self, MachineError> {
+        let served = |at| Arc::new(copies.served(at)) as Arc<dyn BlockDevice>;
+        let served: Vec<_> = (0..disks.len()).map(served).zip(disks).collect();
         match kind {
-            DiskKind::Nbd => Self::start_nbd(disks, run_dir),
-            DiskKind::VhostUserBlk => Self::start_vhost_user(disks, memory, vcpus, run_dir),
+            DiskKind::Nbd => Self::start_nbd(&served, run_dir),
+            DiskKind::VhostUserBlk => Self::start_vhost_user(&served, memory, vcpus, run_dir),
         }
     }
 
-    fn start_nbd(disks: &[Arc<Disk>], run_dir: &Path) -> Result<Self, MachineError> {
-        let start = |disk: &Arc<Disk>| {
+    fn start_nbd(disks: &[Served<'_>], run_dir: &Path) -> Result<Self, MachineError> {
+        let start = |(device, disk): &Served<'_>| {
             ready(disk)?;
-            let device: Arc<dyn BlockDevice> = disk.clone();
             let socket = socket(disk, run_dir);
-            NbdServer::start(&socket, device, NbdOptions::default()).map_err(fail)
+            NbdServer::start(&socket, Arc::clone(device), NbdOptions::default()).map_err(fail)
         };
         disks.iter().map(start).collect::<Result<_, _>>().map(Self::Nbd)
     }
 
     fn start_vhost_user(
-        disks: &[Arc<Disk>],
+        disks: &[Served<'_>],
         memory: &Arc<Memory>,
         vcpus: u32,
         run_dir: &Path,
     ) -> Result<Self, MachineError> {
         let pages: Arc<dyn GuestPages> = Arc::new(Pages::of(memory).map_err(fail)?);
-        let start = |disk: &Arc<Disk>| {
+        let start = |(served, disk): &Served<'_>| {
             ready(disk)?;
             let trouble = Arc::new(Mutex::new(None));
             let told = Arc::clone(&trouble);
@@ -124,7 +130,7 @@ impl DiskServers {
                 full: OnError::Pause,
                 patience: PATIENCE,
             };
-            let device = Arc::new(Policied::new(disk.clone(), policy, tell));
+            let device = Arc::new(Policied::new(Arc::clone(served), policy, tell));
             let options = VhostOptions {
                 serial: name.clone(),
                 queues: u16::try_from(vcpus).unwrap_or(u16::MAX),
@@ -178,18 +184,28 @@ impl DiskServers {
     /// # Errors
     /// If a ring still runs, or its monitor is not connected; then the machine must go on here.
     pub(super) fn after_pause(&self, disks: &[Arc<Disk>]) -> Result<(), MachineError> {
-        let Self::VhostUser(servers) = self else { return Ok(()) };
-        for disk in servers {
-            if !disk.server.is_at_rest() {
-                return Err(fail(format!(
-                    "requests of disk \"{}\" did not end at the pause",
-                    disk.name
-                )));
-            }
+        if matches!(self, Self::Nbd(_)) {
+            return Ok(());
         }
+        self.at_rest()?;
         // What the guest wrote and did not flush: as QEMU does it at a stop where it has the disk.
         // Under the policy of a switchover this begins the sync and does not wait for it.
         disks.iter().try_for_each(|disk| disk.flush()).map_err(fail)
+    }
+
+    /// After a pause: makes sure that no vhost-user disk touches memory or disk any more. (The monitor
+    /// has waited for requests of NBD disks itself.)
+    ///
+    /// # Errors
+    /// If a ring still runs, or its monitor is not connected.
+    pub(super) fn at_rest(&self) -> Result<(), MachineError> {
+        let Self::VhostUser(disks) = self else { return Ok(()) };
+        match disks.iter().find(|disk| !disk.server.is_at_rest()) {
+            None => Ok(()),
+            Some(disk) => {
+                Err(fail(format!("requests of disk \"{}\" did not end at the pause", disk.name)))
+            }
+        }
     }
 
     /// Before the machine goes on after a pause: waits until its monitor is there for that. QEMU

@@ -1,11 +1,14 @@
 //! A machine's body on this host: memory, disks and their servers, tap, monitor. Built for a boot
 //! or for an arrival; torn down to what is worth keeping (memory and disks) when it has moved away.
 
+mod standstill;
+
 use super::{
     config::Boot,
     disks::{DiskServers, DiskTrouble},
 };
 use crate::{
+    checkpoint::capture::DiskCopies,
     driver::{
         Driver, DriverError, Fence, HostFacts, HostResources, MachineShape, NetworkShape, Start,
         UrgentHelpers, Vm,
@@ -28,6 +31,7 @@ use silo::{
     device::{Device, DeviceName},
     disk::{Disk, DiskOptions, FlushPolicy},
     hash::RootHash,
+    io::BlockDevice,
     memory::{FaultSummary, Mapping, Memory, Tracking},
 };
 use std::{
@@ -62,6 +66,14 @@ impl Content {
         devices.extend(self.disks.iter().map(|d| d.clone() as Arc<dyn Device>));
         devices
     }
+
+    /// The disks, made ready to be frozen for a backup.
+    fn copies(&self, folder: &Path) -> Result<DiskCopies, MachineError> {
+        let disk = |disk: &Arc<Disk>| {
+            (disk.name().as_str().to_owned(), disk.clone() as Arc<dyn BlockDevice>)
+        };
+        Ok(DiskCopies::new(self.disks.iter().map(disk).collect(), folder)?)
+    }
 }
 
 /// What building needs from the runner.
@@ -90,6 +102,8 @@ pub(super) struct Hosted {
     pub tracking: Tracking,
     /// The guest channel, once somebody opened it.
     pub guest: Option<Arc<GuestChannel>>,
+    /// Its disks as they are served, so that a backup can freeze them.
+    pub copies: DiskCopies,
     servers: DiskServers,
     /// Those of the servers that a switchover waits for, as of the last look.
     helpers: UrgentHelpers,
@@ -215,9 +229,15 @@ impl Hosted {
         site: &Site<'_>,
         start: Start,
     ) -> Result<Self, MachineError> {
-        let (kind, vcpus) = (shape.disk_kind, shape.vcpus);
-        let servers =
-            DiskServers::start(kind, &content.disks, &content.memory, vcpus, site.run_dir)?;
+        let copies = content.copies(site.run_dir)?;
+        let servers = DiskServers::start(
+            shape.disk_kind,
+            &content.disks,
+            &copies,
+            &content.memory,
+            shape.vcpus,
+            site.run_dir,
+        )?;
         if start == Start::Incoming {
             for device in content.devices() {
                 device.begin().map_err(fail)?;
@@ -246,6 +266,7 @@ impl Hosted {
         let mut hosted = Self {
             tracking: Tracking::None,
             guest: None,
+            copies,
             helpers: servers.helpers(),
             servers,
             vm,
@@ -289,9 +310,16 @@ impl Hosted {
                 track: site.track,
             })
             .map_err(fail)?;
-        let memory = Arc::new(memory);
-        let servers =
-            DiskServers::start(shape.disk_kind, &disks, &memory, shape.vcpus, site.run_dir)?;
+        let content = Content { memory: Arc::new(memory), disks };
+        let copies = content.copies(site.run_dir)?;
+        let servers = DiskServers::start(
+            shape.disk_kind,
+            &content.disks,
+            &copies,
+            &content.memory,
+            shape.vcpus,
+            site.run_dir,
+        )?;
         let vm = site.driver.take_over(site.run_dir).map_err(fail)?.ok_or_else(gone)?;
         let tap = held.tap.map(|fd| {
             let name = net.as_ref().map_or_else(String::new, |net| conduit::tap_name(net.key()));
@@ -300,6 +328,7 @@ impl Hosted {
         Ok(Self {
             tracking,
             guest: None,
+            copies,
             helpers: servers.helpers(),
             servers,
             vm,
@@ -310,7 +339,7 @@ impl Hosted {
             shape,
             package,
             net,
-            content: Content { memory, disks },
+            content,
         })
     }
 

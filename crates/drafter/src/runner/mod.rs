@@ -9,21 +9,26 @@
 //!                                      ▲                    │ discarded
 //!                                      └────────────────────┘
 //!   Running ──stop, suspend, guest ends──▶ Stopped        any ──▶ Failed
+//!   Running ◀──pause of a backup, milliseconds──▶ Saving
 //! ```
 //!
 //! The machine's body ([`hosted::Hosted`]) is lent to whoever works on it (a move's job, an
 //! arriving session); everything else answers from what [`Inner`] knows meanwhile.
 //!
 //! [`server`] answers the API, [`peer`] takes connections of other hosts, [`moves`] runs jobs,
-//! [`suspend`] saves and restores, [`take_over`] finds a machine whose runner is gone, [`disks`]
-//! serves its disks, [`trouble`] deals with disks that fail.
+//! [`suspend`] saves to a folder, [`backup`] to a store while the machine runs, [`restore`] brings it
+//! back from there; what the two share is in [`saved`]. [`take_over`] finds a machine whose runner is
+//! gone, [`disks`] serves its disks, [`trouble`] deals with disks that fail.
 
 pub mod api;
+mod backup;
 pub mod config;
 mod disks;
 mod hosted;
 mod moves;
 mod peer;
+mod restore;
+mod saved;
 mod server;
 pub mod state;
 mod suspend;
@@ -31,6 +36,7 @@ mod take_over;
 mod trouble;
 
 use crate::{
+    checkpoint::fill::StoreFill,
     driver::{
         Driver, Exit,
         qemu::{self, QemuConfig, QemuDriver},
@@ -62,6 +68,9 @@ const EDGE_LIMIT: Duration = Duration::from_secs(10);
 /// How long another host may hold the lease file's lock.
 const LEASE_LOCK_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long others wait for a machine that a backup holds still.
+const SAVING_LIMIT: Duration = Duration::from_secs(30);
+
 /// How long requests in hand may take to be answered once the machine has ended.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 
@@ -79,6 +88,8 @@ enum State {
     Standby,
     Booting,
     Running,
+    /// It stands still for a backup, and goes on at once.
+    Saving,
     Moving,
     Receiving,
     Paused,
@@ -92,6 +103,7 @@ impl State {
             Self::Standby => "standby",
             Self::Booting => "booting",
             Self::Running => "running",
+            Self::Saving => "saving",
             Self::Moving => "moving",
             Self::Receiving => "receiving",
             Self::Paused => "paused",
@@ -127,6 +139,11 @@ struct Inner {
     devices: Vec<Arc<dyn Device>>,
     jobs: BTreeMap<u64, Arc<Job>>,
     moves: Vec<MoveReport>,
+    /// What a backup would work on; here while the machine is.
+    subject: Option<backup::Subject>,
+    backups: Option<Arc<backup::Backups>>,
+    /// Where the rest of a machine is that was restored lazily, until all is here.
+    filling: Option<Arc<StoreFill>>,
     launch: serde_json::Value,
 }
 
@@ -208,6 +225,9 @@ impl Runner {
             devices: Vec::new(),
             jobs: BTreeMap::new(),
             moves: Vec::new(),
+            subject: None,
+            backups: None,
+            filling: None,
             launch: serde_json::to_value(launch).unwrap_or_default(),
         };
         Ok(Arc::new(Self {
@@ -237,6 +257,7 @@ impl Runner {
             Launch::Boot(boot) => self.boot(&boot)?,
             Launch::Receive => {}
             Launch::Resume(directory) => self.resume_from(&directory)?,
+            Launch::Restore(from) => self.restore(&from)?,
             Launch::TakeOver(boot) => self.take_over(&boot.package)?,
         }
         let ended = self.watch();
@@ -311,21 +332,17 @@ impl Runner {
         })
     }
 
-    /// Takes the lease for a machine that starts here. `expected`: what must be in the store, for
-    /// a machine that was suspended elsewhere.
-    fn acquire(&self, expected: Option<&Record>) -> Result<Holding, String> {
+    /// Takes the lease for a machine that starts here.
+    fn acquire(&self) -> Result<Holding, String> {
         let attempt = AttemptId::random().map_err(|e| e.to_string())?;
         let nonce = Nonce::random().map_err(|e| e.to_string())?;
         let found = self.store.read(&self.name).map_err(|e| e.to_string())?;
-        let new = match (&found, expected) {
-            (None, _) => Record::first(self.name.clone(), self.host.clone(), attempt, nonce),
-            (Some(record), Some(expected)) if record == expected => {
+        let new = match &found {
+            None => Record::first(self.name.clone(), self.host.clone(), attempt, nonce),
+            Some(record) if record.owner == self.host => {
                 record.taken(self.host.clone(), attempt, nonce)
             }
-            (Some(record), _) if record.owner == self.host => {
-                record.taken(self.host.clone(), attempt, nonce)
-            }
-            (Some(record), _) => {
+            Some(record) => {
                 return Err(format!(
                     "host \"{}\" owns it ({}); stop it there, or remove its lease in {} if that \
                      host will never come back",
@@ -346,7 +363,7 @@ impl Runner {
         let package = self.open_package(&boot.package)?;
         let facts = self.driver.facts().map_err(|e| e.to_string())?;
         let (shape, net) = hosted::shape_of(&self.config.machine, &package, boot, &facts);
-        let holding = self.acquire(None)?;
+        let holding = self.acquire()?;
         let paths = self.site();
         let content = hosted::new_content(&shape, &package, &paths.disks, boot.keep_disks)
             .map_err(|e| e.to_string())?;
@@ -377,6 +394,7 @@ impl Runner {
             inner.guest.clone_from(&body.guest);
             inner.monitor_pid = Some(body.monitor_pid());
             inner.devices = body.content.devices();
+            inner.subject = Some(backup::Subject::of(&body));
             inner.holding = Some(holding);
             inner.since = since;
             inner.body = Some(body);
@@ -391,9 +409,17 @@ impl Runner {
         }
     }
 
+    /// What is known, once no backup holds the machine still (or does so for too long).
+    fn settled(&self) -> MutexGuard<'_, Inner> {
+        let waited = self
+            .changed
+            .wait_timeout_while(self.lock(), SAVING_LIMIT, |inner| inner.state == State::Saving);
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
     /// Takes the body for work on it, if nobody else has it.
     fn borrow(&self, from: State, to: State) -> Result<Box<Hosted>, String> {
-        let mut inner = self.lock();
+        let mut inner = self.settled();
         if inner.state != from {
             return Err(format!(
                 "the machine is {} here, not {}{}{}",
@@ -505,7 +531,7 @@ impl Runner {
 
     /// Ends the machine: by its agent within `grace`, else at once.
     fn stop(&self, grace: Duration) -> Result<String, String> {
-        let state = self.lock().state;
+        let state = self.settled().state;
         match state {
             State::Standby => {
                 self.set_state(State::Stopped, "nothing ran here");
@@ -551,6 +577,7 @@ impl Runner {
     }
 
     fn clean_up(&self) {
+        self.leave_stores();
         let body = self.lock().body.take();
         if let Some(mut body) = body {
             body.tear_down();
@@ -561,14 +588,21 @@ impl Runner {
 
     fn status(&self) -> Status {
         let lease = self.store.read(&self.name).ok().flatten();
+        let backups = self.lock().backups.clone();
+        let backup = backups.and_then(|backups| Self::backup_state(&backups));
         let inner = self.lock();
+        let waits = inner.filling.as_ref().and_then(|filling| filling.trouble()).map(|trouble| {
+            format!(
+                "the store that holds the rest of it gives nothing ({trouble}); it is asked again"
+            )
+        });
         Status {
             machine: self.config.machine.clone(),
             host: self.config.host.clone(),
             runner_pid: std::process::id(),
             monitor_pid: inner.monitor_pid,
             state: inner.state.word().to_owned(),
-            detail: inner.detail.clone(),
+            detail: waits.unwrap_or_else(|| inner.detail.clone()),
             lease_owner: lease.as_ref().map(|r| r.owner.as_str().to_owned()),
             epoch: lease.as_ref().map(|r| r.epoch.0),
             missing: inner
@@ -580,6 +614,7 @@ impl Runner {
             listen: self.config.listen,
             job: inner.jobs.values().next_back().map(|job| job.progress()),
             moves: inner.moves.clone(),
+            backup,
         }
     }
 }

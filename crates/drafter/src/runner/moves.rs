@@ -221,6 +221,7 @@ impl Runner {
     /// The machine has left: keeps its content as a stay, within the limit.
     fn retire(&self, mut body: Box<Hosted>, id: StayId, detail: &str) {
         super::take_over::forget(&self.dir);
+        self.leave_stores();
         body.leave();
         let keep = body.content.memory.resident_bytes() <= self.config.keep_stay_bytes
             && self.config.listen.is_some();

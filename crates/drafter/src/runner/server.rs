@@ -128,6 +128,8 @@ fn answer(
             ))
         }
         Request::Suspend { directory } => runner.suspend(&directory),
+        Request::Backup(request) => json(runner.backup(&request)?),
+        Request::EndBackup => json(runner.end_backup()?),
         Request::Stop { grace_s } => json(runner.stop(Duration::from_secs(grace_s))?),
         Request::DropStay => json(runner.drop_stay()),
     }

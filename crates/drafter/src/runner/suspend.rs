@@ -11,16 +11,12 @@
 use super::{
     Runner, State,
     hosted::{self, Content, Hosted},
+    saved::Claim,
 };
 use crate::{
-    driver::{HostFacts, MachineShape, Start},
-    lease::Record,
-    migrate::{
-        destination::DestinationMachine, protocol::MAX_RUN, source::SourceMachine,
-        switchover::FlipEpoch,
-    },
+    checkpoint::description::Description,
+    migrate::{protocol::MAX_RUN, source::SourceMachine, switchover::FlipEpoch},
 };
-use conduit::MachineNet;
 use serde::{Deserialize, Serialize};
 use silo::{
     block::{BLOCK_SIZE, BlockRange, BlockSet, is_zero},
@@ -46,12 +42,8 @@ const INDEX: &str = "suspended.json";
 struct Suspended {
     format: String,
     version: u32,
-    shape: MachineShape,
-    facts: HostFacts,
-    package: String,
-    package_name: String,
-    network: Option<MachineNet>,
-    lease: String,
+    #[serde(flatten)]
+    machine: Description,
     /// Blocks that a disk's file holds, as [start, count] pairs.
     disks: BTreeMap<String, Vec<(u64, u64)>>,
     blake3: BTreeMap<String, String>,
@@ -155,12 +147,7 @@ impl Runner {
     }
 
     fn save_to(&self, body: &mut Hosted, directory: &Path) -> Result<(), String> {
-        let lease = {
-            let inner = self.lock();
-            let holding =
-                inner.holding.as_ref().ok_or("this host holds no lease of the machine")?;
-            holding.record.encode()
-        };
+        let machine = self.describe(body)?;
         body.before_pause().map_err(text)?;
         body.pause(None, 0).map_err(text)?;
         let state = body.save().map_err(text)?;
@@ -182,18 +169,7 @@ impl Runner {
             let hash = hash_file(&directory.join(&file)).map_err(text)?;
             blake3.insert(file, hash.to_string());
         }
-        let index = Suspended {
-            format: FORMAT.into(),
-            version: VERSION,
-            shape: body.shape.clone(),
-            facts: self.driver.facts().map_err(text)?,
-            package: body.package.id().to_string(),
-            package_name: body.package.manifest().name.clone(),
-            network: body.net.clone(),
-            lease: String::from_utf8_lossy(&lease).into_owned(),
-            disks,
-            blake3,
-        };
+        let index = Suspended { format: FORMAT.into(), version: VERSION, machine, disks, blake3 };
         let json = serde_json::to_vec_pretty(&index).map_err(text)?;
         let part = directory.join("suspended.json.new");
         fs::write(&part, json).map_err(text)?;
@@ -218,9 +194,6 @@ impl Runner {
                 index.version
             ));
         }
-        if index.shape.name != self.config.machine {
-            return Err(format!("{} holds machine \"{}\"", directory.display(), index.shape.name));
-        }
         for (file, expected) in &index.blake3 {
             if file.contains('/') {
                 return Err(format!("{} names a file \"{file}\" outside", path.display()));
@@ -233,21 +206,11 @@ impl Runner {
                 ));
             }
         }
-        let facts = self.driver.facts().map_err(text)?;
-        crate::driver::compatible(&index.facts, &index.shape, &facts).map_err(|why| {
-            format!("{}; it can be started from its disks instead", why.join("; "))
-        })?;
-        let package = self.find_package(&index.package).ok_or_else(|| {
-            format!(
-                "package \"{}\" ({}) is not here; give it with --package",
-                index.package_name, index.package
-            )
-        })?;
-        package.verify(&self.cache).map_err(text)?;
-        let expected = Record::decode(index.lease.as_bytes()).map_err(text)?;
+        let (package, lease) = self.check_saved(&index.machine)?;
         let paths = self.site();
         let content: Content =
-            hosted::new_content(&index.shape, &package, &paths.disks, false).map_err(text)?;
+            hosted::new_content(&index.machine.shape, &package, &paths.disks, false)
+                .map_err(text)?;
         for disk in &content.disks {
             let blocks = index.disks.get(disk.name().as_str()).map_or(&[][..], Vec::as_slice);
             load_device(&**disk, blocks, &directory.join(format!("disk-{}", disk.name())))?;
@@ -257,47 +220,9 @@ impl Runner {
         load_device(&**memory, &whole, &directory.join("memory"))?;
         let state = fs::read(directory.join("state")).map_err(text)?;
 
-        let site = paths.site(&*self.driver, &self.path);
-        let net = index.network.clone();
-        let mut body = Hosted::build(index.shape, package, net, content, &site, Start::Incoming)
-            .map_err(text)?;
-        let started = self.start_loaded(&mut body, &state, &expected);
-        let holding = match started {
-            Ok(holding) => holding,
-            Err(why) => {
-                body.tear_down();
-                return Err(why);
-            }
-        };
-        let noted = super::take_over::Noted::of(&body, true);
-        if let Some(guest) = &body.guest {
-            guest.speak_in(Duration::ZERO);
-        }
-        self.install(Box::new(body), holding, None);
-        self.complete(&noted);
-        self.refresh();
-        Ok(())
-    }
-
-    fn start_loaded(
-        &self,
-        body: &mut Hosted,
-        state: &[u8],
-        expected: &Record,
-    ) -> Result<crate::migrate::switchover::Holding, String> {
-        for device in body.content.devices() {
-            let none = BlockSet::new(device.blocks());
-            device.arm(&none, Box::new(|_| {})).map_err(text)?;
-            device.complete().map_err(text)?;
-        }
-        body.load(state).map_err(text)?;
-        // From here on no other host resumes the same directory.
-        let holding = self.acquire(Some(expected))?;
-        let flip = FlipEpoch::of(holding.record.epoch, 0).0;
-        body.own(holding.record.epoch.0, flip).map_err(text)?;
-        body.run().map_err(text)?;
-        body.release_output().map_err(text)?;
-        Ok(holding)
+        // From the claim on no other host resumes the same directory.
+        let claim = Claim::Suspended(&lease);
+        self.start_saved(index.machine, package, content, &state, claim, None)
     }
 }
 

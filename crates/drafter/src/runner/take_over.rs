@@ -11,18 +11,14 @@
 //! which were missing, so what the guest would read could be wrong; it is refused.
 
 use super::{Runner, hosted::Hosted, state::MachineDir};
-use crate::{
-    driver::MachineShape,
-    migrate::switchover::{FlipEpoch, Terms},
-    package::Package,
-};
+use crate::{driver::MachineShape, migrate::switchover::FlipEpoch, package::Package};
 use conduit::MachineNet;
 use serde::{Deserialize, Serialize};
 use silo::{
     device::DeviceName,
     disk::{Disk, DiskOptions},
 };
-use std::{fs, io, path::Path, sync::Arc, time::Instant};
+use std::{fs, io, path::Path, sync::Arc};
 
 const FILE: &str = "machine.json";
 const VERSION: u32 = 2;
@@ -131,14 +127,8 @@ impl Runner {
         let handing = found.as_ref().is_some_and(|record| record.handing_to.is_some());
         if handing && !running {
             // A token may be out: wait until the longest offer that it could name is over.
-            let terms = Terms::default();
-            let wait = terms.expiry(terms.longest_offer);
-            tracing::info!(?wait, "a move was under way: waiting until its offer is over");
-            let over = Instant::now() + wait;
-            while let Some(left) = over.checked_duration_since(Instant::now()) {
-                std::thread::park_timeout(left);
-            }
+            self.wait_for_offers();
         }
-        self.acquire(None)
+        self.acquire()
     }
 }

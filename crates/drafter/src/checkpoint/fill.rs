@@ -1,0 +1,407 @@
+//! A machine that runs while its content is still in a store: blocks that are touched come first, the
+//! rest follows.
+//!
+//! ```text
+//!   fault ──demand──▶ queue ──▶ threads: read the block, checked by its name ──▶ fill
+//!   bulk: silo's restore, device by device, pack by pack, root compared at the end ──▶ fill
+//! ```
+//!
+//! Called by the runner after a lazy restore has armed the devices with what is missing. What must
+//! hold: only blocks that are missing are taken, so what the guest has written stays; a store that does
+//! not answer makes the guest wait and is asked again, until it answers or the machine ends; demands
+//! are not held up by more than one pack of bulk.
+
+use super::restore::whole;
+use silo::{
+    block::{BLOCK_SIZE, BlockRange, BlockSet},
+    device::{Demand, Device},
+    io::BlockDevice,
+    store::{Generation, GenerationDevice, RestoreOptions, StoreError},
+};
+use std::{
+    collections::VecDeque,
+    io,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+/// Threads that bring what is waited for.
+const FETCHERS: usize = 4;
+/// Blocks that are brought for one that is waited for, itself included.
+const CLUSTER: u64 = 16;
+/// Pauses between two attempts at a store: the first, and at most.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+
+/// Where the missing blocks of a group of devices are.
+pub struct StoreFill {
+    generation: Arc<Generation>,
+    devices: Vec<Arc<dyn Device>>,
+    /// Their names in the generation, in the same order.
+    names: Vec<String>,
+    sources: Vec<GenerationDevice>,
+    wanted: Mutex<VecDeque<(usize, BlockRange)>>,
+    changed: Condvar,
+    stop: AtomicBool,
+    trouble: Mutex<Option<String>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl StoreFill {
+    /// Devices, each with its name in the generation.
+    ///
+    /// # Errors
+    /// If the generation has no such device, or one of another size.
+    pub fn new(
+        generation: Arc<Generation>,
+        devices: Vec<(String, Arc<dyn Device>)>,
+    ) -> Result<Arc<Self>, StoreError> {
+        let (names, devices): (Vec<_>, Vec<_>) = devices.into_iter().unzip();
+        let source = |(name, device): (&String, &Arc<dyn Device>)| {
+            let source = GenerationDevice::new(&generation, name, 0)?;
+            let (bytes, target) = (source.size(), device.blocks() * BLOCK_SIZE as u64);
+            if bytes == target {
+                Ok(source)
+            } else {
+                Err(StoreError::Size { device: name.clone(), bytes, target })
+            }
+        };
+        let sources = names.iter().zip(&devices).map(source).collect::<Result<_, _>>()?;
+        Ok(Arc::new(Self {
+            generation,
+            devices,
+            names,
+            sources,
+            wanted: Mutex::default(),
+            changed: Condvar::new(),
+            stop: AtomicBool::new(false),
+            trouble: Mutex::default(),
+        }))
+    }
+
+    /// The blocks of a device that are not zeros: those to arm it with.
+    ///
+    /// # Errors
+    /// If the store cannot be read.
+    pub fn missing(&self, device: usize) -> Result<BlockSet, StoreError> {
+        self.generation.data_blocks(&self.names[device])
+    }
+
+    /// What a device calls for a block that is waited for.
+    #[must_use]
+    pub fn demand(self: &Arc<Self>, device: usize) -> Demand {
+        let fill = Arc::clone(self);
+        Box::new(move |range| {
+            lock(&fill.wanted).push_back((device, range));
+            // All: one that rests after an error takes none.
+            fill.changed.notify_all();
+        })
+    }
+
+    /// Why the store gives nothing just now.
+    #[must_use]
+    pub fn trouble(&self) -> Option<String> {
+        lock(&self.trouble).clone()
+    }
+
+    /// Ends it: the machine has ended, or will.
+    pub fn end(&self) {
+        self.stop.store(true, Ordering::SeqCst);
+        self.changed.notify_all();
+    }
+
+    /// Starts to serve demands. To be called before the first can come.
+    ///
+    /// # Errors
+    /// If this host gives no threads.
+    pub fn serve(self: &Arc<Self>) -> io::Result<Vec<JoinHandle<()>>> {
+        let fetcher = |number| {
+            let fill = Arc::clone(self);
+            let thread = std::thread::Builder::new().name(format!("fill-{number}"));
+            thread.spawn(move || fill.fetch())
+        };
+        (0..FETCHERS).map(fetcher).collect()
+    }
+
+    fn fetch(&self) {
+        let _urgent = crate::driver::Urgent::this_thread();
+        loop {
+            let mut wanted = lock(&self.wanted);
+            let (device, range) = loop {
+                if self.stop.load(Ordering::SeqCst) {
+                    return;
+                }
+                if let Some(next) = wanted.pop_front() {
+                    break next;
+                }
+                // The idle state of the thread, which `end` ends.
+                wanted = self.changed.wait(wanted).unwrap_or_else(PoisonError::into_inner);
+            };
+            drop(wanted);
+            let near = self.near(device, range);
+            let done = self.patiently(|| {
+                let mut bytes = vec![0; near.bytes() as usize];
+                self.sources[device].read_at(near.start.offset(), &mut bytes)?;
+                self.devices[device].fill(near.start, &bytes).map(drop).map_err(io::Error::other)
+            });
+            if !done {
+                return;
+            }
+        }
+    }
+
+    /// What is brought for a demand: the blocks asked for, and those behind them.
+    fn near(&self, device: usize, range: BlockRange) -> BlockRange {
+        let device = &self.devices[device];
+        let end = range.end().max(range.start.0 + CLUSTER).min(device.blocks());
+        BlockRange::new(range.start.0, end - range.start.0)
+    }
+
+    /// Does `work` until it succeeds; false if it was ended before.
+    fn patiently(&self, work: impl Fn() -> io::Result<()>) -> bool {
+        let mut pause = PAUSES.0;
+        loop {
+            if self.stop.load(Ordering::SeqCst) {
+                return false;
+            }
+            match work() {
+                Ok(()) => {
+                    *lock(&self.trouble) = None;
+                    return true;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "content could not be brought from the store; again soon");
+                    *lock(&self.trouble) = Some(error.to_string());
+                }
+            }
+            let wanted = lock(&self.wanted);
+            let waited = self
+                .changed
+                .wait_timeout_while(wanted, pause, |_| !self.stop.load(Ordering::SeqCst));
+            drop(waited.unwrap_or_else(PoisonError::into_inner));
+            pause = (pause * 2).min(PAUSES.1);
+        }
+    }
+
+    /// Brings everything. Returns when nothing is missing, or when it was ended: then false.
+    pub fn run(&self) -> bool {
+        for (device, name) in self.devices.iter().zip(&self.names) {
+            let target = FillTarget(Arc::clone(device));
+            let done = self.patiently(|| {
+                if device.missing_blocks() == 0 {
+                    return Ok(());
+                }
+                // One pack at a time: what is waited for comes first.
+                let options = RestoreOptions { threads: 1, in_flight: 1, target_is_zero: true };
+                let done = AtomicU64::new(0);
+                let restored = self.generation.restore(name, &target, options, &done, &self.stop);
+                restored.map_err(io::Error::other)?;
+                match device.missing_blocks() {
+                    0 => Ok(()),
+                    left => Err(io::Error::other(format!(
+                        "{left} blocks of device \"{name}\" are missing after all was brought"
+                    ))),
+                }
+            });
+            if !done {
+                return false;
+            }
+        }
+        self.patiently(|| {
+            self.devices.iter().try_for_each(|device| device.complete()).map_err(io::Error::other)
+        })
+    }
+}
+
+/// A device that runs and is filled: only what is missing is taken.
+struct FillTarget(Arc<dyn Device>);
+
+impl BlockDevice for FillTarget {
+    fn size(&self) -> u64 {
+        self.0.blocks() * BLOCK_SIZE as u64
+    }
+
+    fn read_at(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
+        Err(io::Error::new(io::ErrorKind::Unsupported, "what is being filled is only written"))
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let range = whole(offset, data.len() as u64)?;
+        self.0.fill(range.start, data).map(drop).map_err(io::Error::other)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn trim(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.zero(offset, length, false)
+    }
+
+    fn zero(&self, offset: u64, length: u64, _: bool) -> io::Result<()> {
+        self.0.fill_zero(whole(offset, length)?).map(drop).map_err(io::Error::other)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use silo::{
+        block::BlockIndex,
+        device::DeviceName,
+        disk::{Disk, DiskOptions},
+        source::MemoryDevice,
+        store::{
+            Access, CopyGroup, Environment, KeyRing, Limits, LineName, LineWriter, ScratchOptions,
+            Store, Which, WriterOptions,
+            capture::{Capture, Want},
+        },
+    };
+    use std::{fs, path::Path, thread, time::Instant};
+
+    const BLOCKS: u64 = 2000;
+    const LIMIT: Duration = Duration::from_secs(60);
+
+    /// Ends a filling, also when a check fails.
+    struct End<'a>(&'a StoreFill);
+
+    impl Drop for End<'_> {
+        fn drop(&mut self) {
+            self.0.end();
+        }
+    }
+
+    #[track_caller]
+    fn wait_for_trouble(fill: &StoreFill) {
+        let deadline = Instant::now() + LIMIT;
+        while fill.trouble().is_none() {
+            assert!(Instant::now() < deadline, "nobody said that the store is away");
+            thread::yield_now();
+        }
+    }
+
+    /// What block `at` holds; every seventh is zeros.
+    fn content(at: u64) -> [u8; BLOCK_SIZE] {
+        let mut block = [0; BLOCK_SIZE];
+        if !at.is_multiple_of(7) {
+            for (place, byte) in block.iter_mut().enumerate() {
+                *byte = (at as usize * 31 + place * place) as u8;
+            }
+            block[0] = at as u8 | 1;
+        }
+        block
+    }
+
+    /// A generation with one device "disk-root" in a store below `folder`.
+    fn generation(folder: &Path) -> Arc<Generation> {
+        let device = Arc::new(MemoryDevice::new("root", BLOCKS * BLOCK_SIZE as u64).unwrap());
+        for at in 0..BLOCKS {
+            device.write_at(at * BLOCK_SIZE as u64, &content(at)).unwrap();
+        }
+        let parts = vec![("disk-root".to_owned(), 4096, device as Arc<dyn BlockDevice>)];
+        let group = CopyGroup::new(parts, ScratchOptions::in_folder(folder)).unwrap();
+        let url = format!("file://{}/store", folder.display()).parse().unwrap();
+        let environment = Environment::of_process();
+        let quick = Limits { attempts: 1, request: Duration::from_secs(2), ..Limits::default() };
+        let open = |access| Store::open(&url, access, &environment, quick).unwrap();
+        let keys = KeyRing::from_keys([("1", [7; 32])]).unwrap();
+        let line = LineName::new("machines", "m").unwrap();
+        let store = open(Access::Write);
+        let mut writer = LineWriter::open(store, &keys, &line, WriterOptions::default()).unwrap();
+        let frozen = group.freeze(Want::Everything).unwrap();
+        let stop = AtomicBool::new(false);
+        writer.store(&group.devices(), frozen.as_ref(), true, "", &stop).unwrap();
+        frozen.release();
+        Generation::open(&open(Access::Read), &keys, &line, Which::Newest, 1 << 20).unwrap()
+    }
+
+    /// A disk whose blocks are all in the store, and what brings them.
+    fn armed(folder: &Path) -> (Arc<Disk>, Arc<StoreFill>) {
+        let mut options = DiskOptions::new(DeviceName::new("root").unwrap());
+        options.arrival_limit = LIMIT;
+        let bytes = BLOCKS * BLOCK_SIZE as u64;
+        let disk = Arc::new(Disk::create(&folder.join("disk"), None, bytes, &options).unwrap());
+        let devices = vec![("disk-root".to_owned(), disk.clone() as Arc<dyn Device>)];
+        let fill = StoreFill::new(generation(folder), devices).unwrap();
+        let missing = fill.missing(0).unwrap();
+        assert_eq!(missing.len(), BLOCKS - BLOCKS.div_ceil(7));
+        disk.begin().unwrap();
+        disk.arm(&missing, fill.demand(0)).unwrap();
+        fill.serve().unwrap();
+        (disk, fill)
+    }
+
+    fn block(disk: &Disk, at: u64) -> [u8; BLOCK_SIZE] {
+        let mut block = [0; BLOCK_SIZE];
+        disk.read_at(at * BLOCK_SIZE as u64, &mut block).unwrap();
+        block
+    }
+
+    #[test]
+    fn what_is_touched_comes_at_once_what_is_written_stays_and_all_else_follows() {
+        let folder = tempfile::tempdir().unwrap();
+        let (disk, fill) = armed(folder.path());
+        for at in [1500, 3, 700, 1999] {
+            assert!(block(&disk, at) == content(at), "block {at}");
+        }
+        assert!(disk.missing_blocks() > 1000, "only what is near was brought");
+        disk.write_at(40 * BLOCK_SIZE as u64, &[9; BLOCK_SIZE]).unwrap();
+        disk.write_at(50 * BLOCK_SIZE as u64 + 100, &[9; 8]).unwrap();
+        assert!(fill.run());
+        assert!(disk.is_complete());
+        for at in 0..BLOCKS {
+            let mut wanted = content(at);
+            match at {
+                40 => wanted = [9; BLOCK_SIZE],
+                50 => wanted[100..108].fill(9),
+                _ => {}
+            }
+            assert!(block(&disk, at) == wanted, "block {at}");
+        }
+        assert_eq!(fill.trouble(), None);
+        fill.end();
+    }
+
+    #[test]
+    fn a_store_that_is_away_makes_a_reader_wait_says_so_and_is_asked_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let (disk, fill) = armed(folder.path());
+        let (packs, aside) = (folder.path().join("store/packs"), folder.path().join("aside"));
+        fs::rename(&packs, &aside).unwrap();
+        thread::scope(|scope| {
+            let _end = End(&fill);
+            let reader = scope.spawn(|| block(&disk, 1000));
+            let filler = scope.spawn(|| fill.run());
+            wait_for_trouble(&fill);
+            assert!(!reader.is_finished() && !filler.is_finished());
+            fs::rename(&aside, &packs).unwrap();
+            assert!(reader.join().unwrap() == content(1000));
+            assert!(filler.join().unwrap());
+        });
+        let missing = BlockSet::new(BLOCKS);
+        assert_eq!(disk.missing(), missing);
+        let mut all = vec![0; BLOCK_SIZE * 8];
+        disk.read(BlockIndex(1), &mut all).unwrap();
+        assert!(all[..BLOCK_SIZE] == content(1));
+    }
+
+    #[test]
+    fn it_ends_when_it_is_told_to_although_the_store_is_away() {
+        let folder = tempfile::tempdir().unwrap();
+        let (_disk, fill) = armed(folder.path());
+        fs::remove_dir_all(folder.path().join("store/packs")).unwrap();
+        thread::scope(|scope| {
+            let _end = End(&fill);
+            let filler = scope.spawn(|| fill.run());
+            wait_for_trouble(&fill);
+            fill.end();
+            assert!(!filler.join().unwrap());
+        });
+    }
+}

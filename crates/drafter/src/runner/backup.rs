@@ -1,0 +1,523 @@
+//! Backups of this runner's machine: one generation when somebody asks, or one every so often.
+//!
+//! ```text
+//!   command ──Backup──▶ open store ─ take the line ─ freeze (pause: milliseconds) ─ store ─ report
+//!                                                        └ machine goes on
+//! ```
+//!
+//! What must hold:
+//! - Whatever becomes of the store, the machine goes on; what was not stored is stored next time.
+//! - The machine's writes are watched from the first backup to its end here, so that a generation after
+//!   one that this runner stored looks at what was written since, and at nothing else. The first, and
+//!   one after somebody else has written the line, compares everything.
+//! - A pause is a loan of the machine's body like any other: moves and stops wait for it, and while a
+//!   move has the body there is no pause.
+//! - A machine whose lease names another host is stopped instead of backed up.
+
+use super::{
+    Runner, State,
+    api::{BackupReport, BackupRequest, BackupState},
+    hosted::Hosted,
+};
+use crate::{
+    checkpoint::{
+        capture::{DiskCopies, Machine, MachineCapture, Paused, Taken},
+        description,
+    },
+    driver::Urgent,
+    lease::Record,
+    migrate::source::MachineError,
+};
+use silo::{
+    mapped::staging::StagingOptions,
+    memory::Memory,
+    store::{
+        Access, Backup, BackupOptions, Environment, KeyRing, Limits, LineName, LineWriter, Policy,
+        Store, StoreError, StoreUrl, Stored, WriterOptions,
+        capture::{Capture, Want},
+    },
+};
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError, TryLockError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+/// How often a freeze is tried for one generation: one in which the guest was too fast, or somebody
+/// wrote during the pause, mostly succeeds the next time.
+const FREEZES: u32 = 3;
+/// How long a generation that was asked of a continuous backup may take.
+const GENERATION_LIMIT: Duration = Duration::from_secs(3600);
+/// Shortest time between two generations of a continuous backup.
+const LEAST_INTERVAL: Duration = Duration::from_millis(100);
+/// How often it is looked whether the first generation is there.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// What a backup works on, for as long as the machine stays.
+#[derive(Clone)]
+pub(super) struct Subject {
+    memory: Arc<Memory>,
+    copies: DiskCopies,
+}
+
+impl Subject {
+    pub(super) fn of(body: &Hosted) -> Self {
+        Self { memory: Arc::clone(&body.content.memory), copies: body.copies.clone() }
+    }
+}
+
+/// Backups of one stay of the machine.
+pub(super) struct Backups {
+    capture: Arc<MachineCapture>,
+    /// The machine leaves or ends: what is being stored is given up.
+    stop: AtomicBool,
+    /// Held while a generation is asked for.
+    turn: Mutex<Option<Known>>,
+    continuous: Mutex<Option<Arc<Continuous>>>,
+}
+
+/// The generation since which the machine's writes are known.
+#[derive(Clone, PartialEq, Eq)]
+struct Known {
+    target: Target,
+    number: u64,
+}
+
+/// A history in a store.
+#[derive(Clone, PartialEq, Eq)]
+struct Target {
+    store: String,
+    line: LineName,
+}
+
+/// A backup that makes a generation every so often.
+struct Continuous {
+    target: Target,
+    every: Duration,
+    engine: Backup,
+}
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+impl Target {
+    /// Takes the history over from whoever wrote it before.
+    fn open(&self, request: &BackupRequest) -> Result<LineWriter, String> {
+        let url: StoreUrl = self.store.parse().map_err(text)?;
+        let keys = KeyRing::from_text(&request.keys.0, &request.keys_from).map_err(text)?;
+        let pairs = request.environment.iter();
+        let environment =
+            Environment::given(pairs.map(|(name, value)| (name.as_str(), value.0.as_str())));
+        let store: Arc<Store> =
+            Store::open(&url, Access::Write, &environment, Limits::default()).map_err(text)?;
+        LineWriter::open(store, &keys, &self.line, WriterOptions::default()).map_err(text)
+    }
+}
+
+impl Runner {
+    /// Stores a generation, and more of them if that is asked for.
+    pub(super) fn backup(
+        self: &Arc<Self>,
+        request: &BackupRequest,
+    ) -> Result<BackupReport, String> {
+        let began = Instant::now();
+        let target = Target {
+            store: request.store.clone(),
+            line: LineName::parse(&request.line).map_err(text)?,
+        };
+        let every = request.every_ms.map(|ms| Duration::from_millis(ms).max(LEAST_INTERVAL));
+        let backups = self.backups()?;
+        let mut known = match backups.turn.try_lock() {
+            Ok(known) => known,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                return Err(
+                    "a backup of the machine is under way; ask again when it is done".into()
+                );
+            }
+        };
+        let going_on = backups.same_continuous(&target, every, &mut known)?;
+        let stored = if going_on {
+            backups.one_more(&request.label)
+        } else {
+            let machine_runs = |error: String| format!("{error}; the machine runs on");
+            let writer = target.open(request).map_err(machine_runs)?;
+            let since = known
+                .as_ref()
+                .filter(|known| known.target == target && known.number == writer.newest())
+                .filter(|_| !writer.needs_everything())
+                .map(|known| known.number);
+            // Until a generation is stored nothing is known.
+            let stored = match every {
+                None => backups.once(writer, since, &request.label),
+                Some(every) => backups.begin(writer, since, &target, every, &request.label),
+            };
+            stored.map(|stored| (stored, since.is_some()))
+        };
+        let (stored, changes_only) = stored
+            .map_err(|error| format!("no generation was stored: {error}; the machine runs on"))?;
+        *known = Some(Known { target, number: stored.number });
+        let every_ms = every.map(|every| every.as_millis() as u64);
+        let mut report = BackupReport {
+            machine: self.config.machine.clone(),
+            store: request.store.clone(),
+            line: request.line.clone(),
+            changes_only,
+            total_ms: ms(began.elapsed()),
+            every_ms,
+            ..BackupReport::default()
+        };
+        tell_stored(&mut report, &stored);
+        tell_taken(&mut report, backups.capture.taken());
+        Ok(report)
+    }
+
+    /// Ends a continuous backup.
+    pub(super) fn end_backup(&self) -> Result<String, String> {
+        let backups = self.lock().backups.clone();
+        let none = || "the machine has no continuous backup".to_owned();
+        let backups = backups.ok_or_else(none)?;
+        let mut known = lock(&backups.turn);
+        let Some((target, last)) = backups.end() else { return Err(none()) };
+        let text = format!("the backup to {} in {} has ended", target.line, target.store);
+        if let Some(number) = last {
+            *known = Some(Known { target, number });
+        }
+        Ok(text)
+    }
+
+    /// How the continuous backup does, if there is one.
+    pub(super) fn backup_state(backups: &Backups) -> Option<BackupState> {
+        let continuous = backups.continuous()?;
+        let status = continuous.engine.status();
+        Some(BackupState {
+            store: continuous.target.store.clone(),
+            line: continuous.target.line.to_string(),
+            every_ms: continuous.every.as_millis() as u64,
+            generations: status.generations,
+            newest: status.last.as_ref().map(|stored| stored.number),
+            age_s: status.committed.map(|at| at.elapsed().as_secs_f64()),
+            pause_ms: status.last.as_ref().map(|stored| ms(stored.held)),
+            failures: status.failures,
+            error: status.error,
+            ended: status.ended,
+        })
+    }
+
+    /// The backups of this stay; the machine is watched from the first call on.
+    fn backups(self: &Arc<Self>) -> Result<Arc<Backups>, String> {
+        let subject = {
+            let inner = self.settled();
+            if let Some(backups) = &inner.backups {
+                return Ok(Arc::clone(backups));
+            }
+            let runs = inner.state == State::Running;
+            inner.subject.clone().filter(|_| runs).ok_or_else(|| {
+                format!(
+                    "the machine is {} here; only one that runs can be backed up",
+                    inner.state.word()
+                )
+            })?
+        };
+        let machine = Arc::new(Watched(Arc::downgrade(self)));
+        let (memory, options) = (Arc::clone(&subject.memory), StagingOptions::default());
+        let capture = MachineCapture::new(machine, &memory, subject.copies, options)
+            .map_err(|error| format!("the machine cannot be backed up: {error}"))?;
+        let backups = Arc::new(Backups {
+            capture: Arc::new(capture),
+            stop: AtomicBool::new(false),
+            turn: Mutex::new(None),
+            continuous: Mutex::new(None),
+        });
+        let mut inner = self.lock();
+        let stays = inner.subject.as_ref().is_some_and(|now| Arc::ptr_eq(&now.memory, &memory));
+        if !stays {
+            return Err("the machine has just left".into());
+        }
+        Ok(Arc::clone(inner.backups.get_or_insert(backups)))
+    }
+
+    /// The machine leaves or has ended: whatever has to do with stores ends too, in the background,
+    /// since a store may take its time.
+    pub(super) fn leave_stores(&self) {
+        let (backups, filling) = {
+            let mut inner = self.lock();
+            inner.subject = None;
+            (inner.backups.take(), inner.filling.take())
+        };
+        if let Some(filling) = filling {
+            filling.end();
+        }
+        let Some(backups) = backups else { return };
+        backups.stop.store(true, Ordering::Relaxed);
+        let ending = std::thread::Builder::new().name("backup-end".into()).spawn(move || {
+            backups.end();
+        });
+        if let Err(error) = ending {
+            tracing::error!(%error, "no thread to end the backup; it ends with the runner");
+        }
+    }
+
+    /// If the lease names another host, the machine must not run here: stops it.
+    fn check_owner(&self) -> Result<(), MachineError> {
+        // No answer says nothing.
+        let Ok(Some(record)) = self.store.read(&self.name) else { return Ok(()) };
+        if record.owner == self.host {
+            return Ok(());
+        }
+        let Record { owner, epoch, .. } = &record;
+        let why = format!("host \"{owner}\" owns the machine now ({epoch})");
+        let mut body = self.borrow(State::Running, State::Saving)?;
+        let stopped = body.vm().pause(&mut || {});
+        let detail = match stopped {
+            Ok(()) => format!("{why}; it was stopped here: end it with `drafter stop`"),
+            Err(error) => format!("{why}, and it could not be stopped here: {error}"),
+        };
+        tracing::error!(machine = %self.name.as_str(), "{detail}");
+        self.give_back(body, State::Paused, detail.clone());
+        Err(detail.into())
+    }
+}
+
+fn tell_stored(report: &mut BackupReport, stored: &Stored) {
+    report.number = stored.number;
+    report.blocks = stored.blocks;
+    report.zeros = stored.zeros;
+    report.known = stored.known;
+    report.new_bytes = stored.content;
+    report.stored_bytes = stored.bytes();
+    report.requests = stored.requests.total();
+    report.stored_ms = ms(stored.took);
+}
+
+fn tell_taken(report: &mut BackupReport, taken: Taken) {
+    report.pause_ms = ms(taken.paused);
+    report.pauses = taken.pauses;
+    report.rounds = taken.rounds;
+    report.copied_bytes = taken.copied;
+    report.copied_paused_bytes = taken.copied_paused;
+}
+
+impl Backups {
+    /// Whether the continuous backup is the one that is asked for. One to the same place at another
+    /// interval is ended, to be begun anew.
+    fn same_continuous(
+        &self,
+        target: &Target,
+        every: Option<Duration>,
+        known: &mut Option<Known>,
+    ) -> Result<bool, String> {
+        let Some(continuous) = self.continuous() else { return Ok(false) };
+        if continuous.target != *target {
+            return Err(format!(
+                "the machine is backed up to {} in {} continuously; end that first (`drafter backup \
+                 NAME --end`)",
+                continuous.target.line, continuous.target.store
+            ));
+        }
+        let same = every.is_none_or(|every| every == continuous.every);
+        let ended = continuous.engine.status().ended;
+        drop(continuous);
+        if same && !ended {
+            return Ok(true);
+        }
+        if let Some((target, Some(number))) = self.end() {
+            *known = Some(Known { target, number });
+        }
+        Ok(false)
+    }
+
+    fn continuous(&self) -> Option<Arc<Continuous>> {
+        lock(&self.continuous).clone()
+    }
+
+    /// Ends the continuous backup: what it stored to, and the last generation that it stored.
+    fn end(&self) -> Option<(Target, Option<u64>)> {
+        let continuous = lock(&self.continuous).take()?;
+        let target = continuous.target.clone();
+        let status = match Arc::try_unwrap(continuous) {
+            Ok(alone) => alone.engine.stop(),
+            // Whoever else looks at it ends it by letting go of it.
+            Err(shared) => shared.engine.status(),
+        };
+        Some((target, status.last.map(|stored| stored.number)))
+    }
+
+    /// A generation of the continuous backup, now.
+    fn one_more(&self, label: &str) -> Result<(Stored, bool), String> {
+        let continuous = self.continuous().ok_or("it has just ended")?;
+        let stored = continuous.engine.now(label, GENERATION_LIMIT).map_err(text)?;
+        Ok((stored, true))
+    }
+
+    /// One generation.
+    fn once(
+        &self,
+        mut writer: LineWriter,
+        since: Option<u64>,
+        label: &str,
+    ) -> Result<Stored, String> {
+        let everything = since.is_none();
+        let want = if everything { Want::Everything } else { Want::Changed };
+        let infos = self.capture.devices();
+        let mut tries = 1;
+        let frozen = loop {
+            match self.capture.freeze(want) {
+                Ok(frozen) => break frozen,
+                Err(error) if tries == FREEZES || self.stop.load(Ordering::Relaxed) => {
+                    return Err(text(error));
+                }
+                Err(error) => tracing::info!(%error, "the machine is frozen once more"),
+            }
+            tries += 1;
+        };
+        match writer.store(&infos, frozen.as_ref(), everything, label, &self.stop) {
+            Ok(stored) => {
+                frozen.release();
+                Ok(stored)
+            }
+            Err(error) => {
+                frozen.put_back();
+                Err(text(error))
+            }
+        }
+    }
+
+    /// Begins a continuous backup, and waits for its first generation.
+    fn begin(
+        &self,
+        writer: LineWriter,
+        since: Option<u64>,
+        target: &Target,
+        every: Duration,
+        label: &str,
+    ) -> Result<Stored, String> {
+        let policy = Policy {
+            max_age: every,
+            min_interval: every,
+            period: (every / 4).clamp(Duration::from_millis(20), Duration::from_secs(1)),
+            ..Policy::default()
+        };
+        let options = BackupOptions { policy, tracked_since: since };
+        let capture: Arc<dyn Capture> = self.capture.clone();
+        let engine = Backup::start(writer, capture, options).map_err(text)?;
+        let continuous = Arc::new(Continuous { target: target.clone(), every, engine });
+        *lock(&self.continuous) = Some(Arc::clone(&continuous));
+        if since.is_some() {
+            return continuous.engine.now(label, GENERATION_LIMIT).map_err(text);
+        }
+        // It begins by itself with what the store lacks.
+        let deadline = Instant::now() + GENERATION_LIMIT;
+        loop {
+            let status = continuous.engine.status();
+            if let Some(stored) = status.last {
+                return Ok(stored);
+            }
+            if let Some(error) = status.error {
+                return Err(format!(
+                    "{error}; it is tried again until `drafter backup NAME --end`"
+                ));
+            }
+            if self.stop.load(Ordering::Relaxed) || Instant::now() > deadline {
+                return Err(text(StoreError::Stopped));
+            }
+            std::thread::park_timeout(LOOK);
+        }
+    }
+}
+
+/// The runner's machine, to be paused.
+struct Watched(Weak<Runner>);
+
+impl Machine for Watched {
+    fn pause(&self) -> Result<Box<dyn Paused>, MachineError> {
+        let runner = self.0.upgrade().ok_or("its runner ends")?;
+        runner.check_owner()?;
+        let detail = runner.lock().detail.clone();
+        let mut body = runner.borrow(State::Running, State::Saving)?;
+        if let Err(error) = body.before_standstill() {
+            body.end_quiet();
+            runner.give_back(body, State::Running, detail);
+            return Err(error);
+        }
+        let (urgent, since) = (Urgent::this_thread(), Instant::now());
+        let stopped = body.stand_still();
+        let mut paused = Standing { runner, body: Some(body), detail, since, _urgent: urgent };
+        match stopped {
+            Ok(()) => Ok(Box::new(paused)),
+            Err(error) => {
+                paused.go_on()?;
+                Err(error)
+            }
+        }
+    }
+}
+
+/// The machine during a pause. Dropping it lets the machine go on.
+struct Standing {
+    runner: Arc<Runner>,
+    body: Option<Box<Hosted>>,
+    detail: String,
+    since: Instant,
+    // On a busy host each step of a pause would wait for its turn.
+    _urgent: Urgent,
+}
+
+impl Standing {
+    /// Lets the machine go on, if it has not yet; returns how long it stood still.
+    fn go_on(&mut self) -> Result<Duration, MachineError> {
+        let Some(mut body) = self.body.take() else { return Ok(Duration::ZERO) };
+        let went = body.go_further();
+        let stood = self.since.elapsed();
+        match went {
+            Ok(()) => {
+                let detail = std::mem::take(&mut self.detail);
+                self.runner.give_back(body, State::Running, detail);
+                Ok(stood)
+            }
+            Err(error) => {
+                // One whose monitor has ended is found by whoever watches what runs.
+                let state = match body.vm().exit() {
+                    Some(_) => State::Running,
+                    None => State::Paused,
+                };
+                let detail = format!("it could not go on after a pause for a backup: {error}");
+                self.runner.give_back(body, state, detail);
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Drop for Standing {
+    fn drop(&mut self) {
+        if let Err(error) = self.go_on() {
+            tracing::error!(%error, "the machine stands still after a backup");
+        }
+    }
+}
+
+impl Paused for Standing {
+    fn describe(&mut self) -> Result<Vec<u8>, MachineError> {
+        use crate::migrate::source::SourceMachine as _;
+        let body = self.body.as_mut().ok_or("the machine runs")?;
+        let state = body.save()?;
+        let description = self.runner.describe(body)?;
+        Ok(description::encode(&description, &state)?)
+    }
+
+    fn resume(mut self: Box<Self>) -> Result<Duration, MachineError> {
+        self.go_on()
+    }
+}

@@ -1,0 +1,64 @@
+//! A machine that stands still for a moment, for a backup, and goes on here.
+//!
+//! Less than a pause for a move: nothing is handed over, so frames are not led away (they wait in the
+//! tap), disks are not frozen for good, and no flush is answered before it is durable. What must hold:
+//! after [`Hosted::stand_still`] nobody writes to memory and disks; after [`Hosted::go_further`] the
+//! guest has noticed nothing.
+
+use super::{Hosted, MachineError, fail};
+use std::time::Duration;
+
+/// How long the monitor may take for what was said to the guest before.
+const QUIET_LIMIT: Duration = Duration::from_millis(50);
+
+impl Hosted {
+    /// What can be done while the guest runs, so that the standstill is short.
+    ///
+    /// # Errors
+    /// If a disk's request waits for help, a server is not found, or a disk cannot be synced: the
+    /// machine runs.
+    pub(in super::super) fn before_standstill(&mut self) -> Result<(), MachineError> {
+        self.servers.before_pause()?;
+        self.helpers = self.servers.helpers();
+        // A flush of the guest that is under way is waited for: let little be left for it.
+        for disk in &self.content.disks {
+            disk.sync().map_err(fail)?;
+        }
+        if let Some(guest) = &self.guest
+            && !guest.hold(QUIET_LIMIT)
+        {
+            // If it writes to memory after the last look, that is seen and the round given up.
+            tracing::debug!("the monitor may have words for the guest during the standstill");
+        }
+        Ok(())
+    }
+
+    /// Stops the guest and everything that works for it.
+    ///
+    /// # Errors
+    /// If the monitor does not stop it, or a disk's requests do not end; [`Hosted::go_further`] is
+    /// owed all the same.
+    pub(in super::super) fn stand_still(&mut self) -> Result<(), MachineError> {
+        let _first = self.helpers.go_first();
+        self.vm.pause(&mut || {}).map_err(fail)?;
+        self.servers.at_rest()
+    }
+
+    /// Lets it go on, whether or not it stood still.
+    ///
+    /// # Errors
+    /// If it cannot.
+    pub(in super::super) fn go_further(&mut self) -> Result<(), MachineError> {
+        let _first = self.helpers.go_first();
+        let went = self.servers.before_run().and_then(|()| self.vm.run().map_err(fail));
+        self.end_quiet();
+        went
+    }
+
+    /// Requests to the guest may be said again.
+    pub(in super::super) fn end_quiet(&self) {
+        if let Some(guest) = &self.guest {
+            guest.release();
+        }
+    }
+}

@@ -1,0 +1,276 @@
+//! A machine from a generation in a store: on this host or another than it was backed up on.
+//!
+//! ```text
+//!   open the generation ─ can this host take it? may it? ─ memory, disks ─ load ─ lease ─ run
+//! ```
+//!
+//! What must hold: nothing that this host has of the machine is lost if that comes to nothing; and
+//! the machine's lease is taken before its first instruction, as `saved` says.
+
+use super::{
+    Runner, State,
+    config::RestoreFrom,
+    hosted::{self, Content},
+    saved::{Claim, Elsewhere},
+};
+use crate::{
+    checkpoint::{
+        MACHINE, MEMORY, description, disk_device,
+        fill::StoreFill,
+        restore::{DiskTarget, MemoryTarget},
+    },
+    driver::qemu,
+};
+use identity::HostName;
+use silo::{
+    block::BlockSet,
+    device::Device,
+    io::BlockDevice,
+    store::{
+        Access, Environment, Generation, GenerationDevice, KeyRing, Limits, LineName,
+        RestoreOptions, Store, StoreUrl, Which,
+    },
+};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+/// Memory for what is read of a generation.
+const CACHE: usize = 64 << 20;
+/// The variable with the keys themselves, as silo has it.
+const KEYS: &str = "SILO_KEYS";
+/// How often it is told how far a restore is.
+const TELL: Duration = Duration::from_millis(500);
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+/// Opens a generation as the command's flags say.
+fn open(from: &RestoreFrom) -> Result<Arc<Generation>, String> {
+    let url: StoreUrl = from.store.parse().map_err(text)?;
+    let line = LineName::parse(&from.line).map_err(text)?;
+    let keys = match &from.keys {
+        Some(path) => KeyRing::from_file(path),
+        None => KeyRing::from_env(KEYS),
+    };
+    let environment = Environment::of_process();
+    let store = Store::open(&url, Access::Read, &environment, Limits::default()).map_err(text)?;
+    let which = from.generation.map_or(Which::Newest, Which::Number);
+    Generation::open(&store, &keys.map_err(text)?, &line, which, CACHE).map_err(text)
+}
+
+impl Runner {
+    /// Restores the machine and runs it.
+    pub(super) fn restore(self: &Arc<Self>, from: &RestoreFrom) -> Result<(), String> {
+        if let Some(pid) = qemu::monitor_without_runner(&self.dir.run()) {
+            return Err(format!(
+                "its monitor runs on this host without a runner (process {pid}): take it over with \
+                 `drafter run --take-over`, or end it with `drafter stop`"
+            ));
+        }
+        let take_from = from.take_from.as_deref().map(HostName::new).transpose().map_err(text)?;
+        let generation = open(from)?;
+        let number = generation.number();
+        let of = |error: String| format!("generation {number} of {}: {error}", from.line);
+        let device = GenerationDevice::new(&generation, MACHINE, 0)
+            .map_err(|error| of(format!("it is no machine's: {error}")))?;
+        let (saved, state) = description::decode(&device).map_err(|error| of(text(error)))?;
+        drop(device);
+        let (package, lease) = self.check_saved(&saved).map_err(of)?;
+        let claim = Claim::Restored { made_under: &lease, take_from: take_from.as_ref() };
+        // Now rather than after the download.
+        self.may_claim(claim)?;
+
+        let aside = Aside::put(&self.dir.disks(), &self.dir.root().join("disks.replaced"))
+            .map_err(|error| format!("putting this host's disks of it aside: {error}"))?;
+        let paths = self.site();
+        let restored = hosted::new_content(&saved.shape, &package, &paths.disks, false)
+            .map_err(text)
+            .and_then(|content| {
+                if !from.lazy {
+                    self.fetch(&generation, &content).map_err(of)?;
+                    return self.start_saved(saved, package, content, &state, claim, None);
+                }
+                let elsewhere = Self::leave(&generation, &content).map_err(of)?;
+                let fill = Arc::clone(&elsewhere.fill);
+                let started =
+                    self.start_saved(saved, package, content, &state, claim, Some(elsewhere));
+                // Its threads look after the machine, if there is one.
+                started.inspect_err(|_| fill.end())
+            });
+        match restored {
+            Ok(()) => {
+                aside.keep();
+                tracing::info!(machine = %self.name.as_str(), number, "restored");
+                Ok(())
+            }
+            Err(why) => {
+                aside.put_back();
+                Err(why)
+            }
+        }
+    }
+
+    /// Leaves memory and disks in the store, to be brought while the machine runs. What the generation
+    /// has as zeros is made so now.
+    fn leave(generation: &Arc<Generation>, content: &Content) -> Result<Elsewhere, String> {
+        let mut devices: Vec<(String, Arc<dyn Device>)> =
+            vec![(MEMORY.to_owned(), content.memory.clone())];
+        for disk in &content.disks {
+            devices.push((disk_device(disk.name().as_str()), disk.clone()));
+        }
+        let fill = StoreFill::new(Arc::clone(generation), devices).map_err(text)?;
+        let mut missing = Vec::new();
+        for at in 0..=content.disks.len() {
+            let data = fill.missing(at).map_err(text)?;
+            if let Some(disk) = at.checked_sub(1).map(|at| &content.disks[at]) {
+                let target = DiskTarget(Arc::clone(disk));
+                let mut zeros = BlockSet::full(data.device_blocks());
+                zeros.subtract(&data);
+                for range in zeros.ranges() {
+                    target.zero(range.start.offset(), range.bytes(), false).map_err(text)?;
+                }
+            }
+            missing.push(data);
+        }
+        fill.serve().map_err(|error| format!("no threads to bring it: {error}"))?;
+        Ok(Elsewhere { fill, missing })
+    }
+
+    /// Brings memory and disks.
+    fn fetch(&self, generation: &Generation, content: &Content) -> Result<(), String> {
+        let memory = MemoryTarget(Arc::clone(&content.memory));
+        self.fetch_device(generation, MEMORY, &memory, true)?;
+        for disk in &content.disks {
+            let name = disk_device(disk.name().as_str());
+            self.fetch_device(generation, &name, &DiskTarget(Arc::clone(disk)), false)?;
+        }
+        Ok(())
+    }
+
+    fn fetch_device(
+        &self,
+        generation: &Generation,
+        name: &str,
+        target: &dyn BlockDevice,
+        target_is_zero: bool,
+    ) -> Result<(), String> {
+        let found = generation.devices().into_iter().find(|device| device.name == name);
+        let bytes = found.map_or(0, |device| device.geometry.bytes());
+        if bytes != target.size() {
+            return Err(format!(
+                "its device \"{name}\" has {bytes} bytes, the machine's has {}",
+                target.size()
+            ));
+        }
+        let options = RestoreOptions { target_is_zero, ..RestoreOptions::default() };
+        let (done, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+        let tell = || {
+            let done = done.load(Ordering::Relaxed);
+            let detail = format!("restoring {name}: {} of {} MiB", done >> 20, bytes >> 20);
+            self.set_state(State::Booting, detail);
+        };
+        std::thread::scope(|scope| {
+            let work = scope.spawn(|| generation.restore(name, target, options, &done, &stop));
+            let mut told = std::time::Instant::now();
+            while !work.is_finished() {
+                std::thread::park_timeout(Duration::from_millis(5));
+                if told.elapsed() >= TELL {
+                    told = std::time::Instant::now();
+                    tell();
+                }
+            }
+            work.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+        .map(drop)
+        .map_err(text)
+    }
+}
+
+/// The disks that this host had of the machine, out of the way.
+struct Aside {
+    disks: PathBuf,
+    kept: Option<PathBuf>,
+}
+
+impl Aside {
+    /// Puts them from `disks` to `kept`, if there are any; what was there of an earlier restore goes.
+    fn put(disks: &Path, kept: &Path) -> io::Result<Self> {
+        let any = match fs::read_dir(disks) {
+            Ok(mut entries) => entries.next().is_some(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+            Err(error) => return Err(error),
+        };
+        if any {
+            if kept.exists() {
+                fs::remove_dir_all(kept)?;
+            }
+            fs::rename(disks, kept)?;
+        }
+        fs::create_dir_all(disks)?;
+        Ok(Self { disks: disks.to_owned(), kept: any.then(|| kept.to_owned()) })
+    }
+
+    /// The restored ones are the machine's.
+    fn keep(self) {
+        if let Some(kept) = &self.kept {
+            tracing::info!("the disks that this host had before are in {}", kept.display());
+        }
+    }
+
+    /// The restore came to nothing.
+    fn put_back(self) {
+        let back = fs::remove_dir_all(&self.disks).and_then(|()| match &self.kept {
+            Some(kept) => fs::rename(kept, &self.disks),
+            None => Ok(()),
+        });
+        if let Err(error) = back {
+            tracing::error!(%error, "this host's disks of the machine could not be put back");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_that_were_here_come_back_after_a_restore_that_failed_and_stay_aside_after_one_that_did_not()
+     {
+        let folder = tempfile::tempdir().unwrap();
+        let (disks, kept) = (folder.path().join("disks"), folder.path().join("kept"));
+        let content = |path: &Path| fs::read_to_string(path.join("root")).ok();
+        fs::create_dir(&disks).unwrap();
+        fs::write(disks.join("root"), "old").unwrap();
+        let aside = Aside::put(&disks, &kept).unwrap();
+        assert_eq!((content(&disks), content(&kept)), (None, Some("old".into())));
+        fs::write(disks.join("root"), "half").unwrap();
+        aside.put_back();
+        assert_eq!((content(&disks), content(&kept)), (Some("old".into()), None));
+
+        for new in ["new", "newer"] {
+            let before = content(&disks);
+            let aside = Aside::put(&disks, &kept).unwrap();
+            fs::write(disks.join("root"), new).unwrap();
+            aside.keep();
+            assert_eq!((content(&disks), content(&kept)), (Some(new.into()), before));
+        }
+    }
+
+    #[test]
+    fn a_host_that_had_no_disks_has_none_after_a_restore_that_failed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (disks, kept) = (folder.path().join("disks"), folder.path().join("kept"));
+        let aside = Aside::put(&disks, &kept).unwrap();
+        fs::write(disks.join("root"), "half").unwrap();
+        aside.put_back();
+        assert!(!disks.exists() && !kept.exists());
+    }
+}

@@ -1,0 +1,315 @@
+//! What a machine that was saved has in common, wherever it lies: how it is described, whether this
+//! host can take it, and how it is started again.
+
+use super::{
+    Runner,
+    hosted::{Content, Hosted},
+    take_over::Noted,
+};
+use crate::{
+    checkpoint::{description::Description, fill::StoreFill},
+    driver::Start,
+    lease::{AttemptId, HostName, Nonce, Outcome, Record},
+    migrate::{
+        destination::DestinationMachine,
+        switchover::{FlipEpoch, Holding, Terms},
+    },
+    package::Package,
+};
+use silo::block::BlockSet;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// With what right a saved machine is started.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Claim<'a> {
+    /// It was suspended under this record, which must still be the newest.
+    Suspended(&'a Record),
+    /// It is restored from a generation that was made under this record. Whoever owns the machine now
+    /// must be this host, or the one of which somebody says that it will not run it again.
+    Restored {
+        /// The record then.
+        made_under: &'a Record,
+        /// The host that will not run it again.
+        take_from: Option<&'a HostName>,
+    },
+}
+
+/// What of a machine is not here yet.
+pub(super) struct Elsewhere {
+    /// Brings it.
+    pub fill: Arc<StoreFill>,
+    /// The blocks, for each device of the group.
+    pub missing: Vec<BlockSet>,
+}
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+/// The record that this host would write to run a machine.
+///
+/// # Errors
+/// If it must not, with what to do about it.
+fn next_record(
+    found: Option<&Record>,
+    claim: Claim<'_>,
+    here: &HostName,
+    attempt: AttemptId,
+    nonce: Nonce,
+) -> Result<Record, String> {
+    let (saved, take_from) = match claim {
+        Claim::Suspended(record) => (record, None),
+        Claim::Restored { made_under, take_from } => (made_under, take_from),
+    };
+    let Some(found) = found else {
+        // Nobody owns it here; its epochs go on, so that the network believes the newer one.
+        return Ok(saved.taken(here.clone(), attempt, nonce));
+    };
+    let is_ours = match claim {
+        Claim::Suspended(record) => found == record || found.owner == *here,
+        Claim::Restored { .. } => found.owner == *here || Some(&found.owner) == take_from,
+    };
+    if is_ours {
+        let newer = if saved.epoch > found.epoch { saved } else { found };
+        return Ok(newer.taken(here.clone(), attempt, nonce));
+    }
+    let advice = match claim {
+        Claim::Suspended(_) => {
+            "stop it there, or remove its lease if that host will never come back".to_owned()
+        }
+        Claim::Restored { .. } => format!(
+            "if it runs there, move or suspend it instead; if it was stopped there, or that host will \
+             never come back, say so by --take-from {}",
+            found.owner
+        ),
+    };
+    Err(format!("host \"{}\" owns it ({}); {advice}", found.owner, found.epoch))
+}
+
+impl Runner {
+    /// What this machine is, for whoever starts it again.
+    pub(super) fn describe(&self, body: &Hosted) -> Result<Description, String> {
+        let lease = {
+            let inner = self.lock();
+            let holding =
+                inner.holding.as_ref().ok_or("this host holds no lease of the machine")?;
+            holding.record.encode()
+        };
+        Ok(Description {
+            shape: body.shape.clone(),
+            facts: self.driver.facts().map_err(text)?,
+            package: body.package.id().to_string(),
+            package_name: body.package.manifest().name.clone(),
+            network: body.net.clone(),
+            lease: String::from_utf8_lossy(&lease).into_owned(),
+        })
+    }
+
+    /// Whether a saved machine is the one that this runner is for, and can go on here: its package,
+    /// verified, and the lease under which it was saved.
+    pub(super) fn check_saved(&self, saved: &Description) -> Result<(Package, Record), String> {
+        if saved.shape.name != self.config.machine {
+            return Err(format!(
+                "what was saved is machine \"{}\", not \"{}\"",
+                saved.shape.name, self.config.machine
+            ));
+        }
+        let facts = self.driver.facts().map_err(text)?;
+        crate::driver::compatible(&saved.facts, &saved.shape, &facts).map_err(|why| {
+            format!("{}; it can be started from its disks instead", why.join("; "))
+        })?;
+        let package = self.find_package(&saved.package).ok_or_else(|| {
+            format!(
+                "package \"{}\" ({}) is not here; give it with --package",
+                saved.package_name, saved.package
+            )
+        })?;
+        package.verify(&self.cache).map_err(text)?;
+        let record = Record::decode(saved.lease.as_bytes()).map_err(text)?;
+        Ok((package, record))
+    }
+
+    /// Whether the lease would be given to this host, as of now.
+    pub(super) fn may_claim(&self, claim: Claim<'_>) -> Result<(), String> {
+        let found = self.store.read(&self.name).map_err(text)?;
+        let (attempt, nonce) = fresh()?;
+        next_record(found.as_ref(), claim, &self.host, attempt, nonce).map(drop)
+    }
+
+    /// Takes the lease.
+    fn claim(&self, claim: Claim<'_>) -> Result<Holding, String> {
+        let mut found = self.store.read(&self.name).map_err(text)?;
+        if let (Claim::Restored { .. }, Some(record)) = (claim, &found)
+            && record.handing_to.is_some()
+        {
+            // A token may be out, and a copy run by it unheard until its offer ends.
+            self.wait_for_offers();
+            found = self.store.read(&self.name).map_err(text)?;
+        }
+        let (attempt, nonce) = fresh()?;
+        let new = next_record(found.as_ref(), claim, &self.host, attempt, nonce)?;
+        match self.store.compare_and_set(&self.name, found.as_ref(), &new) {
+            Ok(Outcome::Won) => Ok(Holding::new(new)),
+            Ok(Outcome::Lost(_)) => Err("another host took its lease just now".into()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// Waits until no offer that a token could name holds any more.
+    pub(super) fn wait_for_offers(&self) {
+        let terms = Terms::default();
+        let wait = terms.expiry(terms.longest_offer);
+        tracing::info!(?wait, "a move was under way: waiting until its offer is over");
+        let over = Instant::now() + wait;
+        while let Some(left) = over.checked_duration_since(Instant::now()) {
+            std::thread::park_timeout(left);
+        }
+    }
+
+    /// Starts a saved machine whose memory and disks are in `content`, but for what is `elsewhere`.
+    pub(super) fn start_saved(
+        self: &Arc<Self>,
+        saved: Description,
+        package: Package,
+        content: Content,
+        state: &[u8],
+        claim: Claim<'_>,
+        elsewhere: Option<Elsewhere>,
+    ) -> Result<(), String> {
+        let paths = self.site();
+        let site = paths.site(&*self.driver, &self.path);
+        let mut body =
+            Hosted::build(saved.shape, package, saved.network, content, &site, Start::Incoming)
+                .map_err(text)?;
+        let started = self.start_loaded(&mut body, state, claim, elsewhere.as_ref());
+        let holding = match started {
+            Ok(holding) => holding,
+            Err(why) => {
+                body.tear_down();
+                return Err(why);
+            }
+        };
+        let noted = Noted::of(&body, true);
+        if let Some(guest) = &body.guest {
+            guest.speak_in(Duration::ZERO);
+        }
+        // Nothing that could be taken over, until it is complete.
+        super::take_over::forget(&self.dir);
+        self.install(Box::new(body), holding, None);
+        match elsewhere {
+            None => self.complete(&noted),
+            Some(elsewhere) => self.fill(elsewhere.fill, noted)?,
+        }
+        self.refresh();
+        Ok(())
+    }
+
+    /// Brings the rest of a machine that runs, on a thread of its own.
+    fn fill(self: &Arc<Self>, fill: Arc<StoreFill>, noted: Noted) -> Result<(), String> {
+        self.lock().filling = Some(Arc::clone(&fill));
+        let runner = Arc::clone(self);
+        let filling = std::thread::Builder::new().name("fill".into()).spawn(move || {
+            if !fill.run() {
+                return;
+            }
+            fill.end();
+            runner.lock().filling = None;
+            runner.complete(&noted);
+            tracing::info!(machine = %runner.name.as_str(), "everything has come from the store");
+        });
+        filling.map(drop).map_err(|error| format!("no thread to bring the rest of it: {error}"))
+    }
+
+    fn start_loaded(
+        &self,
+        body: &mut Hosted,
+        state: &[u8],
+        claim: Claim<'_>,
+        elsewhere: Option<&Elsewhere>,
+    ) -> Result<Holding, String> {
+        for (at, device) in body.content.devices().into_iter().enumerate() {
+            match elsewhere {
+                Some(elsewhere) => {
+                    device.arm(&elsewhere.missing[at], elsewhere.fill.demand(at)).map_err(text)?;
+                }
+                None => {
+                    let none = BlockSet::new(device.blocks());
+                    device.arm(&none, Box::new(|_| {})).map_err(text)?;
+                    device.complete().map_err(text)?;
+                }
+            }
+        }
+        body.load(state).map_err(text)?;
+        // From here on nobody else starts it.
+        let holding = self.claim(claim)?;
+        let flip = FlipEpoch::of(holding.record.epoch, 0).0;
+        body.own(holding.record.epoch.0, flip).map_err(text)?;
+        body.run().map_err(text)?;
+        body.release_output().map_err(text)?;
+        Ok(holding)
+    }
+}
+
+fn fresh() -> Result<(AttemptId, Nonce), String> {
+    Ok((AttemptId::random().map_err(text)?, Nonce::random().map_err(text)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lease::{Epoch, MachineName};
+
+    fn host(name: &str) -> HostName {
+        HostName::new(name).unwrap()
+    }
+
+    fn record(owner: &str, epoch: u64) -> Record {
+        let machine = MachineName::new("m").unwrap();
+        let first = Record::first(machine, host(owner), AttemptId(1), Nonce::random().unwrap());
+        Record { epoch: Epoch(epoch), ..first }
+    }
+
+    fn next(found: Option<&Record>, claim: Claim<'_>) -> Result<(String, u64), String> {
+        let nonce = Nonce::random().unwrap();
+        let next = next_record(found, claim, &host("here"), AttemptId(2), nonce)?;
+        Ok((next.owner.as_str().to_owned(), next.epoch.0))
+    }
+
+    #[test]
+    fn a_suspended_machine_goes_on_under_its_record_or_where_it_was_and_nowhere_else() {
+        let suspended = record("there", 4);
+        let claim = Claim::Suspended(&suspended);
+        assert_eq!(next(Some(&suspended), claim).unwrap(), ("here".into(), 5));
+        assert_eq!(next(Some(&record("here", 7)), claim).unwrap(), ("here".into(), 8));
+        assert_eq!(next(None, claim).unwrap(), ("here".into(), 5));
+        let refused = next(Some(&record("there", 4)), claim).unwrap_err();
+        assert!(refused.contains("\"there\" owns it"), "the same host has started it: {refused}");
+    }
+
+    #[test]
+    fn a_generation_is_restored_where_the_machine_was_or_from_a_host_that_is_named_as_gone() {
+        let made_under = record("there", 4);
+        let claim = |take_from| Claim::Restored { made_under: &made_under, take_from };
+        let (there, other) = (host("there"), host("other"));
+        // Even under the very record: the machine may run there.
+        let refused = next(Some(&made_under), claim(None)).unwrap_err();
+        assert!(refused.contains("--take-from there"), "{refused}");
+        assert!(next(Some(&made_under), claim(Some(&other))).is_err());
+        assert_eq!(next(Some(&made_under), claim(Some(&there))).unwrap(), ("here".into(), 5));
+        let moved = record("other", 9);
+        assert!(next(Some(&moved), claim(Some(&there))).is_err(), "it has moved on since");
+        assert_eq!(next(Some(&moved), claim(Some(&other))).unwrap(), ("here".into(), 10));
+        assert_eq!(next(Some(&record("here", 6)), claim(None)).unwrap(), ("here".into(), 7));
+    }
+
+    #[test]
+    fn epochs_go_on_where_the_lease_was_lost() {
+        let made_under = record("there", 40);
+        let claim = Claim::Restored { made_under: &made_under, take_from: None };
+        assert_eq!(next(None, claim).unwrap(), ("here".into(), 41));
+        assert_eq!(next(Some(&record("here", 2)), claim).unwrap(), ("here".into(), 41));
+    }
+}
