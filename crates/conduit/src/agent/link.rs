@@ -150,8 +150,11 @@ fn speak(writer: &mut Writer, shared: &Shared, asked: &Asked, dead: &AtomicBool)
                 asked.insert(id, (key, record.epoch));
             }
             wire::send(writer, &message(id, &record, shared.this.overlay))?;
-            shared.core().said.insert(key, record.epoch);
-            shared.changed.notify_all();
+            // An announcement is not the word that somebody waits for.
+            if record.edge != EdgeView::Held {
+                shared.core().said.insert(key, record.epoch);
+                shared.changed.notify_all();
+            }
             told.insert(key, record);
         }
         if Instant::now() >= ping_at {

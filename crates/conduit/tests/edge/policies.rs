@@ -130,6 +130,17 @@ fn what_is_beyond_a_machines_limits_is_dropped_and_counted() {
     let (most_out, arrived_out) = (most(start), arrived(&client));
     assert!((40.0..=most_out + 1.0).contains(&arrived_out), "{arrived_out} out of {most_out}");
 
+    // What the machine has asked for counts like what comes by itself.
+    let downloads = machine.udp(6000);
+    downloads.send_to(b"give me", (CLIENTS[0], 4000)).unwrap();
+    let (_, asked_by) = heard(&client, LIMIT).expect("it asks");
+    let start = Instant::now();
+    for _ in 0..400 {
+        client.send_to(&payload, asked_by).unwrap();
+    }
+    let (most_back, arrived_back) = (most(start), arrived(&downloads));
+    assert!((10.0..=most_back + 1.0).contains(&arrived_back), "{arrived_back} of {most_back}");
+
     let start = Instant::now();
     for port in 5000..5100 {
         udp_of(&rig.clients[0], CLIENTS[0], port).send_to(b"new", public(7001)).unwrap();

@@ -117,8 +117,10 @@ fn public_ports_are_reached_from_machines_of_the_same_tenant_and_of_another() {
     let [seven, nine] = twins();
     let (one, two) = (rig.boot(seven, 0), rig.boot(nine, 1));
     let same = rig.boot(net("same", 7, 6), 0);
+    // One whose address no machine of the other tenant has.
+    let stranger = rig.boot(net("stranger", 9, 7), 1);
     let inside = one.udp(9);
-    for machine in [&two, &same, &one] {
+    for machine in [&two, &same, &stranger, &one] {
         let socket = machine.udp(6000);
         socket.send_to(b"question", public(7001)).unwrap();
         let (_, from) = heard(&inside, LIMIT).expect("the machine is reached");

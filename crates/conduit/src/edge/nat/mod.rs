@@ -163,3 +163,105 @@ pub(crate) fn interface_of(address: IpAddr) -> Result<String, KernelError> {
     }
     Ok(interface)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        NetworkId, PortMapping, Protocol,
+        edge::ledger::ENTRY_VERSION,
+        lab::Space,
+        policy::{Limits, Policy},
+    };
+    use std::time::{Duration, Instant};
+
+    fn nat() -> Nat {
+        let outside = Outside { address: Ipv4Addr::new(203, 0, 113, 1), interface: "lo".into() };
+        let v6 = Outside { address: "fd03::1".parse().unwrap(), interface: "lo".into() };
+        let v6 = OutsideV6::Translated(v6);
+        Nat { outside, v6, tunnel: "cd-tunnel", flows_per_network: 1000 }
+    }
+
+    fn machine(number: u32) -> MachineNet {
+        let mapping = |protocol, machine| {
+            let public = 1024 + u16::try_from(number).unwrap();
+            PortMapping { protocol, public, machine }
+        };
+        let address = Ipv4Addr::from(0x0a4d_0000 + number);
+        let mac = [2, 0, 0, 0, 0, 1];
+        MachineNet {
+            network: NetworkId(1 + (number % 100) as u16),
+            address_v6: Some(Ipv6Addr::from(0xfd77 << 112 | u128::from(number))),
+            ports: vec![mapping(Protocol::Tcp, 80), mapping(Protocol::Udp, 53)],
+            ..MachineNet::new(format!("m{number}"), address, mac, 1400)
+        }
+    }
+
+    fn entry(net: MachineNet) -> Entry {
+        let owner = Ipv4Addr::new(100, 64, 0, 2);
+        Entry { version: ENTRY_VERSION, net, owner, epoch: 1, released: false, holder: None }
+    }
+
+    /// What nft says of the table, without what differs each time.
+    fn listing() -> String {
+        exec::run("nft", &["-s", "list", "table", "inet", script::TABLE], "").unwrap()
+    }
+
+    #[test]
+    fn a_machine_that_went_has_left_nothing_and_what_is_said_twice_changes_nothing() {
+        Space::new().unwrap().run(|| {
+            let (nat, one) = (nat(), entry(machine(1)));
+            nat.start([&one].into_iter()).unwrap();
+            let alone = listing();
+            let policy = Policy {
+                allow: vec![crate::policy::Allow {
+                    to: None,
+                    from: vec!["192.0.2.0/24".parse().unwrap(), "fd00::/8".parse().unwrap()],
+                }],
+                limits: Limits {
+                    bytes_in: Some(1 << 20),
+                    bytes_out: Some(1 << 20),
+                    flows_in: Some(100),
+                },
+                ..Policy::default()
+            };
+            let other = MachineNet { policy, ..machine(101) };
+            nat.change(None, Some(&other)).unwrap();
+            let both = listing();
+            assert_ne!(both, alone);
+            for _ in 0..2 {
+                nat.change(Some(&other), Some(&other)).unwrap();
+                assert_eq!(listing(), both);
+            }
+            for _ in 0..2 {
+                nat.change(Some(&other), None).unwrap();
+                assert_eq!(listing(), alone);
+            }
+            nat.start([&one].into_iter()).unwrap();
+            assert_eq!(listing(), alone, "a restarted edge has the same rules");
+            remove().unwrap();
+            assert!(exec::run("nft", &["list", "tables"], "").unwrap().is_empty());
+        });
+    }
+
+    #[test]
+    fn with_ten_thousand_machines_one_more_takes_as_long_as_the_first() {
+        Space::new().unwrap().run(|| {
+            let nat = nat();
+            let time = |nat: &Nat, number| {
+                let start = Instant::now();
+                nat.change(None, Some(&machine(number))).unwrap();
+                start.elapsed()
+            };
+            nat.start(std::iter::empty()).unwrap();
+            let first = (20_001..20_010).map(|n| time(&nat, n)).min().unwrap();
+            let entries: Vec<Entry> = (1..=10_000).map(|n| entry(machine(n))).collect();
+            let start = Instant::now();
+            nat.start(entries.iter()).unwrap();
+            let all = start.elapsed();
+            let one_more = (10_001..10_010).map(|n| time(&nat, n)).min().unwrap();
+            eprintln!("10000 machines: {all:?}; the first: {first:?}; one more: {one_more:?}");
+            assert!(one_more < first * 4 + Duration::from_millis(20), "{one_more:?}, {first:?}");
+        });
+    }
+}

@@ -13,8 +13,7 @@
 //!
 //! ```text
 //!  prerouting  raw      classify    the zone, and the mark of what is for a mapped port
-//!              mangle   account     connections by network; answers only from who was asked; the mark of
-//!                                   what a machine says to a public address
+//!              mangle   account     connections by network; answers only from who was asked
 //!              dstnat   inbound     public port → machine's port
 //!  forward     filter   transit     leaving: a machine's own address, its bound on bytes
 //!                                   arriving: the mark; who may; its bounds
@@ -158,6 +157,7 @@ impl Nat {
             map(format!("whole_sources{end}"), &machine, address);
             map(format!("bounds_in{end}"), &machine, "verdict");
             map(format!("bounds_out{end}"), &machine, "verdict");
+            map(format!("bounds_back{end}"), &machine, "verdict");
             let port = format!("{address} . inet_service");
             for p in PROTOCOLS {
                 map(format!("{p}_ports{end}"), "inet_service", &port);
@@ -219,6 +219,8 @@ impl Nat {
 
         let ours = format!("meta mark & 0xff000000 == {:#x}", conduit_bpf::NETWORK_MARK);
         let most = self.flows_per_network;
+        // Nothing more is asked of what clients and servers say in a connection that is known.
+        add("account", format!("iifname != {tunnel} ct state established,related accept"));
         add("account", format!("ct state new {ours} ct mark set meta mark"));
         add(
             "account",
@@ -226,24 +228,11 @@ impl Nat {
                 "{NEW} {ours} add @counted {{ meta mark ct count over {most} }} counter name over_connections drop"
             ),
         );
-        for Family { end, ip, public, .. } in &families {
+        for Family { ip, public, .. } in &families {
             let answer = format!("iifname {tunnel} ct direction reply {ip} daddr");
-            let asks = format!("iifname {tunnel} ct direction original {ip} daddr");
             if let Some((public, _)) = public {
                 add("account", format!("{answer} {public} jump hairpin_answer"));
-                for p in PROTOCOLS {
-                    add(
-                        "account",
-                        format!("{asks} {public} meta mark set {p} dport map @{p}_networks"),
-                    );
-                }
             }
-            add(
-                "account",
-                format!(
-                    "iifname {tunnel} ct direction original meta mark set {ip} daddr map @whole_networks{end}"
-                ),
-            );
         }
         for p in PROTOCOLS {
             add(
@@ -284,8 +273,23 @@ impl Nat {
         }
 
         // What is answered goes back to the network that asked.
-        add("arriving", "ct direction reply meta mark set ct mark accept".into());
+        add("arriving", "ct direction reply meta mark set ct mark".into());
+        for Family { end, ip, .. } in &families {
+            let answer = "ct direction reply meta mark";
+            add("arriving", format!("{answer} . {ip} daddr vmap @bounds_back{end}"));
+        }
+        add("arriving", "ct direction reply accept".into());
         add("arriving", format!("iifname != {tunnel} meta mark set ct mark"));
+        // Between machines by a public address: from here on, the mark of the one that is asked.
+        let asks = format!("iifname {tunnel} ct status dnat");
+        for p in PROTOCOLS {
+            let port = format!("meta l4proto {p} meta mark set ct original proto-dst");
+            add("arriving", format!("{asks} {port} map @{p}_networks"));
+        }
+        for Family { end, ip, .. } in &families {
+            let address = format!("meta mark set ct original {ip} daddr");
+            add("arriving", format!("{asks} {address} map @whole_networks{end}"));
+        }
         if self.v6 == OutsideV6::Routed {
             add("arriving", "meta mark set ip6 daddr map @routed_networks".into());
         }
@@ -385,6 +389,9 @@ impl Nat {
         }
         if bounds_in(net) {
             map("bounds_in".into(), own.clone(), format!("goto {}", chain("in", net)));
+        }
+        if net.policy.limits.bytes_in.is_some() {
+            map("bounds_back".into(), own.clone(), format!("goto {}", chain("within", net)));
         }
         if net.policy.limits.bytes_out.is_some() {
             map("bounds_out".into(), own.clone(), format!("jump {}", chain("out", net)));
