@@ -447,6 +447,7 @@ pub(crate) struct AttachConfig {
 /// A block device of this kernel, without a socket in between.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
+#[cfg_attr(not(feature = "ublk"), allow(dead_code, reason = "such a silo only refuses it"))]
 pub(crate) struct UblkConfig {
     /// Its number, as 3 in /dev/ublkb3; the first free one if not given
     pub(crate) id: Option<u32>,
