@@ -130,7 +130,7 @@ fn as_on_a_wire(space: &Space) -> anyhow::Result<()> {
 
 /// wireguard-go at both ends, over the same pair.
 struct Go {
-    children: Vec<Child>,
+    children: Vec<(String, Child)>,
 }
 
 impl Go {
@@ -162,9 +162,9 @@ impl Go {
                 "start wireguard-go, which this is measured next to (apt install wireguard-go \
                  wireguard-tools)",
             )?;
-            go.children.push(child);
+            go.children.push((name.clone(), child));
             let ready = || set(&end.space, &["show", &name]).is_ok();
-            ensure!(wait_for(Duration::from_secs(5), ready), "wireguard-go did not start");
+            ensure!(wait_for(Duration::from_secs(20), ready), "wireguard-go did not start");
             let key = folder.path().join(format!("key{number}")).display().to_string();
             let endpoint = format!("{}:7452", outer(other).0);
             let allowed = format!("{}/32", Self::address(other));
@@ -189,9 +189,11 @@ fn set(space: &Space, args: &[&str]) -> anyhow::Result<()> {
 
 impl Drop for Go {
     fn drop(&mut self) {
-        for child in &mut self.children {
+        for (name, child) in &mut self.children {
             let _ = child.kill();
             let _ = child.wait();
+            // Which it leaves behind.
+            let _ = std::fs::remove_file(format!("/var/run/wireguard/{name}.sock"));
         }
     }
 }

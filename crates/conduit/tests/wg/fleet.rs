@@ -17,8 +17,8 @@ use std::{
 
 const WAIT: Duration = Duration::from_secs(20);
 
-fn fleet() -> (Fleet, Received) {
-    let fleet = Fleet::encrypted(program(), PathChoice::Bpf).unwrap();
+fn fleet(path: PathChoice) -> (Fleet, Received) {
+    let fleet = Fleet::encrypted(program(), path).unwrap();
     serve_echo(fleet.guest.run(|| TcpListener::bind("0.0.0.0:7").unwrap()));
     let socket = fleet.guest.run(|| UdpSocket::bind("0.0.0.0:9").unwrap());
     (fleet, Received::collect(socket))
@@ -30,7 +30,16 @@ fn keys(fleet: &Fleet, end: Option<usize>) -> Vec<conduit_wg::PublicKey> {
 
 #[test]
 fn a_machine_moves_and_hosts_change_their_keys_without_a_frame_lost() {
-    let (mut fleet, received) = fleet();
+    move_and_change_keys(PathChoice::Bpf);
+}
+
+#[test]
+fn the_same_holds_where_frames_are_led_by_routes() {
+    move_and_change_keys(PathChoice::Routes);
+}
+
+fn move_and_change_keys(path: PathChoice) {
+    let (mut fleet, received) = fleet(path);
     // Whatever comes from a host by UDP and is not the tunnel's is dropped and counted.
     let rule = "add table inet clear; \
                 add chain inet clear in { type filter hook input priority -300; }; \
@@ -71,7 +80,7 @@ fn a_machine_moves_and_hosts_change_their_keys_without_a_frame_lost() {
 
 #[test]
 fn a_tunnel_that_is_killed_is_started_again_by_its_agent_and_streams_go_on() {
-    let (fleet, _) = fleet();
+    let (fleet, _) = fleet(PathChoice::Bpf);
     let tcp = fleet.public(TCP);
     let echoes = fleet.client.run(|| Echoes::start(tcp));
     echoes.wait(50);

@@ -174,6 +174,11 @@ impl Nat {
         let mut add = |chain: &'static str, rule: String| rules.push((chain, rule));
         let families = self.families();
 
+        if self.tunnel == crate::overlay::INTERFACE {
+            // Routes know one network, and no program sets its mark.
+            let common = host::mark(crate::datapath::NetworkId::COMMON);
+            add("classify", format!("iifname {tunnel} meta mark set {common:#x}"));
+        }
         add("classify", format!("iifname {tunnel} goto from_machine"));
         for Family { end, ip, public, .. } in &families {
             if let Some((public, _)) = public {
