@@ -211,7 +211,7 @@ fn converse(
     }
 }
 
-fn say(mut stream: &UnixStream, answer: &Answer) -> io::Result<()> {
+pub(crate) fn say(mut stream: &UnixStream, answer: &Answer) -> io::Result<()> {
     stream.write_all(&line(answer)?)
 }
 

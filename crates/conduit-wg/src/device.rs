@@ -556,7 +556,8 @@ impl Tunnel {
         let answer = match ask {
             Ask::Status => Answer::Status(Box::new(self.status())),
             Ask::Stop { remove } => {
-                let _ = reply.send(Reply::Say(Answer::Done));
+                // Said here: the thread that says it otherwise ends with the process.
+                let _ = control::say(&from, &Answer::Done);
                 return Ok(Some(if remove { End::Removed } else { End::Stopped }));
             }
             _ if !settled => Answer::Failed("it is being handed over; ask again soon".into()),
