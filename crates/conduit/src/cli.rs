@@ -462,7 +462,8 @@ fn print_status(status: &Status, out: &mut dyn Write) -> std::io::Result<()> {
     writeln!(out, "  frames find their way by {}, {protection}", status.path)?;
     writeln!(out, "  {} machines, {} peers", status.machine_count, status.peers.len())?;
     for peer in &status.peers {
-        writeln!(out, "  peer {} at {}", peer.overlay, peer.underlay)?;
+        let silent = if status.silent.contains(&peer.overlay) { ", silent" } else { "" };
+        writeln!(out, "  peer {} at {}{silent}", peer.overlay, peer.underlay)?;
     }
     for (name, count) in status.counts.iter().filter(|(_, n)| **n > 0) {
         writeln!(out, "  {count:>12} {name}")?;

@@ -250,6 +250,10 @@ pub struct Status {
     pub link: String,
     /// All other hosts that it can reach.
     pub peers: Vec<Peer>,
+    /// Of these, the overlay addresses of hosts that an edge cannot reach at the moment: frames for
+    /// their machines are held.
+    #[serde(default)]
+    pub silent: Vec<Ipv4Addr>,
     /// The machines that it knows, by address; only the first of them if they are many.
     pub machines: Vec<MachineStatus>,
     /// How many it knows.

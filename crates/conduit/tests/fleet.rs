@@ -133,3 +133,24 @@ fn a_fleet_that_is_asked_to_end_leaves_no_process() {
     drop(fleet);
     assert_eq!(processes(&folder), 0);
 }
+
+#[test]
+fn the_old_host_is_cut_off_after_the_flip_and_has_the_machine_again() {
+    let (mut fleet, received) = fleet();
+    for _ in 0..3 {
+        let (echoes, datagrams) = traffic(&fleet);
+        let old = fleet.at();
+        let moved = fleet.depart(None).unwrap();
+        fleet.left().unwrap();
+        fleet.cut(old, true).unwrap();
+        thread::sleep(Duration::from_millis(150).saturating_sub(fleet.stands_for()));
+        fleet.arrive().unwrap();
+        echoes.wait(50);
+        let seen = echoes.finish();
+        let (sent, lost) = datagrams.finish(&received);
+        assert_eq!(seen.sent, seen.answered);
+        assert!(lost <= moved.drained, "{lost} of {sent} lost");
+        fleet.cut(old, false).unwrap();
+        fleet.forget().unwrap();
+    }
+}

@@ -5,6 +5,7 @@ use super::{Core, LinkState, Shared, server::spawn};
 use crate::{
     book::{EdgeView, Place, Record, Wait},
     datapath::MachineKey,
+    sys,
     wire::{self, EdgeSays, HostSays},
 };
 use identity::{HostName, Reader, Security, Stream, Writer};
@@ -12,9 +13,10 @@ use std::{
     collections::BTreeMap,
     io::{self, BufReader},
     net::{Ipv4Addr, SocketAddr},
+    os::fd::AsFd,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -24,7 +26,7 @@ const DIAL_LIMIT: Duration = Duration::from_secs(3);
 const WRITE_LIMIT: Duration = Duration::from_secs(3);
 /// A ping goes out this often; a connection that is silent for [`SILENCE_LIMIT`] is dead.
 const PING_EVERY: Duration = Duration::from_millis(100);
-const SILENCE_LIMIT: Duration = Duration::from_secs(4);
+const SILENCE_LIMIT: Duration = Duration::from_secs(2);
 /// Wait before dialling again: the first, and the longest.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
@@ -59,6 +61,7 @@ fn converse(stream: Stream, shared: &Arc<Shared>) -> io::Result<()> {
     let control = stream.control();
     control.set_read_timeout(Some(SILENCE_LIMIT));
     control.set_write_timeout(Some(WRITE_LIMIT));
+    sys::repeat_steadily(control.as_fd())?;
     let (reader, mut writer) = stream.split();
     let mut reader = BufReader::new(reader);
     let hello = HostSays::Hello {
@@ -87,16 +90,18 @@ fn converse(stream: Stream, shared: &Arc<Shared>) -> io::Result<()> {
 
     let asked = Asked::default();
     let dead = Arc::new(AtomicBool::new(false));
+    let answered = Arc::new(AtomicU64::new(0));
     let listener = {
         let (shared, asked, dead) = (shared.clone(), asked.clone(), dead.clone());
+        let answered = answered.clone();
         thread::Builder::new().name("agent-edge-in".into()).spawn(move || {
-            let end = listen(&mut reader, &shared, &asked);
+            let end = listen(&mut reader, &shared, &asked, &answered);
             dead.store(true, Ordering::Release);
             shared.changed.notify_all();
             end
         })?
     };
-    let said = speak(&mut writer, shared, &asked, &dead);
+    let said = speak(&mut writer, shared, &asked, &answered, &dead);
     control.shutdown();
     let heard = listener.join().unwrap_or_else(|_| Err(io::Error::other("its reader failed")));
     // What the reader met is the cause, unless we ended the connection ourselves.
@@ -104,8 +109,14 @@ fn converse(stream: Stream, shared: &Arc<Shared>) -> io::Result<()> {
 }
 
 /// Says what the edge does not know yet, as soon as there is something, until the reader is done.
-fn speak(writer: &mut Writer, shared: &Shared, asked: &Asked, dead: &AtomicBool) -> io::Result<()> {
-    let mut id = 0;
+fn speak(
+    writer: &mut Writer,
+    shared: &Shared,
+    asked: &Asked,
+    answered: &AtomicU64,
+    dead: &AtomicBool,
+) -> io::Result<()> {
+    let (mut id, mut ping) = (0, 0);
     let mut ping_at = Instant::now() + PING_EVERY;
     // Keys that were last told.
     let mut tunnel = None;
@@ -158,8 +169,12 @@ fn speak(writer: &mut Writer, shared: &Shared, asked: &Asked, dead: &AtomicBool)
             told.insert(key, record);
         }
         if Instant::now() >= ping_at {
-            id += 1;
-            wire::send(writer, &HostSays::Ping { id })?;
+            // One at a time: with little under way, the kernel repeats it soon.
+            if answered.load(Ordering::Acquire) >= ping {
+                id += 1;
+                ping = id;
+                wire::send(writer, &HostSays::Ping { id })?;
+            }
             ping_at = Instant::now() + PING_EVERY;
             let forgotten: Vec<Record> = {
                 let mut core = shared.core();
@@ -195,7 +210,12 @@ fn message(id: u64, record: &Record, this: Ipv4Addr) -> HostSays {
     }
 }
 
-fn listen(reader: &mut BufReader<Reader>, shared: &Shared, asked: &Asked) -> io::Result<()> {
+fn listen(
+    reader: &mut BufReader<Reader>,
+    shared: &Shared,
+    asked: &Asked,
+    answered: &AtomicU64,
+) -> io::Result<()> {
     while let Some(message) = wire::receive::<EdgeSays>(reader)? {
         let (id, answer) = match message {
             EdgeSays::Done { id } => (id, Ok(())),
@@ -212,6 +232,7 @@ fn listen(reader: &mut BufReader<Reader>, shared: &Shared, asked: &Asked) -> io:
             }
             EdgeSays::Welcome { .. } => return Err(io::Error::other("a second welcome")),
         };
+        answered.fetch_max(id, Ordering::AcqRel);
         let question = asked.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
         if let Some((key, epoch)) = question {
             shared.edge_answered(key, epoch, answer);

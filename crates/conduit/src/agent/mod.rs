@@ -613,6 +613,7 @@ impl Shared {
             protection: self.secure.as_ref().map(|s| s.describe().into()).unwrap_or_default(),
             counts,
             peers: core.peers.values().copied().collect(),
+            silent: Vec::new(),
             machines,
             machine_count: core.book.records().count(),
         }

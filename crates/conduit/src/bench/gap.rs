@@ -187,7 +187,8 @@ fn cuts(quick: bool) -> anyhow::Result<Vec<Row>> {
             let datagrams = fleet.client.run(|| Datagrams::start(udp));
             echoes.wait(150);
             let old = fleet.at();
-            let left = fleet.depart(None)?;
+            let moved = fleet.depart(None)?;
+            fleet.left()?;
             thread::sleep(Duration::from_millis(after));
             fleet.cut(old, true)?;
             thread::sleep(blackout.saturating_sub(fleet.stands_for()));
@@ -199,7 +200,7 @@ fn cuts(quick: bool) -> anyhow::Result<Vec<Row>> {
             fleet.cut(old, false)?;
             fleet.forget()?;
             added.push(seen.gap.saturating_sub(stood).as_secs_f64() * 1e3);
-            beyond += lost.saturating_sub(left.drained);
+            beyond += lost.saturating_sub(moved.drained);
         }
         rows.push(Row::judged(
             &format!(

@@ -80,8 +80,12 @@ impl Health {
         self.bound
     }
 
-    /// A host has connected (again).
-    pub(super) fn connected(&mut self, host: Ipv4Addr) -> bool {
+    pub(super) fn silent(&self) -> Vec<Ipv4Addr> {
+        self.silent.keys().copied().collect()
+    }
+
+    /// A host has said something, or connected again; true if it was silent.
+    pub(super) fn heard(&mut self, host: Ipv4Addr) -> bool {
         self.silent.remove(&host).is_some()
     }
 
@@ -174,7 +178,7 @@ mod tests {
         assert!(health.judge(&BTreeMap::new(), now + BOUND).is_empty());
         assert_eq!(health.judge(&BTreeMap::new(), now + BOUND + ms(1)), [A]);
         assert_eq!(health.treatment(A), Some(Treatment::Drop));
-        assert!(health.connected(A) && !health.connected(A));
+        assert!(health.heard(A) && !health.heard(A));
         assert_eq!(health.treatment(A), None);
     }
 }

@@ -482,6 +482,16 @@ impl Shared {
         }
     }
 
+    /// A host has said something.
+    fn heard(&self, host: Ipv4Addr) {
+        let mut core = self.core();
+        if core.health.heard(host) {
+            let name = core.hosts.get(&host).map_or("", |h| &h.name);
+            tracing::info!(host = name, "speaks again: what was held goes there");
+            self.lead_all(&mut core, host);
+        }
+    }
+
     /// Leads all machines of a host (again).
     fn lead_all(&self, core: &mut Core, host: Ipv4Addr) {
         let entries: Vec<Entry> =
@@ -541,10 +551,8 @@ impl Shared {
             core.hosts.insert(peer.overlay, host);
             tracing::info!(host = %name, overlay = %peer.overlay, underlay = %peer.underlay, "host joined");
         }
-        if core.health.connected(peer.overlay) {
-            tracing::info!(host = %name, "connected again: what was held goes there");
-            self.lead_all(&mut core, peer.overlay);
-        }
+        drop(core);
+        self.heard(peer.overlay);
         Ok(())
     }
 
@@ -623,6 +631,7 @@ impl Shared {
             counts,
             link: format!("agents connect to {}, clients to {}", self.listen, self.public),
             peers: core.hosts.values().map(|h| h.peer).collect(),
+            silent: core.health.silent(),
             machines,
             machine_count: core.ledger.machines().count(),
         }

@@ -130,6 +130,7 @@ fn converse(
     let control = stream.control();
     control.set_read_timeout(Some(SILENCE_LIMIT));
     control.set_write_timeout(Some(WRITE_LIMIT));
+    sys::repeat_steadily(control.as_fd())?;
     let proved = stream.peer_name().cloned();
     let (reader, writer) = stream.split();
     let mut reader = BufReader::new(reader);
@@ -216,6 +217,7 @@ fn answer_all(
 ) -> io::Result<()> {
     while let Some(message) = wire::receive::<HostSays>(reader)? {
         *heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        shared.heard(peer.overlay);
         let (asked, mut operation, mut moved) = (Instant::now(), "", None);
         let (id, done) = match message {
             HostSays::Ping { id } => (id, Ok(())),
@@ -315,14 +317,18 @@ impl Agents {
         for line in lines {
             let heard = *line.heard.lock().unwrap_or_else(PoisonError::into_inner);
             let heard = now.saturating_duration_since(heard);
-            let acknowledged = (heard > ASK_AFTER).then(|| {
-                // It answers no question of the agent's, and is passed over.
-                if let Ok(mut pen) = line.pen.try_lock() {
+            let mut acknowledged = None;
+            if heard > ASK_AFTER
+                && let Ok(known) = sys::acknowledged(line.control.as_fd())
+            {
+                acknowledged = Some(known.ago);
+                // One at a time; it answers no question of the agent's, and is passed over.
+                if !known.open
+                    && let Ok(mut pen) = line.pen.try_lock()
+                {
                     let _ = wire::send(&mut *pen, &EdgeSays::Done { id: 0 });
                 }
-                sys::acknowledged_ago(line.control.as_fd()).ok()
-            });
-            let acknowledged = acknowledged.flatten();
+            }
             signs.entry(line.host).or_default().push(Signs { heard, acknowledged });
         }
         signs

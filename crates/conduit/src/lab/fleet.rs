@@ -317,12 +317,19 @@ impl Fleet {
         self.folder.path()
     }
 
-    /// Cuts a host off, or lets it in again.
+    /// Cuts a host off, or lets it in again, and waits until the edge has heard it.
     pub fn cut(&self, host: usize, cut: bool) -> Result<(), KernelError> {
         let name = self.hosts[host].name;
-        let state = if cut { "down" } else { "up" };
-        // At the other end, so that the host itself keeps its addresses and routes.
-        self.edge_space.ip(&format!("link set to-{name} {state}\n"))
+        // Not by taking the link down: a kernel may take a second to notice that it is up again.
+        let state = if cut { "nomaster" } else { "master under0" };
+        self.edge_space.ip(&format!("link set to-{name} {state}\n"))?;
+        if cut {
+            return Ok(());
+        }
+        let (socket, overlay) =
+            (self.edge_socket(), Ipv4Addr::new(100, 64, 0, self.hosts[host].at));
+        let heard = || crate::status(&socket).is_ok_and(|s| !s.silent.contains(&overlay));
+        self.ready(heard, &format!("host {name} to be heard again"))
     }
 
     fn prepare(&mut self, host: usize, blackout: Option<Duration>) -> Result<(), KernelError> {
@@ -360,6 +367,12 @@ impl Fleet {
         // Kept open until it is forgotten, as a runner does.
         self.hosts[from].tap = Some(tap);
         Ok(Moved { stood: Duration::ZERO, divert, drained })
+    }
+
+    /// Waits until the edge has confirmed that the machine has left.
+    pub fn left(&self) -> Result<(), KernelError> {
+        let path = self.path(self.at);
+        path.settled(&self.net, self.epoch, SETTLE).map_err(|e| failed("leave a host", e))
     }
 
     /// Since the machine has stood still.

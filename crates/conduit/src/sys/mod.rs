@@ -183,8 +183,34 @@ pub(crate) fn path_mtu(socket: &std::net::UdpSocket, v6: bool) -> io::Result<u32
     u32::try_from(mtu).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
 }
 
-/// How long ago the peer of a TCP connection acknowledged or sent anything (`TCP_INFO`).
-pub(crate) fn acknowledged_ago(socket: BorrowedFd<'_>) -> io::Result<Duration> {
+/// What the kernel knows of the peer of a TCP connection (`TCP_INFO`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Acknowledged {
+    /// Since the peer acknowledged or sent anything.
+    pub(crate) ago: Duration,
+    /// Whether something is on its way that it has not acknowledged.
+    pub(crate) open: bool,
+}
+
+/// Makes the kernel repeat what a connection with little under way has lost at the same interval several
+/// times, before it takes ever longer: so an end of an outage is noticed soon.
+pub(crate) fn repeat_steadily(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the kernel reads one int, which lives through the call; the descriptor is open.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_THIN_LINEAR_TIMEOUTS,
+            (&raw const on).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Asks the kernel about the peer of a TCP connection.
+pub(crate) fn acknowledged(socket: BorrowedFd<'_>) -> io::Result<Acknowledged> {
     // SAFETY: tcp_info is plain data; all zeros is a valid value.
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
     let mut size = size_of::<libc::tcp_info>() as libc::socklen_t;
@@ -203,7 +229,7 @@ pub(crate) fn acknowledged_ago(socket: BorrowedFd<'_>) -> io::Result<Duration> {
         return Err(io::Error::last_os_error());
     }
     let last = info.tcpi_last_ack_recv.min(info.tcpi_last_data_recv);
-    Ok(Duration::from_millis(last.into()))
+    Ok(Acknowledged { ago: Duration::from_millis(last.into()), open: info.tcpi_unacked > 0 })
 }
 
 /// Bytes of the C library's heap that are in use, by all threads.
