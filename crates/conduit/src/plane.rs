@@ -270,6 +270,29 @@ impl Plane {
         keys(net).any(held)
     }
 
+    /// The addresses of machines that are to come here or to somebody.
+    pub(crate) fn expected(&self) -> Result<Vec<Key>, KernelError> {
+        let entries = self.bpf.entries().map_err(|e| failed("list the entries", &e))?;
+        let expected = entries.into_iter().filter(|(_, entry)| entry.place == Place::Expected);
+        Ok(expected.map(|(key, _)| key).collect())
+    }
+
+    /// Nobody is expected at these addresses any more, but for `these` machines.
+    pub(crate) fn expect_only<'a>(
+        &self,
+        expected: &[Key],
+        these: impl Iterator<Item = &'a MachineNet>,
+    ) -> Result<(), KernelError> {
+        let these: BTreeSet<Key> = these.flat_map(keys).collect();
+        for &key in expected.iter().filter(|key| !these.contains(key)) {
+            let entry = self.bpf.entry(key).map_err(|e| failed(format!("look at {key}"), &e))?;
+            if entry.is_some_and(|e| e.place == Place::Expected) {
+                self.remove_entry(key)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Frames for a machine go to the host with the overlay address `to`. `leaving`: it still runs
     /// here, for a moment. `candidate`: of the host that may have it next.
     pub(crate) fn remote(

@@ -155,6 +155,10 @@ struct Core {
     awaited: BTreeMap<MachineKey, Instant>,
     /// Machines that nobody has and somebody will have: their frames are held.
     expected: BTreeMap<MachineKey, Expected>,
+    /// Addresses that the last edge expected machines at, until the hosts concerned have had the time to
+    /// say so again.
+    left_over: Vec<conduit_bpf::Key>,
+    started: Instant,
     health: Health,
 }
 
@@ -246,6 +250,8 @@ impl Edge {
             believed: BTreeMap::new(),
             awaited: BTreeMap::new(),
             expected: BTreeMap::new(),
+            left_over: plane.as_ref().map_or(Ok(Vec::new()), |p| p.expected())?,
+            started: Instant::now(),
             health,
         };
         let keeper = config.hold.zip(plane.clone()).map(|(settings, plane)| {
@@ -456,6 +462,15 @@ impl Shared {
             tracing::warn!(%address, "nobody has come to have it: its frames are not held any more");
             if let Err(error) = self.expect_no_more(&mut core, address) {
                 tracing::warn!(%address, %error, "they are held all the same");
+            }
+        }
+        if now.saturating_duration_since(core.started) > bound
+            && let Some(plane) = &self.plane
+        {
+            let left_over = std::mem::take(&mut core.left_over);
+            let expected = core.expected.values().map(|e| &e.net);
+            if let Err(error) = plane.expect_only(&left_over, expected) {
+                tracing::warn!(%error, "frames are held for nobody");
             }
         }
         let Core { awaited, ledger, .. } = &mut *core;

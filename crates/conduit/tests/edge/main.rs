@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod authority;
+mod hold;
 mod policies;
 mod rig;
 mod sizes;

@@ -13,6 +13,7 @@ use conduit::{
     Tap,
     agent::{Agent, AgentConfig},
     edge::{Edge, EdgeConfig, EdgeOptions},
+    holder::HoldSettings,
     lab::{
         Space,
         machine::{Guest, Vmm},
@@ -103,6 +104,7 @@ pub(crate) struct Rig {
     pub(crate) hosts: Vec<Host>,
     pub(crate) folder: tempfile::TempDir,
     options: EdgeOptions,
+    hold: Option<HoldSettings>,
 }
 
 fn host_name(name: &str) -> HostName {
@@ -132,6 +134,11 @@ pub(crate) fn routed() -> EdgeOptions {
 
 impl Rig {
     pub(crate) fn new(options: &EdgeOptions) -> Self {
+        Self::with_hold(options, None)
+    }
+
+    /// With an edge that holds frames, if that is said.
+    pub(crate) fn with_hold(options: &EdgeOptions, hold: Option<HoldSettings>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let (clients, router, edge_space) = ([space(), space()], space(), space());
         router.sysctl("net/ipv4/ip_forward", "1").unwrap();
@@ -175,6 +182,7 @@ impl Rig {
             hosts: Vec::new(),
             folder,
             options: options.clone(),
+            hold,
         };
         rig.start_edge();
         for (at, name) in [(2, "a"), (3, "b")] {
@@ -200,7 +208,7 @@ impl Rig {
             state: folder.join("edge"),
             path: PathChoice::Bpf,
             pins: conduit::PINS.into(),
-            hold: None,
+            hold: self.hold.clone(),
             secure: conduit::secure::SecureConfig::off(),
         };
         self.edge = Some(self.edge_space.run(|| Edge::start(config)).unwrap());
