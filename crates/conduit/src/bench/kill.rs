@@ -31,7 +31,7 @@ fn kills(quick: bool) -> anyhow::Result<Vec<Row>> {
     let rounds = if quick { 2 } else { 25 };
     let mut fleet = Fleet::new(&program()?, PathChoice::Bpf)?;
     serve_echo(fleet.guest.run(|| TcpListener::bind("0.0.0.0:7"))?);
-    let received = Received::collect_as_usual(fleet.guest.run(|| UdpSocket::bind("0.0.0.0:9"))?);
+    let received = Received::collect(fleet.guest.run(|| UdpSocket::bind("0.0.0.0:9"))?);
     let (tcp, udp) = (fleet.public(TCP), fleet.public(UDP));
     let echoes = fleet.client.run(|| Echoes::start(tcp));
     let datagrams = fleet.client.run(|| Datagrams::start(udp));

@@ -2,7 +2,7 @@
 //! another one has the machine, up to a bound; then they are dropped.
 //!
 //! ```text
-//!  speaking ──── nothing heard, nothing acknowledged for QUIET ────► silent: held
+//!  speaking ──── nothing heard, nothing acknowledged ────► silent: held
 //!      ▲                                                               │
 //!      └── heard again, or connected again ◄───────────────────────────┤ for the bound
 //!                                                                      ▼
@@ -11,8 +11,9 @@
 //!
 //! A host is judged by its kernel, not by its agent: an agent that was killed has its connection ended
 //! by the kernel, and one that hangs has what we say acknowledged by it; in both cases the machines
-//! there run on. Only a host that cannot be reached acknowledges nothing. Agents ping; one that does not
-//! for a while is spoken to, so that its kernel has something to acknowledge.
+//! there run on. Only a host that cannot be reached acknowledges nothing. Agents ping, and only when the
+//! last ping was answered, so that a ping says that the way there works too; one that does not for a while
+//! is spoken to, so that its kernel has something to acknowledge.
 
 use super::{Shared, server::Agents};
 use crate::agent::spawn;
@@ -28,21 +29,24 @@ use std::{
 const EVERY: Duration = Duration::from_millis(50);
 /// A host that was not heard for this long is spoken to.
 pub(super) const ASK_AFTER: Duration = Duration::from_millis(250);
-/// A host whose kernel acknowledged nothing for this long either is silent.
+/// A host whose agent was not heard for this long...
 const QUIET: Duration = Duration::from_millis(600);
+/// ...and whose kernel has not acknowledged for this long what we said is silent. The kernel repeats what
+/// is lost after 200 ms.
+const UNANSWERED: Duration = Duration::from_millis(350);
 
 /// What is known of one connection of a host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Signs {
     /// Since its agent said something.
     pub(super) heard: Duration,
-    /// Since its kernel acknowledged or sent something; `None` if that cannot be known.
-    pub(super) acknowledged: Option<Duration>,
+    /// For how long what we said has not been acknowledged by its kernel; `None` if that is not known.
+    pub(super) unanswered: Option<Duration>,
 }
 
 impl Signs {
     fn speaks(self) -> bool {
-        self.heard < QUIET || self.acknowledged.is_some_and(|a| a < QUIET)
+        self.heard < QUIET || self.unanswered.is_some_and(|u| u < UNANSWERED)
     }
 }
 
@@ -140,8 +144,8 @@ mod tests {
         Duration::from_millis(ms)
     }
 
-    fn of(heard: u64, acknowledged: u64) -> BTreeMap<Ipv4Addr, Vec<Signs>> {
-        let signs = Signs { heard: ms(heard), acknowledged: Some(ms(acknowledged)) };
+    fn of(heard: u64, unanswered: u64) -> BTreeMap<Ipv4Addr, Vec<Signs>> {
+        let signs = Signs { heard: ms(heard), unanswered: Some(ms(unanswered)) };
         BTreeMap::from([(A, vec![signs])])
     }
 

@@ -46,8 +46,16 @@ struct Line {
     host: Ipv4Addr,
     pen: Pen,
     control: Control,
-    /// When it last said something.
-    heard: Arc<Mutex<Instant>>,
+    life: Arc<Mutex<Life>>,
+}
+
+/// Signs of life of one connection.
+#[derive(Clone, Copy, Debug)]
+struct Life {
+    /// When its agent last said something.
+    heard: Instant,
+    /// Since when something that was said to it has not been acknowledged by its kernel.
+    open: Option<Instant>,
 }
 
 /// The agents that are connected: where to send news of the fleet.
@@ -154,13 +162,9 @@ fn converse(
         &EdgeSays::Welcome { version: wire::VERSION, edge: shared.this, peers: shared.peers() },
     )?;
     let number = agents.next.fetch_add(1, Ordering::Relaxed);
-    let heard = Arc::new(Mutex::new(Instant::now()));
-    let line = Line {
-        host: peer.overlay,
-        pen: pen.clone(),
-        control: control.clone(),
-        heard: heard.clone(),
-    };
+    let life = Arc::new(Mutex::new(Life { heard: Instant::now(), open: None }));
+    let line =
+        Line { host: peer.overlay, pen: pen.clone(), control: control.clone(), life: life.clone() };
     agents.lock().insert(number, line);
     // Said after this agent is on the list: of two that join at once, each hears of the other.
     agents.tell_others(number, &EdgeSays::Peers { peers: shared.peers() });
@@ -169,7 +173,7 @@ fn converse(
     }
 
     shared.agents.fetch_add(1, Ordering::Relaxed);
-    let end = answer_all(&mut reader, &pen, peer, shared, (agents, &heard));
+    let end = answer_all(&mut reader, &pen, peer, shared, (agents, &life));
     shared.agents.fetch_sub(1, Ordering::Relaxed);
     agents.lock().remove(&number);
     control.shutdown();
@@ -213,10 +217,10 @@ fn answer_all(
     pen: &Pen,
     peer: Peer,
     shared: &Shared,
-    (agents, heard): (&Agents, &Mutex<Instant>),
+    (agents, life): (&Agents, &Mutex<Life>),
 ) -> io::Result<()> {
     while let Some(message) = wire::receive::<HostSays>(reader)? {
-        *heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        life.lock().unwrap_or_else(PoisonError::into_inner).heard = Instant::now();
         shared.heard(peer.overlay);
         let (asked, mut operation, mut moved) = (Instant::now(), "", None);
         let (id, done) = match message {
@@ -315,21 +319,25 @@ impl Agents {
         let lines: Vec<Line> = self.lock().values().cloned().collect();
         let mut signs = BTreeMap::<Ipv4Addr, Vec<Signs>>::new();
         for line in lines {
-            let heard = *line.heard.lock().unwrap_or_else(PoisonError::into_inner);
-            let heard = now.saturating_duration_since(heard);
-            let mut acknowledged = None;
-            if heard > ASK_AFTER
-                && let Ok(known) = sys::acknowledged(line.control.as_fd())
-            {
-                acknowledged = Some(known.ago);
-                // One at a time; it answers no question of the agent's, and is passed over.
-                if !known.open
-                    && let Ok(mut pen) = line.pen.try_lock()
-                {
-                    let _ = wire::send(&mut *pen, &EdgeSays::Done { id: 0 });
+            let mut life = line.life.lock().unwrap_or_else(PoisonError::into_inner);
+            let heard = now.saturating_duration_since(life.heard);
+            let mut unanswered = None;
+            if heard < ASK_AFTER {
+                life.open = None;
+            } else if let Ok(open) = sys::is_unacknowledged(line.control.as_fd()) {
+                if open {
+                    let since = *life.open.get_or_insert(now);
+                    unanswered = Some(now.saturating_duration_since(since));
+                } else {
+                    (life.open, unanswered) = (None, Some(Duration::ZERO));
+                    // One at a time; it answers no question of the agent's, and is passed over.
+                    if let Ok(mut pen) = line.pen.try_lock() {
+                        let _ = wire::send(&mut *pen, &EdgeSays::Done { id: 0 });
+                    }
                 }
             }
-            signs.entry(line.host).or_default().push(Signs { heard, acknowledged });
+            drop(life);
+            signs.entry(line.host).or_default().push(Signs { heard, unanswered });
         }
         signs
     }

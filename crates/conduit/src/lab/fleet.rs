@@ -7,7 +7,7 @@ use super::{
     wait_for,
 };
 use crate::{
-    AgentDataPath, DataPath, KernelError, MachineNet, PathChoice, PortMapping, Protocol, Tap,
+    AgentDataPath, DataPath, KernelError, MachineNet, PathChoice, PortMapping, Protocol, Tap, exec,
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -321,8 +321,9 @@ impl Fleet {
     pub fn cut(&self, host: usize, cut: bool) -> Result<(), KernelError> {
         let name = self.hosts[host].name;
         // Not by taking the link down: a kernel may take a second to notice that it is up again.
-        let state = if cut { "nomaster" } else { "master under0" };
-        self.edge_space.ip(&format!("link set to-{name} {state}\n"))?;
+        let (port, state) = (format!("to-{name}"), if cut { "0" } else { "3" });
+        let args = ["link", "set", "dev", &port, "state", state];
+        self.edge_space.run(|| exec::run("bridge", &args, ""))?;
         if cut {
             return Ok(());
         }

@@ -8,7 +8,6 @@ use nix::errno::Errno;
 use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
-    time::Duration,
 };
 
 nix::ioctl_write_ptr_bad!(tun_set_iff, 0x4004_54ca_u32 as libc::Ioctl, libc::ifreq);
@@ -183,15 +182,6 @@ pub(crate) fn path_mtu(socket: &std::net::UdpSocket, v6: bool) -> io::Result<u32
     u32::try_from(mtu).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
 }
 
-/// What the kernel knows of the peer of a TCP connection (`TCP_INFO`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Acknowledged {
-    /// Since the peer acknowledged or sent anything.
-    pub(crate) ago: Duration,
-    /// Whether something is on its way that it has not acknowledged.
-    pub(crate) open: bool,
-}
-
 /// Makes the kernel repeat what a connection with little under way has lost at the same interval several
 /// times, before it takes ever longer: so an end of an outage is noticed soon.
 pub(crate) fn repeat_steadily(socket: BorrowedFd<'_>) -> io::Result<()> {
@@ -209,8 +199,9 @@ pub(crate) fn repeat_steadily(socket: BorrowedFd<'_>) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Asks the kernel about the peer of a TCP connection.
-pub(crate) fn acknowledged(socket: BorrowedFd<'_>) -> io::Result<Acknowledged> {
+/// Whether something is on its way over a TCP connection that the peer has not acknowledged
+/// (`TCP_INFO`).
+pub(crate) fn is_unacknowledged(socket: BorrowedFd<'_>) -> io::Result<bool> {
     // SAFETY: tcp_info is plain data; all zeros is a valid value.
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
     let mut size = size_of::<libc::tcp_info>() as libc::socklen_t;
@@ -228,8 +219,7 @@ pub(crate) fn acknowledged(socket: BorrowedFd<'_>) -> io::Result<Acknowledged> {
     if result < 0 {
         return Err(io::Error::last_os_error());
     }
-    let last = info.tcpi_last_ack_recv.min(info.tcpi_last_data_recv);
-    Ok(Acknowledged { ago: Duration::from_millis(last.into()), open: info.tcpi_unacked > 0 })
+    Ok(info.tcpi_unacked > 0)
 }
 
 /// Bytes of the C library's heap that are in use, by all threads.

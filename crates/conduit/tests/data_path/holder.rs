@@ -130,7 +130,8 @@ fn opens(rig: &Rig) {
 #[test]
 fn what_was_held_arrives_whole_and_in_order_at_a_socket_with_the_usual_buffer() {
     let rig = held_at_edge();
-    let held = Held::on(&rig.edge, Limits::default());
+    // Slow enough for a receiver that a busy computer does not let run for a while.
+    let held = Held::on(&rig.edge, Limits { pace: 2000, ..Limits::default() });
     let b = rig.listen(1);
     let mut sender = Sender::new(&rig);
     // Four times what the buffer of a socket takes at once.

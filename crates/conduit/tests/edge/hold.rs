@@ -1,6 +1,8 @@
 //! What an edge holds for a machine that no host has.
 
-use crate::rig::{LIMIT, Machine, Rig, SILENCE, address, address_v6, epoch, heard, net, translated};
+use crate::rig::{
+    LIMIT, Machine, Rig, SILENCE, address, address_v6, epoch, heard, net, translated,
+};
 use conduit::{
     DataPath,
     holder::{HoldSettings, Limits},
