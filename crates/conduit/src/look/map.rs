@@ -189,6 +189,7 @@ mod tests {
             peer: host(1),
             link: String::new(),
             peers: vec![host(2), host(3)],
+            silent: Vec::new(),
             machines: vec![MachineStatus {
                 net,
                 epoch: 4,
