@@ -120,8 +120,12 @@ impl Stage {
             }
         }
         let package = package();
-        let rig =
-            Rig::new(RigConfig { prefix: PREFIX.into(), folder: Some(folder.clone()), ..config });
+        let rig = Rig::new(RigConfig {
+            prefix: PREFIX.into(),
+            folder: Some(folder.clone()),
+            leases: true,
+            ..config
+        });
         let fleet = Fleet::new(rig.unwrap()).unwrap();
         Some(Self { fleet, _strays: Strays(folder), package, _alone: alone })
     }

@@ -142,6 +142,7 @@ pub fn run(args: &Args) -> anyhow::Result<bool> {
         delay: args.round_trip.filter(|&ms| ms > 0).map(Duration::from_millis),
         bandwidth: args.bandwidth.map(|megabits| megabits * 1_000_000),
         tls: !args.plaintext,
+        leases: true,
         ..RigConfig::default()
     };
     rig.folder = Some(tidy::folder(&args.prefix));

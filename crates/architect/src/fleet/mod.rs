@@ -4,6 +4,8 @@
 
 mod sweep;
 
+pub(crate) use sweep::LEASES;
+
 use crate::rig::{Rig, RigError};
 use conduit::{PortMapping, Protocol};
 use drafter::{
@@ -18,7 +20,7 @@ use drafter::{
 use std::{
     collections::BTreeMap,
     fs::File,
-    net::{Ipv4Addr, SocketAddr},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     process::{Child, Stdio},
     time::{Duration, Instant},
@@ -69,10 +71,14 @@ pub struct MachineSpec {
     pub vcpus: Option<u32>,
     /// Its address; none means no network.
     pub address: Option<Ipv4Addr>,
+    /// Its IPv6 address.
+    pub address_v6: Option<Ipv6Addr>,
     /// Ports at the edge: (public, machine), TCP.
     pub ports: Vec<(u16, u16)>,
     /// Mutual TLS between runners (the rig must have certificates), or plaintext.
     pub tls: bool,
+    /// Further arguments of `drafter run` alone: what a machine is made with.
+    pub extra_boot: Vec<String>,
     /// Further arguments of `drafter run` and `drafter receive`.
     pub extra: Vec<String>,
 }
@@ -87,8 +93,10 @@ impl MachineSpec {
             memory_mib: None,
             vcpus: None,
             address: None,
+            address_v6: None,
             ports: Vec::new(),
             tls: true,
+            extra_boot: Vec::new(),
             extra: Vec::new(),
         }
     }
@@ -181,9 +189,13 @@ impl Fleet {
         if let Some(address) = spec.address {
             words.extend(["--address".into(), address.to_string()]);
         }
+        if let Some(address) = spec.address_v6 {
+            words.extend(["--address-v6".into(), address.to_string()]);
+        }
         for (public, machine) in &spec.ports {
             words.extend(["--publish".into(), format!("{public}:{machine}")]);
         }
+        words.extend(spec.extra_boot.iter().cloned());
         self.start(host, spec, words)
     }
 
@@ -221,7 +233,7 @@ impl Fleet {
             .args(words)
             .args(["--host", &place.name, "--listen", &address.to_string()])
             .arg("--lease")
-            .arg(self.rig.folder().join(sweep::LEASES))
+            .arg(self.rig.folder().join(LEASES))
             .args(&spec.extra)
             .stdin(Stdio::null())
             .stdout(output)

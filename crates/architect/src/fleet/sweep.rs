@@ -23,7 +23,7 @@ const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// How folders of hosts begin, in the rig's folder.
 pub(super) const STATE: &str = "state-";
 /// The folder of leases, there.
-pub(super) const LEASES: &str = "leases";
+pub(crate) const LEASES: &str = "leases";
 
 /// Clears the rig's folder of an earlier fleet.
 pub(super) fn sweep(folder: &Path) -> Result<(), FleetError> {

@@ -20,6 +20,7 @@ impl Link {
     pub(super) fn rig(self, prefix: &str) -> RigConfig {
         RigConfig {
             prefix: prefix.to_owned(),
+            leases: true,
             delay: (self.delay_ms > 0).then(|| Duration::from_millis(self.delay_ms)),
             bandwidth: self.megabits.map(|megabits| megabits * 1_000_000),
             ..RigConfig::default()

@@ -30,7 +30,7 @@ use std::{
     ffi::OsStr,
     fs::{self, File},
     io,
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -41,6 +41,12 @@ pub use namespace::Namespace;
 pub const PUBLIC: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
 /// The client's own address.
 pub const CLIENT: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 2);
+/// The edge's public IPv6 address.
+pub const PUBLIC_V6: Ipv6Addr = Ipv6Addr::new(0xfd03, 0, 0, 0, 0, 0, 0, 1);
+/// The client's.
+pub const CLIENT_V6: Ipv6Addr = Ipv6Addr::new(0xfd03, 0, 0, 0, 0, 0, 0, 2);
+/// Machines have IPv6 addresses in this network.
+const MACHINES_V6: &str = "fd77::/64";
 /// Machines have addresses in `10.77.0.0/16`; the first is a good choice.
 pub const MACHINE: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 
@@ -106,6 +112,9 @@ pub struct RigConfig {
     pub bandwidth: Option<u64>,
     /// Mutual TLS between agents and edge (certificates are made), or plaintext.
     pub tls: bool,
+    /// The edge reads the leases of the runners in this rig's folder, and believes only those. Without
+    /// it, tests that have no runners flip as they like.
+    pub leases: bool,
     /// The `conduit` program; looked for beside the running program if `None`.
     pub conduit: Option<PathBuf>,
     /// How frames find their way; `Auto` leaves it to the daemons (and to `CONDUIT_PATH`).
@@ -122,6 +131,7 @@ impl Default for RigConfig {
             delay: None,
             bandwidth: None,
             tls: true,
+            leases: false,
             conduit: None,
             path: PathChoice::Auto,
             folder: None,
@@ -224,13 +234,18 @@ impl Rig {
         edge.ip(&format!(
             "link add pub0 type veth peer name eth0 netns {client}
 address add {PUBLIC}/24 dev pub0
+address add {PUBLIC_V6}/64 dev pub0 nodad
 link set pub0 up
 link add under0 type bridge
 address add {EDGE_UNDERLAY}/24 dev under0
 link set under0 up
 "
         ))?;
-        client.ip(&format!("address add {CLIENT}/24 dev eth0\nlink set eth0 up\n"))?;
+        client.ip(&format!(
+            "address add {CLIENT}/24 dev eth0\naddress add {CLIENT_V6}/64 dev eth0 nodad
+link set eth0 up
+"
+        ))?;
         for host in &self.hosts {
             let (name, namespace) = (&host.name, &host.namespace);
             edge.ip(&format!(
@@ -326,7 +341,8 @@ link set to-{name} master under0 up
     pub fn start_edge(&mut self) -> Result<(), RigError> {
         let (public, underlay) = (PUBLIC.to_string(), EDGE_UNDERLAY.to_string());
         let (socket, state) = (self.edge_socket(), self.edge_state());
-        let args: [&OsStr; 9] = [
+        let (public_v6, leases) = (PUBLIC_V6.to_string(), self.folder.join(crate::fleet::LEASES));
+        let mut args: Vec<&OsStr> = vec![
             "edge".as_ref(),
             "--public".as_ref(),
             public.as_ref(),
@@ -336,7 +352,14 @@ link set to-{name} master under0 up
             socket.as_ref(),
             "--state".as_ref(),
             state.as_ref(),
+            "--machines-v6".as_ref(),
+            MACHINES_V6.as_ref(),
+            "--public-v6".as_ref(),
+            public_v6.as_ref(),
         ];
+        if self.config.leases {
+            args.extend(["--lease".as_ref(), leases.as_os_str()]);
+        }
         let mut daemon = self.daemon("edge", &self.edge, &args)?;
         daemon.wait_until("answer", READY, || conduit::status(&socket).is_ok())?;
         self.edge_daemon = Some(daemon);
