@@ -164,10 +164,12 @@ impl Agent {
         }
         for known in fleet.load::<KnownPeer>()? {
             core.peers.insert(known.peer.overlay, known.peer);
-            host.set_peer(&known.peer)?;
+            // Never the edge as a host first: for that moment its frames would be refused.
             if known.edge {
                 host.set_edge(&known.peer)?;
                 core.edge = Some(known.peer);
+            } else {
+                host.set_peer(&known.peer)?;
             }
         }
         let kernel = host.recall()?;

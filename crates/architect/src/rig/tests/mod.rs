@@ -268,6 +268,10 @@ fn a_hundred_deaths_of_agent_and_edge_lose_no_frame() {
     let (seen, out) = (echoes.finish(), outbound.finish());
     let (sent, lost) = datagrams.finish(&world.received);
     eprintln!("{seen:?}, {out:?}, {lost} of {sent} lost");
+    // What programs and rules dropped, should that be why one is missing.
+    for socket in [world.rig.edge_socket(), world.rig.hosts()[0].agent_socket.clone()] {
+        eprintln!("{}: {:?}", socket.display(), conduit::status(&socket).map(|s| s.counts));
+    }
     assert_eq!(lost, 0, "of {sent}");
     assert_eq!((seen.sent, out.sent), (seen.answered, out.answered));
     // Whoever is left has not forgotten whose the machine is.
