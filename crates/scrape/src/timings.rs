@@ -34,6 +34,28 @@ pub struct Spread {
     pub buckets: Vec<(f64, u64)>,
 }
 
+impl Spread {
+    /// Of times that were counted in finer buckets: upper bounds, each with how many are up to there.
+    /// One that may lie on either side of an end is counted above it.
+    #[must_use]
+    pub fn from_cumulative(
+        bounds: impl IntoIterator<Item = (Duration, u64)>,
+        sum: Duration,
+    ) -> Self {
+        let mut counts = [0; ENDS.len() + 1];
+        let mut before = 0;
+        for (bound, seen) in bounds {
+            counts[ENDS.partition_point(|&end| end < bound)] += seen - before;
+            before = seen;
+        }
+        Self { count: before, sum: sum.as_secs_f64(), buckets: buckets(counts) }
+    }
+}
+
+fn buckets(counts: impl IntoIterator<Item = u64>) -> Vec<(f64, u64)> {
+    ENDS.iter().map(Duration::as_secs_f64).chain([f64::INFINITY]).zip(counts).collect()
+}
+
 /// Times that are counted as they happen; costs two additions each.
 #[derive(Debug, Default)]
 pub struct Timings {
@@ -52,9 +74,7 @@ impl Timings {
     /// All so far. While times are recorded the sum may be of one more or less than the count.
     #[must_use]
     pub fn read(&self) -> Spread {
-        let ends = ENDS.iter().map(Duration::as_secs_f64).chain([f64::INFINITY]);
-        let counts = self.counts.iter().map(|count| count.load(Ordering::Relaxed));
-        let buckets: Vec<(f64, u64)> = ends.zip(counts).collect();
+        let buckets = buckets(self.counts.iter().map(|count| count.load(Ordering::Relaxed)));
         Spread {
             count: buckets.iter().map(|(_, count)| count).sum(),
             sum: self.nanoseconds.load(Ordering::Relaxed) as f64 / 1e9,
@@ -80,5 +100,18 @@ mod tests {
         assert_eq!(spread.buckets[1], (4e-6, 1));
         assert_eq!(spread.buckets[13], (4.0, 1));
         assert_eq!(spread.buckets[14], (f64::INFINITY, 1));
+    }
+
+    #[test]
+    fn each_latency_lies_in_the_bucket_whose_end_it_does_not_pass() {
+        let bounds = [(1, 2), (1000, 3), (1001, 7), (4_000_000_000, 8), (u64::MAX, 10)];
+        let bounds = bounds.map(|(bound, seen)| (Duration::from_nanos(bound), seen));
+        let spread = Spread::from_cumulative(bounds, Duration::from_millis(1500));
+        assert_eq!((spread.count, spread.sum), (10, 1.5));
+        assert_eq!(spread.buckets[0], (1e-6, 3));
+        assert_eq!(spread.buckets[1], (4e-6, 4));
+        assert_eq!(spread.buckets[13], (4.0, 1));
+        assert_eq!(spread.buckets[14], (f64::INFINITY, 2));
+        assert_eq!(spread.buckets.iter().map(|(_, count)| count).sum::<u64>(), 10);
     }
 }

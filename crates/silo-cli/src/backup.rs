@@ -6,7 +6,7 @@
 
 use crate::{
     config::{BackupConfig, Secret, StoreConfig},
-    metrics::{Readings, Source, Spread, names},
+    metrics::{Readings, Source, names, spread},
 };
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use silo::store::{
@@ -281,7 +281,7 @@ impl Source for Running {
             readings.level(&names::BACKUP_LAST_SECONDS, &line, last.took.as_secs_f64());
             readings.level(&names::BACKUP_LAST_HELD, &line, last.held.as_secs_f64());
         }
-        readings.spread(&names::BACKUP_HELD, &line, Spread::of(&status.holds));
+        readings.spread(&names::BACKUP_HELD, &line, spread(&status.holds));
         readings.level(&names::BACKUP_TRACKED, &line, status.tracked as f64);
         readings.level(&names::BACKUP_CHANGED, &line, status.changed.blocks as f64);
         readings.level(&names::BACKUP_FULLEST, &line, status.changed.fullest as f64);

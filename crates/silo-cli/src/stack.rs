@@ -30,7 +30,7 @@ pub(crate) use source::{disk_options, hash_of_file};
 
 use crate::{
     config::{BackupConfig, BinlogConfig, Config, DeviceConfig, OnError, SourceConfig},
-    metrics::{CacheFigures, DeviceFigures, FilterFigures, Metrics, MoveFigures, Tracking},
+    metrics::{CacheFigures, DeviceFigures, FilterFigures, Metrics, MoveFigures, Tracking, names},
     note,
 };
 use anyhow::{Context, Result, bail, ensure};
@@ -68,7 +68,7 @@ const LOOK: Duration = Duration::from_millis(100);
 const HELD_LIMIT: Duration = Duration::from_secs(5);
 
 /// What all devices of a process share.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub(crate) struct Host {
     /// Where their figures go.
     pub(crate) metrics: Metrics,
@@ -88,7 +88,7 @@ impl Host {
             None => None,
             Some(wanted) => Some(Identity::load(&wanted.dir, &wanted.name.parse::<HostName>()?)?),
         };
-        let (metrics, moves) = (Metrics::default(), Arc::new(MoveFigures::default()));
+        let (metrics, moves) = (Metrics::new(names::ALL), Arc::new(MoveFigures::default()));
         metrics.add(moves.clone());
         Ok(Self { metrics, moves, identity })
     }

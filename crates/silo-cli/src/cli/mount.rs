@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     config::{ByteSize, Config, Span},
-    metrics::{Readings, Source, Spread, names},
+    metrics::{Readings, Source, names, spread},
     service::Service,
     stack::Role,
 };
@@ -89,7 +89,7 @@ impl Source for MountFigures {
         readings.count(&names::MOUNT_WRITTEN, &[], status.written_bytes);
         readings.count(&names::MOUNT_FAULTS, &[], status.faults);
         readings.count(&names::MOUNT_ERRORS, &[], status.errors);
-        readings.spread(&names::MOUNT_WAIT, &[], Spread::of(&self.0.waits()));
+        readings.spread(&names::MOUNT_WAIT, &[], spread(&self.0.waits()));
         readings.level(&names::MOUNT_ROUND_TRIP, &[], status.round_trip_us as f64 / 1e6);
         readings.level(&names::MOUNT_RATE, &[], status.rate as f64);
     }

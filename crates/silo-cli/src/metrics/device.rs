@@ -1,6 +1,6 @@
 //! The figures of a device that is [`Metered`], and of what lies below it.
 
-use super::{Readings, Source, Spread, names};
+use super::{Readings, Source, names, spread};
 use silo::{
     filter::{Metered, RedundantWrites, WriteCache},
     io::BlockDevice,
@@ -30,7 +30,7 @@ impl Source for DeviceFigures {
             (&names::DEVICE_WRITE, &measures.write),
             (&names::DEVICE_FLUSH, &measures.flush),
         ] {
-            readings.spread(metric, &device, Spread::of(&of.latency));
+            readings.spread(metric, &device, spread(&of.latency));
         }
         for (metric, of) in [
             (&names::DEVICE_READ_BYTES, &measures.read),

@@ -3,7 +3,7 @@
 //! A process has at most one move at a time at each end. While one runs it is asked; when it is over
 //! its last figures stay, until another begins.
 
-use super::{Readings, Source, Spread, names};
+use super::{Readings, Source, names, spread};
 use silo::{
     moving::{
         Inbound, Outbound, Volume,
@@ -159,7 +159,7 @@ impl Receiving {
         ] {
             readings.count(&names::MOVE_BLOCKS, &[end, path], blocks);
         }
-        readings.spread(&names::MOVE_WAIT, &[], Spread::of(&self.waits));
+        readings.spread(&names::MOVE_WAIT, &[], spread(&self.waits));
     }
 }
 

@@ -1,43 +1,6 @@
 //! The list of metrics. `docs/silo-metrics.md` shows the same; a test keeps them in step.
 
-/// How a metric behaves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
-    /// Only grows; Prometheus sees it with `_total` at its end.
-    Counter,
-    /// Goes up and down.
-    Gauge,
-    /// Latencies in seconds.
-    Histogram,
-}
-
-/// One metric.
-#[derive(Debug)]
-pub(crate) struct Metric {
-    /// With its prefix, without the `_total` of a counter.
-    pub(crate) name: &'static str,
-    /// How it behaves.
-    pub(crate) kind: Kind,
-    /// Names of its labels.
-    pub(crate) labels: &'static [&'static str],
-    /// For people.
-    pub(crate) help: &'static str,
-}
-
-macro_rules! metrics {
-    ($($constant:ident $kind:ident $name:literal [$($label:literal),*] $help:literal;)*) => {
-        $(pub(crate) static $constant: Metric = Metric {
-            name: concat!("silo_", $name),
-            kind: Kind::$kind,
-            labels: &[$($label),*],
-            help: $help,
-        };)*
-        /// All of them, in the order of the documentation.
-        pub(crate) static ALL: &[&Metric] = &[$(&$constant),*];
-    };
-}
-
-metrics! {
+scrape::metrics! { "silo_"
     DEVICE_SIZE Gauge "device_size_bytes" ["device"] "Size of the device";
     DEVICE_READ Histogram "device_read_seconds" ["device"] "Time that reads took at the device";
     DEVICE_WRITE Histogram "device_write_seconds" ["device"] "Time that writes took at the device";
