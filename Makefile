@@ -1,7 +1,7 @@
 # Everything a person does with this repository. `make` alone lists the targets.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test bench lint clean
+.PHONY: help setup build demo test bench kills soak simulate lint clean
 
 # Debian keeps ip, nft and mke2fs where an ordinary user's PATH does not look.
 export PATH := $(PATH):/usr/sbin:/sbin
@@ -27,6 +27,20 @@ test: build ## Run every test; ends with the capabilities that were missing and 
 bench: build ## Measure against QEMU, nbdkit and others; writes the table of README.md; ONLY=move.gap. or ONLY=silo. measures a part
 	@status=0; $(ARCHITECT) bench --only '$(ONLY)' $(ARGS) || status=$$?; \
 	$(ARCHITECT) bench-table && exit $$status
+
+kills: build ## Kill, stop and cut at every step of a move, all cases, with a table (minutes)
+	@KILLS_ALL=1 cargo nextest run -p e2e --test kills --no-capture $(ARGS)
+
+MINUTES ?= 5
+
+soak: build ## Random moves, kills, cuts and losses of hosts for MINUTES=5, every write checked; SEED=n plays one again
+	@SOAK_MINUTES=$(MINUTES) SEED=$(SEED) cargo test -p e2e --test soak -- --nocapture
+
+SEEDS ?= 100000
+
+simulate: ## Try to break the rules of who may run a machine, in SEEDS=100000 histories; SEED=n tells one of them
+	@SEEDS=$(SEEDS) cargo test -p drafter --lib -- --exact --nocapture \
+	migrate::switchover::simulator::under_every_seed_the_machine_is_in_one_place_and_comes_to_rest
 
 lint: ## Format, lints, licences and sources of dependencies
 	@scripts/lint.sh

@@ -57,6 +57,9 @@ lz4 lz4
 xz xz-utils
 python3 python3
 modprobe kmod
+busybox busybox
+bird bird2
+etcd etcd-server
 dpkg-deb dpkg
 cc gcc
 ld binutils
@@ -71,6 +74,9 @@ if command -v cc > /dev/null 2>&1; then
 else
     packages="$packages libc6-dev"
 fi
+# PostgreSQL's server is not in the path; tests of leases start their own.
+command -v postgres > /dev/null 2>&1 || ls /usr/lib/postgresql/*/bin/postgres > /dev/null 2>&1 ||
+    packages="$packages postgresql"
 # The BPF programs include the kernel's own.
 [ -e /usr/include/linux/bpf.h ] || packages="$packages linux-libc-dev"
 packages=${packages# }
@@ -86,6 +92,15 @@ if [ -n "$packages" ]; then
     else
         say "installing $packages"
         export DEBIAN_FRONTEND=noninteractive
+        # Only programs are wanted: a service that a package brings is neither started nor kept for the
+        # next start of this computer.
+        policy=/usr/sbin/policy-rc.d
+        if [ ! -e $policy ]; then
+            printf '#!/bin/sh\nexit 101\n' > $policy
+            chmod 755 $policy
+            trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+            trap 'exit 1' INT TERM HUP
+        fi
         # The lists may be absent or old; they are fetched only when installing without fails.
         # shellcheck disable=SC2086  # a list of words
         apt-get install -y -qq --no-install-recommends $packages > /dev/null 2>&1 || {
@@ -96,6 +111,12 @@ if [ -n "$packages" ]; then
                 problem "apt-get could not install: $packages" \
                     "read its message above; is a Debian mirror reachable?"
         }
+        for service in bird2:bird etcd-server:etcd postgresql:postgresql; do
+            case " $packages " in
+                *" ${service%%:*} "*)
+                    systemctl --quiet disable "${service#*:}.service" 2> /dev/null || true ;;
+            esac
+        done
     fi
 fi
 

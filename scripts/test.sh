@@ -26,6 +26,9 @@ fi
 
 status=0
 if cargo nextest --version > /dev/null 2>&1; then
+    # Some tests mostly wait: see .config/nextest.toml.
+    export NEXTEST_PROFILE=${NEXTEST_PROFILE:-whole}
+    export NEXTEST_TEST_THREADS=${NEXTEST_TEST_THREADS:-$((2 * $(nproc)))}
     # Nextest does not run the examples in doc comments.
     cargo test --workspace --doc --quiet > "$scratch/doc" 2>&1 || { status=1; cat "$scratch/doc"; }
     cargo nextest run --workspace --no-fail-fast "$@" 2>&1 | tee "$scratch/log" || status=1

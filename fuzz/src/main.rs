@@ -12,6 +12,7 @@ type Target = fn(&[u8]);
 const TARGETS: &[(&str, Target)] = &[
     ("base-cache", silo::fuzz::fuzz_base_cache),
     ("binlog", silo::fuzz::fuzz_binlog),
+    ("dhcp", conduit::fuzz::fuzz_dhcp),
     ("directory", silo::fuzz::fuzz_directory),
     ("journal", silo::fuzz::fuzz_journal),
     ("manifest", silo::fuzz::fuzz_manifest),
@@ -27,6 +28,7 @@ const TARGETS: &[(&str, Target)] = &[
     ("move-preamble", silo_move::wire::fuzz_preamble),
     ("move-to-destination", silo_move::wire::fuzz_to_destination),
     ("move-to-source", silo_move::wire::fuzz_to_source),
+    ("names", conduit::fuzz::fuzz_names),
     ("nbd-client", silo_expose::nbd::fuzz_nbd_client),
     ("nbd-messages", silo_expose::nbd::fuzz_nbd_messages),
     ("nbd-server", silo_expose::nbd::fuzz_nbd_server),

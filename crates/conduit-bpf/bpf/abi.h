@@ -25,7 +25,8 @@ enum cd_state {
 
 /* The owner of an entry's epoch is not decided: the machine may come here. Frames go in, none out. */
 #define CD_CANDIDATE 1
-/* With CD_REMOTE: the machine is about to stop here, and what it still says may leave. */
+/* With CD_REMOTE: the machine is about to stop here, and what it still says may leave. What comes for it
+ * waits in the hold tap, if there is one, until what it leaves in its own tap has been sent on. */
 #define CD_LEAVING 2
 /* With CD_REMOTE or CD_LOCAL: frames that were held are still being given back, and those that come
  * meanwhile wait behind them. Set and taken away by the programs alone: no frame overtakes another. */
@@ -67,7 +68,21 @@ struct cd_config {
 	__u32 net;         /* network of frames that come from this host's own stack */
 	__u32 role;        /* of this host */
 	__u8 gateway[6];   /* the MAC that machines know as their gateway */
-	__u8 pad[2];
+	__u8 out;          /* enum cd_out */
+	__u8 pad;
+};
+
+/* Where machines' frames for the outside go. */
+enum cd_out {
+	CD_OUT_EDGE = 0,  /* through the tunnel to the edge */
+	CD_OUT_STACK = 1, /* this host's own routes: it announces its machines by itself */
+};
+
+/* The edge that serves a home. The maps `homes` and `fronts` were added to layout 2: where they are
+ * empty, all machines use the edge of cd_config. */
+struct cd_front {
+	__u8 edge[16]; /* underlay address */
+	__u64 epoch;   /* of the word that said so; compared by the agent, which alone writes here */
 };
 
 /* A change of one entry, as cd_change takes it at CD_CHANGE_AT of its frame, and answers it. */
@@ -175,6 +190,13 @@ struct cd_seen {
 /* Packets of a machine that are given to the stack carry this in the first byte of their mark, and the
  * machine's network after it; packets that the stack sends into the tunnel may carry it likewise. */
 #define CD_NET_MARK 0x6d000000U
+/* Likewise, frames that came before their host was known to have the machine, when they are given back to
+ * the tunnel device as if they had just come: the sender was judged. */
+#define CD_EARLY_MARK 0x6e000000U
+/* In the hold tap, the third byte of the source address: which of the two a frame is. Three bytes of network
+ * follow. Of an early one the destination address is its host's, and 16 bits of the epoch. */
+#define CD_TAG_HELD 0x64
+#define CD_TAG_EARLY 0x65
 #define CD_NET_MASK 0xff000000U
 
 #endif

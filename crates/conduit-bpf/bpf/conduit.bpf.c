@@ -37,6 +37,7 @@ _Static_assert(sizeof(struct cd_watch) == 40, "layout");
 _Static_assert(sizeof(struct cd_flow_key) == 44, "layout");
 _Static_assert(sizeof(struct cd_flow) == 24, "layout");
 _Static_assert(sizeof(struct cd_seen) == 96, "layout");
+_Static_assert(sizeof(struct cd_front) == 24, "layout");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -76,6 +77,26 @@ struct {
 	__type(key, __u32);
 	__type(value, struct cd_config);
 } config SEC(".maps");
+
+/* The home of a machine's address: the edge whose public addresses it has, for life. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1 << 20);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(pinning, PIN_BY_NAME);
+	__type(key, struct cd_key);
+	__type(value, __u32);
+} homes SEC(".maps");
+
+/* The edge that serves each home now: one change leads all machines of a home to another edge. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 256);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(pinning, PIN_BY_NAME);
+	__type(key, __u32);
+	__type(value, struct cd_front);
+} fronts SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -150,10 +171,23 @@ INLINE int find(const struct cd_key *key, struct place *out)
 	return check == check_of(key);
 }
 
-/* Where frames to this address go now: behind those that were held, while they are given back. */
+/* The underlay address of the edge that serves this machine's home; 0 if nobody has said. */
+INLINE const __u8 *front_of(const struct cd_key *key)
+{
+	const __u32 *home = bpf_map_lookup_elem(&homes, key);
+	const struct cd_front *front;
+
+	if (!home)
+		return 0;
+	front = bpf_map_lookup_elem(&fronts, home);
+	return front ? front->edge : 0;
+}
+
+/* Where frames to this address go now: behind those that were held, while they are given back; and
+ * while its machine is stopping here, behind those that it leaves in its tap. */
 INLINE __u8 way(const struct cd_config *cfg, const struct place *place)
 {
-	return place->flags & CD_DRAIN && cfg->hold ? CD_HOLD : place->state;
+	return place->flags & (CD_DRAIN | CD_LEAVING) && cfg->hold ? CD_HOLD : place->state;
 }
 
 /* Counts one more frame that waits. 0 if none has to any more: the last one was given back since the
@@ -167,7 +201,8 @@ INLINE int waits(const struct cd_key *key)
 	if (!entry)
 		return 0;
 	bpf_spin_lock(&entry->lock);
-	if (entry->check == check && (entry->state == CD_HOLD || entry->flags & CD_DRAIN)) {
+	if (entry->check == check &&
+	    (entry->state == CD_HOLD || entry->flags & (CD_DRAIN | CD_LEAVING))) {
 		entry->waiting += 1;
 		counted = 1;
 	}
@@ -277,7 +312,7 @@ INLINE int behind_the_last(struct __sk_buff *skb, const struct cd_config *cfg,
 INLINE int hold(struct __sk_buff *skb, const struct cd_config *cfg, const struct cd_key *key)
 {
 	__u32 net = key->net;
-	__u8 from[6] = { 0x02, 0x63, 0x64, net >> 16, net >> 8, net };
+	__u8 from[6] = { 0x02, 0x63, CD_TAG_HELD, net >> 16, net >> 8, net };
 
 	if (!cfg->hold)
 		return drop(EV_no_hold);
@@ -341,6 +376,7 @@ INLINE int at_tap(struct __sk_buff *skb)
 	__u32 ifindex = skb->ifindex;
 	const struct cd_port *port = bpf_map_lookup_elem(&ports, &ifindex);
 	struct place self = {}, place = {};
+	const __u8 *edge;
 	struct headers h;
 	int bad;
 
@@ -353,11 +389,11 @@ INLINE int at_tap(struct __sk_buff *skb)
 		return drop(bad);
 
 	/* What was left in the tap when the machine went away is given back to it by the agent: it
-	 * follows the machine. */
+	 * follows the machine, and what came since waits for it. */
 	if (same16(h.dst.addr, port->v4) || same16(h.dst.addr, port->v6)) {
 		if (!find(&h.dst, &place) || place.state != CD_REMOTE)
 			return drop(EV_loop);
-		if (way(cfg, &place) == CD_HOLD)
+		if (!(place.flags & CD_LEAVING) && way(cfg, &place) == CD_HOLD)
 			return hold(skb, cfg, &h.dst);
 		return encap(skb, cfg, port->net, place.owner, place.epoch, CD_FORWARDED, EV_forwarded);
 	}
@@ -394,16 +430,22 @@ INLINE int at_tap(struct __sk_buff *skb)
 			return drop(EV_machine_gone);
 		}
 	}
-	if (zero16(cfg->edge))
+	if (cfg->out == CD_OUT_STACK)
+		return to_stack(skb, port->net, EV_to_stack);
+	edge = front_of(&h.src);
+	if (!edge)
+		edge = cfg->edge;
+	if (zero16(edge))
 		return drop(EV_no_edge);
 	if (too_large(skb, cfg->tunnel))
 		return to_stack(skb, port->net, EV_too_large);
-	return encap(skb, cfg, port->net, cfg->edge, self.epoch, 0, EV_to_tunnel);
+	return encap(skb, cfg, port->net, edge, self.epoch, 0, EV_to_tunnel);
 }
 
 /* An edge believes a machine's frame from its owner at its epoch. With a newer epoch, whose claim
  * has not reached this edge yet, it believes the host that was announced as next; where none was, any
- * host of the fleet, as it would believe its claim. */
+ * host of the fleet, as it would believe its claim. Where leases say who may be next, and nothing was
+ * heard of the sender, its frame is early: it may wait for the word that makes it right. */
 INLINE int judge_sender(const struct headers *h, const __u8 *outer, __u16 wire)
 {
 	struct place from = {};
@@ -422,20 +464,47 @@ INLINE int judge_sender(const struct headers *h, const __u8 *outer, __u16 wire)
 		count(EV_ahead);
 		return 0;
 	}
-	return EV_not_owner;
+	return newer ? EV_early : EV_not_owner;
 }
 
-/* Through the tunnel into an edge: out of a machine, to the outside or to another machine. */
-INLINE int at_edge(struct __sk_buff *skb, const struct cd_config *cfg, const struct headers *h,
-		   const __u8 *outer, __u16 wire, __u32 gbp)
+/* Into the hold tap until the sender is believed: the holder gives it back then, and throws it away if that
+ * takes too long. Who sent it, and at which epoch, goes with it; there is no room for more than an IPv4
+ * address. */
+INLINE int hold_early(struct __sk_buff *skb, const struct cd_config *cfg, const struct headers *h,
+		      const __u8 *outer, __u16 wire)
+{
+	__u32 net = h->src.net;
+	__u8 macs[12] = { outer[12], outer[13], outer[14], outer[15], wire >> 8, wire,
+			  0x02, 0x63, CD_TAG_EARLY, net >> 16, net >> 8, net };
+
+	if (!cfg->hold || !is_v4(outer))
+		return drop(EV_not_owner);
+	if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
+		return drop(EV_malformed);
+	return outcome(EV_early, bpf_redirect(cfg->hold, 0));
+}
+
+/* To the outside: by this edge, or by the one that serves the machine's home, if the host did not know
+ * it. What another edge has sent on stays here: two that believe each other to be it make no circle. */
+INLINE int outwards(struct __sk_buff *skb, const struct cd_config *cfg, const struct headers *h,
+		    __u32 gbp)
+{
+	const __u8 *edge = gbp & CD_FORWARDED ? 0 : front_of(&h->src);
+	struct place self = {};
+
+	if (!edge || zero16(edge) || same16(edge, cfg->self) || !find(&h->src, &self))
+		return to_stack(skb, h->src.net, EV_to_stack);
+	return encap(skb, cfg, h->src.net, edge, self.epoch, CD_FORWARDED, EV_to_other_edge);
+}
+
+/* What a machine says, from a host that has it: to the outside or to another machine. */
+INLINE int lead_on(struct __sk_buff *skb, const struct cd_config *cfg, const struct headers *h,
+		   __u32 gbp)
 {
 	struct place place = {};
-	int bad = gbp & CD_FORWARDED ? EV_loop : judge_sender(h, outer, wire);
 
-	if (bad)
-		return drop(bad);
 	if (!find(&h->dst, &place))
-		return to_stack(skb, h->src.net, EV_to_stack);
+		return outwards(skb, cfg, h, gbp);
 	switch (way(cfg, &place)) {
 	case CD_REMOTE:
 		return encap(skb, cfg, h->dst.net, place.owner, place.epoch, 0, EV_to_tunnel);
@@ -444,6 +513,29 @@ INLINE int at_edge(struct __sk_buff *skb, const struct cd_config *cfg, const str
 	default:
 		return drop(EV_machine_gone);
 	}
+}
+
+/* Through the tunnel into an edge. Other edges have judged the sender already. */
+INLINE int at_edge(struct __sk_buff *skb, const struct cd_config *cfg, const struct headers *h,
+		   const __u8 *outer, __u32 role, __u16 wire, __u32 gbp)
+{
+	int bad = !(gbp & CD_FORWARDED) ? judge_sender(h, outer, wire) : role == CD_EDGE ? 0 : EV_loop;
+
+	if (bad == EV_early)
+		return hold_early(skb, cfg, h, outer, wire);
+	return bad ? drop(bad) : lead_on(skb, cfg, h, gbp);
+}
+
+/* An early frame that was given back: it goes on as if it had come out of the tunnel now. */
+INLINE int given_early(struct __sk_buff *skb, const struct cd_config *cfg)
+{
+	__u32 net = skb->mark & ~CD_NET_MASK;
+	struct headers h;
+	int bad;
+
+	skb->mark = 0;
+	bad = parse(skb, net, &h);
+	return bad ? drop(bad) : lead_on(skb, cfg, &h, 0);
 }
 
 INLINE int at_tunnel(struct __sk_buff *skb)
@@ -464,6 +556,8 @@ INLINE int at_tunnel(struct __sk_buff *skb)
 		map_v4(outer.bytes, be32(key.remote_ipv4));
 	else if (!bpf_skb_get_tunnel_key(skb, &key, sizeof(key), BPF_F_TUNINFO_IPV6))
 		__builtin_memcpy(outer.bytes, key.remote_ipv6, 16);
+	else if (cfg->role == CD_EDGE && (skb->mark & CD_NET_MASK) == CD_EARLY_MARK)
+		return given_early(skb, cfg);
 	else
 		return drop(EV_no_tunnel_key);
 	if (bpf_skb_get_tunnel_opt(skb, &gbp, sizeof(gbp)) < 0)
@@ -477,7 +571,7 @@ INLINE int at_tunnel(struct __sk_buff *skb)
 		return drop(bad);
 
 	if (cfg->role == CD_EDGE)
-		return at_edge(skb, cfg, &h, outer.bytes, wire, gbp);
+		return at_edge(skb, cfg, &h, outer.bytes, *role, wire, gbp);
 	if (*role != CD_EDGE && !(gbp & CD_FORWARDED))
 		return drop(EV_not_owner);
 	if (!find(&h.dst, &place))
@@ -505,6 +599,7 @@ INLINE int at_stack(struct __sk_buff *skb)
 {
 	const struct cd_config *cfg = settings();
 	struct place place = {};
+	const __u8 *edge;
 	struct headers h;
 	__u32 net;
 	int bad;
@@ -524,7 +619,9 @@ INLINE int at_stack(struct __sk_buff *skb)
 	if (find(&h.dst, &place)) {
 		switch (way(cfg, &place)) {
 		case CD_REMOTE:
-			if (set_key(skb, cfg, net, place.owner, place.epoch, 0))
+			/* A host leads on what came to it although the machine has left. */
+			if (set_key(skb, cfg, net, place.owner, place.epoch,
+				    cfg->role == CD_EDGE ? 0 : CD_FORWARDED))
 				return drop(EV_tunnel_refused);
 			return outcome(EV_to_tunnel, TC_ACT_OK);
 		case CD_LOCAL:
@@ -538,13 +635,36 @@ INLINE int at_stack(struct __sk_buff *skb)
 	if (for_this_link(&h))
 		return drop(EV_link_local);
 	/* Pieces of what was too large for cd_tap, cut by the stack on the way out. */
-	if (zero16(cfg->edge) || !find(&h.src, &place))
+	edge = front_of(&h.src);
+	if (!edge)
+		edge = cfg->edge;
+	if (zero16(edge) || !find(&h.src, &place))
 		return drop(EV_unknown_machine);
 	if (!may_send(&place))
 		return drop(EV_not_owner);
-	if (set_key(skb, cfg, net, cfg->edge, place.epoch, 0))
+	if (set_key(skb, cfg, net, edge, place.epoch, 0))
 		return drop(EV_tunnel_refused);
 	return outcome(EV_to_tunnel, TC_ACT_OK);
+}
+
+/* An early frame comes back out of the hold tap: it is judged again, and returned to the tunnel device, so
+ * that the stack sees it where it sees all others. */
+INLINE int early_again(struct __sk_buff *skb, const struct cd_config *cfg, struct headers *h, __u32 net)
+{
+	struct cd_address outer;
+	__u8 to[6];
+	int bad;
+
+	if (bpf_skb_load_bytes(skb, 0, to, sizeof(to)))
+		return drop(EV_malformed);
+	map_v4(outer.bytes,
+	       be32((__u32)to[0] << 24 | (__u32)to[1] << 16 | (__u32)to[2] << 8 | to[3]));
+	h->src.net = net;
+	bad = judge_sender(h, outer.bytes, (__u16)(to[4] << 8 | to[5]));
+	if (bad)
+		return drop(bad == EV_early ? EV_not_owner : bad);
+	skb->mark = CD_EARLY_MARK | net;
+	return outcome(EV_replayed, bpf_redirect(cfg->tunnel, BPF_F_INGRESS));
 }
 
 INLINE int at_hold(struct __sk_buff *skb)
@@ -561,6 +681,8 @@ INLINE int at_hold(struct __sk_buff *skb)
 	if (bad)
 		return drop(bad);
 	net = (__u32)h.source_mac[3] << 16 | (__u32)h.source_mac[4] << 8 | h.source_mac[5];
+	if (h.source_mac[2] == CD_TAG_EARLY)
+		return early_again(skb, cfg, &h, net);
 	h.dst.net = net;
 	if (!given_back(&h.dst, &place))
 		return drop(EV_unknown_machine);

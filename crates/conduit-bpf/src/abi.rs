@@ -10,6 +10,11 @@ pub const LAYOUT: u32 = 2;
 /// `CD_NET_MARK` in `bpf/abi.h`.
 pub const NETWORK_MARK: u32 = 0x6d00_0000;
 
+/// `CD_WIRE_STEPS` in `bpf/abi.h`: flips that an epoch of the lease has room for on the wire.
+pub(crate) const WIRE_STEPS: u64 = 64;
+/// `CD_EPOCH_SLACK` in `bpf/abi.h`.
+pub(crate) const EPOCH_SLACK: i16 = 8 * WIRE_STEPS as i16;
+
 /// Where the change stands in the frame that the change program is run on.
 pub(crate) const CHANGE_AT: usize = 16;
 
@@ -59,7 +64,37 @@ pub(crate) struct RawConfig {
     pub(crate) net: u32,
     pub(crate) role: u32,
     pub(crate) gateway: [u8; 6],
-    pub(crate) pad: [u8; 2],
+    pub(crate) out: u8,
+    pub(crate) pad: u8,
+}
+
+/// `struct cd_front`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub(crate) struct RawFront {
+    pub(crate) edge: [u8; 16],
+    pub(crate) epoch: u64,
+}
+
+/// The edge that serves a home.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Front {
+    /// Its underlay address.
+    pub edge: IpAddr,
+    /// Of the word that said so.
+    pub epoch: u64,
+}
+
+impl From<Front> for RawFront {
+    fn from(front: Front) -> Self {
+        Self { edge: mapped(front.edge), epoch: front.epoch }
+    }
+}
+
+impl From<RawFront> for Front {
+    fn from(raw: RawFront) -> Self {
+        Self { edge: unmapped(raw.edge), epoch: raw.epoch }
+    }
 }
 
 /// `struct cd_change`.
@@ -129,6 +164,7 @@ const _: () = {
     assert!(size_of::<RawWatch>() == 40);
     assert!(size_of::<RawFlowKey>() == 44);
     assert!(size_of::<RawFlow>() == 24);
+    assert!(size_of::<RawFront>() == 24);
 };
 
 /// An address of a machine in a tenant's network.
@@ -208,12 +244,12 @@ pub(crate) fn state_name(state: u8) -> Option<&'static str> {
     }
 }
 
-const REMOTE: u8 = 1;
+pub(crate) const REMOTE: u8 = 1;
 const LOCAL: u8 = 2;
 pub(crate) const HOLD: u8 = 3;
 pub(crate) const DROP: u8 = 4;
 const CANDIDATE: u8 = 1;
-const LEAVING: u8 = 2;
+pub(crate) const LEAVING: u8 = 2;
 pub(crate) const DRAIN: u8 = 4;
 
 /// One address in the forwarding map.
@@ -360,6 +396,8 @@ pub struct Config {
     pub role: Role,
     /// The MAC that machines know as their gateway.
     pub gateway: [u8; 6],
+    /// Machines' frames for the outside leave by this host's own routes, not by the edge.
+    pub by_stack: bool,
 }
 
 impl Config {
@@ -378,6 +416,7 @@ impl Config {
             net: raw.net,
             role,
             gateway: raw.gateway,
+            by_stack: raw.out == 1,
         })
     }
 }
@@ -392,7 +431,8 @@ impl From<Config> for RawConfig {
             net: config.net,
             role: config.role.raw(),
             gateway: config.gateway,
-            pad: [0; 2],
+            out: config.by_stack.into(),
+            pad: 0,
         }
     }
 }
@@ -452,6 +492,7 @@ mod tests {
             net: 6472,
             role: Role::Edge,
             gateway: [2, 0, 0, 0, 0, 1],
+            by_stack: true,
         };
         assert_eq!(Config::from_raw(&config.into()), Some(config));
         assert_eq!(Config::from_raw(&RawConfig::default()), None);

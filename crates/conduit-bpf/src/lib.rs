@@ -22,9 +22,9 @@ mod plane;
 mod sys;
 mod view;
 
-pub use abi::{Config, Entry, Key, LAYOUT, NETWORK_MARK, Place, Port, Role};
+pub use abi::{Config, Entry, Front, Key, LAYOUT, NETWORK_MARK, Place, Port, Role};
 pub use error::Error;
-pub use held::{HeldView, Way};
+pub use held::{Belief, HeldView, Way};
 pub use pins::{ROOT, folder, sweep};
 pub use plane::{Attach, Changed, DataPlane, Program};
 pub use view::{At, Filter, Flow, Flows, Seen, Trace, View};

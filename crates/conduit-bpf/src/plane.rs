@@ -7,8 +7,8 @@
 use crate::{
     Event,
     abi::{
-        CHANGE_AT, Config, DRAIN, Entry, Key, LAYOUT, Port, RawChange, RawConfig, RawEntry, RawKey,
-        RawPort, Role, mapped, unmapped,
+        CHANGE_AT, Config, DRAIN, Entry, Front, Key, LAYOUT, Port, RawChange, RawConfig, RawEntry,
+        RawFront, RawKey, RawPort, Role, mapped, unmapped,
     },
     error::{Error, whole},
     layout,
@@ -26,7 +26,7 @@ use aya::{
     },
 };
 use std::{
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr},
     os::fd::{AsFd, AsRawFd},
     path::Path,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -98,6 +98,8 @@ struct Maps {
     peers: HashMap<MapData, [u8; 16], u32>,
     config: Array<MapData, RawConfig>,
     counts: PerCpuArray<MapData, u64>,
+    homes: HashMap<MapData, RawKey, u32>,
+    fronts: HashMap<MapData, u32, RawFront>,
 }
 
 /// See the module.
@@ -368,6 +370,39 @@ impl DataPlane {
             .map_err(|e| Error::map(format!("remove the entry of {key}"), whole(&e)))
     }
 
+    /// Says which home an address has.
+    pub fn set_home(&self, key: Key, home: Ipv4Addr) -> Result<(), Error> {
+        self.maps()
+            .homes
+            .insert(RawKey::from(key), home.to_bits(), 0)
+            .map_err(|e| Error::map(format!("say which home {key} has"), whole(&e)))
+    }
+
+    /// Forgets it.
+    pub fn remove_home(&self, key: Key) -> Result<(), Error> {
+        gone(self.maps().homes.remove(&key.into()))
+            .map_err(|e| Error::map(format!("forget the home of {key}"), whole(&e)))
+    }
+
+    /// Says which edge serves a home: for all its machines at once.
+    pub fn set_front(&self, home: Ipv4Addr, front: &Front) -> Result<(), Error> {
+        self.maps()
+            .fronts
+            .insert(home.to_bits(), RawFront::from(*front), 0)
+            .map_err(|e| Error::map(format!("lead machines of {home} to their edge"), whole(&e)))
+    }
+
+    /// The edges that serve homes.
+    pub fn fronts(&self) -> Result<Vec<(Ipv4Addr, Front)>, Error> {
+        let maps = self.maps();
+        let mut found = Vec::new();
+        for pair in &maps.fronts {
+            let (home, raw) = pair.map_err(|e| Error::map("list the edges", whole(&e)))?;
+            found.push((Ipv4Addr::from_bits(home), Front::from(raw)));
+        }
+        Ok(found)
+    }
+
     /// What was counted since the layout was made, over all processors.
     pub fn counts(&self) -> Result<Vec<(Event, u64)>, Error> {
         let maps = self.maps();
@@ -440,6 +475,8 @@ impl Maps {
             peers: map(programs, "peers")?,
             config: map(programs, "config")?,
             counts: map(programs, "counts")?,
+            homes: map(programs, "homes")?,
+            fronts: map(programs, "fronts")?,
         })
     }
 }

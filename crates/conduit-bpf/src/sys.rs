@@ -1,7 +1,9 @@
 //! What no crate at hand offers: the identity of a network namespace, and the promise that the
 //! kernel's structs may be copied as bytes.
 
-use crate::abi::{RawChange, RawConfig, RawEntry, RawFlow, RawFlowKey, RawKey, RawPort, RawWatch};
+use crate::abi::{
+    RawChange, RawConfig, RawEntry, RawFlow, RawFlowKey, RawFront, RawKey, RawPort, RawWatch,
+};
 use std::{io, mem::size_of, os::fd::AsRawFd};
 
 // SAFETY: `repr(C)`, integers and byte arrays only, no padding (the sizes asserted
@@ -13,6 +15,8 @@ unsafe impl aya::Pod for RawEntry {}
 unsafe impl aya::Pod for RawPort {}
 // SAFETY: see above.
 unsafe impl aya::Pod for RawConfig {}
+// SAFETY: as above; 16 bytes and a u64 at 16, 24 in all.
+unsafe impl aya::Pod for RawFront {}
 // SAFETY: see above.
 unsafe impl aya::Pod for RawChange {}
 // SAFETY: see above.

@@ -50,6 +50,14 @@ impl PrivateKey {
         BASE64_STANDARD.encode(self.0.as_bytes())
     }
 
+    /// What its owner and the owner of `other` have in common and nobody else knows (RFC 7748); `None` if
+    /// `other` is a point that gives everybody the same.
+    #[must_use]
+    pub fn agree(&self, other: &PublicKey) -> Option<[u8; 32]> {
+        let shared = self.0.diffie_hellman(&other.x25519());
+        shared.was_contributory().then(|| shared.to_bytes())
+    }
+
     pub(crate) fn x25519(&self) -> x25519::StaticSecret {
         self.0.clone()
     }
@@ -126,6 +134,17 @@ mod tests {
         assert_eq!(private.public().to_string(), public);
         assert_eq!(private.text().parse::<PrivateKey>().unwrap().public(), private.public());
         assert!(!format!("{private:?}").contains(&private.text()));
+    }
+
+    #[test]
+    fn two_agree_on_what_the_rfc_says_and_nobody_agrees_with_a_point_of_small_order() {
+        // RFC 7748, section 6.1.
+        let alice = "dwdtCnMYpX08FsFyUbJmRd9ML4frwJkqsXf7pR25LCo=".parse::<PrivateKey>().unwrap();
+        let bob = "XasIfmJKikt54X+Lg4AO5m87sSkmGLb9HC+LJ/+I4Os=".parse::<PrivateKey>().unwrap();
+        let shared = alice.agree(&bob.public()).unwrap();
+        assert_eq!(BASE64_STANDARD.encode(shared), "Sl2dW6TOLeFyjjv0gDUPJeB+IclH0Z4zdvCbPB4WF0I=");
+        assert_eq!(bob.agree(&alice.public()), Some(shared));
+        assert_eq!(alice.agree(&PublicKey::from_bytes([0; 32])), None);
     }
 
     #[test]

@@ -12,7 +12,10 @@
 //! Two rules hold on every arrow: an epoch older than one seen is refused, and one epoch has one
 //! owner. The same arrow with the same epoch again changes nothing and succeeds.
 
-use crate::datapath::{MachineKey, MachineNet, NetError};
+use crate::{
+    datapath::{MachineKey, MachineNet, NetError},
+    homes::Home,
+};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
@@ -91,6 +94,9 @@ pub struct Record {
     /// Of a candidate: where its frames wait.
     #[serde(default, skip_serializing_if = "Wait::is_tap")]
     pub wait: Wait,
+    /// The edge that it belongs to, where there are several and one was chosen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub home: Option<Home>,
 }
 
 impl Record {
@@ -194,6 +200,7 @@ impl Book {
         let floor = self.floor(net.key());
         let mut place = Place::Candidate;
         let (mut epoch, mut edge) = (floor, EdgeView::Unasked);
+        let home = self.records.get(&net.key()).and_then(|old| old.home);
         if let Some(old) = self.records.get(&net.key()) {
             check_same_machine(old, net)?;
             match old.place {
@@ -230,6 +237,7 @@ impl Book {
             edge,
             retiring: false,
             wait: if place == Place::Candidate { wait } else { Wait::Tap },
+            home,
         };
         Ok(replace(&mut self.records, record))
     }
@@ -290,7 +298,7 @@ impl Book {
             return Err(unprepared());
         }
         if !decided {
-            let net = old.net.clone();
+            let (net, home) = (old.net.clone(), old.home);
             let record = Record {
                 version: RECORD_VERSION,
                 net,
@@ -299,6 +307,7 @@ impl Book {
                 edge: if place == Place::Here { EdgeView::Pending } else { EdgeView::Held },
                 retiring: false,
                 wait: Wait::Tap,
+                home,
             };
             return Ok(replace(&mut self.records, record));
         }
@@ -371,6 +380,21 @@ impl Book {
         let record = record.clone();
         if record.retiring {
             self.drop_record(key, record.floor_after());
+        }
+        Some(record)
+    }
+
+    /// A home was chosen for a machine, here or elsewhere: of two the older one stands. Returns the
+    /// record if that is news.
+    pub fn at_home(&mut self, key: impl Into<MachineKey>, home: Home) -> Option<&Record> {
+        let record = self.records.get_mut(&key.into())?;
+        let stands = record.home.map_or(home, |known| known.older(home));
+        if record.home == Some(stands) {
+            return None;
+        }
+        record.home = Some(stands);
+        if record.edge == EdgeView::Confirmed && record.place == Place::Here {
+            record.edge = EdgeView::Pending;
         }
         Some(record)
     }

@@ -3,16 +3,18 @@
 
 use crate::{
     agent::{Agent, AgentConfig},
-    bench, check,
-    edge::{Edge, EdgeConfig, EdgeOptions},
+    announce::Announce,
+    bench, check, client,
+    edge::{self, BesideConfig, Edge, EdgeConfig, EdgeOptions},
     holder::{self, HoldSettings, LimitArgs},
-    look,
+    homes::EdgeAt,
+    keys, look,
     plane::PathChoice,
     policy::Prefix,
     probe,
     secure::{self, Encrypt, SecureConfig},
     wg,
-    wire::{Peer, Status},
+    wire::{Ask, HomeStatus, Peer, Status},
 };
 use anyhow::{Context, Result, bail};
 use clap::{Args, CommandFactory, Parser, Subcommand};
@@ -44,7 +46,9 @@ pub enum Command {
     /// Run the network agent of this host (one per host).
     Agent(AgentArgs),
     /// Run an edge: the public address that clients use.
-    Edge(EdgeArgs),
+    Edge(Box<EdgeArgs>),
+    /// Hand over what the edge here serves to another edge, with every connection.
+    Drain(DrainArgs),
     /// Run the process that holds frames; agent and edge start it by themselves.
     Hold(holder::HoldArgs),
     /// Show what the holder of an agent or edge keeps, and what it did.
@@ -60,6 +64,9 @@ pub enum Command {
     /// The encrypted tunnel in user space: run it, look at it, change its keys.
     #[command(subcommand)]
     Tunnel(wg::Command),
+    /// Change the keys of encrypted packets now: of the tunnel in user space the key pair, of the kernel's the
+    /// preshared key with every other end.
+    Rotate(keys::RotateArgs),
     /// Try what this kernel can do for the data path, and what the paths to peers carry (needs root).
     Check(CheckArgs),
     /// Measure the data path next to kernel vxlan and plain routing (needs root).
@@ -134,7 +141,8 @@ pub struct EncryptArgs {
     /// The UDP port of encrypted packets.
     #[arg(long, value_name = "PORT", default_value_t = secure::PORT)]
     pub encrypt_port: u16,
-    /// How long a key pair is used, as in 12h or 7d (user space only).
+    /// How long keys are used, as in 12h or 7d: the key pair in user space, the preshared key of each pair of
+    /// ends in the kernel.
     #[arg(long, value_name = "TIME", default_value = "24h", value_parser = wg::duration)]
     pub rotate_every: std::time::Duration,
 }
@@ -168,10 +176,11 @@ pub struct AgentArgs {
     /// The address of this host that other hosts reach it by.
     #[arg(long, value_name = "ADDRESS")]
     pub underlay: Ipv4Addr,
-    /// Where the edge listens for agents.
-    #[arg(long, value_name = "ADDRESS:PORT")]
-    pub edge: SocketAddr,
-    /// Name of the edge in its certificate.
+    /// Where an edge listens for agents, and its name in its certificate, as in west=10.0.0.1:7450. Once
+    /// for each edge of the fleet.
+    #[arg(long, value_name = "[NAME=]ADDRESS:PORT", required = true)]
+    pub edge: Vec<EdgeAt>,
+    /// Name of edges that are given without one.
     #[arg(long, default_value = "edge")]
     pub edge_name: HostName,
     /// The socket that runners use.
@@ -183,6 +192,10 @@ pub struct AgentArgs {
     /// At the end, remove taps, routes and rules: traffic of the machines here ends.
     #[arg(long)]
     pub remove_on_exit: bool,
+    /// Tell the network around which machines run here, in place of leading their frames through the edge:
+    /// on the link of an interface that clients share, or by routes that a routing daemon takes further.
+    #[arg(long, value_name = "link:INTERFACE|routes")]
+    pub announce: Option<Announce>,
     /// Answer Prometheus on http://ADDRESS:PORT/metrics; without protection, so not on a public one.
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub metrics: Option<SocketAddr>,
@@ -231,13 +244,35 @@ pub struct EdgeArgs {
     /// Tracked connections that the machines of one tenant may have.
     #[arg(long, value_name = "COUNT", default_value_t = EdgeOptions::default().flows_per_network)]
     pub flows_per_network: u32,
-    /// The folder of leases: only a machine's lease says who leads its frames. Without it, any host of
-    /// the fleet may take any machine with a newer epoch.
-    #[arg(long, value_name = "DIR")]
+    /// The store of leases that the runners have, a folder or another address: only a machine's lease
+    /// says who leads its frames. Without it, any host of the fleet may take any machine with a newer
+    /// epoch.
+    #[arg(long, value_name = "STORE")]
     pub lease: Option<PathBuf>,
-    /// Name of the edge in its certificate.
+    /// Addresses for machines that come without: NETWORK/BITS, or ID=NETWORK/BITS for those of one
+    /// tenant; may be given several times [default: all of --machines].
+    #[arg(long, value_name = "[ID=]NETWORK/BITS")]
+    pub pool: Vec<edge::Range>,
+    /// How long the address of a machine that is gone rests before another one may have it.
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = wg::duration)]
+    pub quarantine: std::time::Duration,
+    /// Machines find each other by NAME.DOMAIN.
+    #[arg(long, default_value = "machine.internal")]
+    pub domain: String,
+    /// Whom to ask for other names, at port 53 if none is given; may be given several times. Without,
+    /// they are refused.
+    #[arg(long, value_name = "ADDRESS[:PORT]", value_parser = name_server)]
+    pub name_server: Vec<SocketAddr>,
+    /// Name of the edge in its certificate, and among several.
     #[arg(long, default_value = "edge")]
     pub name: HostName,
+    /// Another edge of the fleet, as in west=10.0.0.1:7450; once for each. Machines are spread over all of
+    /// them, and what one served that is dead, or drained, another serves.
+    #[arg(long, value_name = "NAME=ADDRESS:PORT", requires_all = ["lease", "public_interface"])]
+    pub beside: Vec<EdgeAt>,
+    /// With --beside: the interface of public addresses, on which this edge adds those that it serves.
+    #[arg(long, value_name = "INTERFACE")]
+    pub public_interface: Option<String>,
     /// The socket for `conduit map` and `conduit status`.
     #[arg(long, default_value_os_t = Path::new(RUN_DIR).join("edge.sock"))]
     pub socket: PathBuf,
@@ -262,6 +297,29 @@ pub struct EdgeArgs {
     /// Protection.
     #[command(flatten)]
     pub security: SecurityArgs,
+}
+
+/// What to drain.
+#[derive(Debug, Args)]
+pub struct DrainArgs {
+    /// Name of the other edge.
+    pub to: HostName,
+    /// Only this home: the name, or the overlay address, of the edge whose public addresses they are. All
+    /// that are served here, if not given.
+    #[arg(long)]
+    pub home: Option<String>,
+    /// The socket of the edge.
+    #[arg(long, default_value_os_t = Path::new(RUN_DIR).join("edge.sock"))]
+    pub socket: PathBuf,
+    /// How long it may take, as in 30s; what is not done by then is undone.
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = wg::duration)]
+    pub limit: std::time::Duration,
+    /// Say what would be done, and do nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// What to look at.
@@ -306,11 +364,19 @@ fn network(text: &str) -> Result<(Ipv4Addr, u8), String> {
     parse().ok_or_else(|| "not a network like 10.77.0.0/16".to_owned())
 }
 
+fn name_server(text: &str) -> Result<SocketAddr, String> {
+    let bare = || text.parse::<IpAddr>().map(|address| (address, 53).into());
+    text.parse()
+        .or_else(|_| bare())
+        .map_err(|_| "not an address like 9.9.9.9 or [2620:fe::9]:53".into())
+}
+
 /// Runs a parsed command to its end.
 pub fn run(command: Command) -> Result<()> {
     match command {
         Command::Agent(args) => agent(args),
-        Command::Edge(args) => edge(args),
+        Command::Edge(args) => run_edge(*args),
+        Command::Drain(args) => drain(&args),
         Command::Hold(args) => holder::run(args),
         Command::Held(args) => holder::show(&args),
         Command::Map(args) => look::map(&args),
@@ -318,6 +384,7 @@ pub fn run(command: Command) -> Result<()> {
         Command::Trace(args) => look::trace(&args),
         Command::Status(args) => show_status(&args),
         Command::Tunnel(command) => wg::run(command),
+        Command::Rotate(args) => keys::rotate(&args),
         Command::Check(args) => try_kernel(&args),
         // Exit code 3: all was measured, and a promise was not kept.
         Command::Bench(args) if !bench::run(&args)? => std::process::exit(3),
@@ -334,12 +401,21 @@ fn agent(args: AgentArgs) -> Result<()> {
     let security = args.security.load(&args.host)?;
     let hold = args.hold.settings()?;
     let secure = args.encrypt.config(&args.state)?;
+    let mut edges = args.edge.into_iter();
+    let first = edges.next().context("give at least one edge (--edge)")?;
     let agent = Agent::start(AgentConfig {
         secure,
+        announce: args.announce,
         host: args.host,
         this: Peer { overlay: args.overlay, underlay: args.underlay },
-        edge: args.edge,
-        edge_name: args.edge_name,
+        edge: first.address,
+        edge_name: first.name.unwrap_or_else(|| args.edge_name.clone()),
+        more_edges: edges
+            .map(|at| EdgeAt {
+                name: Some(at.name.unwrap_or_else(|| args.edge_name.clone())),
+                ..at
+            })
+            .collect(),
         security,
         socket: args.socket,
         state: args.state,
@@ -357,11 +433,17 @@ fn agent(args: AgentArgs) -> Result<()> {
     Ok(())
 }
 
-fn edge(args: EdgeArgs) -> Result<()> {
+fn run_edge(args: EdgeArgs) -> Result<()> {
     let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])?;
     let security = args.security.load(&args.name)?;
     let hold = args.hold.settings()?;
     let secure = args.encrypt.config(&args.state)?;
+    let beside = args.public_interface.filter(|_| !args.beside.is_empty());
+    let beside = beside.map(|interface| BesideConfig {
+        name: args.name.clone(),
+        edges: args.beside,
+        interface,
+    });
     let edge = Edge::start(EdgeConfig {
         secure,
         public: args.public,
@@ -374,6 +456,11 @@ fn edge(args: EdgeArgs) -> Result<()> {
             spare: args.spare,
             flows_per_network: args.flows_per_network,
             lease: args.lease,
+            pools: args.pool,
+            quarantine: args.quarantine,
+            domain: args.domain,
+            name_servers: args.name_server,
+            beside,
         },
         security,
         socket: args.socket,
@@ -388,6 +475,45 @@ fn edge(args: EdgeArgs) -> Result<()> {
     signals.forever().next();
     if args.remove_on_exit {
         edge.remove_everything().context("the edge did not clean up")?;
+    }
+    Ok(())
+}
+
+fn drain(args: &DrainArgs) -> Result<()> {
+    let ask = Ask::Drain {
+        to: args.to.to_string(),
+        home: args.home.clone(),
+        dry_run: args.dry_run,
+        limit_ms: u64::try_from(args.limit.as_millis()).unwrap_or(u64::MAX),
+    };
+    let drained = client::drain(&args.socket, &ask, args.limit)?;
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        serde_json::to_writer_pretty(&mut out, &drained)?;
+        writeln!(out)?;
+        return Ok(());
+    }
+    if drained.is_empty() {
+        writeln!(out, "nothing is served here")?;
+    }
+    for home in &drained {
+        let (name, to) = (&home.home, &home.to);
+        let (machines, flows, failed) = (home.machines, home.flows, home.failed);
+        if args.dry_run {
+            writeln!(
+                out,
+                "home {name}: {machines} machines, {flows} connections would go to {to}"
+            )?;
+        } else if !home.changed {
+            writeln!(out, "home {name}: it is at {to} already")?;
+        } else {
+            writeln!(
+                out,
+                "home {name}: {machines} machines, {flows} connections went to {to} in {:.2} s; \
+                 {failed} could not be handed over",
+                home.seconds
+            )?;
+        }
     }
     Ok(())
 }
@@ -414,11 +540,16 @@ fn try_kernel(args: &CheckArgs) -> Result<()> {
         Err(error) if args.socket.is_some() => return Err(error.into()),
         Err(_) => Vec::new(),
     };
+    let homes = match look::find_status(args.socket.as_ref()) {
+        Ok(status) if !args.no_paths => status.homes,
+        _ => Vec::new(),
+    };
     let paths: Vec<_> = peers.into_iter().map(probe::path).collect();
     let mut out = std::io::stdout().lock();
     if args.json {
         let bpf = check::can_bpf(&found);
-        let all = serde_json::json!({ "bpf": bpf, "kernel": found, "paths": paths });
+        let all =
+            serde_json::json!({ "bpf": bpf, "kernel": found, "paths": paths, "edges": homes });
         serde_json::to_writer_pretty(&mut out, &all)?;
         writeln!(out)?;
         return Ok(());
@@ -448,6 +579,11 @@ fn try_kernel(args: &CheckArgs) -> Result<()> {
             writeln!(out, "        {}", path.detail)?;
         }
     }
+    for HomeStatus { word, health, .. } in &homes {
+        let well = ["here", "alive", "connected"].iter().any(|w| health.starts_with(w));
+        let (works, name, by) = (if well { "yes" } else { "no" }, &word.name, word.by.overlay);
+        writeln!(out, "{works:<7} edge {name}: {health}; its home is served by {by}")?;
+    }
     let way = if check::can_bpf(&found) { "BPF" } else { "routes (--path routes)" };
     writeln!(out, "frames can be led by {way}")?;
     Ok(())
@@ -464,6 +600,13 @@ fn print_status(status: &Status, out: &mut dyn Write) -> std::io::Result<()> {
     for peer in &status.peers {
         let silent = if status.silent.contains(&peer.overlay) { ", silent" } else { "" };
         writeln!(out, "  peer {} at {}{silent}", peer.overlay, peer.underlay)?;
+    }
+    keys::print(&status.pairs, out)?;
+    for home in &status.homes {
+        let HomeStatus { word, health, machines } = home;
+        let (name, public, by) = (&word.name, word.public, word.by.overlay);
+        let by = if by == word.home { String::new() } else { format!(", served by {by}") };
+        writeln!(out, "  home {name} ({public}): {machines} machines, {health}{by}")?;
     }
     for (name, count) in status.counts.iter().filter(|(_, n)| **n > 0) {
         writeln!(out, "  {count:>12} {name}")?;

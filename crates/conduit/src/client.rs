@@ -5,13 +5,13 @@
 //! the same deadline: every question may be asked twice.
 
 use crate::{
-    datapath::{DataPath, HostEndpoint, MachineNet, NetError, Tap},
+    datapath::{DataPath, HostEndpoint, MachineNet, NetError, NetworkId, Tap},
     tap,
-    wire::{self, Answer, Ask, Status},
+    wire::{self, Answer, Ask, Drained, Status},
 };
 use std::{
     io::{self, BufReader},
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
@@ -85,6 +85,37 @@ pub fn status(socket: &Path) -> io::Result<Status> {
     Ok(status)
 }
 
+/// Asks the edge on a socket to hand its homes over, and waits for it; for commands.
+pub(crate) fn drain(socket: &Path, order: &Ask, limit: Duration) -> io::Result<Vec<Drained>> {
+    let hint = |e: io::Error| {
+        let socket = socket.display();
+        io::Error::new(e.kind(), format!("no answer on {socket}: {e}; is an edge running here?"))
+    };
+    let mut connection = Connection::open(socket).map_err(hint)?;
+    match connection.ask(order, Instant::now() + limit + SLOW).map_err(hint)? {
+        Answer::Drained(drained) => Ok(drained),
+        Answer::Failed(error) => Err(io::Error::other(error)),
+        other => Err(io::Error::other(format!("an unexpected answer: {other:?}"))),
+    }
+}
+
+/// Asks the agent or edge on a socket to change keys; for commands.
+pub(crate) fn rotate(socket: &Path) -> io::Result<()> {
+    let hint = |e: io::Error| {
+        let socket = socket.display();
+        io::Error::new(
+            e.kind(),
+            format!("no answer on {socket}: {e}; is an agent or edge running here?"),
+        )
+    };
+    let mut connection = Connection::open(socket).map_err(hint)?;
+    match connection.ask(&Ask::Rotate, Instant::now() + QUICK).map_err(hint)? {
+        Answer::Done => Ok(()),
+        Answer::Failed(error) => Err(io::Error::other(error)),
+        other => Err(io::Error::other(format!("an unexpected answer: {other:?}"))),
+    }
+}
+
 impl AgentDataPath {
     /// Connects to the agent on this host.
     pub fn connect(socket: &Path) -> io::Result<Self> {
@@ -144,13 +175,38 @@ impl AgentDataPath {
         net: &MachineNet,
         blackout: Option<Duration>,
     ) -> Result<Tap, NetError> {
+        let name = self.ask_to_prepare(net, blackout)?;
+        tap::open(&name).map_err(|e| NetError::failed(net, format!("open tap {name}"), e))
+    }
+
+    /// Returns the name of its tap.
+    fn ask_to_prepare(
+        &self,
+        net: &MachineNet,
+        blackout: Option<Duration>,
+    ) -> Result<String, NetError> {
         let what = "prepare its network";
         let blackout_ms = blackout.map(|b| u64::try_from(b.as_millis()).unwrap_or(u64::MAX));
         match self.ask(net, what, &Ask::Prepare { net: net.clone(), blackout_ms }, SLOW)? {
-            Answer::Tap(name) => {
-                tap::open(&name).map_err(|e| NetError::failed(net, format!("open tap {name}"), e))
-            }
+            Answer::Tap(name) => Ok(name),
             other => Err(NetError::failed(net, what, format!("unexpected answer {other:?}"))),
+        }
+    }
+
+    /// The addresses of a machine that comes without any, for its life: the edge gives them, and the same
+    /// ones whenever it is asked for that name again.
+    pub fn address(
+        &self,
+        machine: &str,
+        network: NetworkId,
+    ) -> Result<(Ipv4Addr, Option<Ipv6Addr>), NetError> {
+        let fail = |detail: String| NetError::failed_for(machine, "get it an address", detail);
+        let ask = Ask::Address { machine: machine.to_owned(), network };
+        match self.exchange(&ask, SLOW) {
+            Ok(Answer::Address { address, address_v6 }) => Ok((address, address_v6)),
+            Ok(Answer::Failed(error)) => Err(error),
+            Ok(other) => Err(fail(format!("an unexpected answer: {other:?}"))),
+            Err(e) => Err(fail(e.to_string())),
         }
     }
 
@@ -180,6 +236,10 @@ impl DataPath for AgentDataPath {
 
     fn prepare_for(&self, net: &MachineNet, blackout: Duration) -> Result<Tap, NetError> {
         self.prepare_within(net, Some(blackout))
+    }
+
+    fn expect(&self, net: &MachineNet, blackout: Duration) -> Result<(), NetError> {
+        self.ask_to_prepare(net, Some(blackout)).map(drop)
     }
 
     fn divert(&self, net: &MachineNet, to: &HostEndpoint, epoch: u64) -> Result<(), NetError> {

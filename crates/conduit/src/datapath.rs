@@ -110,6 +110,13 @@ impl MachineNet {
     }
 }
 
+/// A MAC that follows from the address: unique where addresses are, locally administered.
+#[must_use]
+pub fn mac_of(address: Ipv4Addr) -> [u8; 6] {
+    let [a, b, c, d] = address.octets();
+    [0x52, 0x54, a, b, c, d]
+}
+
 /// A port of the edge's public address that leads to a port of the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PortMapping {
@@ -202,8 +209,18 @@ impl NetError {
         operation: impl Into<String>,
         detail: impl ToString,
     ) -> Self {
+        Self::failed_for(&net.machine, operation, detail)
+    }
+
+    /// Of a machine of which the name alone is known.
+    #[allow(clippy::needless_pass_by_value, reason = "callers hand over text or an error")]
+    pub(crate) fn failed_for(
+        machine: &str,
+        operation: impl Into<String>,
+        detail: impl ToString,
+    ) -> Self {
         Self::Failed {
-            machine: net.machine.clone(),
+            machine: machine.to_owned(),
             operation: operation.into(),
             detail: detail.to_string(),
         }
@@ -219,6 +236,10 @@ pub struct Tap {
     /// can be drained). Non-blocking; a duplicate shares that.
     pub fd: OwnedFd,
 }
+
+/// A machine that is expected to stand still for longer has its frames held where they can be given back
+/// at a pace. In its tap's queue it would read them all at once.
+pub const LONG_BLACKOUT: Duration = Duration::from_millis(200);
 
 /// What drafter asks of the network, in the order of a move. All calls are idempotent by epoch:
 /// the same call with the same epoch again is a success that changes nothing; an older epoch is
@@ -254,8 +275,15 @@ pub trait DataPath: Send + Sync {
         self.prepare(net)
     }
 
+    /// Destination, between [`DataPath::prepare_for`] and the source's divert: how long the machine will
+    /// stand still is known better now. Its tap stays as it is.
+    fn expect(&self, net: &MachineNet, blackout: Duration) -> Result<(), NetError> {
+        let _ = (net, blackout);
+        Ok(())
+    }
+
     /// Source, optional, just before the processors stop: frames that come to this host go to `to`
-    /// from now on. Called this early, the guest itself still empties its tap's queue while it
+    /// from now on, or wait to go there until [`DataPath::pause`] has sent on what is in the tap. Called this early, the guest itself still empties its tap's queue while it
     /// stops, and the monitor never takes a frame that its stopped guest cannot see (QEMU reads
     /// one such frame and drops it). [`DataPath::pause`] with the same arguments must follow, or
     /// [`DataPath::abort`]; without this call `pause` does this step too.

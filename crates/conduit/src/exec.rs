@@ -43,7 +43,7 @@ pub fn run(program: &str, args: &[&str], input: &str) -> Result<String, KernelEr
         .map_err(|e| match e.kind() {
             std::io::ErrorKind::NotFound => KernelError::new(
                 operation(),
-                format!("{program} is not installed (Debian: apt install iproute2 nftables)"),
+                format!("{program} is not installed (Debian: apt install iproute2 nftables wireguard-tools)"),
             ),
             _ => KernelError::new(operation(), e),
         })?;

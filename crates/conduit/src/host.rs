@@ -9,7 +9,7 @@
 //! ```text
 //!  rule 6400: from vx-conduit → table 6474 (candidates: machines that may come here)
 //!  rule 6401: all             → table 6472 (machines that run here, or were here and moved on)
-//!  rule 6402: from each tap   → table 6473 (default via the edge)
+//!  rule 6402: from each tap   → table 6473 (default via the edge), unless machines are announced
 //!  nft table inet conduit_host: a tap's frames carry its machine's address, or are dropped;
 //!                               guests open no connection to the host
 //! ```
@@ -24,6 +24,7 @@
 //! guard accepts frames *to* the machine's address as well.
 
 use crate::{
+    announce::{self, Announce, Announcer},
     book::{EdgeView, Place, Record, Wait},
     datapath::{MachineKey, MachineNet, NetworkId},
     exec::{self, KernelError},
@@ -64,6 +65,7 @@ pub struct HostNet {
     setup: Mutex<Netlink>,
     overlay: Option<OverlayLink>,
     plane: Option<Arc<Plane>>,
+    announcer: Option<Announcer>,
 }
 
 /// The overlay interface of this host.
@@ -133,7 +135,23 @@ impl HostNet {
         }
         exec::run("nft", &["-f", "-"], &guard_script(link.is_some()))?;
         let setup = Mutex::new(Netlink::open()?);
-        Ok(Self { routes: Mutex::new(netlink), setup, overlay: link, plane })
+        let routes = Mutex::new(netlink);
+        Ok(Self { routes, setup, overlay: link, plane, announcer: None })
+    }
+
+    /// Machines are announced in place of leading their frames through the tunnel, or not (any more). To
+    /// be said before anything is done for a machine.
+    pub(crate) fn announce(&mut self, announce: Option<&Announce>) -> Result<(), KernelError> {
+        match (&self.plane, announce) {
+            (None, Some(announce)) => {
+                let detail = "routes have no epochs; announcing needs BPF (--path bpf)";
+                return Err(KernelError::new(format!("announce machines by {announce}"), detail));
+            }
+            (None, None) => return Ok(()),
+            (Some(plane), _) => plane.leave_by_stack(announce.is_some())?,
+        }
+        self.announcer = announce.map(Announcer::open).transpose()?;
+        Ok(())
     }
 
     /// How frames find their way here.
@@ -192,6 +210,11 @@ impl HostNet {
         let fail = |detail: &str| {
             Err(KernelError::new(format!("lead the frames of {}", net.key()), detail))
         };
+        if self.announcer.is_some()
+            && let Err(detail) = announce::check(net)
+        {
+            return fail(detail);
+        }
         let by_routes = self.plane.is_none();
         if by_routes && net.network != NetworkId::COMMON {
             return fail("routes know one network only; tenants' networks need BPF (--path bpf)");
@@ -249,7 +272,11 @@ impl HostNet {
         for address in addresses(net) {
             netlink.set_neighbour(index, address, net.mac)?;
         }
-        netlink.ensure_rule(&out_rule(&name))?;
+        if self.announcer.is_some() {
+            while netlink.delete_rule(&out_rule(&name))? {}
+        } else {
+            netlink.ensure_rule(&out_rule(&name))?;
+        }
         if let Some(plane) = &self.plane {
             plane.set_tap(index, net)?;
         }
@@ -275,8 +302,8 @@ impl HostNet {
     }
 
     /// Frames for the machine go into its tap, wherever they come from.
-    fn route_here(&self, net: &MachineNet) -> Result<(), KernelError> {
-        let next = NextHop::Device(interface_index(&tap::name(net.key()))?);
+    fn route_here(&self, net: &MachineNet, tap: u32) -> Result<(), KernelError> {
+        let next = NextHop::Device(tap);
         let table = table(net.network);
         let mut routes = self.routes();
         if table != MACHINES {
@@ -322,26 +349,51 @@ impl HostNet {
         match record.place {
             Place::Candidate => self.route_candidate(net),
             Place::Here if record.retiring => self.unroute(net),
-            Place::Here => self.route_here(net),
+            Place::Here => self.route_here(net, interface_index(&tap::name(net.key()))?),
             Place::Away { to } => self.route_away(net.address, to),
         }
+    }
+
+    /// Another edge than that of [`HostNet::set_edge`].
+    pub(crate) fn let_edge_in(&self, edge: &Peer) -> Result<(), KernelError> {
+        self.plane.as_ref().map_or(Ok(()), |plane| plane.let_edge_in(edge))
+    }
+
+    /// Leads all machines of a home to the edge that serves it.
+    pub(crate) fn set_front(
+        &self,
+        home: Ipv4Addr,
+        by: &Peer,
+        epoch: u64,
+    ) -> Result<(), KernelError> {
+        self.plane.as_ref().map_or(Ok(()), |plane| plane.set_front(home, by, epoch))
     }
 
     /// The entry first: it leads the frames. The route is for this host's own stack.
     fn apply_to(&self, plane: &Plane, record: &Record) -> Result<(), KernelError> {
         let Record { net, epoch, .. } = record;
         let tap = || interface_index(&tap::name(net.key()));
+        // Before its frames may leave.
+        if let Some(home) = record.home.filter(|_| !record.retiring) {
+            plane.set_home(net, home.edge)?;
+        }
         match record.place {
             Place::Candidate if record.wait == Wait::Hold => plane.expect(net, *epoch, None),
             Place::Candidate => plane.local(net, tap()?, *epoch, true),
             Place::Here if record.retiring => self.unroute(net),
             Place::Here => {
-                plane.local(net, tap()?, *epoch, false)?;
-                self.route_here(net)
+                // Looked up once: it is a good part of a flip.
+                let tap = tap()?;
+                plane.local(net, tap, *epoch, false)?;
+                self.route_here(net, tap)?;
+                self.say_here(net)
             }
             Place::Away { to } => {
                 let leaving = record.edge == EdgeView::Held;
                 plane.remote(net, to, *epoch, leaving, None)?;
+                if self.announcer.is_some() {
+                    return self.say_gone(net);
+                }
                 if leaving {
                     // Until it stops, this host's stack may have to answer it; and a flip waits for
                     // nothing but its entry. The next step comes here again.
@@ -350,6 +402,42 @@ impl HostNet {
                 self.remove_routes(net)
             }
         }
+    }
+
+    /// A machine's frames go into its tap, and the network around is told so.
+    fn say_here(&self, net: &MachineNet) -> Result<(), KernelError> {
+        let Some(announcer) = &self.announcer else { return Ok(()) };
+        announcer.here(&mut self.routes(), addresses(net))
+    }
+
+    /// A machine's frames go elsewhere, and what still comes here follows it, from this moment: nobody would
+    /// send on what comes into its tap's queue once that was drained. The route stays for as long as this
+    /// host leads frames on, so that a routing daemon has one until the next host's.
+    fn say_gone(&self, net: &MachineNet) -> Result<(), KernelError> {
+        let Some(announcer) = &self.announcer else { return Ok(()) };
+        let index = self.link()?.index;
+        let mut routes = self.routes();
+        announcer.gone(&mut routes, addresses(net))?;
+        for address in addresses(net) {
+            let next: IpAddr = match address {
+                IpAddr::V4(_) => tunnel::NEXT_HOP.into(),
+                IpAddr::V6(_) => tunnel::NEXT_HOP_V6.into(),
+            };
+            routes.replace_route(&Route::host(MACHINES, address, NextHop::Gateway(next, index)))?;
+        }
+        Ok(())
+    }
+
+    /// Its owner goes, in a process that goes on.
+    pub(crate) fn end(&self) {
+        if let Some(plane) = &self.plane {
+            plane.end();
+        }
+    }
+
+    /// Whether frames that waited for a machine are still being given back or sent on.
+    pub(crate) fn is_draining(&self, net: &MachineNet) -> bool {
+        self.plane.as_ref().is_some_and(|plane| plane.is_draining(net))
     }
 
     /// Removes what this host knows of the way to a machine.
@@ -364,6 +452,9 @@ impl HostNet {
     fn remove_routes(&self, net: &MachineNet) -> Result<(), KernelError> {
         let table = table(net.network);
         let mut routes = self.routes();
+        if let Some(announcer) = &self.announcer {
+            announcer.gone(&mut routes, addresses(net))?;
+        }
         for address in addresses(net) {
             delete_whole(&mut routes, table, address)?;
             if self.plane.is_none() {
@@ -424,6 +515,9 @@ impl HostNet {
         }
         while netlink.delete_rule(&machines_rule())? {}
         while netlink.delete_rule(&candidates_rule())? {}
+        if let Some(announcer) = &self.announcer {
+            announcer.remove(&mut netlink)?;
+        }
         drop(netlink);
         let script = "add table inet conduit_host\ndelete table inet conduit_host\n";
         exec::run("nft", &["-f", "-"], script)?;
@@ -527,14 +621,26 @@ pub(crate) fn loosen_reverse_path_filter() -> Result<(), KernelError> {
 }
 
 /// The guard. Set elements stay as they are; the rest is replaced in one transaction. A host by
-/// itself may be the client of its guests, so only its own answers to them are let in there too.
+/// itself may be the client of its guests, so only its own answers to them are let in there too. What
+/// guests ask the agent is bounded for each tap here, so that none of them can keep it busy.
 fn guard_script(in_overlay: bool) -> String {
     let mut script = String::from(
         "add table inet conduit_host
 add set inet conduit_host guests { type ifname . ipv4_addr; }
 add set inet conduit_host guests6 { type ifname . ipv6_addr; }
+add set inet conduit_host asking { type iface_index; size 65535; flags dynamic,timeout; timeout 1m; }
+add set inet conduit_host asking_names { type iface_index; size 65535; flags dynamic,timeout; timeout 1m; }
+add counter inet conduit_host asks_too_much
 add chain inet conduit_host from_guest { type filter hook prerouting priority raw; policy accept; }
 add chain inet conduit_host to_host { type filter hook input priority filter; policy accept; }
+add chain inet conduit_host asks
+flush chain inet conduit_host asks
+add rule inet conduit_host asks update @asking { iif limit rate over 20/second burst 40 packets } counter name asks_too_much drop
+add rule inet conduit_host asks accept
+add chain inet conduit_host asks_names
+flush chain inet conduit_host asks_names
+add rule inet conduit_host asks_names update @asking_names { iif limit rate over 200/second burst 400 packets } counter name asks_too_much drop
+add rule inet conduit_host asks_names accept
 flush chain inet conduit_host from_guest
 flush chain inet conduit_host to_host
 add rule inet conduit_host from_guest iifname != \"dr-*\" accept
@@ -542,8 +648,13 @@ add rule inet conduit_host from_guest iifname . ip saddr @guests accept
 add rule inet conduit_host from_guest iifname . ip daddr @guests accept
 add rule inet conduit_host from_guest iifname . ip6 saddr @guests6 accept
 add rule inet conduit_host from_guest iifname . ip6 daddr @guests6 accept
+add rule inet conduit_host from_guest ip saddr 0.0.0.0 udp sport 68 udp dport 67 accept
 add rule inet conduit_host from_guest ip6 saddr { fe80::/10, :: } ip6 daddr { fe80::/10, ff02::/16 } accept
 add rule inet conduit_host from_guest drop
+add rule inet conduit_host to_host iifname \"dr-*\" udp dport 67 jump asks
+add rule inet conduit_host to_host iifname \"dr-*\" ip daddr 169.254.1.1 udp dport 53 jump asks_names
+add rule inet conduit_host to_host iifname \"dr-*\" ip daddr 169.254.1.1 tcp dport 53 tcp flags & (syn | ack) == syn jump asks_names
+add rule inet conduit_host to_host iifname \"dr-*\" ip6 hoplimit 255 icmpv6 type nd-router-solicit jump asks
 add rule inet conduit_host to_host iifname \"dr-*\" icmp type { echo-request, echo-reply } accept
 add rule inet conduit_host to_host iifname \"dr-*\" icmpv6 type { echo-request, echo-reply, nd-neighbor-solicit, nd-neighbor-advert } accept
 add rule inet conduit_host to_host iifname \"dr-*\" tcp flags & (syn | ack) != syn accept

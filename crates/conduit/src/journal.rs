@@ -252,7 +252,7 @@ mod tests {
         journal.note(A, 7);
         journal.wake();
         assert!(journal.save(B, &1).is_err());
-        assert!(crate::lab::wait_for(Duration::from_secs(5), || journal.behind() == 1));
+        assert!(crate::lab::wait_for(Duration::from_secs(30), || journal.behind() == 1));
         std::fs::remove_file(&inside).unwrap();
         std::fs::create_dir(&inside).unwrap();
         assert!(journal.flush());
@@ -266,7 +266,7 @@ mod tests {
         journal.note(A, 7);
         drop(journal);
         let written = || folder.path().join("10.0.0.1.json").exists();
-        assert!(crate::lab::wait_for(Duration::from_secs(5), written));
+        assert!(crate::lab::wait_for(Duration::from_secs(30), written));
         assert_eq!(files(folder.path()), [7]);
     }
 }

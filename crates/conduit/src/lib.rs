@@ -27,6 +27,7 @@
 //! host and by the edge on their own ([`book`], [`edge::ledger`]).
 
 pub mod agent;
+mod announce;
 pub mod bench;
 pub mod book;
 pub mod check;
@@ -36,9 +37,13 @@ pub mod conntrack;
 mod datapath;
 pub mod edge;
 pub mod exec;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod holder;
+pub mod homes;
 pub mod host;
 mod journal;
+mod keys;
 pub mod lab;
 mod local;
 pub mod look;
@@ -57,11 +62,12 @@ pub mod tunnel;
 pub mod wg;
 pub mod wire;
 
+pub use announce::{Announce, BadAnnounce};
 pub use client::{AgentDataPath, status};
 pub use conduit_bpf::{ROOT as PINS, sweep as sweep_pins};
 pub use datapath::{
-    DataPath, HostEndpoint, MachineKey, MachineNet, NetError, NetworkId, NullDataPath, PortMapping,
-    Protocol, Tap,
+    DataPath, HostEndpoint, LONG_BLACKOUT, MachineKey, MachineNet, NetError, NetworkId,
+    NullDataPath, PortMapping, Protocol, Tap, mac_of,
 };
 pub use exec::KernelError;
 pub use local::LocalDataPath;

@@ -4,7 +4,7 @@
 //! Figures come from counters that are kept anyway: the programs' in the kernel, the book's or the
 //! ledger's, and those of [`Changes`], which cost two additions for each question that is answered.
 
-use crate::plane::PathKind;
+use crate::{holder::Stats, plane::PathKind, wire::PairStatus};
 use conduit_bpf::Event;
 use scrape::{Readings, Timings};
 use std::{
@@ -29,8 +29,39 @@ scrape::metrics! { "conduit_"
         "State files that are older than what the kernel remembers";
     MTU Gauge "tunnel_mtu_bytes" [] "Largest packet that the tunnel carries whole";
     MAP_MEMORY Gauge "map_memory_bytes" [] "Kernel memory that the machines' entries take";
+    HOMES Gauge "homes" ["by"] "Homes by who serves them: here, elsewhere; where there are several edges";
+    EDGES Gauge "edges" ["health"]
+        "Other edges by how they are: alive, hung, silent; of an agent: connected, not";
+    HOME_CHANGES Counter "home_changes" ["kind"]
+        "Homes that were taken_over, given_up, drained, or whose drain was undone";
+    DRAINED_FLOWS Counter "drained_flows" ["way"]
+        "Connections that drains handed over: out, in, failed";
     CONNECTIONS Gauge "tracked_connections" [] "Connections that are tracked on this computer";
     CONNECTIONS_LIMIT Gauge "tracked_connections_limit" [] "As many as can be";
+    RULE_DROPS Counter "rule_drops" ["rule"]
+        "Packets that an edge's translation and policies dropped or answered with a reset, by rule";
+    DISBELIEVED Counter "disbelieved_words" ["reason"]
+        "Words on who has a machine that an edge did not believe, by reason";
+    HELD Gauge "held" ["what"] "What waits in the holder: machines, frames, bytes";
+    HELD_FRAMES Counter "held_frames" ["fate"]
+        "Frames that the holder took out of the hold tap, gave back, or threw away, and why";
+    HOLDERS Counter "holder_takeovers" [] "Times that a holder took over from another one";
+    ENCRYPTED_PACKETS Counter "encrypted_packets" ["way"]
+        "Packets that the tunnel in user space encrypted and decrypted: sent, received";
+    ENCRYPTED_BYTES Counter "encrypted_bytes" ["way"]
+        "Their bytes, before encryption; of the kernel's tunnel, after it";
+    ENCRYPTED_DROPS Counter "encrypted_drops" ["reason"]
+        "What the tunnel in user space dropped, by reason";
+    ENCRYPTED_PEERS Gauge "encrypted_peers" ["session"]
+        "Hosts and edges by whether the tunnel has a session with them: up, none";
+    KEY_AGE Gauge "encrypted_key_age_seconds" []
+        "For how long the oldest key that is in use has been so: of the key pairs of the tunnel in user space, of the preshared keys of the kernel's";
+    PAIR_KEY_AGE Gauge "encrypted_pair_key_age_seconds" ["peer"]
+        "For how long the preshared key with a host or edge has been in use, in the kernel's tunnel";
+    PAIR_HANDSHAKE Gauge "encrypted_pair_handshake_age_seconds" ["peer"]
+        "Time since the last handshake with a host or edge, in the kernel's tunnel";
+    PAIR_KEYS Counter "encrypted_pair_key_changes" []
+        "Preshared keys that this process has agreed on with others, in the kernel's tunnel";
 }
 
 /// Questions of one kind.
@@ -84,6 +115,95 @@ pub(crate) fn frames(readings: &mut Readings, counts: &[(Event, u64)]) {
         let end = if event.is_drop() { "dropped" } else { "passed" };
         readings.count(&FRAMES, &[event.name(), end], *count);
     }
+}
+
+/// What the holder did with frames.
+pub(crate) fn held(readings: &mut Readings, stats: &Stats) {
+    let Stats {
+        machines,
+        frames,
+        bytes,
+        taken,
+        given,
+        machine_full,
+        network_full,
+        total_full,
+        expired,
+        gone,
+        lost,
+        refused,
+        stray,
+        early_lost,
+        handed_over,
+    } = *stats;
+    for (what, level) in [("machines", machines), ("frames", frames), ("bytes", bytes)] {
+        readings.level(&HELD, &[what], level as f64);
+    }
+    for (fate, count) in [
+        ("taken", taken),
+        ("given", given),
+        ("machine_full", machine_full),
+        ("network_full", network_full),
+        ("total_full", total_full),
+        ("expired", expired),
+        ("gone", gone),
+        ("lost", lost),
+        ("refused", refused),
+        ("stray", stray),
+        ("early_lost", early_lost),
+    ] {
+        readings.count(&HELD_FRAMES, &[fate], count);
+    }
+    readings.count(&HOLDERS, &[], handed_over);
+}
+
+/// How the tunnel in user space is.
+pub(crate) fn encrypted(readings: &mut Readings, status: &conduit_wg::Status) {
+    let count = |name: &str| status.counts.get(name).copied().unwrap_or(0);
+    for way in ["sent", "received"] {
+        readings.count(&ENCRYPTED_PACKETS, &[way], count(&format!("packets_{way}")));
+        readings.count(&ENCRYPTED_BYTES, &[way], count(&format!("bytes_{way}")));
+    }
+    for (name, count) in &status.counts {
+        if let Some(reason) = name.strip_prefix("dropped_") {
+            readings.count(&ENCRYPTED_DROPS, &[reason], *count);
+        }
+    }
+    let up = status.peers.iter().filter(|peer| peer.handshake.is_some()).count();
+    readings.level(&ENCRYPTED_PEERS, &["up"], up as f64);
+    readings.level(&ENCRYPTED_PEERS, &["none"], (status.peers.len() - up) as f64);
+    readings.level(&KEY_AGE, &[], status.key_age as f64);
+}
+
+/// A session is over after this long without a handshake (WireGuard's reject-after-time), in seconds.
+const SESSION: u64 = 180;
+
+/// How the kernel's tunnel is: its pairs' keys and how often they changed, bytes received and sent.
+pub(crate) fn encrypted_by_the_kernel(
+    readings: &mut Readings,
+    (pairs, changes): (&[PairStatus], u64),
+    transfer: Option<[u64; 2]>,
+) {
+    if let Some([received, sent]) = transfer {
+        readings.count(&ENCRYPTED_BYTES, &["sent"], sent);
+        readings.count(&ENCRYPTED_BYTES, &["received"], received);
+    }
+    let up = pairs.iter().filter(|pair| pair.handshake.is_some_and(|age| age < SESSION)).count();
+    readings.level(&ENCRYPTED_PEERS, &["up"], up as f64);
+    readings.level(&ENCRYPTED_PEERS, &["none"], (pairs.len() - up) as f64);
+    if let Some(oldest) = pairs.iter().filter_map(|pair| pair.age).max() {
+        readings.level(&KEY_AGE, &[], oldest as f64);
+    }
+    for pair in pairs {
+        let peer = pair.peer.to_string();
+        if let Some(age) = pair.age {
+            readings.level(&PAIR_KEY_AGE, &[&peer], age as f64);
+        }
+        if let Some(age) = pair.handshake {
+            readings.level(&PAIR_HANDSHAKE, &[&peer], age as f64);
+        }
+    }
+    readings.count(&PAIR_KEYS, &[], changes);
 }
 
 /// Connections that the kernel tracks; nothing where it does not.
@@ -159,6 +279,10 @@ mod tests {
             fn read(&self, readings: &mut Readings) {
                 common(readings, "agent", PathKind::Bpf);
                 frames(readings, &[(Event::ToTap, 5), (Event::SpoofedMac, 2)]);
+                held(
+                    readings,
+                    &Stats { frames: 3, taken: 9, given: 4, expired: 2, ..Stats::default() },
+                );
                 self.0.read(readings);
             }
         }
@@ -175,6 +299,9 @@ mod tests {
             "conduit_changes_total{operation=\"resume\",result=\"done\"} 0",
             "conduit_change_seconds_count{operation=\"divert\"} 2",
             "conduit_frames_total{event=\"to_tap\",end=\"passed\"} 5",
+            "conduit_held{what=\"frames\"} 3.0",
+            "conduit_held_frames_total{fate=\"taken\"} 9",
+            "conduit_held_frames_total{fate=\"expired\"} 2",
             "conduit_frames_total{event=\"spoofed_mac\",end=\"dropped\"} 2",
         ] {
             assert!(text.lines().any(|have| have == line), "{line} is missing in\n{text}");

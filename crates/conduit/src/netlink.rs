@@ -70,6 +70,18 @@ impl Route {
     }
 }
 
+fn proxy_message(interface: u32, address: IpAddr) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = family(address);
+    message.header.ifindex = interface;
+    message.header.flags = NeighbourFlags::Proxy;
+    message.attributes.push(NeighbourAttribute::Destination(match address {
+        IpAddr::V4(v4) => NeighbourAddress::Inet(v4),
+        IpAddr::V6(v6) => NeighbourAddress::Inet6(v6),
+    }));
+    message
+}
+
 /// The prefix length of one address.
 fn whole(address: IpAddr) -> u8 {
     if address.is_ipv4() { 32 } else { 128 }
@@ -192,6 +204,28 @@ impl Netlink {
         message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.to_vec()));
         self.request(RouteNetlinkMessage::NewNeighbour(message), NLM_F_CREATE | NLM_F_REPLACE)
             .map_err(|e| KernelError::new(format!("set neighbour {address} on #{interface}"), e))
+    }
+
+    /// This host answers for an address on an interface, though the address is somebody else's.
+    pub(crate) fn set_proxy(&mut self, interface: u32, address: IpAddr) -> Result<(), KernelError> {
+        let message = RouteNetlinkMessage::NewNeighbour(proxy_message(interface, address));
+        self.request(message, NLM_F_CREATE | NLM_F_REPLACE)
+            .map_err(|e| KernelError::new(format!("answer for {address} on #{interface}"), e))
+    }
+
+    /// It does so no longer.
+    pub(crate) fn remove_proxy(
+        &mut self,
+        interface: u32,
+        address: IpAddr,
+    ) -> Result<(), KernelError> {
+        let message = RouteNetlinkMessage::DelNeighbour(proxy_message(interface, address));
+        match self.request(message, 0) {
+            Err(e) if e.raw_os_error() != Some(libc::ENOENT) => {
+                Err(KernelError::new(format!("stop to answer for {address} on #{interface}"), e))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Tells a vxlan interface that frames for `mac` go to the host `underlay`.

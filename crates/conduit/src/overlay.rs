@@ -34,6 +34,12 @@ pub fn mac_text(mac: [u8; 6]) -> String {
     mac.map(|b| format!("{b:02x}")).join(":")
 }
 
+/// Reads [`mac_text`].
+pub(crate) fn mac_of_text(text: &str) -> Option<[u8; 6]> {
+    let bytes: Option<Vec<u8>> = text.split(':').map(|b| u8::from_str_radix(b, 16).ok()).collect();
+    bytes?.try_into().ok()
+}
+
 /// An interface as `ip -json` shows it.
 #[derive(Debug, Deserialize)]
 pub(crate) struct LinkFacts {

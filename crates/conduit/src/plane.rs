@@ -12,14 +12,14 @@ use crate::{
     tunnel::{self, NETWORK, Tunnel},
     wire::Peer,
 };
-use conduit_bpf::{Config, DataPlane, Entry, Error, Key, Place, Port, Program, Role};
+use conduit_bpf::{Config, DataPlane, Entry, Error, Front, Key, Place, Port, Program, Role};
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr},
     path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -61,6 +61,8 @@ pub(crate) struct Plane {
     tunnel: Tunnel,
     /// The tunnel's MTU as its paths are now.
     mtu: AtomicU32,
+    /// Nobody owns it any more.
+    ended: AtomicBool,
     known: Mutex<Known>,
 }
 
@@ -113,6 +115,7 @@ impl Plane {
             net: NETWORK,
             role,
             gateway: GATEWAY_MAC,
+            by_stack: before.is_some_and(|c| c.by_stack),
         };
         bpf.configure(&config).map_err(|e| fatal(failed("set what this host is", &e)))?;
         for program in [Program::Decap, Program::Stack] {
@@ -121,7 +124,8 @@ impl Plane {
         }
         let known =
             Mutex::new(Known { underlays: BTreeMap::new(), lingering: BTreeSet::new(), config });
-        Ok(Self { bpf, tunnel, mtu: AtomicU32::new(tunnel.mtu), known })
+        let (mtu, ended) = (AtomicU32::new(tunnel.mtu), AtomicBool::new(false));
+        Ok(Self { bpf, tunnel, mtu, ended, known })
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
@@ -152,6 +156,44 @@ impl Plane {
         self.bpf
             .configure(&known.config)
             .map_err(|e| failed(format!("lead frames to the edge {}", edge.overlay), &e))
+    }
+
+    /// Machines' frames for the outside leave by this host's own routes, or else by the edge.
+    pub(crate) fn leave_by_stack(&self, by_stack: bool) -> Result<(), KernelError> {
+        let mut known = self.known();
+        known.config.by_stack = by_stack;
+        self.bpf
+            .configure(&known.config)
+            .map_err(|e| failed("say where frames for the outside go", &e))
+    }
+
+    /// Another edge: it may send here, and what is for the outside may be sent there.
+    pub(crate) fn let_edge_in(&self, edge: &Peer) -> Result<(), KernelError> {
+        self.set_peer(edge, Role::Edge)
+    }
+
+    /// Says which home a machine has.
+    pub(crate) fn set_home(&self, net: &MachineNet, home: Ipv4Addr) -> Result<(), KernelError> {
+        keys(net)
+            .try_for_each(|key| self.bpf.set_home(key, home))
+            .map_err(|e| failed(format!("say which home {} has", net.key()), &e))
+    }
+
+    /// Leads all machines of a home to the edge that serves it. An older word changes nothing.
+    pub(crate) fn set_front(
+        &self,
+        home: Ipv4Addr,
+        by: &Peer,
+        epoch: u64,
+    ) -> Result<(), KernelError> {
+        let fail = |e: Error| failed(format!("lead machines of {home} to {}", by.overlay), &e);
+        // Two words at a time are put in order here.
+        let _one_at_a_time = self.known();
+        let fronts = self.bpf.fronts().map_err(fail)?;
+        if fronts.iter().any(|(h, front)| *h == home && front.epoch > epoch) {
+            return Ok(());
+        }
+        self.bpf.set_front(home, &Front { edge: by.underlay.into(), epoch }).map_err(fail)
     }
 
     /// A machine is behind a tap.
@@ -270,6 +312,11 @@ impl Plane {
         keys(net).any(held)
     }
 
+    /// Whether frames that were held for a machine are still being given back.
+    pub(crate) fn is_draining(&self, net: &MachineNet) -> bool {
+        keys(net).any(|key| self.bpf.is_draining(key).unwrap_or(false))
+    }
+
     /// The addresses of machines that are to come here or to somebody.
     pub(crate) fn expected(&self) -> Result<Vec<Key>, KernelError> {
         let entries = self.bpf.entries().map_err(|e| failed("list the entries", &e))?;
@@ -339,7 +386,8 @@ impl Plane {
     }
 
     fn remove_entry(&self, key: Key) -> Result<(), KernelError> {
-        self.bpf.remove_entry(key).map_err(|e| failed(format!("forget the way to {key}"), &e))
+        let gone = self.bpf.remove_entry(key).and_then(|()| self.bpf.remove_home(key));
+        gone.map_err(|e| failed(format!("forget the way to {key}"), &e))
     }
 
     /// Removes the entries whose last frames have been sent on.
@@ -399,6 +447,9 @@ impl Plane {
             loop {
                 std::thread::sleep(Duration::from_secs(1));
                 let Some(plane) = plane.upgrade() else { return };
+                if plane.ended.load(Ordering::Relaxed) {
+                    return;
+                }
                 plane.forget_lingering();
                 // A `conduit flows` or `trace` that was killed.
                 if let Err(error) = plane.bpf.view().and_then(|view| view.expire()) {
@@ -415,6 +466,11 @@ impl Plane {
                 }
             }
         });
+    }
+
+    /// Its owner goes, in a process that goes on: nothing is followed from now on.
+    pub(crate) fn end(&self) {
+        self.ended.store(true, Ordering::Relaxed);
     }
 
     /// Figures for Prometheus. What the kernel does not say is left out.

@@ -93,7 +93,7 @@ mod tests {
     fn written(place: Place, epoch: u64) -> Record {
         let edge = EdgeView::Confirmed;
         let (version, wait) = (RECORD_VERSION, Wait::Tap);
-        Record { version, net: net(), place, epoch, edge, retiring: false, wait }
+        Record { version, net: net(), place, epoch, edge, retiring: false, wait, home: None }
     }
 
     fn known(epoch: u64, place: Option<Place>) -> Option<Known> {
@@ -140,6 +140,7 @@ mod tests {
             epoch: 4,
             released,
             holder: None,
+            home: None,
         };
         let Recalled::Ahead(found) = entry(file(false), known(5, Some(AWAY))) else {
             panic!("the map is ahead")

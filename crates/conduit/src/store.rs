@@ -8,7 +8,8 @@ use crate::exec::KernelError;
 use serde::{Serialize, de::DeserializeOwned};
 use std::{
     fmt::Display,
-    fs, io,
+    fs,
+    io::{self, Write},
     path::{Path, PathBuf},
 };
 
@@ -37,16 +38,41 @@ impl Store {
         key: impl Display,
         state: &impl Serialize,
     ) -> Result<(), KernelError> {
+        self.write(key, state, false)
+    }
+
+    /// Likewise, and it is on the disk when this returns: for what must outlive the host.
+    pub(crate) fn save_for_good(
+        &self,
+        key: impl Display,
+        state: &impl Serialize,
+    ) -> Result<(), KernelError> {
+        self.write(key, state, true)
+    }
+
+    fn write(
+        &self,
+        key: impl Display,
+        state: &impl Serialize,
+        for_good: bool,
+    ) -> Result<(), KernelError> {
         let path = self.path(&key);
         let partial = self.folder.join(format!("{key}.partial"));
+        // The last step for good may fail when the new file is in place already.
+        let unchanged = if for_good { "" } else { "nothing was changed, " };
         let write = || -> io::Result<()> {
-            fs::write(&partial, serde_json::to_vec(state)?)?;
-            fs::rename(&partial, &path)
+            let mut file = fs::File::create(&partial)?;
+            file.write_all(&serde_json::to_vec(state)?)?;
+            if for_good {
+                file.sync_all()?;
+            }
+            fs::rename(&partial, &path)?;
+            if for_good { fs::File::open(&self.folder)?.sync_all() } else { Ok(()) }
         };
         write().map_err(|e| {
             KernelError::new(
                 format!("write {}", path.display()),
-                format!("{e}; nothing was changed, free space or fix the folder and try again"),
+                format!("{e}; {unchanged}free space or fix the folder and try again"),
             )
         })
     }

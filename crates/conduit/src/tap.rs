@@ -52,6 +52,19 @@ pub fn name(key: impl Into<MachineKey>) -> String {
     format!("{PREFIX}{:04x}{address:08x}", network.0)
 }
 
+/// The machine whose tap has this name.
+#[must_use]
+pub(crate) fn key(name: &str) -> Option<MachineKey> {
+    let digits = name.strip_prefix(PREFIX)?;
+    let (network, address) = match digits.len() {
+        8 => (NetworkId::COMMON, digits),
+        12 => (NetworkId(u16::from_str_radix(digits.get(..4)?, 16).ok()?), digits.get(4..)?),
+        _ => return None,
+    };
+    let address = u32::from_str_radix(address, 16).ok()?.into();
+    Some(MachineKey { network, address })
+}
+
 const FLAGS: i32 = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
 fn open_clone_device() -> io::Result<File> {
@@ -244,7 +257,7 @@ fn readdress(frame: &mut [u8], header: usize) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{key as tap_key, *};
 
     #[test]
     fn tap_names_fit_the_kernel_and_differ_by_address() {
@@ -252,6 +265,15 @@ mod tests {
         assert_eq!(a, "dr-0a4d0005");
         assert!(a.len() < libc::IFNAMSIZ);
         assert_ne!(a, name(Ipv4Addr::new(10, 77, 0, 6)));
+        for key in [
+            "10.77.0.5".parse::<Ipv4Addr>().unwrap().into(),
+            MachineKey { network: NetworkId(7), address: Ipv4Addr::new(203, 0, 113, 255) },
+        ] {
+            assert_eq!(tap_key(&name(key)), Some(key));
+        }
+        for other in ["eth0", "dr-", "dr-0a4d000g", "dr-0a4d00055", "cd-hold"] {
+            assert_eq!(tap_key(other), None, "{other}");
+        }
     }
 
     #[test]

@@ -105,6 +105,9 @@ fn default_control() -> PathBuf {
 /// Parses `90s`, `15m`, `12h`, `7d`.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let parse = || {
+        if let Some(number) = text.strip_suffix("ms") {
+            return number.parse().ok().filter(|n| *n > 0).map(Duration::from_millis);
+        }
         let at = text.len().checked_sub(1)?;
         let (number, unit) = text.split_at_checked(at)?;
         let unit = match unit {

@@ -8,6 +8,9 @@
 //!  release {id, net, epoch}            done {id} | refused {id, error}
 //!  candidate {id, net, host}           done {id}
 //!  tunnel {id, tunnel}                 done {id} | refused {id, error}
+//!  address {id, machine, network}      given {id, address, …} | refused {id, error}
+//!  resolve {id, network, question, …}  resolved {id, answer} | refused {id, error}
+//!  note {to, note}                     note {from, note}        from one host to another: see `secure`
 //!  ping {id}                           done {id}
 //!                                      peers {peers}            whenever a host joins
 //!                                      tunnels {tunnels}        whenever keys change, if encrypted
@@ -20,19 +23,23 @@
 //! the machine will not come there.
 
 use crate::{
+    conntrack::Flow,
     datapath::{MachineNet, NetError, NetworkId},
+    homes::{Home, HomeWord},
     plane::PathKind,
     policy::{Limits, Policy},
+    secure::Note,
 };
+use base64::prelude::{BASE64_STANDARD, Engine as _};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{
     collections::BTreeMap,
     io::{self, BufRead, Write},
-    net::{Ipv4Addr, SocketAddr},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
 /// Version of both protocols.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 5;
 /// Longest line; a longer one ends the connection.
 pub const LINE_LIMIT: usize = 64 * 1024;
 
@@ -52,6 +59,10 @@ pub struct TunnelEnd {
     pub keys: Vec<conduit_wg::PublicKey>,
     /// Where they go, by UDP.
     pub endpoint: SocketAddr,
+    /// When this became so, in milliseconds since 1970 by the end's own clock: of what several edges
+    /// say of it, the newest counts.
+    #[serde(default)]
+    pub since: u64,
 }
 
 /// What an agent says to the edge.
@@ -93,6 +104,9 @@ pub enum HostSays {
         owner: Ipv4Addr,
         /// The machine's epoch.
         epoch: u64,
+        /// The edge that it belongs to, if there are several.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        home: Option<Home>,
     },
     /// The machine is gone, and so are its ports.
     Release {
@@ -110,10 +124,119 @@ pub enum HostSays {
         /// Keys and address.
         tunnel: TunnelEnd,
     },
+    /// A machine comes without an address: which one is its own?
+    Address {
+        /// Comes back in the answer.
+        id: u64,
+        /// The machine's name.
+        machine: String,
+        /// The network that it is of.
+        network: NetworkId,
+    },
+    /// A machine asks for a name.
+    Resolve {
+        /// Comes back in the answer.
+        id: u64,
+        /// The network that the machine is of.
+        network: NetworkId,
+        /// The DNS message, in base 64.
+        question: String,
+        /// It came by TCP: the answer may be long.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        stream: bool,
+    },
+    /// For another end of the tunnel, this edge or a host: passed on, or lost.
+    Note {
+        /// Overlay address of the end.
+        to: Ipv4Addr,
+        /// About the preshared key of the two.
+        note: Note,
+    },
     /// Are you there?
     Ping {
         /// Comes back in the answer.
         id: u64,
+    },
+    /// The first message of another edge: questions of [`Beside`] follow.
+    Edge {
+        /// See [`VERSION`].
+        version: u32,
+        /// The edge's name; under TLS it must be the certificate's.
+        name: String,
+        /// Where it is.
+        #[serde(flatten)]
+        peer: Peer,
+    },
+}
+
+/// What one edge asks of another, one line each; the answer is a [`BesideAnswer`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "beside", rename_all = "kebab-case")]
+pub enum Beside {
+    /// Are you there? And what I know of homes.
+    Ping {
+        /// All of it.
+        homes: Vec<HomeWord>,
+        /// How I am reached by encrypted packets.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        tunnel: Option<TunnelEnd>,
+        /// About the preshared key of the two.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        notes: Vec<Note>,
+    },
+    /// A drain begins: will you serve this home?
+    Offer {
+        /// Which.
+        home: HomeWord,
+        /// The machines that it has.
+        machines: usize,
+    },
+    /// Connections of it, new or changed.
+    Flows {
+        /// Some of them.
+        flows: Vec<Flow>,
+    },
+    /// Connections of it that have ended meanwhile.
+    Ended {
+        /// Some of them.
+        flows: Vec<Flow>,
+    },
+    /// Serve it from now on, at this epoch.
+    Flip {
+        /// See above.
+        epoch: u64,
+    },
+    /// The last connections have been said.
+    Settle,
+}
+
+/// The answer to a [`Beside`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "kebab-case")]
+pub enum BesideAnswer {
+    /// To a ping: what I know of homes.
+    Words {
+        /// Where I am.
+        edge: Peer,
+        /// All of it.
+        homes: Vec<HomeWord>,
+        /// How I am reached by encrypted packets.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        tunnel: Option<TunnelEnd>,
+    },
+    /// Done.
+    Done,
+    /// As many connections were made or ended here, and as many could not be.
+    Taken {
+        /// See above.
+        made: usize,
+        /// See above.
+        failed: usize,
+    },
+    /// Not done.
+    Refused {
+        /// Why, with what to do.
+        detail: String,
     },
 }
 
@@ -129,16 +252,61 @@ pub enum EdgeSays {
         edge: Peer,
         /// All hosts.
         peers: Vec<Peer>,
+        /// All homes, where there are several edges.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        homes: Vec<HomeWord>,
+        /// Names of machines end with this; nothing if this edge answers none.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        domain: Option<String>,
+    },
+    /// The machine's address, for life.
+    Given {
+        /// Of which message.
+        id: u64,
+        /// The address.
+        address: Ipv4Addr,
+        /// Its IPv6 address, if this edge has some to give.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        address_v6: Option<Ipv6Addr>,
+    },
+    /// The answer to a question for a name.
+    Resolved {
+        /// Of which message.
+        id: u64,
+        /// The DNS message, in base 64.
+        answer: String,
     },
     /// All hosts, after a change.
     Peers {
         /// The list.
         peers: Vec<Peer>,
     },
-    /// How to reach everybody by encrypted packets, the edge included, by overlay address.
+    /// How to reach everybody by encrypted packets, all edges included, by overlay address.
     Tunnels {
         /// All of them.
         tunnels: BTreeMap<Ipv4Addr, TunnelEnd>,
+    },
+    /// Another end of the tunnel says something.
+    Note {
+        /// Its overlay address, as its connection proves it.
+        from: Ipv4Addr,
+        /// About the preshared key of the two.
+        note: Note,
+    },
+    /// The home of a machine, before the answer to what was said of it: where others have chosen
+    /// before.
+    Home {
+        /// The machine.
+        network: NetworkId,
+        /// Its address.
+        address: Ipv4Addr,
+        /// Its home.
+        home: Home,
+    },
+    /// All homes, after a change; only where there are several edges.
+    Homes {
+        /// The list.
+        homes: Vec<HomeWord>,
     },
     /// Done as asked, or done already.
     Done {
@@ -207,6 +375,26 @@ pub enum Ask {
         /// The epoch.
         epoch: u64,
     },
+    /// The address of a machine that comes without one.
+    Address {
+        /// The machine's name.
+        machine: String,
+        /// The network that it is of.
+        network: NetworkId,
+    },
+    /// Hand this edge's homes over to another one.
+    Drain {
+        /// The other edge's name.
+        to: String,
+        /// Only this home (a name, or an overlay address); all that are served here, if not given.
+        home: Option<String>,
+        /// Say what would be done, and do nothing.
+        dry_run: bool,
+        /// How long it may take; undone if it is not over then.
+        limit_ms: u64,
+    },
+    /// Change the keys of encrypted packets now.
+    Rotate,
     /// Everything there is to know, for people; of the machines as many as fit.
     Status,
     /// The machines that come after this address, as many as fit.
@@ -226,12 +414,45 @@ pub enum Answer {
     Endpoint(Ipv4Addr),
     /// The interface to open.
     Tap(String),
+    /// The answer to [`Ask::Address`].
+    Address {
+        /// The address.
+        address: Ipv4Addr,
+        /// The IPv6 address, if the edge has some to give.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        address_v6: Option<Ipv6Addr>,
+    },
     /// The answer to [`Ask::Status`].
     Status(Status),
     /// The answer to [`Ask::Machines`], by address; none if there are no more.
     Machines(Vec<MachineStatus>),
+    /// The answer to [`Ask::Drain`].
+    Drained(Vec<Drained>),
     /// Not done.
     Failed(NetError),
+}
+
+/// What the drain of one home did, or would do.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Drained {
+    /// The home: overlay address of the edge that it is named by.
+    pub home: String,
+    /// Its public address.
+    pub public: String,
+    /// The edge that serves it now.
+    pub to: String,
+    /// Its machines.
+    pub machines: usize,
+    /// Connections that were handed over.
+    pub flows: usize,
+    /// Those that the other edge could not make.
+    pub failed: usize,
+    /// False if it was there already, or this was a dry run.
+    pub changed: bool,
+    /// From the first connection to the last, in seconds.
+    pub seconds: f64,
+    /// From the last copy before the flip to the last connection after it, in seconds.
+    pub flip_seconds: f64,
 }
 
 /// An agent or edge as people see it.
@@ -264,9 +485,43 @@ pub struct Status {
     /// How packets between hosts are protected; empty if they are not.
     #[serde(default)]
     pub protection: String,
+    /// The preshared keys, where the kernel encrypts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pairs: Vec<PairStatus>,
+    /// The edges' homes, where there are several.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub homes: Vec<HomeStatus>,
     /// What the BPF programs counted since they were first loaded, by name.
     #[serde(default)]
     pub counts: BTreeMap<String, u64>,
+}
+
+/// The preshared key of this end of the tunnel and another one, in a [`Status`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PairStatus {
+    /// Overlay address of the other one.
+    pub peer: Ipv4Addr,
+    /// Number of the key; 0 if they have agreed on none yet.
+    pub generation: u64,
+    /// For how many seconds it has been in use.
+    pub age: Option<u64>,
+    /// It is being changed, or the other end has not said yet that it has it too.
+    pub changing: bool,
+    /// Seconds since the last handshake; nothing if there was none.
+    pub handshake: Option<u64>,
+}
+
+/// A home in a [`Status`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HomeStatus {
+    /// Its addresses, and who serves it.
+    #[serde(flatten)]
+    pub word: HomeWord,
+    /// Of the edge that it is named by: `here`, `alive`, `hung` (its kernel answers, its process does
+    /// not), `silent`; for an agent `connected` or why not.
+    pub health: String,
+    /// Of the machines known here.
+    pub machines: usize,
 }
 
 /// A machine in a [`Status`].
@@ -280,6 +535,9 @@ pub struct MachineStatus {
     pub place: String,
     /// What the edge knows: `confirmed`, `pending`, …; empty at the edge itself.
     pub edge: String,
+    /// Its home, where there are several edges.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub home: Option<Ipv4Addr>,
 }
 
 /// Where a list of machines goes on: network and address of the last one.
@@ -336,13 +594,28 @@ pub fn receive<T: DeserializeOwned>(from: &mut (impl BufRead + ?Sized)) -> io::R
         .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, format!("not a message: {e}")))
 }
 
+/// Whether this can be a machine's name.
+pub(crate) fn check_name(machine: &str) -> Result<(), String> {
+    if machine.is_empty() || machine.len() > 128 || machine.chars().any(char::is_control) {
+        return Err("a machine's name has 1 to 128 printable characters".into());
+    }
+    Ok(())
+}
+
+/// Bytes as text.
+pub(crate) fn to_text(bytes: &[u8]) -> String {
+    BASE64_STANDARD.encode(bytes)
+}
+
+/// Text as bytes; `None` if it is none of [`to_text`].
+pub(crate) fn from_text(text: &str) -> Option<Vec<u8>> {
+    BASE64_STANDARD.decode(text).ok()
+}
+
 /// Checks what came from outside before anything is done with it.
 pub fn check_machine(net: &MachineNet) -> Result<(), NetError> {
     let fail = |detail: String| Err(NetError::failed(net, "check its network settings", detail));
-    let name_fits = !net.machine.is_empty() && net.machine.len() <= 128;
-    if !name_fits || net.machine.chars().any(char::is_control) {
-        return fail("a machine's name has 1 to 128 printable characters".into());
-    }
+    check_name(&net.machine).or_else(fail)?;
     let a = net.address;
     if a.is_unspecified() || a.is_loopback() || a.is_multicast() || a.is_broadcast() {
         return fail(format!("{a} cannot be a machine's address"));

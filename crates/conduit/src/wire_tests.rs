@@ -25,25 +25,68 @@ fn the_bytes_between_agent_and_edge_are_fixed() {
     let peer =
         Peer { overlay: Ipv4Addr::new(100, 64, 0, 2), underlay: Ipv4Addr::new(10, 88, 0, 2) };
     golden(
-        &HostSays::Hello { version: 3, host: "a".into(), peer, path: PathKind::Bpf },
-        r#"{"say":"hello","version":3,"host":"a","overlay":"100.64.0.2","underlay":"10.88.0.2","path":"bpf"}"#,
+        &HostSays::Hello { version: 5, host: "a".into(), peer, path: PathKind::Bpf },
+        r#"{"say":"hello","version":5,"host":"a","overlay":"100.64.0.2","underlay":"10.88.0.2","path":"bpf"}"#,
     );
     golden(
         &HostSays::Candidate { id: 6, net: net(), host: peer.overlay, long: false },
         &format!(r#"{{"say":"candidate","id":6,"net":{NET},"host":"100.64.0.2"}}"#),
     );
     golden(
-        &HostSays::Claim { id: 7, net: net(), owner: peer.overlay, epoch: 3 },
+        &HostSays::Claim { id: 7, net: net(), owner: peer.overlay, epoch: 3, home: None },
         &format!(r#"{{"say":"claim","id":7,"net":{NET},"owner":"100.64.0.2","epoch":3}}"#),
     );
     golden(
         &HostSays::Release { id: 8, net: net(), epoch: 4 },
         &format!(r#"{{"say":"release","id":8,"net":{NET},"epoch":4}}"#),
     );
+    golden(
+        &HostSays::Address { id: 10, machine: "redis".into(), network: NetworkId(7) },
+        r#"{"say":"address","id":10,"machine":"redis","network":7}"#,
+    );
+    golden(
+        &HostSays::Resolve { id: 11, network: NetworkId(7), question: "AP8=".into(), stream: true },
+        r#"{"say":"resolve","id":11,"network":7,"question":"AP8=","stream":true}"#,
+    );
+    let (address, address_v6) = (Ipv4Addr::new(10, 77, 0, 5), "fd77::5".parse().ok());
+    golden(
+        &EdgeSays::Given { id: 10, address, address_v6 },
+        r#"{"say":"given","id":10,"address":"10.77.0.5","address_v6":"fd77::5"}"#,
+    );
+    golden(
+        &EdgeSays::Resolved { id: 11, answer: "AP8=".into() },
+        r#"{"say":"resolved","id":11,"answer":"AP8="}"#,
+    );
+    let key = "hSDwCYkwp1R0i33ctD73Wg2/Og0mOBr066SpjqqbTmo=";
+    let proof = serde_json::from_str(&format!("\"{key}\"")).unwrap();
+    golden(
+        &HostSays::Note {
+            to: peer.overlay,
+            note: Note::Offer { generation: 7, key: key.parse().unwrap() },
+        },
+        &format!(
+            r#"{{"say":"note","to":"100.64.0.2","note":{{"note":"offer","generation":7,"key":"{key}"}}}}"#
+        ),
+    );
+    golden(
+        &EdgeSays::Note {
+            from: peer.overlay,
+            note: Note::At { generation: 7, proof: Some(proof), to: None },
+        },
+        &format!(
+            r#"{{"say":"note","from":"100.64.0.2","note":{{"note":"at","generation":7,"proof":"{key}"}}}}"#
+        ),
+    );
     golden(&HostSays::Ping { id: 9 }, r#"{"say":"ping","id":9}"#);
     golden(
-        &EdgeSays::Welcome { version: 3, edge: peer, peers: vec![peer] },
-        r#"{"say":"welcome","version":3,"edge":{"overlay":"100.64.0.2","underlay":"10.88.0.2"},"peers":[{"overlay":"100.64.0.2","underlay":"10.88.0.2"}]}"#,
+        &EdgeSays::Welcome {
+            version: 5,
+            edge: peer,
+            peers: vec![peer],
+            domain: None,
+            homes: vec![],
+        },
+        r#"{"say":"welcome","version":5,"edge":{"overlay":"100.64.0.2","underlay":"10.88.0.2"},"peers":[{"overlay":"100.64.0.2","underlay":"10.88.0.2"}]}"#,
     );
     golden(&EdgeSays::Peers { peers: vec![] }, r#"{"say":"peers","peers":[]}"#);
     golden(&EdgeSays::Done { id: 7 }, r#"{"say":"done","id":7}"#);

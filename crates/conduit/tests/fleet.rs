@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use conduit::{
-    PathChoice,
+    AgentDataPath, NetworkId, PathChoice,
     lab::{
         fleet::{Fleet, TCP, UDP},
         traffic::{Datagrams, Echoes, Received, serve_echo},
@@ -12,14 +12,19 @@ use conduit::{
 };
 use nix::sys::signal::Signal;
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fs,
-    net::{TcpListener, UdpSocket},
+    net::{Ipv4Addr, TcpListener, UdpSocket},
     path::Path,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::Duration,
 };
 
-const WAIT: Duration = Duration::from_secs(10);
+const WAIT: Duration = Duration::from_secs(30);
 
 fn fleet() -> (Fleet, Received) {
     let fleet = Fleet::new(Path::new(env!("CARGO_BIN_EXE_conduit")), PathChoice::Bpf).unwrap();
@@ -73,9 +78,9 @@ fn daemons_are_killed_while_frames_are_held_without_a_frame_lost() {
         fleet.start_agent(to).unwrap();
         thread::sleep(expected.saturating_sub(fleet.stands_for()));
         // At the new host what comes by the old one, until the edge knows that it is to hold.
-        let there = conduit::status(&fleet.agent_socket(to)).unwrap().counts["hold_frames"];
-        let held = there + edge_counted(&fleet, "hold_frames");
-        assert!(held > 200, "{held} frames are held");
+        let there = || conduit::status(&fleet.agent_socket(to)).unwrap().counts["hold_frames"];
+        let held = || there() + edge_counted(&fleet, "hold_frames") > 200;
+        assert!(wait_for(WAIT, held), "hardly any frames are held");
         fleet.arrive().unwrap();
         fleet.forget().unwrap();
         echoes.wait(50);
@@ -86,10 +91,47 @@ fn daemons_are_killed_while_frames_are_held_without_a_frame_lost() {
 }
 
 #[test]
+fn holders_are_killed_while_they_hold_and_lose_no_more_than_they_count() {
+    let (mut fleet, received) = fleet();
+    let (echoes, datagrams) = traffic(&fleet);
+    let (mut counted, mut had) = (0, 0);
+    for _ in 0..2 {
+        let ends = [Some(1 - fleet.at()), None];
+        fleet.depart(Some(Duration::from_millis(400))).unwrap();
+        let frames = |fleet: &Fleet| ends.map(|end| fleet.holder_stats(end).unwrap().frames);
+        let enough = || frames(&fleet).iter().sum::<u64>() > 100;
+        assert!(wait_for(WAIT, enough), "hardly any frames are held");
+        for end in ends {
+            let sent = datagrams.sent();
+            had += fleet.holder_stats(end).unwrap().frames;
+            fleet.kill_holder(end).unwrap();
+            // What came between the look and the end, and TCP's as many again.
+            had += 2 * (datagrams.sent() - sent);
+        }
+        thread::sleep(Duration::from_millis(400).saturating_sub(fleet.stands_for()));
+        fleet.arrive().unwrap();
+        fleet.forget().unwrap();
+        let empty = |end| fleet.holder_stats(end).unwrap().machines == 0;
+        assert!(wait_for(WAIT, || ends.iter().all(|&end| empty(end))), "frames stay held");
+        counted += ends.map(|end| fleet.holder_stats(end).unwrap().lost).iter().sum::<u64>();
+        echoes.wait(50);
+    }
+    let seen = echoes.finish();
+    let (sent, lost) = datagrams.finish(&received);
+    assert_eq!(seen.sent, seen.answered, "no connection broke");
+    // Lost is what was in memory at that moment, TCP's segments among it.
+    assert!(lost <= counted, "{lost} of {sent} lost, {counted} counted, {had} held");
+    assert!(counted <= had + 100, "{counted} counted of {had}: a holder loses what it had");
+}
+
+#[test]
 fn frames_for_a_silent_host_are_held_and_go_there_when_it_speaks_again() {
     let (fleet, received) = fleet();
     let (echoes, datagrams) = traffic(&fleet);
+    let before = datagrams.sent();
     fleet.cut(0, true).unwrap();
+    assert!(wait_for(WAIT, || edge_counted(&fleet, "hold_frames") > 0), "nothing is held");
+    let noticed = datagrams.sent() - before;
     assert!(wait_for(WAIT, || edge_counted(&fleet, "hold_frames") > 500), "nothing is held");
     fleet.cut(0, false).unwrap();
     assert!(wait_for(WAIT, || edge_counted(&fleet, "hold_frames") == 0), "it stays held");
@@ -99,7 +141,7 @@ fn frames_for_a_silent_host_are_held_and_go_there_when_it_speaks_again() {
     let (sent, lost) = datagrams.finish(&received);
     assert_eq!(seen.sent, seen.answered);
     // What is lost was sent to it before its silence was noticed.
-    assert!(held > 500 && lost < 1000, "{held} held and {lost} lost of {sent}");
+    assert!(held > 500 && lost <= noticed, "{held} held and {lost} of {noticed} lost of {sent}");
     assert_eq!(edge_counted(&fleet, "hold_lost"), 0);
 }
 
@@ -115,7 +157,7 @@ fn an_agent_that_hangs_is_not_taken_for_a_silent_host() {
     let seen = echoes.finish();
     let (_, lost) = datagrams.finish(&received);
     assert_eq!((seen.sent, lost, edge_counted(&fleet, "held")), (seen.answered, 0, 0));
-    assert!(seen.gap < Duration::from_millis(500), "{seen:?}");
+    assert!(seen.gap < Duration::from_secs(1), "{seen:?}");
 }
 
 /// Processes whose command line has this in it.
@@ -153,5 +195,43 @@ fn the_old_host_is_cut_off_after_the_flip_and_has_the_machine_again() {
         assert!(lost <= moved.drained, "{lost} of {sent} lost");
         fleet.cut(old, false).unwrap();
         fleet.forget().unwrap();
+    }
+}
+
+#[test]
+fn an_edge_that_is_killed_while_it_gives_addresses_gives_none_twice() {
+    const TENANT: NetworkId = NetworkId(7);
+    let (mut fleet, _) = fleet();
+    let given = Mutex::new(BTreeMap::<String, Ipv4Addr>::new());
+    let (ended, sockets) = (AtomicBool::new(false), [0, 1].map(|host| fleet.agent_socket(host)));
+    thread::scope(|scope| {
+        for (host, socket) in sockets.iter().enumerate() {
+            let (given, ended) = (&given, &ended);
+            scope.spawn(move || {
+                let path = AgentDataPath::connect(socket).unwrap();
+                let mut number = 0;
+                while !ended.load(Ordering::Relaxed) {
+                    let name = format!("m{host}-{number}");
+                    // Without an answer it is asked for again, as a runner that starts again does.
+                    let Ok((address, _)) = path.address(&name, TENANT) else { continue };
+                    given.lock().unwrap().insert(name, address);
+                    number += 1;
+                }
+            });
+        }
+        for _ in 0..5 {
+            let before = given.lock().unwrap().len();
+            assert!(wait_for(WAIT, || given.lock().unwrap().len() > before + 20));
+            fleet.kill_edge();
+            fleet.start_edge().unwrap();
+        }
+        ended.store(true, Ordering::Relaxed);
+    });
+    let given = given.into_inner().unwrap();
+    let different: BTreeSet<_> = given.values().collect();
+    assert_eq!(different.len(), given.len());
+    let path = AgentDataPath::connect(&sockets[0]).unwrap();
+    for (name, address) in &given {
+        assert_eq!(path.address(name, TENANT).unwrap().0, *address, "{name}");
     }
 }

@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(30);
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 5);
 
 fn net() -> MachineNet {

@@ -286,6 +286,19 @@ impl Interface {
         Self::ioctl_v6(libc::SIOCSIFADDR, &request)
     }
 
+    /// Takes an IPv6 address from the interface, if it has it.
+    pub(crate) fn remove_address_v6(&self, address: Ipv6Addr) -> io::Result<()> {
+        let request = libc::in6_ifreq {
+            ifr6_addr: in6(address),
+            ifr6_prefixlen: 128,
+            ifr6_ifindex: self.index()?,
+        };
+        match Self::ioctl_v6(libc::SIOCDIFADDR, &request) {
+            Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => Ok(()),
+            other => other,
+        }
+    }
+
     /// The IPv6 route to everywhere else, by a gateway on this interface's link.
     pub(crate) fn add_default_route_v6(&self, gateway: Ipv6Addr) -> io::Result<()> {
         let any = in6(Ipv6Addr::UNSPECIFIED);

@@ -17,19 +17,31 @@
 //! that nobody knows of. Drafter's half is in `drafter::driver::qemu::shim`; a change of the
 //! message is a change of its magic.
 //!
+//! A third variable, `DRAFTER_SHIM_PRIVATE_FD`, is for a copy of a running machine: it names the
+//! machine's memory file by descriptor, and from then on that file is mapped privately in this
+//! process where a shared mapping is asked for ([`sys`] has the `mmap` that does it). QEMU still
+//! believes that its memory is shared, so its state stream has no memory in it; what the guest
+//! writes becomes pages of this process, and what it only reads stays one page for all copies.
+//!
 //! What must hold: one copy of the userfaultfd stays open in QEMU for life, because protection and
 //! tracking end when the last one closes; the runner may come and go. Everything else that was
-//! passed for the shim is closed, and its variables are removed. Without both variables, or with
-//! nonsense in them, the library does nothing.
+//! passed for the shim is closed (the memory file is QEMU's and stays), and its variables are
+//! removed. Without the first two variables, or with nonsense in them, the library does nothing; with
+//! nonsense in the third the process ends, because a shared mapping would write into a file that
+//! other machines read.
+//!
+//! Beside that it has QEMU look for the servers of its disks more often ([`reconnect`]).
 //!
 //! No dependencies: what is preloaded into another program should be small enough to read.
 
+mod reconnect;
 mod sys;
 
 use std::{env, os::fd::RawFd};
 
 const UFFD_FD: &str = "DRAFTER_SHIM_UFFD_FD";
 const SOCKET_FD: &str = "DRAFTER_SHIM_SOCKET_FD";
+const PRIVATE_FD: &str = "DRAFTER_SHIM_PRIVATE_FD";
 const PRELOAD: &str = "LD_PRELOAD";
 
 /// Magic of the message; the last byte is its version.
@@ -57,7 +69,11 @@ fn own_descriptor() -> Option<RawFd> {
 fn start() {
     let (Some(device), Some(socket)) = (descriptor(UFFD_FD), descriptor(SOCKET_FD)) else { return };
     let own = own_descriptor();
-    sys::remove_variables([UFFD_FD, SOCKET_FD, PRELOAD]);
+    if env::var_os(PRIVATE_FD).is_some() && !descriptor(PRIVATE_FD).is_some_and(sys::map_privately)
+    {
+        sys::end();
+    }
+    sys::remove_variables([UFFD_FD, SOCKET_FD, PRIVATE_FD, PRELOAD]);
 
     match sys::new_userfaultfd(device) {
         // The userfaultfd stays open on purpose, also when nobody took its copy.

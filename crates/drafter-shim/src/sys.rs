@@ -1,10 +1,12 @@
-//! System calls of the shim, and its constructor. Layouts and numbers are those of x86-64 Linux.
+//! System calls of the shim, its constructor, and the `mmap` that QEMU calls. Layouts and numbers are
+//! those of x86-64 Linux.
 
 use std::{
     ffi::{c_int, c_long, c_ulong, c_void},
     io, mem,
     os::fd::RawFd,
     ptr,
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 /// `_IO(0xAA, 0x00)` of linux/userfaultfd.h; since Linux 6.1.
@@ -14,6 +16,14 @@ const O_CLOEXEC: c_long = 0o2_000_000;
 const SOL_SOCKET: c_int = 1;
 const SCM_RIGHTS: c_int = 1;
 const MSG_NOSIGNAL: c_int = 0x4000;
+const SYS_MMAP: c_long = 9;
+const SYS_FSTAT: c_long = 5;
+const MAP_SHARED: c_int = 1;
+const MAP_PRIVATE: c_int = 2;
+/// Bits of the flags that say how a mapping is shared (`MAP_TYPE`).
+const MAP_TYPE: c_int = 0xf;
+/// No promise that all of it can become pages of this process: hardly any of it will.
+const MAP_NORESERVE: c_int = 0x4000;
 
 /// `struct iovec`.
 #[repr(C)]
@@ -44,6 +54,15 @@ struct OneDescriptor {
     padding: c_int,
 }
 
+/// `struct stat`: device and inode, and the rest.
+#[repr(C)]
+struct Facts {
+    device: u64,
+    inode: u64,
+    rest: [u64; 16],
+}
+
+const _: () = assert!(size_of::<Facts>() == 144);
 const _: () = assert!(size_of::<Message>() == 56 && size_of::<OneDescriptor>() == 24);
 
 unsafe extern "C" {
@@ -52,7 +71,81 @@ unsafe extern "C" {
     #[link_name = "close"]
     fn libc_close(fd: c_int) -> c_int;
     fn read(fd: c_int, buffer: *mut c_void, size: usize) -> isize;
+    fn syscall(number: c_long, ...) -> c_long;
     fn _exit(status: c_int) -> !;
+}
+
+/// Device and inode of the file that is mapped privately; inode 0 (no file has it) if there is none.
+static PRIVATE: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
+
+fn facts(descriptor: RawFd) -> Option<Facts> {
+    let mut facts = Facts { device: 0, inode: 0, rest: [0; 16] };
+    // SAFETY: the kernel writes at most a `struct stat`, which `Facts` is as large as.
+    let done = unsafe { syscall(SYS_FSTAT, descriptor, &raw mut facts) };
+    (done == 0).then_some(facts)
+}
+
+/// From now on this file is mapped privately, whatever is asked for. False if it is none.
+pub(crate) fn map_privately(descriptor: RawFd) -> bool {
+    let Some(facts) = facts(descriptor) else { return false };
+    let [device, inode] = &PRIVATE;
+    device.store(facts.device, Ordering::Relaxed);
+    inode.store(facts.inode, Ordering::Release);
+    true
+}
+
+/// The flags that a mapping gets in place of those that were asked for.
+fn flags_for(flags: c_int, descriptor: c_int) -> c_int {
+    let [device, inode] = &PRIVATE;
+    let wanted = inode.load(Ordering::Acquire);
+    // 1 is MAP_SHARED, 3 the same with flags checked; both set the lowest bit.
+    if wanted == 0 || flags & MAP_SHARED == 0 || descriptor < 0 {
+        return flags;
+    }
+    match facts(descriptor) {
+        Some(facts) if (facts.device, facts.inode) == (device.load(Ordering::Relaxed), wanted) => {
+            (flags & !MAP_TYPE) | MAP_PRIVATE | MAP_NORESERVE
+        }
+        _ => flags,
+    }
+}
+
+/// What programs in this process call in place of the C library's.
+///
+/// # Safety
+/// As mmap(2).
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn mmap64(
+    address: *mut c_void,
+    length: usize,
+    protection: c_int,
+    flags: c_int,
+    descriptor: c_int,
+    offset: i64,
+) -> *mut c_void {
+    let flags = flags_for(flags, descriptor);
+    // SAFETY: the caller's arguments, but for how the file is shared; the C library's function is
+    // this call too, and like this one leaves the error in errno. -1 is MAP_FAILED.
+    unsafe {
+        syscall(SYS_MMAP, address, length, protection, flags, descriptor, offset) as *mut c_void
+    }
+}
+
+/// The same under its other name: offsets have 64 bits in both.
+///
+/// # Safety
+/// As mmap(2).
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn mmap(
+    address: *mut c_void,
+    length: usize,
+    protection: c_int,
+    flags: c_int,
+    descriptor: c_int,
+    offset: i64,
+) -> *mut c_void {
+    // SAFETY: as above.
+    unsafe { mmap64(address, length, protection, flags, descriptor, offset) }
 }
 
 // A plain `extern "C"` function pointer in `.init_array` is what the dynamic loader calls.
@@ -126,7 +219,7 @@ pub(crate) fn close(descriptor: RawFd) {
 }
 
 /// Takes variables out of the environment.
-pub(crate) fn remove_variables(names: [&str; 3]) {
+pub(crate) fn remove_variables(names: [&str; 4]) {
     for name in names {
         // SAFETY: constructors run before `main`, when the process has one thread.
         unsafe { std::env::remove_var(name) };

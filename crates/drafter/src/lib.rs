@@ -11,6 +11,7 @@ pub mod guest;
 pub mod migrate;
 pub mod package;
 pub mod runner;
+pub mod tenure;
 
 mod socket;
 

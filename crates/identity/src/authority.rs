@@ -1,20 +1,36 @@
 //! The built-in certificate authority: a directory with `ca.crt` and `ca.key`.
 //!
 //! For people who have no authority of their own. Hosts need `ca.crt` and their own
-//! `NAME.crt` and `NAME.key`; `ca.key` stays where certificates are issued.
+//! `NAME.crt` and `NAME.key`, and `revoked.crl` once there is one; `ca.key` stays where certificates
+//! are issued. `issued` and `revoked` are the authority's memory, a line for each certificate:
+//!
+//! ```text
+//!   issued     SERIAL NAME UNTIL        serial in hexadecimal, seconds since 1970
+//!   revoked    SERIAL SINCE
+//! ```
 
-use crate::{Error, HostName, Result, files};
+use crate::{Error, HostName, Result, files, tls};
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, PKCS_ECDSA_P256_SHA256,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose,
+    PKCS_ECDSA_P256_SHA256, RevocationReason, RevokedCertParams, SerialNumber,
 };
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+/// The list of certificates that count no more, as hosts read it.
+pub(crate) const REVOKED: &str = "revoked.crl";
+const ISSUED_LINES: &str = "issued";
+const REVOKED_LINES: &str = "revoked";
+
 /// Ten years: the authority outlives every certificate that it issues.
 const CA_VALIDITY: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
+/// The most bytes of a list of certificates: some 100,000 of them.
+const MAX_LIST: u64 = 8 << 20;
 
 /// Certificates start this long before they are issued, because the clocks of two hosts differ.
 const BACKDATE: Duration = Duration::from_secs(3600);
@@ -83,7 +99,7 @@ impl Authority {
 
     /// Issues `NAME.crt` and `NAME.key` (0600) in the authority's directory, valid from an hour ago
     /// for `length`. A second issue for the same name replaces the files; the first certificate
-    /// stays valid until its time is over, because nothing here revokes.
+    /// stays valid until its time is over, or until [`Authority::revoke`].
     ///
     /// # Errors
     /// The name is none, or the files cannot be written.
@@ -106,11 +122,106 @@ impl Authority {
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         params.use_authority_key_identifier_extension = true;
         set_validity(&mut params, validity);
+        let serial = random_serial()?;
+        params.serial_number = Some(SerialNumber::from_slice(&serial));
         let signed =
             params.signed_by(&key, &self.issuer).map_err(generate_failed("certificate"))?;
+        // Remembered first: what nobody remembers could not be revoked.
+        let mut issued = self.issued()?;
+        issued.insert(hex(&serial), (name.to_string(), unix(validity.until)));
+        let line = |(serial, (name, until)): (&String, &(String, u64))| {
+            format!("{serial} {name} {until}\n")
+        };
+        let text: String = issued.iter().map(line).collect();
+        files::write(&self.dir.join(ISSUED_LINES), &text, 0o600)?;
         // The key first: a certificate whose key is missing is the more confusing half.
         files::write(&self.dir.join(format!("{name}.key")), &key.serialize_pem(), 0o600)?;
         files::write(&self.dir.join(format!("{name}.crt")), &signed.pem(), 0o644)
+    }
+
+    /// Revokes every certificate that was issued for `name` so far, and writes `revoked.crl`, which is
+    /// to be copied to every host beside its `ca.crt`; how many were added to it. One that is issued
+    /// afterwards counts.
+    ///
+    /// # Errors
+    /// Nothing is known to have been issued for `name`, or the files cannot be written.
+    pub fn revoke(&self, name: &HostName) -> Result<usize> {
+        let now = unix(SystemTime::now());
+        let issued = self.issued()?;
+        let of_name = issued.iter().filter(|(_, (of, _))| of == name.as_str());
+        let mut serials: Vec<String> = of_name.map(|(serial, _)| serial.clone()).collect();
+        // One of a time in which nobody kept a list.
+        let file = self.dir.join(format!("{name}.crt"));
+        if file.exists() {
+            let serial = hex(&tls::serial(&file)?);
+            if !serials.contains(&serial) {
+                serials.push(serial);
+            }
+        }
+        if serials.is_empty() {
+            return Err(Error::NeverIssued { name: name.clone(), dir: self.dir.clone() });
+        }
+        let mut revoked = self.revoked()?;
+        let before = revoked.len();
+        for serial in serials {
+            revoked.entry(serial).or_insert(now);
+        }
+        let added = revoked.len() - before;
+        // Whose time is over needs no place in the list. One whose end is not known keeps its place.
+        revoked.retain(|serial, _| issued.get(serial).is_none_or(|(_, until)| *until >= now));
+        let text: String =
+            revoked.iter().map(|(serial, since)| format!("{serial} {since}\n")).collect();
+        files::write(&self.dir.join(REVOKED_LINES), &text, 0o600)?;
+        self.write_list(&revoked, now)?;
+        Ok(added)
+    }
+
+    fn write_list(&self, revoked: &BTreeMap<String, u64>, now: u64) -> Result<()> {
+        let path = self.dir.join(REVOKED_LINES);
+        let entry = |(serial, since): (&String, &u64)| {
+            let serial = unhex(serial).ok_or_else(|| bad_line(&path, serial))?;
+            Ok(RevokedCertParams {
+                serial_number: SerialNumber::from_slice(&serial),
+                revocation_time: rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(*since),
+                reason_code: Some(RevocationReason::Unspecified),
+                invalidity_date: None,
+            })
+        };
+        let this_update = rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(now);
+        let list = CertificateRevocationListParams {
+            this_update,
+            // Hosts do not ask for a newer one: it counts until it is replaced.
+            next_update: this_update + CA_VALIDITY,
+            crl_number: SerialNumber::from_slice(&now.to_be_bytes()),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.iter().map(entry).collect::<Result<_>>()?,
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        let signed = list
+            .signed_by(&self.issuer)
+            .map_err(generate_failed("list of revoked certificates"))?;
+        let pem = signed.pem().map_err(generate_failed("list of revoked certificates"))?;
+        files::write(&self.dir.join(REVOKED), &pem, 0o644)
+    }
+
+    /// Name and end of every certificate, by serial.
+    fn issued(&self) -> Result<BTreeMap<String, (String, u64)>> {
+        let path = self.dir.join(ISSUED_LINES);
+        let entry = |line: &str| {
+            let mut words = line.split(' ');
+            let (serial, name, until) = (words.next()?, words.next()?, words.next()?);
+            Some((serial.to_owned(), (name.to_owned(), until.parse().ok()?)))
+        };
+        lines(&path, entry)
+    }
+
+    /// Since when each certificate counts no more, by serial.
+    fn revoked(&self) -> Result<BTreeMap<String, u64>> {
+        let entry = |line: &str| {
+            let (serial, since) = line.split_once(' ')?;
+            Some((serial.to_owned(), since.parse().ok()?))
+        };
+        lines(&self.dir.join(REVOKED_LINES), entry)
     }
 
     /// Where the files are.
@@ -118,6 +229,44 @@ impl Authority {
     pub fn dir(&self) -> &Path {
         &self.dir
     }
+}
+
+/// The entries of a file of lines; none of one that is not there.
+fn lines<T>(
+    path: &Path,
+    entry: impl Fn(&str) -> Option<(String, T)>,
+) -> Result<BTreeMap<String, T>> {
+    let Some(text) = files::read_if_there(path, MAX_LIST)? else { return Ok(BTreeMap::new()) };
+    text.lines().map(|line| entry(line).ok_or_else(|| bad_line(path, line))).collect()
+}
+
+fn bad_line(path: &Path, line: &str) -> Error {
+    let detail = format!("\"{}\" is no line of it", line.escape_debug());
+    Error::BadFile { path: path.to_owned(), expected: "a list of certificates", detail }
+}
+
+fn unix(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// 128 random bits: positive, and never one that another key's certificate has.
+fn random_serial() -> Result<[u8; 16]> {
+    let mut serial = [0; 16];
+    rustls::crypto::ring::default_provider().secure_random.fill(&mut serial).map_err(|_| {
+        Error::Generate { what: "serial number", detail: "no random bytes".to_owned() }
+    })?;
+    serial[0] = serial[0] & 0x7f | 0x40;
+    Ok(serial)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn unhex(text: &str) -> Option<Vec<u8>> {
+    let pair = |at: usize| u8::from_str_radix(text.get(at..at + 2)?, 16).ok();
+    (!text.is_empty() && text.len().is_multiple_of(2))
+        .then(|| (0..text.len()).step_by(2).map(pair).collect())?
 }
 
 fn generate_failed(what: &'static str) -> impl FnOnce(rcgen::Error) -> Error {

@@ -1,5 +1,6 @@
 //! What can go wrong, in sentences that name the file or the peer and say what to do.
 
+use crate::HostName;
 use std::{io, path::PathBuf, time::Duration};
 
 /// Why an identity or a stream could not be had.
@@ -100,6 +101,34 @@ pub enum Error {
         expected: String,
         /// The names found.
         presented: String,
+    },
+    /// A certificate was revoked.
+    #[error(
+        "the certificate of {who} was revoked by its authority: issue a new one if the host is to be \
+             trusted again"
+    )]
+    Revoked {
+        /// Whose certificate: a file or a peer.
+        who: String,
+    },
+    /// The list of revoked certificates that is here says nothing of this certificate's authority.
+    #[error(
+        "whether the certificate of {who} was revoked is not known: the list beside {authority} is of \
+             another authority; copy revoked.crl of the right one"
+    )]
+    NoRevocationList {
+        /// Whose certificate: a file or a peer.
+        who: String,
+        /// The authority that we trust.
+        authority: PathBuf,
+    },
+    /// The authority knows of no certificate of that name.
+    #[error("the authority in {dir} has issued no certificate for \"{name}\": nothing to revoke")]
+    NeverIssued {
+        /// The name.
+        name: HostName,
+        /// The authority.
+        dir: PathBuf,
     },
     /// Any other fault of a certificate.
     #[error("the certificate of {who} cannot be used: {detail}")]

@@ -4,7 +4,7 @@ use crate::{Error, Result};
 use std::{
     fs::{self, OpenOptions},
     io::{self, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt},
     path::Path,
 };
 
@@ -32,6 +32,28 @@ pub(crate) fn read(path: &Path, what: &'static str, hint: &'static str) -> Resul
         return Err(Error::BadFile { path: path.to_owned(), expected: what, detail });
     }
     fs::read_to_string(path).map_err(failed("read", path))
+}
+
+/// Reads a text file of at most `limit` bytes; None if there is none.
+pub(crate) fn read_if_there(path: &Path, limit: u64) -> Result<Option<String>> {
+    match fs::metadata(path) {
+        Ok(found) if found.len() > limit => {
+            let detail = format!("it has {} bytes", found.len());
+            Err(Error::BadFile { path: path.to_owned(), expected: "a list", detail })
+        }
+        Ok(_) => fs::read_to_string(path).map(Some).map_err(failed("read", path)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(failed("look at", path)(e)),
+    }
+}
+
+/// What tells that a file is another than before: its place, size and time. None: there is none.
+pub(crate) type Stamp = Option<(u64, u64, i64, i64)>;
+
+/// The stamp of a file.
+pub(crate) fn stamp(path: &Path) -> Stamp {
+    let found = fs::metadata(path).ok()?;
+    Some((found.ino(), found.len(), found.mtime(), found.mtime_nsec()))
 }
 
 /// Reads a private key, and refuses one that every user of the host can read.

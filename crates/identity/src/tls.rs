@@ -3,18 +3,25 @@
 //! TLS 1.3 only, ring as the provider (named, never the process default), no resumption: a move
 //! opens few connections and keeps them, and a ticket would outlive its certificate.
 
-use crate::{Error, HostName, Result, files};
+use crate::{
+    Error, HostName, Result,
+    authority::REVOKED,
+    files::{self, Stamp},
+};
 use rustls::{
     CertificateError, ClientConfig, RootCertStore, ServerConfig,
     client::{Resumption, WebPkiServerVerifier, danger::ServerCertVerifier},
     crypto::{CryptoProvider, ring},
-    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject},
+    pki_types::{
+        CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, UnixTime,
+        pem::PemObject,
+    },
     server::{NoServerSessionStorage, WebPkiClientVerifier},
     version::TLS13,
 };
 use std::{
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -23,9 +30,18 @@ pub(crate) const PEM_AUTHORITY: &str = "ca-cert.pem";
 const PEM_HINT: &str = "QEMU, nbdkit and libnbd call the files in such a folder ca-cert.pem, \
                         server-cert.pem, server-key.pem, client-cert.pem and client-key.pem";
 
+/// The authority's certificate in a host's own folder.
+const AUTHORITY: &str = "ca.crt";
+/// The most bytes of a list of revoked certificates: some 100,000 of them.
+const MAX_REVOKED: u64 = 8 << 20;
+
 const HINT: &str = "issue one with the authority and copy it here";
 
 /// One host's certificate, private key and trusted authority. Cheap to clone.
+///
+/// Files that change are read again before the next handshake, by whoever of the clones makes it: a
+/// certificate that is renewed in place counts without a restart. As long as the new files do not fit
+/// together (half of them copied, say) the old ones count, and a warning says why.
 #[derive(Clone)]
 pub struct Identity {
     inner: Arc<Inner>,
@@ -33,7 +49,22 @@ pub struct Identity {
 
 struct Inner {
     name: HostName,
+    dir: PathBuf,
     authority: PathBuf,
+    current: Mutex<Current>,
+}
+
+/// What was read last.
+struct Current {
+    stamps: [Stamp; 4],
+    settings: Settings,
+    /// Why what is there now is not in use.
+    trouble: Option<String>,
+}
+
+/// Made of one reading of the files.
+#[derive(Clone)]
+struct Settings {
     client: Arc<ClientConfig>,
     server: Arc<ServerConfig>,
 }
@@ -45,11 +76,12 @@ impl std::fmt::Debug for Identity {
 }
 
 impl Identity {
-    /// Reads `ca.crt`, `NAME.crt` and `NAME.key` from `dir` and checks them against each other,
-    /// against the name and against the clock.
+    /// Reads `ca.crt`, `NAME.crt` and `NAME.key` from `dir`, and `revoked.crl` if there is one, and
+    /// checks them against each other, against the name and against the clock.
     ///
     /// # Errors
-    /// Says which file is missing, damaged, expired, for another name or from another authority.
+    /// Says which file is missing, damaged, expired, revoked, for another name or from another
+    /// authority.
     pub fn load(dir: &Path, name: &HostName) -> Result<Self> {
         Self::load_at(dir, name, SystemTime::now())
     }
@@ -59,17 +91,87 @@ impl Identity {
     /// # Errors
     /// As [`Identity::load`].
     pub fn load_at(dir: &Path, name: &HostName, at: SystemTime) -> Result<Self> {
-        let authority = dir.join("ca.crt");
+        // Before they are read: a change meanwhile is found by the next look.
+        let stamps = stamps(dir, name);
+        let settings = Settings::read(dir, name, at)?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                name: name.clone(),
+                dir: dir.to_owned(),
+                authority: dir.join(AUTHORITY),
+                current: Mutex::new(Current { stamps, settings, trouble: None }),
+            }),
+        })
+    }
+
+    /// This host's name.
+    #[must_use]
+    pub fn name(&self) -> &HostName {
+        &self.inner.name
+    }
+
+    /// Why the files as they are now are not in use, if they are not.
+    #[must_use]
+    pub fn trouble(&self) -> Option<String> {
+        self.refresh().trouble.clone()
+    }
+
+    pub(crate) fn authority(&self) -> &Path {
+        &self.inner.authority
+    }
+
+    pub(crate) fn client(&self) -> Arc<ClientConfig> {
+        self.refresh().settings.client.clone()
+    }
+
+    pub(crate) fn server(&self) -> Arc<ServerConfig> {
+        self.refresh().settings.server.clone()
+    }
+
+    /// Looks whether the files are others than before, and reads them if so.
+    fn refresh(&self) -> MutexGuard<'_, Current> {
+        let Inner { name, dir, current, .. } = &*self.inner;
+        let mut current = current.lock().unwrap_or_else(PoisonError::into_inner);
+        let stamps = stamps(dir, name);
+        if stamps != current.stamps {
+            current.stamps = stamps;
+            match Settings::read(dir, name, SystemTime::now()) {
+                Ok(settings) => {
+                    tracing::info!(host = %name, dir = %dir.display(), "certificates were read again");
+                    (current.settings, current.trouble) = (settings, None);
+                }
+                Err(error) => {
+                    let why = error.to_string();
+                    tracing::warn!(host = %name, why, "new certificates are not used; the old ones are");
+                    current.trouble = Some(why);
+                }
+            }
+        }
+        current
+    }
+}
+
+fn stamps(dir: &Path, name: &HostName) -> [Stamp; 4] {
+    let own = |end| dir.join(format!("{name}.{end}"));
+    [dir.join(AUTHORITY), dir.join(REVOKED), own("crt"), own("key")].map(|path| files::stamp(&path))
+}
+
+impl Settings {
+    fn read(dir: &Path, name: &HostName, at: SystemTime) -> Result<Self> {
+        let authority = dir.join(AUTHORITY);
         let certificate = dir.join(format!("{name}.crt"));
         let key_file = dir.join(format!("{name}.key"));
 
         let roots = Arc::new(read_roots(&authority, HINT)?);
+        let revoked = read_revoked(&dir.join(REVOKED))?;
         let chain = read_certificates(&certificate, "certificate", HINT)?;
         let key = read_private_key(&key_file, HINT)?;
 
         let provider = Arc::new(provider());
         let who = certificate.display().to_string();
         let verifier = WebPkiServerVerifier::builder_with_provider(roots.clone(), provider.clone())
+            .with_crls(revoked.clone())
+            .only_check_end_entity_revocation()
             .build()
             .map_err(|e| bad_certificate(&who, &e))?;
         let now = UnixTime::since_unix_epoch(at.duration_since(UNIX_EPOCH).unwrap_or_default());
@@ -86,6 +188,8 @@ impl Identity {
         client.resumption = Resumption::disabled();
 
         let peers = WebPkiClientVerifier::builder_with_provider(roots, provider.clone())
+            .with_crls(revoked)
+            .only_check_end_entity_revocation()
             .build()
             .map_err(|e| bad_certificate(&who, &e))?;
         let mut server = ServerConfig::builder_with_provider(provider)
@@ -97,34 +201,36 @@ impl Identity {
         server.session_storage = Arc::new(NoServerSessionStorage {});
         server.send_tls13_tickets = 0;
         server.max_early_data_size = 0;
-
-        Ok(Self {
-            inner: Arc::new(Inner {
-                name: name.clone(),
-                authority,
-                client: Arc::new(client),
-                server: Arc::new(server),
-            }),
-        })
+        Ok(Self { client: Arc::new(client), server: Arc::new(server) })
     }
+}
 
-    /// This host's name.
-    #[must_use]
-    pub fn name(&self) -> &HostName {
-        &self.inner.name
+/// The lists of revoked certificates; none where there is no such file.
+fn read_revoked(path: &Path) -> Result<Vec<CertificateRevocationListDer<'static>>> {
+    let Some(text) = files::read_if_there(path, MAX_REVOKED)? else { return Ok(Vec::new()) };
+    let bad = |detail: String| Error::BadFile {
+        path: path.to_owned(),
+        expected: "a list of revoked certificates in PEM",
+        detail,
+    };
+    let found: Vec<_> = CertificateRevocationListDer::pem_slice_iter(text.as_bytes())
+        .collect::<Result<_, _>>()
+        .map_err(|e| bad(e.to_string()))?;
+    for list in &found {
+        webpki::BorrowedCertRevocationList::from_der(list).map_err(|e| bad(e.to_string()))?;
     }
+    // A file that is cut short must not mean that nobody was revoked.
+    if found.is_empty() {
+        return Err(bad("no list in it".to_owned()));
+    }
+    Ok(found)
+}
 
-    pub(crate) fn authority(&self) -> &Path {
-        &self.inner.authority
-    }
-
-    pub(crate) fn client(&self) -> Arc<ClientConfig> {
-        self.inner.client.clone()
-    }
-
-    pub(crate) fn server(&self) -> Arc<ServerConfig> {
-        self.inner.server.clone()
-    }
+/// The serial number of the certificate in a file, as it is written there.
+pub(crate) fn serial(path: &Path) -> Result<Vec<u8>> {
+    let chain = read_certificates(path, "certificate", HINT)?;
+    let bad = |e: webpki::Error| bad_certificate(&path.display().to_string(), &e);
+    Ok(webpki::EndEntityCert::try_from(&chain[0]).map_err(bad)?.serial().to_vec())
 }
 
 /// AES first where the processor has instructions for it (the 128-bit key: a quarter faster and
@@ -317,6 +423,10 @@ fn translate_certificate(
         CertificateError::UnknownIssuer | CertificateError::BadSignature => {
             Error::UnknownAuthority { who, authority: authority.to_owned() }
         }
+        CertificateError::Revoked => Error::Revoked { who },
+        CertificateError::UnknownRevocationStatus => {
+            Error::NoRevocationList { who, authority: authority.to_owned() }
+        }
         CertificateError::NotValidForNameContext { expected, presented } => Error::WrongName {
             who,
             expected: expected.to_str().into_owned(),
@@ -337,6 +447,7 @@ fn alert_reason(alert: rustls::AlertDescription) -> String {
              same ca.crt"
                 .to_owned()
         }
+        Alert::CertificateRevoked => "our certificate was revoked by its authority".to_owned(),
         Alert::CertificateRequired => "it wants a certificate from us".to_owned(),
         Alert::BadCertificate | Alert::DecryptError | Alert::CertificateUnknown => {
             "it does not accept our certificate".to_owned()

@@ -6,22 +6,19 @@
 //! that a crash leaves the old record or the new one. Reads take the lock too: an unlocked read
 //! could see a rename that a crash then undoes.
 
-use super::{LeaseStore, MachineName, Outcome, Record, StoreError};
+use super::{Cells, Key, MAX_CELL, StoreError, Swap};
 use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
 };
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, Write},
+    io::{self, Read, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
-
-/// A record is a few hundred bytes.
-const MAX_BYTES: u64 = 64 * 1024;
 
 /// Leases in a directory.
 #[derive(Clone, Debug)]
@@ -41,14 +38,27 @@ impl FileStore {
         Ok(Self { dir: dir.to_owned(), lock_limit })
     }
 
-    fn path(&self, machine: &MachineName) -> PathBuf {
-        self.dir.join(format!("{machine}.lease.json"))
+    fn path(&self, key: &Key) -> PathBuf {
+        self.dir.join(match key {
+            Key::Lease(machine) => format!("{machine}.lease.json"),
+            Key::Beat(name) => match name.machine() {
+                None => format!("{}.beat.json", name.host()),
+                Some(machine) => format!("{}~{machine}.beat.json", name.host()),
+            },
+        })
     }
 
-    fn lock(&self, machine: &MachineName) -> Result<Flock<File>, StoreError> {
-        let path = self.dir.join(format!("{machine}.lock"));
+    fn lock_path(&self, key: &Key) -> PathBuf {
+        match key {
+            Key::Lease(machine) => self.dir.join(format!("{machine}.lock")),
+            Key::Beat(_) => self.path(key).with_extension("lock"),
+        }
+    }
+
+    fn lock(&self, key: &Key) -> Result<Flock<File>, StoreError> {
+        let path = self.lock_path(key);
         let unavailable =
-            |e: &dyn std::fmt::Display| unavailable(machine, format!("lock {}", path.display()), e);
+            |e: &dyn std::fmt::Display| unavailable(key, format!("lock {}", path.display()), e);
         // Never removed: whoever unlinks a lock file lets two processes lock two files.
         let mut file = OpenOptions::new()
             .create(true)
@@ -67,90 +77,78 @@ impl FileStore {
             };
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                let (machine, limit) = (machine.clone(), self.lock_limit);
-                return Err(StoreError::Locked { machine, path, limit });
+                return Err(StoreError::Locked { of: key.clone(), path, limit: self.lock_limit });
             }
             thread::sleep(pause.min(left));
             pause = (pause * 2).min(Duration::from_millis(5));
         }
     }
 
-    fn read_locked(&self, machine: &MachineName) -> Result<Option<Record>, StoreError> {
-        let path = self.path(machine);
-        let corrupt =
-            |detail| StoreError::Corrupt { machine: machine.clone(), path: path.clone(), detail };
-        let failed =
-            |e: io::Error| Err(unavailable(machine, format!("read {}", path.display()), &e));
-        match fs::metadata(&path) {
-            Ok(found) if found.len() > MAX_BYTES => {
-                return Err(corrupt(format!("it has {} bytes", found.len())));
-            }
-            Ok(_) => {}
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return failed(e),
-        }
-        let bytes = match fs::read(&path) {
-            Ok(bytes) => bytes,
-            Err(e) => return failed(e),
+    fn read_locked(&self, key: &Key) -> Result<Option<Vec<u8>>, StoreError> {
+        let path = self.path(key);
+        let read = || -> io::Result<Option<Vec<u8>>> {
+            let file = match File::open(&path) {
+                Ok(file) => file,
+                Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+                Err(e) => return Err(e),
+            };
+            let mut bytes = Vec::new();
+            // One byte more shows that it is too long.
+            file.take(MAX_CELL as u64 + 1).read_to_end(&mut bytes)?;
+            Ok(Some(bytes))
         };
-        let record = Record::decode(&bytes).map_err(|e| corrupt(e.to_string()))?;
-        if &record.machine != machine {
-            return Err(corrupt(format!("it is the lease of machine \"{}\"", record.machine)));
-        }
-        Ok(Some(record))
+        read().map_err(|e| unavailable(key, format!("read {}", path.display()), &e))
     }
 
-    fn write_locked(&self, path: &Path, record: &Record) -> io::Result<()> {
+    fn write_locked(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         let part = path.with_extension("part");
         let mut file =
             OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&part)?;
-        file.write_all(&record.encode())?;
+        file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&part, path)?;
         File::open(&self.dir)?.sync_all()
     }
 }
 
-impl LeaseStore for FileStore {
-    fn read(&self, machine: &MachineName) -> Result<Option<Record>, StoreError> {
-        let _lock = self.lock(machine)?;
-        self.read_locked(machine)
+impl Cells for FileStore {
+    fn get(&self, key: &Key) -> Result<Option<Vec<u8>>, StoreError> {
+        let _lock = self.lock(key)?;
+        self.read_locked(key)
     }
 
-    fn compare_and_set(
-        &self,
-        machine: &MachineName,
-        expected: Option<&Record>,
-        new: &Record,
-    ) -> Result<Outcome, StoreError> {
-        debug_assert_eq!(&new.machine, machine);
-        let _lock = self.lock(machine)?;
-        let current = self.read_locked(machine)?;
-        if current.as_ref() != expected {
-            return Ok(Outcome::Lost(current));
+    fn swap(&self, key: &Key, expected: Option<&[u8]>, new: &[u8]) -> Result<Swap, StoreError> {
+        let _lock = self.lock(key)?;
+        let current = self.read_locked(key)?;
+        if current.as_deref() != expected {
+            return Ok(Swap::Found(current));
         }
-        let path = self.path(machine);
+        let path = self.path(key);
         self.write_locked(&path, new)
-            .map_err(|e| unavailable(machine, format!("write {}", path.display()), &e))?;
-        Ok(Outcome::Won)
+            .map_err(|e| unavailable(key, format!("write {}", path.display()), &e))?;
+        Ok(Swap::Done)
+    }
+
+    fn place(&self, key: &Key) -> String {
+        self.path(key).display().to_string()
     }
 }
 
-fn unavailable(
-    machine: &MachineName,
-    operation: String,
-    cause: &dyn std::fmt::Display,
-) -> StoreError {
-    StoreError::Unavailable { machine: machine.clone(), operation, detail: cause.to_string() }
+fn unavailable(key: &Key, operation: String, cause: &dyn std::fmt::Display) -> StoreError {
+    StoreError::Unavailable { of: key.clone(), operation, detail: cause.to_string() }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{AttemptId, Epoch, HostName, Nonce};
+    use crate::{AttemptId, Epoch, HostName, LeaseStore, MachineName, Nonce, Outcome, Record};
 
     fn machine() -> MachineName {
         MachineName::new("redis-1").unwrap()
+    }
+
+    fn key() -> Key {
+        Key::Lease(machine())
     }
 
     fn host(name: &str) -> HostName {
@@ -216,7 +214,7 @@ mod tests {
     fn a_damaged_file_is_an_error_that_names_it_and_is_never_overwritten() {
         let dir = tempfile::tempdir().unwrap();
         let store = store(dir.path());
-        let path = store.path(&machine());
+        let path = store.path(&key());
         let whole = first().encode();
         let mut other_machine = first();
         other_machine.machine = MachineName::new("other").unwrap();
@@ -236,13 +234,13 @@ mod tests {
     #[test]
     fn a_lock_that_is_never_released_ends_the_wait_at_its_limit() {
         let dir = tempfile::tempdir().unwrap();
-        let _held = store(dir.path()).lock(&machine()).unwrap();
+        let _held = store(dir.path()).lock(&key()).unwrap();
         let limit = Duration::from_millis(50);
         let impatient = FileStore::open(dir.path(), limit).unwrap();
         let started = Instant::now();
         let e = impatient.read(&machine()).unwrap_err();
         assert!(matches!(e, StoreError::Locked { .. }), "{e}");
-        assert!(started.elapsed() >= limit && started.elapsed() < Duration::from_secs(2));
+        assert!(started.elapsed() >= limit && started.elapsed() < Duration::from_secs(20));
     }
 
     #[test]
@@ -250,7 +248,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = store(dir.path());
         store.compare_and_set(&machine(), None, &first()).unwrap();
-        let part = store.path(&machine()).with_extension("part");
+        let part = store.path(&key()).with_extension("part");
         fs::write(&part, b"half a rec").unwrap();
         assert_eq!(store.read(&machine()).unwrap(), Some(first()));
         let next = first().taken(host("b"), AttemptId(9), Nonce(9));

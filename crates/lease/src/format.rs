@@ -1,9 +1,15 @@
 //! A record as bytes: what a store keeps and what travels in a token.
 
-use super::{AttemptId, Epoch, HandingTo, HostName, MachineName, Nonce, Record};
+use super::{
+    AttemptId, Beat, BeatName, BeatRef, Epoch, HandingTo, HostName, LONGEST_TERM, MachineName,
+    Nonce, Record,
+};
+use std::time::Duration;
 
-/// Written into each record; another number is refused by name.
+/// Written into a record without a beat, and into beats; what a program without beats can read.
 const VERSION: u32 = 1;
+/// Written into a record with a beat, so that a program without beats refuses it by name.
+const VERSION_WITH_BEAT: u32 = 2;
 
 /// Bytes that are no record of this version, and why.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -19,6 +25,25 @@ struct Stored {
     owner: String,
     handing_to: Option<StoredHanding>,
     attempt: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    beat: Option<StoredBeatRef>,
+    nonce: String,
+}
+
+#[derive(serde::Serialize, serde::Deserialize)]
+struct StoredBeatRef {
+    name: String,
+    incarnation: u64,
+}
+
+#[derive(serde::Serialize, serde::Deserialize)]
+struct StoredBeat {
+    version: u32,
+    beat: String,
+    incarnation: u64,
+    serial: u64,
+    term_ms: u64,
+    fenced_by: Option<String>,
     nonce: String,
 }
 
@@ -40,7 +65,7 @@ impl Record {
     pub fn encode(&self) -> Vec<u8> {
         let record = self;
         let stored = Stored {
-            version: VERSION,
+            version: if record.beat.is_some() { VERSION_WITH_BEAT } else { VERSION },
             machine: record.machine.to_string(),
             epoch: record.epoch.0,
             owner: record.owner.to_string(),
@@ -49,12 +74,13 @@ impl Record {
                 to: handing.to.to_string(),
             }),
             attempt: record.attempt.to_string(),
+            beat: record
+                .beat
+                .as_ref()
+                .map(|of| StoredBeatRef { name: of.name.to_string(), incarnation: of.incarnation }),
             nonce: format!("{:032x}", record.nonce.0),
         };
-        let mut bytes = serde_json::to_vec_pretty(&stored)
-            .expect("a struct of numbers and strings always serializes");
-        bytes.push(b'\n');
-        bytes
+        written(&stored)
     }
 
     /// Reads what [`Record::encode`] wrote, from a file or from a peer.
@@ -66,14 +92,71 @@ impl Record {
     }
 }
 
-fn decode(bytes: &[u8]) -> Result<Record, String> {
-    let version: StoredVersion = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
-    if version.version != VERSION {
-        return Err(format!(
-            "it has version {}, this program knows version {VERSION}; use the version that wrote it",
-            version.version
-        ));
+impl Beat {
+    /// As it is kept: JSON, with a version.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        written(&StoredBeat {
+            version: VERSION,
+            beat: self.of.name.to_string(),
+            incarnation: self.of.incarnation,
+            serial: self.serial,
+            term_ms: u64::try_from(self.term.as_millis()).unwrap_or(u64::MAX),
+            fenced_by: self.fenced_by.as_ref().map(HostName::to_string),
+            nonce: format!("{:032x}", self.nonce.0),
+        })
     }
+
+    /// Reads what [`Beat::encode`] wrote.
+    ///
+    /// # Errors
+    /// As [`Record::decode`].
+    pub fn decode(bytes: &[u8]) -> Result<Self, BadRecord> {
+        decode_beat(bytes).map_err(BadRecord)
+    }
+}
+
+fn written(stored: &impl serde::Serialize) -> Vec<u8> {
+    let mut bytes = serde_json::to_vec_pretty(stored)
+        .expect("a struct of numbers and strings always serializes");
+    bytes.push(b'\n');
+    bytes
+}
+
+fn nonce(text: &str) -> Result<Nonce, String> {
+    u128::from_str_radix(text, 16).map(Nonce).map_err(|_| format!("\"{text}\" is no nonce"))
+}
+
+fn check_version(bytes: &[u8], newest: u32) -> Result<u32, String> {
+    let version: StoredVersion = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+    if (VERSION..=newest).contains(&version.version) {
+        return Ok(version.version);
+    }
+    Err(format!(
+        "it has version {}, this program knows versions up to {newest}; use the version that wrote it",
+        version.version
+    ))
+}
+
+fn decode_beat(bytes: &[u8]) -> Result<Beat, String> {
+    check_version(bytes, VERSION)?;
+    let stored: StoredBeat = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+    let term = Duration::from_millis(stored.term_ms);
+    if term.is_zero() || term > LONGEST_TERM {
+        return Err(format!("a term of {term:?} is none"));
+    }
+    let by = stored.fenced_by.as_deref().map(HostName::new).transpose();
+    Ok(Beat {
+        of: BeatRef { name: BeatName::parse(&stored.beat)?, incarnation: stored.incarnation },
+        serial: stored.serial,
+        term,
+        fenced_by: by.map_err(|e| e.to_string())?,
+        nonce: nonce(&stored.nonce)?,
+    })
+}
+
+fn decode(bytes: &[u8]) -> Result<Record, String> {
+    let version = check_version(bytes, VERSION_WITH_BEAT)?;
     let stored: Stored = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
     let attempt = |text: &str| {
         let number = u64::from_str_radix(text, 16);
@@ -84,15 +167,21 @@ fn decode(bytes: &[u8]) -> Result<Record, String> {
         Some(h) => Some(HandingTo { attempt: attempt(&h.attempt)?, to: host(&h.to)? }),
         None => None,
     };
+    if stored.beat.is_some() != (version == VERSION_WITH_BEAT) {
+        return Err(format!("a record of version {version} with a beat, or without its beat"));
+    }
+    let beat = match stored.beat {
+        Some(of) => Some(BeatRef { name: BeatName::parse(&of.name)?, incarnation: of.incarnation }),
+        None => None,
+    };
     Ok(Record {
         machine: MachineName::new(&stored.machine).map_err(|e| e.to_string())?,
         epoch: Epoch(stored.epoch),
         owner: host(&stored.owner)?,
         handing_to,
         attempt: attempt(&stored.attempt)?,
-        nonce: u128::from_str_radix(&stored.nonce, 16)
-            .map(Nonce)
-            .map_err(|_| format!("\"{}\" is no nonce", stored.nonce))?,
+        beat,
+        nonce: nonce(&stored.nonce)?,
     })
 }
 
@@ -127,6 +216,54 @@ mod tests {
 "#;
         assert_eq!(String::from_utf8(record.encode()).unwrap(), golden);
         assert_eq!(Record::decode(golden.as_bytes()).unwrap(), record);
+    }
+
+    #[test]
+    fn version_2_and_a_beat_read_like_this() {
+        let name = BeatName::of_runner(host("a.example"), MachineName::new("redis-1").unwrap());
+        let of = BeatRef { name: name.clone(), incarnation: 3 };
+        let bound = record().rebound(Some(of.clone()), Nonce(5));
+        let golden = r#"{
+  "version": 2,
+  "machine": "redis-1",
+  "epoch": 1,
+  "owner": "a",
+  "handing_to": null,
+  "attempt": "0000000000000007",
+  "beat": {
+    "name": "a.example/redis-1",
+    "incarnation": 3
+  },
+  "nonce": "00000000000000000000000000000005"
+}
+"#;
+        assert_eq!(String::from_utf8(bound.encode()).unwrap(), golden);
+        assert_eq!(Record::decode(golden.as_bytes()).unwrap(), bound);
+        let old = golden.replace("\"version\": 2", "\"version\": 1");
+        assert!(Record::decode(old.as_bytes()).is_err());
+
+        let term = Duration::from_millis(3000);
+        let beat = Beat::begun(name, Some(2), term, Nonce(1)).renewed(term, Nonce(2));
+        let beat = beat.fenced(host("b"), Nonce(3));
+        assert!(beat.ends(&of));
+        let golden = r#"{
+  "version": 1,
+  "beat": "a.example/redis-1",
+  "incarnation": 3,
+  "serial": 1,
+  "term_ms": 3000,
+  "fenced_by": "b",
+  "nonce": "00000000000000000000000000000003"
+}
+"#;
+        assert_eq!(String::from_utf8(beat.encode()).unwrap(), golden);
+        assert_eq!(Beat::decode(golden.as_bytes()).unwrap(), beat);
+        for (from, to) in
+            [("3000", "0"), ("a.example/", "a.example/../"), (": 1,\n  \"beat", ": 2,\n  \"beat")]
+        {
+            let bad = golden.replacen(from, to, 1);
+            assert!(Beat::decode(bad.as_bytes()).is_err(), "{bad}");
+        }
     }
 
     #[test]

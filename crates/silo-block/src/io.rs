@@ -1,7 +1,7 @@
 //! Byte-addressed access to a device: what block servers serve, and what layers and sources are
 //! made of. (How blocks of a device move is [`device`](crate::device).)
 
-use std::{io, os::fd::BorrowedFd};
+use std::{io, os::fd::BorrowedFd, sync::atomic::AtomicU8};
 
 /// What a run of bytes is made of, as `BLOCK_STATUS` and `SEEK_DATA` report it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +59,18 @@ pub trait BlockDevice: Send + Sync {
     fn file_range(&self, offset: u64, length: u64, write: bool) -> Option<(BorrowedFd<'_>, u64)> {
         let _ = (offset, length, write);
         None
+    }
+
+    /// These bytes in the memory of this process, if an access may go there directly: nothing has to
+    /// be waited for, tracked or translated, all of it is present, and it stays as long as the
+    /// device lives. With `write`, what is stored there is written. Others read and write the same
+    /// bytes at any time, so that nothing may be decided by what was seen there.
+    ///
+    /// # Errors
+    /// If there is no room for them to be written.
+    fn mapped(&self, offset: u64, length: u64, write: bool) -> io::Result<Option<&[AtomicU8]>> {
+        let _ = (offset, length, write);
+        Ok(None)
     }
 
     /// Writes; the bytes are readable when this returns, and durable after a flush.

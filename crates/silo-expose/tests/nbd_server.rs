@@ -92,7 +92,7 @@ fn check_31_a_device_that_is_stuck_stalls_no_other_of_the_same_server() {
             .collect();
         times.sort_unstable();
         assert!(waiting.iter().all(|thread| !thread.is_finished()));
-        assert!(times[100] < Duration::from_millis(50), "median of {:?}", times[100]);
+        assert!(times[100] < Duration::from_secs(1), "median of {:?}", times[100]);
         slow.free();
         for thread in waiting {
             thread.join().unwrap().unwrap();
@@ -118,11 +118,11 @@ fn check_39_a_stop_ends_what_waits_within_a_second_and_then_flushes() {
             thread::sleep(Duration::from_millis(50));
             let start = Instant::now();
             let stopped = rig.server.take().unwrap();
-            let stopping = scope.spawn(move || stopped.stop(Duration::from_secs(5)));
+            let stopping = scope.spawn(move || stopped.stop(LIMIT * 2));
             for thread in waiting {
                 assert!(thread.join().unwrap().is_err());
             }
-            assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+            assert!(start.elapsed() < LIMIT, "{:?}", start.elapsed());
             ram.free();
             stopping.join().unwrap().unwrap();
         });
@@ -164,7 +164,7 @@ fn a_device_that_does_not_end_is_reported_with_the_time() {
     ram.stick(false);
     thread::scope(|scope| {
         let waiting = scope.spawn(|| client.read_at(0, &mut [0; 512]));
-        thread::sleep(Duration::from_millis(50));
+        ram.await_waiting();
         let stopped = rig.server.take().unwrap().stop(Duration::from_millis(200));
         assert!(matches!(stopped, Err(NbdError::StillWorking { .. })), "{stopped:?}");
         assert!(waiting.join().unwrap().is_err());
@@ -190,7 +190,7 @@ fn a_device_is_exchanged_only_for_one_that_fits_and_when_nobody_is_inside() {
     thread::scope(|scope| {
         ram.stick(false);
         let waiting = scope.spawn(|| client.read_at(0, &mut [0; 512]));
-        thread::sleep(Duration::from_millis(50));
+        ram.await_waiting();
         // Freed after the flush has begun to wait too: then only the read is in hand.
         let freer = scope.spawn(|| {
             thread::sleep(Duration::from_millis(100));
@@ -282,12 +282,13 @@ enum Writers {
     One,
 }
 
-/// Reads and writes sectors from six threads while `disturb` does what it does to the server, and
-/// checks the history of each sector.
-fn check_under_load(clients: &[NbdClient], writers: Writers, disturb: impl FnOnce() -> usize) {
+/// Reads and writes sectors from six threads while `disturb` does what it does to the server, for a
+/// second and until there was enough of both, and checks the history of each sector.
+fn check_under_load(clients: &[NbdClient], writers: Writers, mut disturb: impl FnMut()) {
     const SECTORS: u64 = 8;
     const WORKERS: u64 = 6;
     let (clock, values) = (AtomicU64::new(1), AtomicU64::new(1));
+    let done = AtomicU64::new(0);
     let histories = Mutex::new(vec![Vec::new(); SECTORS as usize]);
     let stop = AtomicBool::new(false);
     let begin = Barrier::new(WORKERS as usize + 1);
@@ -309,6 +310,7 @@ fn check_under_load(clients: &[NbdClient], writers: Writers, disturb: impl FnOnc
                 client.read_at(sector * 512, &mut data).unwrap();
             }
             let end = clock.fetch_add(1, Ordering::SeqCst);
+            done.fetch_add(1, Ordering::Relaxed);
             let words: &[[u8; 8]] = data.as_chunks().0;
             assert!(words.iter().all(|word| word == &words[0]), "a torn sector");
             let value = u64::from_le_bytes(words[0]);
@@ -319,19 +321,25 @@ fn check_under_load(clients: &[NbdClient], writers: Writers, disturb: impl FnOnc
             all[sector as usize].push(event);
         }
     };
-    let disturbed = thread::scope(|scope| {
+    thread::scope(|scope| {
         for worker in 0..WORKERS {
             let work = &work;
             scope.spawn(move || work(worker));
         }
         begin.wait();
-        let disturbed = disturb();
+        let (start, mut disturbed) = (Instant::now(), 0);
+        let enough = |disturbed| disturbed > 5 && done.load(Ordering::Relaxed) > 1000;
+        while start.elapsed() < Duration::from_secs(1) || !enough(disturbed) {
+            if start.elapsed() > LIMIT * 2 {
+                break;
+            }
+            disturb();
+            disturbed += 1;
+        }
         stop.store(true, Ordering::Relaxed);
-        disturbed
+        assert!(enough(disturbed), "{disturbed} and {done:?} requests show little");
     });
     let histories = histories.into_inner().unwrap();
-    let events: usize = histories.iter().map(Vec::len).sum();
-    assert!(disturbed > 5 && events > 1000, "{disturbed} and {events} requests show little");
     for (sector, history) in histories.iter().enumerate() {
         check_register(history).unwrap_or_else(|error| panic!("sector {sector}: {error}"));
     }
@@ -346,21 +354,16 @@ fn a_device_is_linearizable_under_load_while_it_is_exchanged() {
         .map(|number| rig.client(NbdClientOptions { connections: 1 + number % 2, ..defaults() }))
         .collect();
     check_under_load(&clients, Writers::All, || {
-        let (start, mut swaps) = (Instant::now(), 0);
-        while start.elapsed() < Duration::from_secs(1) {
-            // A copy of what is there takes over; a write that slipped in between would be lost.
-            let swapped = export.swap(LIMIT, |old| {
-                let next = Ram::new(64 << 10);
-                let mut bytes = vec![0; 64 << 10];
-                old.read_at(0, &mut bytes)?;
-                next.write_at(0, &bytes)?;
-                Ok(Arc::new(next))
-            });
-            swapped.unwrap();
-            swaps += 1;
-            thread::sleep(Duration::from_millis(2));
-        }
-        swaps
+        // A copy of what is there takes over; a write that slipped in between would be lost.
+        let swapped = export.swap(LIMIT, |old| {
+            let next = Ram::new(64 << 10);
+            let mut bytes = vec![0; 64 << 10];
+            old.read_at(0, &mut bytes)?;
+            next.write_at(0, &bytes)?;
+            Ok(Arc::new(next))
+        });
+        swapped.unwrap();
+        thread::sleep(Duration::from_millis(2));
     });
 }
 
@@ -369,17 +372,17 @@ fn a_device_is_linearizable_for_one_writer_a_sector_while_its_server_restarts() 
     let mut rig = Rig::new(Arc::new(Ram::new(64 << 10)));
     let clients = [rig.client(NbdClientOptions { connections: 3, ..defaults() })];
     check_under_load(&clients, Writers::One, || {
+        // Each time until the client has met the loss: otherwise nothing is proved.
+        let before = clients[0].reconnects();
+        rig.kill();
+        rig.start();
         let start = Instant::now();
-        let mut restarts = 0;
-        while start.elapsed() < Duration::from_secs(1) {
-            rig.kill();
-            rig.start();
-            restarts += 1;
-            thread::sleep(Duration::from_millis(60));
+        while clients[0].reconnects() == before {
+            assert!(start.elapsed() < LIMIT, "it does not connect again");
+            thread::sleep(Duration::from_millis(5));
         }
-        restarts
+        thread::sleep(Duration::from_millis(60));
     });
-    assert!(clients[0].reconnects() > 5);
 }
 
 /// A file that says where its bytes lie, a part of a longer one.

@@ -157,14 +157,28 @@ impl Lane {
         self.hangup.hang_up();
         self.work.close();
     }
+
+    /// Ends it as the end that is to hear the last word: nothing is said any more, and of the other
+    /// end's words none is lost that is on its way.
+    fn close_but_hear(&mut self) {
+        self.say_goodbye();
+        self.hangup.hang_up_blocks();
+        self.work.close();
+    }
 }
 
-/// What happens to the words that have not left when a link is hung up.
+/// How long an end waits for the other to have heard its last word, and to hang up: on a slow line all
+/// that was sent before is heard first. Without that word the other one waits out its patience.
+const GOODBYE: Duration = Duration::from_secs(10);
+
+/// What happens to words that are on their way when a link is hung up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LastWords {
-    /// They are said: why a source is refused should arrive.
-    Said,
-    /// They are dropped: the next handshake makes up for them.
+    /// At a destination: its own are said (why a source is refused should arrive), and the source's
+    /// are heard, up to the end of the control connection. "Released" is said once: another
+    /// connection's end, which may be noticed first, must not make it unheard.
+    Kept,
+    /// At a source: they are dropped, the next handshake makes up for them.
     Dropped,
 }
 
@@ -178,6 +192,8 @@ pub(crate) struct Lanes {
     gone: Condvar,
     over: AtomicBool,
     trouble: Mutex<Option<String>>,
+    /// The newest link over which the other end has said something.
+    heard: AtomicU64,
     pub(crate) wire: WireCount,
 }
 
@@ -190,6 +206,7 @@ impl Lanes {
             gone: Condvar::new(),
             over: AtomicBool::new(false),
             trouble: Mutex::new(None),
+            heard: AtomicU64::new(0),
             wire: WireCount::default(),
         }
     }
@@ -206,6 +223,11 @@ impl Lanes {
             hangup.hang_up();
         }
         !over
+    }
+
+    /// Whether this link is in use.
+    pub(crate) fn uses(&self, link: LinkId) -> bool {
+        lock(&self.lane).as_ref().is_some_and(|lane| lane.id == link)
     }
 
     /// Has a run sent, if the link is in use still.
@@ -241,14 +263,14 @@ impl Lanes {
         self.hang_up(id, Some(control_trouble(&error))).then_some(id)
     }
 
-    /// Ends a link. True if it was in use.
+    /// Ends a link; see [`LastWords`]. True if it was in use.
     pub(crate) fn hang_up(&self, link: LinkId, trouble: Option<String>) -> bool {
         let mut lane = lock(&self.lane);
         let Some(mut current) = lane.take_if(|lane| lane.id == link) else { return false };
-        if self.last_words == LastWords::Said {
-            current.say_goodbye();
+        match self.last_words {
+            LastWords::Kept => current.close_but_hear(),
+            LastWords::Dropped => current.close(),
         }
-        current.close();
         drop(lane);
         if let Some(trouble) = trouble {
             tracing::info!(session = %self.session, trouble, "a link was cut");
@@ -271,12 +293,12 @@ impl Lanes {
     }
 
     /// Ends the link of a session that is over: what was said last ("released", "abort") should
-    /// arrive, and the other end has a second to hang up.
+    /// arrive, behind whatever is on its way, and the other end has [`GOODBYE`] to hang up.
     pub(crate) fn end(&self) {
         let Some(mut lane) = lock(&self.lane).take() else { return };
         lane.say_goodbye();
         lane.work.close();
-        let deadline = Instant::now() + Duration::from_secs(1);
+        let deadline = Instant::now() + GOODBYE;
         while !lane.hangup.is_done() && Instant::now() < deadline {
             std::thread::park_timeout(Duration::from_millis(1));
         }
@@ -297,6 +319,15 @@ impl Lanes {
         let goes_on = |_: &mut Option<Lane>| !self.is_over();
         let waited = self.gone.wait_timeout_while(lane, pause, goes_on);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// The other end has said something on this link.
+    pub(crate) fn note_heard(&self, link: LinkId) {
+        self.heard.fetch_max(link.0, Ordering::Relaxed);
+    }
+
+    pub(crate) fn has_heard(&self, link: LinkId) -> bool {
+        self.heard.load(Ordering::Relaxed) >= link.0
     }
 
     pub(crate) fn note_trouble(&self, trouble: String) {

@@ -19,15 +19,21 @@ use std::{
     fmt,
     fs::{self, File},
     io::{self, Read, Write},
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Mutex,
+    thread,
+    time::{Duration, Instant},
 };
 use twox_hash::XxHash3_64;
 
 const MAGIC: [u8; 8] = *b"silonote";
 /// Version 1 had no promises, and is read.
 const VERSION: u32 = 2;
+/// How long a save waits for one of somebody else to end, and how often it looks: the kernel's file
+/// locks know no deadline.
+const OTHERS: Duration = Duration::from_secs(2);
+const LOOK: Duration = Duration::from_millis(2);
 /// Bytes of a note that are enough to know where its host stands.
 const START: u64 = 64;
 
@@ -344,6 +350,38 @@ impl FileLedger {
         io::Error::new(io::ErrorKind::InvalidData, text)
     }
 
+    /// The file that is to replace the note, locked. A save of somebody else that has not ended has it
+    /// locked, and would otherwise replace what comes after it.
+    fn fresh(&self) -> io::Result<(PathBuf, File)> {
+        let path = self.path.with_extension("new");
+        let hangs = || {
+            let text = format!(
+                "an earlier save of the note {} has not ended; its disk does not answer",
+                self.path.display()
+            );
+            io::Error::new(io::ErrorKind::TimedOut, text)
+        };
+        let deadline = Instant::now() + OTHERS;
+        loop {
+            let mut options = fs::OpenOptions::new();
+            let options = options.write(true).create(true).truncate(false).mode(0o600);
+            let file = options.open(&path)?;
+            match file.try_lock() {
+                // Whoever had it may have made it the note before it was locked here.
+                Ok(()) => match fs::metadata(&path) {
+                    Ok(there) if there.ino() == file.metadata()?.ino() => return Ok((path, file)),
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                    _ => {}
+                },
+                Err(fs::TryLockError::WouldBlock) => thread::sleep(LOOK),
+                Err(fs::TryLockError::Error(error)) => return Err(error),
+            }
+            if Instant::now() >= deadline {
+                return Err(hangs());
+            }
+        }
+    }
+
     fn folder(&self) -> &Path {
         self.path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
     }
@@ -352,6 +390,8 @@ impl FileLedger {
 impl Ledger for FileLedger {
     fn save(&self, note: &Note) -> io::Result<()> {
         let _one = crate::lane::lock(&self.saving);
+        // Locked before the note is looked at: the save of somebody else that ends meanwhile counts.
+        let (fresh, mut file) = self.fresh()?;
         if let Some(before) = self.standing()?
             && !note.standing.may_follow(&before)
         {
@@ -361,11 +401,10 @@ impl Ledger for FileLedger {
                 self.path.display(),
                 note.standing
             );
+            fs::remove_file(&fresh)?;
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
         }
-        let fresh = self.path.with_extension("new");
-        let mut options = fs::OpenOptions::new();
-        let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
+        file.set_len(0)?;
         file.write_all(&note.encode())?;
         file.sync_all()?;
         fs::rename(&fresh, &self.path)?;
@@ -392,7 +431,7 @@ mod tests {
         let term = Term { id: SessionId([3; 16]), first: Epoch(1) };
         let replica = Replica::owned(geometry, term);
         drop(replica.rounds().write(BlockRange::new(2, 3)));
-        replica.rounds().advance(std::time::Duration::ZERO).unwrap();
+        replica.rounds().advance(Duration::ZERO).unwrap();
         drop(replica.rounds().write(BlockRange::new(4, 1)));
         let mut device = DeviceNote::of(DeviceName::new("root").unwrap(), &replica);
         device.record.absent.push(BlockRange::new(7, 2));
@@ -455,6 +494,26 @@ mod tests {
         save(1, Standing::Away { session: goes }).unwrap_err();
         save(0, Standing::Owner { session: came, attempt: 1 }).unwrap_err();
         save(0, Standing::Owner { session: back, attempt: 1 }).unwrap();
+    }
+
+    #[test]
+    fn a_save_that_hangs_keeps_others_from_being_replaced_by_it_when_it_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = FileLedger::new(dir.path().join("note"));
+        ledger.save(&note()).unwrap();
+        // Another process or session that is about to replace the note, and does not get on.
+        let (fresh, mut hanging) = FileLedger::new(ledger.path.clone()).fresh().unwrap();
+        let error = ledger.save(&note()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert!(error.to_string().contains("has not ended"), "{error}");
+        let mut late = note();
+        late.devices[0].promised.clear();
+        hanging.write_all(&late.encode()).unwrap();
+        fs::rename(&fresh, &ledger.path).unwrap();
+        drop(hanging);
+        assert_eq!(ledger.load().unwrap(), Some(late));
+        ledger.save(&note()).unwrap();
+        assert_eq!(ledger.load().unwrap(), Some(note()));
     }
 
     #[test]

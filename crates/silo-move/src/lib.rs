@@ -15,6 +15,7 @@
 //! without a deadline.
 
 pub mod assist;
+mod bounded;
 mod clock;
 pub mod codec;
 pub mod destination;

@@ -36,25 +36,24 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Writes at random until told to stop; gives how many writes there were.
-fn write_until(volume: &Volume, stop: &AtomicBool, seed: u64) -> u64 {
+/// Writes at random until told to stop, and counts what was answered.
+fn write_until(volume: &Volume, stop: &AtomicBool, count: &AtomicU64, seed: u64) {
     let mut random = Random(seed);
-    let (mut count, size) = (0, volume.size());
+    let size = volume.size();
     while !stop.load(Ordering::Relaxed) {
         let mut data = vec![0; random.below(9000) as usize + 1];
         random.fill(&mut data);
         let at = random.below(size - data.len() as u64);
         match volume.write_at(at, &data) {
-            Ok(()) => count += 1,
+            Ok(()) => _ = count.fetch_add(1, Ordering::Relaxed),
             // Handed over in the middle of a write: that one was never acknowledged.
             Err(error) if error.kind() == std::io::ErrorKind::NotConnected => break,
             Err(error) => panic!("{error}"),
         }
-        if count % 8 == 0 {
+        if count.load(Ordering::Relaxed).is_multiple_of(8) {
             thread::sleep(Duration::from_micros(200));
         }
     }
-    count
 }
 
 #[test]
@@ -149,14 +148,16 @@ fn check_32_writers_and_any_order_across_connections_leave_the_same_bytes() {
         let tap = Tap::new(Some(server.address()));
         tap.jitter(Duration::from_micros(1500));
         let stop = Arc::new(AtomicBool::new(false));
+        let writes = Arc::new(AtomicU64::new(0));
         let writers: Vec<_> = (0..2)
             .map(|n| {
-                let (volume, stop) = (volume.clone(), stop.clone());
-                thread::spawn(move || write_until(&volume, &stop, seed * 10 + n))
+                let (volume, stop, writes) = (volume.clone(), stop.clone(), writes.clone());
+                thread::spawn(move || write_until(&volume, &stop, &writes, seed * 10 + n))
             })
             .collect();
         let finish = if seed % 2 == 0 { Finish::Hybrid } else { Finish::Whole };
-        let policy = Policy { finish, max_rounds: 6, ..Policy::default() };
+        let pause = Duration::from_millis(5);
+        let policy = Policy { finish, max_rounds: 6, hold: true, pause, ..Policy::default() };
         let options = source_options(Config { policy, ..Config::default() });
         let host = Arc::new(Host::default());
         let dial = Dial::new(
@@ -166,11 +167,14 @@ fn check_32_writers_and_any_order_across_connections_leave_the_same_bytes() {
             Limits { data: 4, ..limits() },
         );
         let outbound = Outbound::start(vec![volume.clone()], dial, host, options).unwrap();
-        let report = outbound.wait().unwrap();
+        until("rounds among writes", || {
+            outbound.progress().rounds > 1 && writes.load(Ordering::Relaxed) > 10
+        });
+        outbound.switch();
+        outbound.wait().unwrap();
         stop.store(true, Ordering::Relaxed);
-        let writes: u64 = writers.into_iter().map(|thread| thread.join().unwrap()).sum();
+        writers.into_iter().for_each(|thread| thread.join().unwrap());
         receiver.session(1).wait().unwrap();
-        assert!(writes > 10 && report.rounds > 1, "{writes} writes, {} rounds", report.rounds);
         same(&*device, &*target);
     }
 }
@@ -339,8 +343,8 @@ fn check_36_devices_of_a_group_share_the_line_by_what_is_left_and_change_hands_a
         if way == Way::Out && frame[0] == BLOCKS {
             let device = u16::from_le_bytes([frame[2], frame[3]]);
             *noted.0.entry(device).or_default() += frame.len() as u64;
-            // At the half of it all.
-            if noted.1.is_empty() && noted.0.values().sum::<u64>() >= 20 * MIB {
+            // At three tenths of it all.
+            if noted.1.is_empty() && noted.0.values().sum::<u64>() >= 12 * MIB {
                 noted.1 = noted.0.values().copied().collect();
             }
         }
@@ -351,10 +355,10 @@ fn check_36_devices_of_a_group_share_the_line_by_what_is_left_and_change_hands_a
     start(&volumes, tap.address, &host, options).wait().unwrap();
     receiver.session(1).wait().unwrap();
     let noted = shares.lock().unwrap();
-    let half = &noted.1;
+    let then = &noted.1;
     for at in 0..3 {
-        let share = half[at] as f64 / sizes[at] as f64;
-        assert!((0.3..0.8).contains(&share), "device {at} is at {share:.2} of its size: {half:?}");
+        let share = then[at] as f64 / sizes[at] as f64;
+        assert!((0.15..0.8).contains(&share), "device {at} is at {share:.2} of its size: {then:?}");
         same(&*devices[at], &*targets[at]);
     }
     assert_eq!(noted.2, 1, "one token for all");

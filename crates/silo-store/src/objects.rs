@@ -20,7 +20,7 @@ impl Objects {
     /// # Errors
     /// If the address or credentials make no sense.
     pub fn open(url: &StoreUrl, environment: &Environment, limits: Limits) -> Result<Self> {
-        Ok(Self { remote: url.open(environment, limits)? })
+        Ok(Self { remote: crate::remote::open(url, environment, limits)? })
     }
 
     /// In a store that somebody else made, under a folder of it. `name` is for messages.

@@ -6,7 +6,7 @@ use crate::{
     keys::{DataKey, KeyError, KeySource, Wrapped},
     layout::{self, LineName, parse_entry},
     log::{Entry, KeyEntry, Kind, LEAST_COMMIT, MAX_ENTRY},
-    remote::{Created, Environment, Limits, Listed, Remote, Requests, StoreUrl},
+    remote::{self, Created, Environment, Limits, Listed, Remote, Requests, StoreUrl},
     wire::Reader,
 };
 use bytes::Bytes;
@@ -85,7 +85,7 @@ impl Store {
         environment: &Environment,
         limits: Limits,
     ) -> Result<Arc<Self>> {
-        Self::checked(url.open(environment, limits)?, access)
+        Self::checked(remote::open(url, environment, limits)?, access)
     }
 
     /// Opens a store that somebody else made, under a folder of it. `name` is for messages.

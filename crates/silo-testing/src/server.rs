@@ -1,7 +1,8 @@
 //! `s3s-fs` behind hyper, on a port of the loopback, over a folder that vanishes with it.
 //!
-//! s3s-fs 0.14 checks conditions without a lock: two creates of one object could both win. Here
-//! conditional puts go one after the other. It also reads files 4 KiB at a time, each by way of another
+//! s3s-fs 0.14 checks conditions without a lock: two creates of one object could both win, and a reader
+//! could see a new object with the old one's ETag. Here conditional puts go one after the other, and
+//! nobody reads meanwhile. It also reads files 4 KiB at a time, each by way of another
 //! thread; here the bodies of its answers to GET come from the same file in larger pieces.
 
 use crate::faults::{Fault, Faults, Request, file_of};
@@ -32,7 +33,7 @@ use std::{
 use tokio::{
     net::TcpListener,
     runtime::Runtime,
-    sync::Mutex,
+    sync::RwLock,
     task::{JoinHandle, JoinSet},
 };
 
@@ -70,8 +71,8 @@ struct Shared {
     service: S3Service,
     faults: Faults,
     root: PathBuf,
-    /// Held by whoever makes a conditional put.
-    conditional: Mutex<()>,
+    /// Held alone by whoever makes a conditional put, and by readers together.
+    conditional: RwLock<()>,
 }
 
 impl S3Server {
@@ -101,7 +102,7 @@ impl S3Server {
             service: builder.build(),
             faults: Faults::default(),
             root,
-            conditional: Mutex::new(()),
+            conditional: RwLock::new(()),
         });
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -201,6 +202,7 @@ impl Shared {
         let method = request.method().as_str().to_owned();
         let path = request.uri().to_string();
         let creates = request.headers().contains_key(header::IF_NONE_MATCH);
+        let conditional = creates || request.headers().contains_key(header::IF_MATCH);
         let range = request.headers().get(header::RANGE).cloned();
         let is_object = request.uri().query().is_none_or(|query| !query.contains("list-type"));
         let file = self.root.join(request.uri().path().trim_start_matches('/'));
@@ -232,17 +234,19 @@ impl Shared {
             | None => {}
         }
         let request = request.map(Body::from);
-        let response = if creates && method == "PUT" {
-            let _alone = self.conditional.lock().await;
-            self.service.call(request).await?
-        } else {
-            self.service.call(request).await?
-        };
+        let (mut alone, mut together) = (None, None);
+        match method.as_str() {
+            "PUT" if conditional => alone = Some(self.conditional.write().await),
+            "GET" => together = Some(self.conditional.read().await),
+            _ => {}
+        }
+        let response = self.service.call(request).await?;
         let response = if method == "GET" && is_object && response.status().is_success() {
             in_larger_pieces(response, &file)
         } else {
             response
         };
+        drop((alone, together));
         Ok(match fault {
             Some(Fault::LostAnswer(status)) => {
                 self.faults.note();

@@ -8,7 +8,7 @@
 //! This crate has the devices and the `silo` command, and is the one door to the smaller crates,
 //! which can be used alone; `docs/silo.md` says how they fit together.
 
-pub use silo_block::{block, device, geometry, hash, io, times};
+pub use silo_block::{block, device, geometry, hash, io, order, times};
 pub use silo_expose as expose;
 pub use silo_expose::nbd;
 pub use silo_memory as mapped;

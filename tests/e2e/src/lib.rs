@@ -13,9 +13,13 @@
 
 pub mod busy;
 pub mod command;
+pub mod copies;
+pub mod full;
+pub mod gate;
 pub mod moves;
 pub mod peer;
 pub mod proxy;
+pub mod soak;
 mod stage;
 pub mod writers;
 

@@ -100,12 +100,16 @@ impl Visit {
         self.send(&Frame::Offer { attempt, serial, good_for_ms: 2000 });
     }
 
-    /// The next frame that is not a ping (answered) and not a block (dropped).
+    /// The next frame that is not a ping (answered), not a block and no word about the blackout
+    /// (dropped).
     pub fn next_frame(&mut self) -> Frame {
         loop {
             match self.main.incoming.read().unwrap() {
                 Frame::Ping(nonce) => self.send(&Frame::Pong(nonce)),
-                Frame::Blocks { .. } | Frame::Zero { .. } | Frame::Missing { .. } => {}
+                Frame::Blocks { .. }
+                | Frame::Zero { .. }
+                | Frame::Missing { .. }
+                | Frame::Expect(_) => {}
                 other => return other,
             }
         }
@@ -116,7 +120,12 @@ impl Visit {
         loop {
             match self.main.incoming.read() {
                 Ok(Frame::Ping(nonce)) => self.send(&Frame::Pong(nonce)),
-                Ok(Frame::Blocks { .. } | Frame::Zero { .. } | Frame::Missing { .. }) => {}
+                Ok(
+                    Frame::Blocks { .. }
+                    | Frame::Zero { .. }
+                    | Frame::Missing { .. }
+                    | Frame::Expect(_),
+                ) => {}
                 Ok(other) => return Some(other),
                 Err(_) => return None,
             }

@@ -177,7 +177,32 @@ impl Stage {
     /// The directory of lease files that the runners share.
     #[must_use]
     pub fn leases(&self) -> PathBuf {
-        self.fleet.rig().folder().join("leases")
+        self.fleet.leases()
+    }
+
+    /// Gives each host a way of its own to the leases, which a test can cut. For runners that start
+    /// afterwards.
+    pub fn lease_ways(&mut self) {
+        fs::create_dir_all(self.leases()).unwrap();
+        for host in 0..self.fleet.rig().hosts().len() {
+            let way = self.lease_way(host);
+            self.lead_leases(host, true);
+            self.fleet.set_leases(host, way);
+        }
+    }
+
+    fn lease_way(&self, host: usize) -> PathBuf {
+        self.fleet.rig().folder().join(format!("leases-of-{}", self.fleet.rig().hosts()[host].name))
+    }
+
+    /// The lease store is there for that host's runners, or is not.
+    pub fn lead_leases(&self, host: usize, there: bool) {
+        let (way, new) = (self.lease_way(host), self.lease_way(host).with_extension("new"));
+        let _ = fs::remove_file(&new);
+        // To nowhere: a folder that is not there would be made.
+        let to = if there { self.leases() } else { self.leases().join("nowhere/at/all") };
+        std::os::unix::fs::symlink(to, &new).unwrap();
+        fs::rename(new, way).unwrap();
     }
 }
 

@@ -2,12 +2,17 @@
 //! believes leases only, so these moves prove that too.
 #![allow(clippy::unwrap_used, reason = "a test ends by panicking")]
 
-use architect::rig::{CLIENT_V6, PUBLIC_V6};
-use conduit::lab::traffic::{Echoes, serve_echo};
+use architect::rig::{CLIENT_V6, PUBLIC_V6, RigConfig};
+use conduit::{
+    AgentDataPath, NetworkId,
+    lab::traffic::{Echoes, serve_echo},
+};
 use drafter::migrate::messages::Mode;
 use e2e::{
     Stage,
     busy::sh,
+    command::say,
+    eventually,
     moves::{budgets, go, there_and_back},
 };
 use std::{
@@ -18,7 +23,7 @@ use std::{
 
 /// The guest's echo, from outside.
 const PUBLIC: SocketAddr = SocketAddr::new(std::net::IpAddr::V6(PUBLIC_V6), 7000);
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 #[test]
 fn a_guests_ipv6_connections_inwards_and_outwards_keep_through_moves() {
@@ -37,7 +42,7 @@ fn a_guests_ipv6_connections_inwards_and_outwards_keep_through_moves() {
     // Inwards: a client of the guest's echo.
     sh(guest, "oracle echo --listen [::]:7000 </dev/null >/dev/null 2>&1 &");
     let reached = || client.run(|| TcpStream::connect_timeout(&PUBLIC, LIMIT)).unwrap().is_ok();
-    e2e::eventually("the guest's echo answers over IPv6", LIMIT, reached);
+    eventually("the guest's echo answers over IPv6", LIMIT, reached);
     let echoes = client.run(|| Echoes::start(PUBLIC)).unwrap();
     echoes.wait(50);
     let (end, _) = there_and_back(&stage.fleet, (a, b), 4, Mode::Hybrid, budgets());
@@ -88,4 +93,71 @@ fn two_tenants_guests_have_the_same_address_on_the_same_hosts_and_move() {
         go(&stage.fleet, from, to, Mode::Hybrid, budgets());
         keep(&stage);
     }
+}
+
+#[test]
+fn a_guest_is_given_an_address_and_a_name_keeps_both_on_its_way_and_gives_them_back() {
+    // Two addresses, and what is returned rests for longer than this test.
+    let edge_args = ["--pool", "10.77.9.4/30", "--quarantine", "1h"].map(Into::into).to_vec();
+    let Some(mut stage) = Stage::with(RigConfig { edge_args, ..RigConfig::default() }) else {
+        return;
+    };
+    let agents: Vec<_> =
+        stage.fleet.rig().hosts().iter().map(|host| host.agent_socket.clone()).collect();
+    let given = |host: usize, name: &str| {
+        let agent = AgentDataPath::connect(&agents[host]).unwrap();
+        agent.address(name, NetworkId::COMMON).map_err(|e| e.to_string())
+    };
+    let mut spec = stage.plain_spec("first");
+    spec.on_agent = true;
+    spec.ports = vec![(6379, 6379)];
+    spec.extra_boot = vec!["--address".into(), "auto".into()];
+    let (a, b) = stage.pair(&spec);
+    let place = Stage::public(1);
+    let (address, v6) = given(0, "first").unwrap();
+    assert!(address.to_string().starts_with("10.77.9."), "{address}");
+    let v6 = v6.expect("this edge leads IPv6");
+    assert!(redis(&stage, place, "SET who first").contains("OK"));
+    let keeps = |stage: &Stage, at, host: usize| {
+        assert!(redis(stage, place, "GET who").contains("first"));
+        assert_eq!(given(host, "first"), Ok((address, Some(v6))));
+        let guest = stage.fleet.runner(at);
+        let routes = sh(guest, "cat /proc/net/fib_trie");
+        assert!(routes.contains(&address.to_string()), "{routes}");
+        let digits = v6.octets().map(|byte| format!("{byte:02x}")).concat();
+        let addresses = sh(guest, "cat /proc/net/if_inet6");
+        assert!(addresses.contains(&digits), "{v6}: {addresses}");
+        // By its name, which the edge answers, and not by a file in the guest.
+        let name = "first.machine.internal";
+        assert!(!sh(guest, "cat /etc/hosts").contains(name));
+        eventually("the guest finds itself by its name", LIMIT, || {
+            guest.exec(&["redis-cli", "-h", name, "get", "who"], LIMIT).unwrap().1.trim() == "first"
+        });
+    };
+    keeps(&stage, a, 0);
+    go(&stage.fleet, a, b, Mode::Hybrid, budgets());
+    keeps(&stage, b, 1);
+
+    // The pool's other address is one machine's, whoever asks; a third gets none.
+    let other = given(1, "second").unwrap();
+    assert_eq!(given(0, "second"), Ok(other));
+    assert_ne!(other.0, address);
+    let none = given(0, "third").unwrap_err();
+    assert!(none.contains("all 2 addresses") && none.contains("0 of them"), "{none}");
+
+    // What stops keeps its address; what is removed gives it back, and its port. It rests, for all but
+    // the one who had it.
+    let known = |stage: &Stage| {
+        let edge = conduit::status(&stage.fleet.rig().edge_socket()).unwrap();
+        edge.machines.iter().any(|m| m.net.machine == "first")
+    };
+    let on = |stage: &Stage, host, words: &[&str]| say(stage.drafter(host).args(words), LIMIT * 3);
+    on(&stage, 1, &["stop", "first"]).succeeds();
+    eventually("its runner has ended", LIMIT, || stage.fleet.runner(b).status().is_err());
+    assert!(known(&stage));
+    eventually("it is removed", LIMIT, || on(&stage, 1, &["remove", "first"]).code == Some(0));
+    eventually("the edge has heard that it is gone", LIMIT, || !known(&stage));
+    let none = given(0, "third").unwrap_err();
+    assert!(none.contains("1 of them"), "{none}");
+    assert_eq!(given(0, "first").unwrap().0, address);
 }

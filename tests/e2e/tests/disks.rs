@@ -10,11 +10,11 @@ use e2e::{
     busy::sh,
     command::say,
     eventually,
+    full::{Small, ends_well, waiting_machine},
     moves::{budgets, follow, go, settled, slow},
-    writers::{busy_machine, receiver, spec, verify_all, works_on},
+    writers::{busy_machine, receiver, verify_all, works_on},
 };
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use std::{collections::BTreeMap, fs, path::PathBuf, time::Duration};
+use std::time::Duration;
 
 #[track_caller]
 fn kind_at(stage: &Stage, host: usize) -> String {
@@ -50,7 +50,7 @@ fn a_machine_under_disk_load_moves_on_while_it_still_fills_and_loses_nothing() {
     works_on(stage.fleet.runner(a));
     let fleet = &stage.fleet;
     // Slow enough that b runs for seconds with most of its pages elsewhere.
-    let first = fleet.start_move(a, b, Mode::PostCopy, slow(30_000_000), false).unwrap();
+    let first = fleet.start_move(a, b, Mode::PostCopy, slow(12_000_000), false).unwrap();
     let mut missing = 0;
     eventually("it runs at b", Duration::from_secs(60), || {
         let status = fleet.runner(b).status().unwrap();
@@ -136,55 +136,63 @@ fn the_same_load_moves_with_nbd_disks() {
     verify_all(stage.fleet.runner(from));
 }
 
-/// A small file system; unmounted when dropped.
-struct Small(PathBuf);
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
-    }
+fn moves_while_its_disk_waits(kind: &str, mode: Mode) {
+    let Some(stage) = Stage::open() else { return };
+    let small = Small::mount(&stage);
+    // Ends before the mount does: the machine's files are on it.
+    let mut stage = stage;
+    let a = waiting_machine(&mut stage, &small, kind);
+    let b = receiver(&mut stage, 1);
+    let report = go(&stage.fleet, a, b, mode, budgets());
+    assert_eq!(report.late_writes, 0, "{report}");
+    ends_well(stage.fleet.runner(b));
+    // A machine like any other, which goes back once there is room.
+    small.make_room();
+    go(&stage.fleet, b, a, Mode::Hybrid, budgets());
+    ends_well(stage.fleet.runner(a));
 }
 
 #[test]
-fn a_machine_whose_disk_waits_for_room_is_told_so_when_it_should_leave_and_leaves_when_there_is() {
-    let Some(stage) = Stage::open() else { return };
-    let state = stage.fleet.state_of(0);
-    fs::create_dir_all(&state).unwrap();
-    let options = Some("size=48m,mode=0755");
-    mount(Some("tmpfs"), &state, Some("tmpfs"), MsFlags::empty(), options).unwrap();
-    let _small = Small(state.clone());
-    // Ends before the mount does: the machine's files are on it.
-    let mut stage = stage;
-    let spec = spec(&stage, "vhost-user-blk");
-    let a = stage.fleet.run(0, &spec).unwrap();
-    let b = receiver(&mut stage, 1);
-    stage.fleet.runner(a).wait_ready(e2e::BOOT).unwrap();
-    let ballast = state.join("ballast");
-    fs::write(&ballast, vec![1; 30 << 20]).unwrap();
-    let mut client = stage.fleet.runner(a).client().unwrap();
-    let writer = std::thread::spawn(move || {
-        client.set_deadline(Some(Duration::from_secs(120))).unwrap();
-        let argv = ["dd", "if=/dev/urandom", "of=/var/lib/big", "bs=1M", "count=24", "conv=fsync"];
-        let argv = argv.map(str::to_owned).to_vec();
-        client.call(&Request::Exec { argv, env: BTreeMap::new(), timeout_s: 110 }, |_| {})
-    });
-    eventually("the machine's status tells that a write waits", Duration::from_secs(60), || {
-        let detail = stage.fleet.runner(a).status().unwrap().detail;
-        detail.contains("its disk stands still") && detail.contains("make room")
-    });
-    let refused = stage.fleet.migrate(a, b, Mode::PostCopy, budgets(), |_| {}).unwrap_err();
-    let words = refused.to_string();
-    assert!(words.contains("waits on this host") && words.contains("make room"), "{words}");
-    assert!(words.contains("still running here"), "{words}");
+fn a_machine_whose_disk_waits_for_room_moves_to_a_host_that_has_some_and_its_write_ends_there() {
+    moves_while_its_disk_waits("vhost-user-blk", Mode::Hybrid);
+}
 
-    fs::remove_file(&ballast).unwrap();
-    let value = writer.join().unwrap().unwrap();
-    assert_eq!(value["exit_code"], 0, "{value}");
-    eventually("the status is clear again", Duration::from_secs(20), || {
-        stage.fleet.runner(a).status().unwrap().detail.is_empty()
-    });
-    go(&stage.fleet, a, b, Mode::PostCopy, budgets());
-    assert_eq!(sh(stage.fleet.runner(b), "stat -c %s /var/lib/big").trim(), "25165824");
+#[test]
+fn the_same_by_post_copy() {
+    moves_while_its_disk_waits("vhost-user-blk", Mode::PostCopy);
+}
+
+#[test]
+fn a_machine_whose_nbd_disk_waits_for_room_moves_too() {
+    moves_while_its_disk_waits("nbd", Mode::Hybrid);
+}
+
+fn is_suspended_while_its_disk_waits(kind: &str) {
+    let Some(stage) = Stage::open() else { return };
+    let small = Small::mount(&stage);
+    let mut stage = stage;
+    let a = waiting_machine(&mut stage, &small, kind);
+    let folder = tempfile::tempdir().unwrap();
+    let saved = folder.path().join("saved");
+    let mut client = stage.fleet.runner(a).client().unwrap();
+    client.set_deadline(Some(Duration::from_secs(120))).unwrap();
+    client.call(&Request::Suspend { directory: saved.clone() }, |_| {}).unwrap();
+    let package = stage.package().display().to_string();
+    let from = saved.display().to_string();
+    let words = ["resume", "redis", "--from", &from, "--package", &package].map(str::to_owned);
+    let plain = stage.plain_spec("redis");
+    let b = stage.fleet.start(1, &plain, words.to_vec()).unwrap();
+    ends_well(stage.fleet.runner(b));
+}
+
+#[test]
+fn a_machine_whose_disk_waits_for_room_is_suspended_and_its_write_ends_where_it_is_resumed() {
+    is_suspended_while_its_disk_waits("vhost-user-blk");
+}
+
+#[test]
+fn a_machine_whose_nbd_disk_waits_for_room_is_suspended_too() {
+    is_suspended_while_its_disk_waits("nbd");
 }
 
 /// A line for each kind of request: what it does in the guest, and how many.

@@ -112,7 +112,7 @@ fn whatever_becomes_of_the_token_the_machine_runs_on_where_it_was() {
     let why = follow(fleet, a, job).unwrap_err();
     assert!(why.contains("still running here"), "{why}");
     assert!(sent.elapsed() > Duration::from_millis(900), "it went on too early: {why}");
-    assert!(sent.elapsed() < Duration::from_secs(8), "it came back late: {why}");
+    assert!(sent.elapsed() < Duration::from_secs(20), "it came back late: {why}");
     assert_eq!(token.handed.record().unwrap().epoch.0, first);
     assert!(epoch() > first, "who takes a machine back begins a new epoch");
     // A word that comes too late changes nothing.

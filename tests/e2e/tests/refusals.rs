@@ -172,6 +172,10 @@ fn a_host_without_the_right_certificate_gets_no_machine_and_cannot_send_one() {
     let said = try_with("plaintext", "three", 7603, &["--plaintext"]);
     assert!(said.contains("still running here"), "{said}");
 
+    let own = text(&stage.fleet.rig().identity().unwrap());
+    let said = try_with("not asked", "four", 7604, &["--certs", &own, "--accept-from", "c,d"]);
+    assert!(said.contains("takes this machine from c, d only, not from \"a\""), "{said}");
+
     // A peer without TLS is turned away, whatever it says.
     let at = stage.fleet.runner(b).address;
     let stream = stage.fleet.rig().hosts()[0].namespace.run(|| TcpStream::connect(at));

@@ -12,6 +12,7 @@
 mod args;
 mod control;
 mod file;
+mod flows;
 mod memory;
 mod outbound;
 mod pace;
@@ -40,6 +41,12 @@ oracle: knows what a guest's memory and disk must hold, and checks it
         --socket /run/oracle-outbound.sock (its default).
   oracle echo --listen IP:PORT
         The other end of outbound.
+  oracle answer --listen IP:PORT [--socket S] [--background]
+        Sends every datagram back. Asked with --socket /run/oracle-answer.sock.
+  oracle sink --listen IP:PORT [--socket S] [--background]
+        Takes streams to their end. Asked with --socket /run/oracle-sink.sock.
+  oracle download --from IP:PORT [--socket S] [--background]
+        Takes one stream to its end and hashes it. Asked with --socket /run/oracle-download.sock.
   oracle slowdown [--seconds T] [--slice-ms L]
         Spins for T seconds; prints how much of its fastest speed it reached in each slice.
 ";
@@ -54,6 +61,9 @@ fn main() -> ExitCode {
         }
         "outbound" => outbound::run(args),
         "echo" => outbound::echo(args),
+        "answer" => flows::answer(args),
+        "sink" => flows::sink(args),
+        "download" => flows::download(args),
         "slowdown" => slowdown::run(args),
         "help" | "--help" | "-h" => {
             print(HELP);

@@ -69,12 +69,16 @@ pub struct MachineSpec {
     pub memory_mib: Option<u64>,
     /// Processors.
     pub vcpus: Option<u32>,
-    /// Its address; none means no network.
+    /// Its address; none means no network, unless it is `on_agent`.
     pub address: Option<Ipv4Addr>,
+    /// It is on the network of its host's agent, which may give it its address (`--address auto`).
+    pub on_agent: bool,
     /// Its IPv6 address.
     pub address_v6: Option<Ipv6Addr>,
     /// Ports at the edge: (public, machine), TCP.
     pub ports: Vec<(u16, u16)>,
+    /// Where its lease is, if not in the rig's folder.
+    pub lease: Option<String>,
     /// Mutual TLS between runners (the rig must have certificates), or plaintext.
     pub tls: bool,
     /// Further arguments of `drafter run` alone: what a machine is made with.
@@ -93,8 +97,10 @@ impl MachineSpec {
             memory_mib: None,
             vcpus: None,
             address: None,
+            on_agent: false,
             address_v6: None,
             ports: Vec::new(),
+            lease: None,
             tls: true,
             extra_boot: Vec::new(),
             extra: Vec::new(),
@@ -116,6 +122,8 @@ impl MachineSpec {
 /// Runners on a rig. Dropping it ends them, then the rig.
 pub struct Fleet {
     runners: Vec<Runner>,
+    /// Where hosts find their leases, if not where all do.
+    leases: BTreeMap<usize, PathBuf>,
     rig: Rig,
     drafter: PathBuf,
 }
@@ -145,7 +153,7 @@ impl Fleet {
             FleetError::Missing("the drafter program is not beside this one; build it first".into())
         })?;
         sweep::sweep(rig.folder())?;
-        Ok(Self { runners: Vec::new(), rig, drafter })
+        Ok(Self { runners: Vec::new(), leases: BTreeMap::new(), rig, drafter })
     }
 
     /// The rig.
@@ -174,6 +182,17 @@ impl Fleet {
     #[must_use]
     pub fn state_of(&self, host: usize) -> PathBuf {
         self.rig.folder().join(format!("{}{}", sweep::STATE, self.rig.hosts()[host].name))
+    }
+
+    /// The directory of leases that all hosts share.
+    #[must_use]
+    pub fn leases(&self) -> PathBuf {
+        self.rig.folder().join(LEASES)
+    }
+
+    /// Runners that start on this host from now on find the leases there.
+    pub fn set_leases(&mut self, host: usize, folder: PathBuf) {
+        self.leases.insert(host, folder);
     }
 
     /// Boots a machine on a host; returns when its runner answers, before the guest is up.
@@ -233,7 +252,10 @@ impl Fleet {
             .args(words)
             .args(["--host", &place.name, "--listen", &address.to_string()])
             .arg("--lease")
-            .arg(self.rig.folder().join(LEASES))
+            .arg(match &spec.lease {
+                Some(address) => PathBuf::from(address),
+                None => self.leases.get(&host).cloned().unwrap_or_else(|| self.leases()),
+            })
             .args(&spec.extra)
             .stdin(Stdio::null())
             .stdout(output)
@@ -242,7 +264,7 @@ impl Fleet {
             Some(identity) => command.arg("--certs").arg(identity),
             None => command.arg("--plaintext"),
         };
-        if spec.address.is_some() {
+        if spec.on_agent || spec.address.is_some() {
             command.args(["--network", "agent", "--agent"]).arg(&place.agent_socket);
         }
         // Ctrl-C at the terminal is the fleet's owner's business, who ends runners in order.
@@ -259,6 +281,34 @@ impl Fleet {
         runner.wait_answers()?;
         self.runners.push(runner);
         Ok(RunnerId(self.runners.len() - 1))
+    }
+
+    /// Starts a runner again that was killed, as a supervisor would: from its state directory alone.
+    pub fn recover(&mut self, id: RunnerId) -> Result<(), FleetError> {
+        let drafter = self.drafter.clone();
+        let runner = &mut self.runners[id.0];
+        let place = self.rig.hosts().iter().find(|host| host.name == runner.host);
+        let failed = |what: String| FleetError::Runner {
+            machine: runner.machine.clone(),
+            host: runner.host.clone(),
+            what,
+        };
+        let place = place.ok_or_else(|| failed("its host is gone".into()))?;
+        let open = || File::options().create(true).append(true).open(&runner.log);
+        let output = open().map_err(|e| failed(e.to_string()))?;
+        let errors = open().map_err(|e| failed(e.to_string()))?;
+        let mut command = place.namespace.command(drafter);
+        command
+            .arg("--state")
+            .arg(&runner.state)
+            .args(["recover", &runner.machine])
+            .stdin(Stdio::null())
+            .stdout(output)
+            .stderr(errors);
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        let child = command.spawn().map_err(|e| failed(e.to_string()))?;
+        runner.child = child;
+        runner.wait_answers()
     }
 
     /// Moves a machine between two runners; blocks until the move has ended.
@@ -362,10 +412,16 @@ impl Runner {
         self.child.id()
     }
 
+    /// What it, and runners before it in its place, have said.
+    #[must_use]
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
     /// The end of its log.
     #[must_use]
     pub fn log_tail(&self) -> String {
-        let text = std::fs::read_to_string(&self.log).unwrap_or_default();
+        let text = self.log();
         let lines: Vec<&str> = text.lines().rev().take(12).collect();
         lines.into_iter().rev().collect::<Vec<_>>().join("\n")
     }

@@ -92,6 +92,8 @@ mod tests {
             state: "running".into(),
             detail: String::new(),
             launch: serde_json::Value::Null,
+            config: None,
+            network: None,
         };
         dir.write_record(&record).unwrap();
         fs::create_dir(folder.path().join(LEASES)).unwrap();

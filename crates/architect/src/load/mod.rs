@@ -6,13 +6,19 @@
 //! lost or applied twice (`model`), how long the longest silence was ([`Timeline`]), and what the
 //! client's kernel had to send again ([`TcpReport`]).
 //!
+//! Beside it stand flows of other kinds: [`Questions`] by UDP, a [`Stream`] of bulk, and [`Increments`],
+//! which tell what a machine remembers that lost its host.
+//!
 //! What must hold: every wait has a deadline; a broken connection is counted, re-made and every key
 //! is read again; at the end every key is read once more. A load whose last reading did not finish
 //! says so (`verified: false`) instead of reporting zeros.
 
 mod client;
+mod datagrams;
+mod increments;
 mod model;
 mod resp;
+mod stream;
 mod sys;
 mod timeline;
 
@@ -28,6 +34,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use datagrams::{Answered, Questions};
+pub use increments::{Increment, Increments, PATIENCE};
+pub use stream::{Sent, Stream};
 pub use timeline::{Silence, Timeline};
 
 /// Called on the client's own thread before it connects, to enter a network namespace.
@@ -122,6 +131,19 @@ pub struct TcpReport {
     pub retransmits_unanswered: u64,
     /// Smoothed round-trip time at the end, in microseconds.
     pub rtt_us: u64,
+}
+
+impl TcpReport {
+    /// Of one connection.
+    fn of(info: &sys::TcpInfo) -> Self {
+        Self {
+            retransmits: info.total_retransmits.into(),
+            bytes_retransmitted: info.bytes_retransmitted,
+            rto: info.total_rto.map(u64::from),
+            retransmits_unanswered: info.retransmits_now.into(),
+            rtt_us: info.rtt_us.into(),
+        }
+    }
 }
 
 /// What the client saw.

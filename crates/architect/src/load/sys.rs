@@ -7,6 +7,7 @@ use std::{io, net::TcpStream, os::fd::AsRawFd};
 const RETRANSMITS: usize = 2;
 const RTT_MICROSECONDS: usize = 68;
 const TOTAL_RETRANSMITS: usize = 100;
+const BYTES_ACKNOWLEDGED: usize = 120;
 const BYTES_RETRANSMITTED: usize = 208;
 const TOTAL_RTO: usize = 240;
 
@@ -19,6 +20,8 @@ pub(super) struct TcpInfo {
     pub(super) rtt_us: u32,
     /// Segments sent again over the connection's life.
     pub(super) total_retransmits: u32,
+    /// Bytes that the other end has; 0 before Linux 4.1.
+    pub(super) bytes_acknowledged: u64,
     /// Bytes sent again; `None` before Linux 4.19.
     pub(super) bytes_retransmitted: Option<u64>,
     /// How often the retransmission timer fired; `None` before Linux 6.7.
@@ -54,6 +57,7 @@ fn parse(bytes: &[u8]) -> TcpInfo {
         retransmits_now: at::<1>(bytes, RETRANSMITS).map_or(0, |[count]| count),
         rtt_us: at(bytes, RTT_MICROSECONDS).map_or(0, u32::from_ne_bytes),
         total_retransmits: at(bytes, TOTAL_RETRANSMITS).map_or(0, u32::from_ne_bytes),
+        bytes_acknowledged: at(bytes, BYTES_ACKNOWLEDGED).map_or(0, u64::from_ne_bytes),
         bytes_retransmitted: at(bytes, BYTES_RETRANSMITTED).map(u64::from_ne_bytes),
         total_rto: at(bytes, TOTAL_RTO).map(u16::from_ne_bytes),
     }

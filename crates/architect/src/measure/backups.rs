@@ -32,6 +32,7 @@ pub(super) fn backups(setting: &mut Setting) -> anyhow::Result<Vec<Row>> {
         environment: Vec::new(),
         every_ms: None,
         label: String::new(),
+        keep: None,
     };
     std::thread::sleep(SETTLE);
     let first = machine.back_up(&bed, &request)?;

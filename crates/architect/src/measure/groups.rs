@@ -4,8 +4,9 @@
 use super::{
     Setting, backups,
     cell::{Cell, Link},
+    evacuate, follow, fork,
     ours::{Bed, Machine, SETTLE, Sample},
-    versus,
+    protect, sleep, versus,
 };
 use anyhow::{Context, ensure};
 use bench::{Row, Samples, Target};
@@ -106,6 +107,36 @@ pub(super) const ALL: &[Group] = &[
         about: "256 MiB at 100 MB/s, 30 generations to a store in a folder, with the checker",
         bars: &["backup.machine."],
         run: backups::backups,
+    },
+    Group {
+        name: "protect",
+        about: "256 MiB at 20 MB/s with Redis, a generation a second, and hosts that die",
+        bars: &["handover.protect.", "handover.loss."],
+        run: protect::protect,
+    },
+    Group {
+        name: "sleep",
+        about: "512 MiB with Redis and 50 MiB changed, suspended to a store and resumed elsewhere",
+        bars: sleep::BARS,
+        run: sleep::sleep,
+    },
+    Group {
+        name: "follow",
+        about: "192 MiB with Redis, bulk, a download, UDP and IPv6, and an old host that is cut off",
+        bars: &[follow::BARS],
+        run: follow::follow,
+    },
+    Group {
+        name: "fork",
+        about: "512 MiB with Redis, ten copies on its host, five times",
+        bars: &[fork::BARS],
+        run: fork::fork,
+    },
+    Group {
+        name: "evacuate",
+        about: "20 machines of 128 MiB leave a host over 1 Gbit/s, a client at each",
+        bars: &[evacuate::BARS],
+        run: evacuate::evacuate,
     },
 ];
 
@@ -422,12 +453,16 @@ mod tests {
             ALL.iter().filter(|group| group.concerns(prefix)).map(|group| group.name).collect()
         };
         assert_eq!(names("").len(), ALL.len());
-        assert_eq!(names("move.").len(), ALL.len() - 1);
+        // All but the backups, losses of hosts, sleep, forks, evacuations, and what clients feel of moves.
+        assert_eq!(names("move.").len(), ALL.len() - 6);
+        assert_eq!(names("handover."), ["protect", "sleep", "fork", "evacuate"]);
         assert_eq!(names("backup.machine.pause"), ["backups"]);
         assert_eq!(names("move.size"), ["sizes"]);
         assert_eq!(names("move.gap.1gib"), ["busy"]);
         assert_eq!(names("move.mismatches."), ["busy", "modes"]);
         assert_eq!(names("move.versus.1gib.100mbs.fast.tls.total"), ["tls"]);
+        assert_eq!(names("conduit.gap.machine.udp"), names("conduit."));
+        assert_eq!(names("conduit.").len(), 1);
         assert!(names("silo.").is_empty());
     }
 

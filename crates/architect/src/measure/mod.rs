@@ -4,7 +4,8 @@
 //! [`groups`] says what is measured and what is promised of it, [`ours`] and [`stock`] do the
 //! moves, [`versus`] lets them take turns, [`journal`] keeps every single one in `moves.jsonl`. Rows go to `results.json` after each
 //! group, so that a later group's failure costs nothing of the earlier ones. Bars that begin with
-//! `silo.` are measured by `silo bench`, those with `conduit.` by `conduit bench`, into the same file.
+//! `silo.` are measured by `silo bench`, those with `conduit.` by `conduit bench`, into the same file
+//! (except for those with real machines: [`follow`]).
 //!
 //! What must hold: a row is only written from moves that happened in this run; a move that fails
 //! is a failed run, with the ends of the logs, never a sample less. What needs 200 moves (a 99th
@@ -12,9 +13,14 @@
 
 mod backups;
 mod cell;
+mod evacuate;
+mod follow;
+mod fork;
 mod groups;
 mod journal;
 mod ours;
+mod protect;
+mod sleep;
 mod stock;
 mod versus;
 
@@ -119,6 +125,8 @@ pub fn run(args: &Args) -> anyhow::Result<bool> {
     let parts: Vec<_> = PARTS
         .into_iter()
         .filter(|(bars, _)| args.only.starts_with(bars) || bars.starts_with(&args.only))
+        // Of the network those with real machines are measured here.
+        .filter(|_| !args.only.starts_with(follow::BARS))
         .collect();
     if chosen.is_empty() && parts.is_empty() {
         let own = groups::ALL.iter().flat_map(|group| group.bars).copied();
@@ -200,7 +208,8 @@ fn measure_machines(
     println!("{}: {:.0} s altogether", path.display(), start.elapsed().as_secs_f64());
     ensure!(failed.is_empty(), "could not be measured: {}", failed.join(", "));
     Results::retire(&path, &bars, |bar| {
-        bar.starts_with(&args.only) && !PARTS.iter().any(|(bars, _)| bar.starts_with(bars))
+        let parts = PARTS.iter().any(|(bars, _)| bar.starts_with(bars));
+        bar.starts_with(&args.only) && (!parts || bar.starts_with(follow::BARS))
     })?;
     Ok(met)
 }

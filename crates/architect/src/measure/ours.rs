@@ -150,7 +150,7 @@ impl Bed {
 }
 
 /// Ends monitors that a killed benchmark left, and forgets its machines: a rig keeps state.
-fn clear(rig: &Rig) {
+pub(super) fn clear(rig: &Rig) {
     for host in rig.hosts() {
         let state = rig.folder().join(format!("state-{}", host.name));
         for name in machines(&state).unwrap_or_default() {
@@ -195,9 +195,16 @@ pub(super) struct Gaps {
 }
 
 /// An instant from the source's clock, which is also ours: a rig is one computer.
-fn instant_of(monotonic_ns: u64) -> Option<Instant> {
+pub(super) fn instant_of(monotonic_ns: u64) -> Option<Instant> {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).ok()?;
     let ago = Duration::from(now).checked_sub(Duration::from_nanos(monotonic_ns))?;
+    Instant::now().checked_sub(ago)
+}
+
+/// The same, from this computer's `CLOCK_BOOTTIME`.
+pub(super) fn instant_of_boot(boot_ns: u64) -> Option<Instant> {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).ok()?;
+    let ago = Duration::from(now).checked_sub(Duration::from_nanos(boot_ns))?;
     Instant::now().checked_sub(ago)
 }
 

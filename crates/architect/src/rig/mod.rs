@@ -117,6 +117,8 @@ pub struct RigConfig {
     pub leases: bool,
     /// The `conduit` program; looked for beside the running program if `None`.
     pub conduit: Option<PathBuf>,
+    /// Further arguments of `conduit edge`.
+    pub edge_args: Vec<String>,
     /// How frames find their way; `Auto` leaves it to the daemons (and to `CONDUIT_PATH`).
     pub path: PathChoice,
     /// Where state and logs go; a folder named by the prefix in the temporary folder if `None`.
@@ -133,6 +135,7 @@ impl Default for RigConfig {
             tls: true,
             leases: false,
             conduit: None,
+            edge_args: Vec::new(),
             path: PathChoice::Auto,
             folder: None,
         }
@@ -360,6 +363,7 @@ link set to-{name} master under0 up
         if self.config.leases {
             args.extend(["--lease".as_ref(), leases.as_os_str()]);
         }
+        args.extend(self.config.edge_args.iter().map(OsStr::new));
         let mut daemon = self.daemon("edge", &self.edge, &args)?;
         daemon.wait_until("answer", READY, || conduit::status(&socket).is_ok())?;
         self.edge_daemon = Some(daemon);

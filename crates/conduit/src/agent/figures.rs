@@ -1,9 +1,10 @@
 //! An agent's figures for Prometheus.
 
-use super::{LinkState, Shared};
+use super::Shared;
 use crate::{
     book::Place,
-    metrics::{self, BEHIND, EDGE, HOSTS, MACHINES},
+    holder::Keeper,
+    metrics::{self, BEHIND, EDGE, EDGES, HOSTS, MACHINES},
 };
 use scrape::Readings;
 
@@ -15,6 +16,12 @@ impl scrape::Source for Shared {
         metrics::common(readings, "agent", self.host.path());
         self.host.read_figures(readings);
         self.changes.read(readings);
+        if let Some(secure) = &self.secure {
+            secure.read_figures(readings);
+        }
+        if let Some(stats) = self.keeper.as_ref().and_then(Keeper::stats) {
+            metrics::held(readings, &stats);
+        }
         readings.level(&BEHIND, &[], self.machines.behind() as f64);
         let core = self.core();
         let [mut here, mut candidate, mut away, mut gone] = [0_u32; 4];
@@ -26,8 +33,9 @@ impl scrape::Source for Shared {
                 Place::Away { .. } => away += 1,
             }
         }
-        let connected = core.link == LinkState::Up;
+        let connected = core.is_connected();
         let hosts = core.peers.len();
+        let (up, all) = core.count_links();
         drop(core);
         for (place, count) in
             [("here", here), ("candidate", candidate), ("away", away), ("gone", gone)]
@@ -36,5 +44,9 @@ impl scrape::Source for Shared {
         }
         readings.level(&HOSTS, &[], hosts as f64);
         readings.level(&EDGE, &[], f64::from(u8::from(connected)));
+        if all > 1 {
+            readings.level(&EDGES, &["connected"], up as f64);
+            readings.level(&EDGES, &["not"], (all - up) as f64);
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! The agent's connection to the edge: dialled for ever, and everything that the edge must know is
 //! told again after each loss. One thread writes, one reads.
 
-use super::{Core, LinkState, Shared, server::spawn};
+use super::{Core, Link, LinkState, Shared, server::spawn};
 use crate::{
     book::{EdgeView, Place, Record, Wait},
     datapath::MachineKey,
@@ -17,6 +17,7 @@ use std::{
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
     },
     thread,
     time::{Duration, Instant},
@@ -33,14 +34,67 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from
 /// What was said and not answered yet, by id.
 type Asked = Arc<Mutex<BTreeMap<u64, (MachineKey, u64)>>>;
 
-/// Keeps a connection to the edge from now on.
-pub(super) fn keep(edge: SocketAddr, name: HostName, security: Security, shared: Arc<Shared>) {
+/// Questions that may wait for the edge; what comes after is not asked.
+const QUESTIONS: usize = 1024;
+
+/// What is asked of the edge, and what is done with the answer (on the thread that reads: it waits for
+/// nothing).
+pub(super) struct Question {
+    ask: Box<dyn FnOnce(u64) -> HostSays + Send>,
+    answer: Answer,
+}
+
+type Answer = Box<dyn FnOnce(EdgeSays) + Send>;
+
+/// What is done with answers, by id.
+type Waiting = Arc<Mutex<BTreeMap<u64, Answer>>>;
+
+impl Shared {
+    /// Asks the edge; false if there is none. An answer may never come.
+    pub(super) fn put_to_edge(
+        &self,
+        ask: impl FnOnce(u64) -> HostSays + Send + 'static,
+        answer: impl FnOnce(EdgeSays) + Send + 'static,
+    ) -> bool {
+        {
+            let mut core = self.core();
+            // The first that can be reached: each edge answers for all of the fleet.
+            let Some(link) = core.links.iter_mut().find(|link| link.is_up()) else { return false };
+            if link.questions.len() >= QUESTIONS {
+                return false;
+            }
+            link.questions.push_back(Question { ask: Box::new(ask), answer: Box::new(answer) });
+        }
+        self.changed.notify_all();
+        true
+    }
+
+    /// Asks the edge, and waits for its answer; `None` if there is none in time, or no edge.
+    pub(super) fn ask_edge(
+        &self,
+        ask: impl FnOnce(u64) -> HostSays + Send + 'static,
+        limit: Duration,
+    ) -> Option<EdgeSays> {
+        let (answer, answered) = mpsc::sync_channel(1);
+        let asked = self.put_to_edge(ask, move |said| drop(answer.try_send(said)));
+        asked.then(|| answered.recv_timeout(limit).ok()).flatten()
+    }
+}
+
+/// Keeps the connection `number`, to an edge, from now on.
+pub(super) fn keep(
+    number: usize,
+    edge: SocketAddr,
+    name: HostName,
+    security: Security,
+    shared: Arc<Shared>,
+) {
     spawn("agent-edge", move || {
         let mut backoff = BACKOFF.0;
         loop {
             let started = Instant::now();
             let error = match Stream::connect(edge, &name, &security, DIAL_LIMIT) {
-                Ok(stream) => converse(stream, &shared).err().map_or_else(
+                Ok(stream) => converse(number, stream, &shared).err().map_or_else(
                     || "the edge ended the connection".to_owned(),
                     |e| format!("connection lost: {e}"),
                 ),
@@ -49,15 +103,18 @@ pub(super) fn keep(edge: SocketAddr, name: HostName, security: Security, shared:
             if started.elapsed() > BACKOFF.1 * 2 {
                 backoff = BACKOFF.0;
             }
+            if shared.ended.load(Ordering::Acquire) {
+                return;
+            }
             tracing::warn!(%edge, error, again_in = ?backoff, "no edge");
-            shared.set_link(LinkState::Connecting { last_error: error });
+            shared.set_link(number, LinkState::Connecting { last_error: error });
             thread::sleep(backoff);
             backoff = (backoff * 2).min(BACKOFF.1);
         }
     });
 }
 
-fn converse(stream: Stream, shared: &Arc<Shared>) -> io::Result<()> {
+fn converse(number: usize, stream: Stream, shared: &Arc<Shared>) -> io::Result<()> {
     let control = stream.control();
     control.set_read_timeout(Some(SILENCE_LIMIT));
     control.set_write_timeout(Some(WRITE_LIMIT));
@@ -72,8 +129,11 @@ fn converse(stream: Stream, shared: &Arc<Shared>) -> io::Result<()> {
     };
     wire::send(&mut writer, &hello)?;
     match wire::receive::<EdgeSays>(&mut reader)? {
-        Some(EdgeSays::Welcome { version: wire::VERSION, edge, peers }) => {
+        Some(EdgeSays::Welcome { version: wire::VERSION, edge, peers, domain, homes }) => {
+            shared.core().links[number].edge = Some(edge.overlay);
             shared.set_fleet(Some(edge), &peers).map_err(io::Error::other)?;
+            shared.hear_of_homes(homes).map_err(io::Error::other)?;
+            shared.core().domain = domain;
         }
         Some(EdgeSays::Welcome { version, .. }) => {
             return Err(io::Error::other(format!(
@@ -85,23 +145,31 @@ fn converse(stream: Stream, shared: &Arc<Shared>) -> io::Result<()> {
         other => return Err(io::Error::other(format!("no welcome but {other:?}"))),
     }
     shared.core().book.edge_reconnected();
-    shared.set_link(LinkState::Up);
+    {
+        // Notes of a connection that has ended are said again where they still count.
+        shared.core().links[number].notes.clear();
+    }
+    shared.set_link(number, LinkState::Up);
+    if let Some(secure) = &shared.secure {
+        secure.greet(None);
+    }
     tracing::info!("connected to the edge");
 
     let asked = Asked::default();
+    let waiting = Waiting::default();
     let dead = Arc::new(AtomicBool::new(false));
     let answered = Arc::new(AtomicU64::new(0));
     let listener = {
         let (shared, asked, dead) = (shared.clone(), asked.clone(), dead.clone());
-        let answered = answered.clone();
+        let (answered, waiting) = (answered.clone(), waiting.clone());
         thread::Builder::new().name("agent-edge-in".into()).spawn(move || {
-            let end = listen(&mut reader, &shared, &asked, &answered);
+            let end = listen(number, &mut reader, &shared, &asked, (&answered, &waiting));
             dead.store(true, Ordering::Release);
             shared.changed.notify_all();
             end
         })?
     };
-    let said = speak(&mut writer, shared, &asked, &answered, &dead);
+    let said = speak(number, &mut writer, shared, (&asked, &waiting), &answered, &dead);
     control.shutdown();
     let heard = listener.join().unwrap_or_else(|_| Err(io::Error::other("its reader failed")));
     // What the reader met is the cause, unless we ended the connection ourselves.
@@ -110,9 +178,10 @@ fn converse(stream: Stream, shared: &Arc<Shared>) -> io::Result<()> {
 
 /// Says what the edge does not know yet, as soon as there is something, until the reader is done.
 fn speak(
+    number: usize,
     writer: &mut Writer,
     shared: &Shared,
-    asked: &Asked,
+    (asked, waiting): (&Asked, &Waiting),
     answered: &AtomicU64,
     dead: &AtomicBool,
 ) -> io::Result<()> {
@@ -125,23 +194,27 @@ fn speak(
     // A new connection looks at all of them, later only at what has changed.
     {
         let mut core = shared.core();
-        core.news = core.book.records().map(|r| r.net.key()).collect();
+        core.links[number].news = core.book.records().map(|r| r.net.key()).collect();
     }
+    let over = || dead.load(Ordering::Acquire) || shared.ended.load(Ordering::Acquire);
     loop {
-        let news: Vec<Record> = {
+        let (news, questions, notes): (Vec<Record>, _, _) = {
             let mut core = shared.wait(shared.core(), ping_at, |core| {
-                dead.load(Ordering::Acquire) || !core.news.is_empty()
+                let Link { news, questions, notes, .. } = &core.links[number];
+                over() || !(news.is_empty() && questions.is_empty() && notes.is_empty())
             });
-            let changed = std::mem::take(&mut core.news);
+            let changed = std::mem::take(&mut core.links[number].news);
             let records = changed.into_iter().filter_map(|key| core.book.get(key));
             let untold = records.filter(|r| {
                 let news = matches!(r.edge, EdgeView::Pending | EdgeView::Held)
                     || r.place == Place::Candidate;
                 news && told.get(&r.net.key()) != Some(*r)
             });
-            untold.cloned().collect()
+            let untold = untold.cloned().collect();
+            let Link { questions, notes, .. } = &mut core.links[number];
+            (untold, std::mem::take(questions), std::mem::take(notes))
         };
-        if dead.load(Ordering::Acquire) {
+        if over() {
             return Ok(());
         }
         let now = shared.secure.as_ref().map(|secure| secure.this());
@@ -163,10 +236,24 @@ fn speak(
             wire::send(writer, &message(id, &record, shared.this.overlay))?;
             // An announcement is not the word that somebody waits for.
             if record.edge != EdgeView::Held {
-                shared.core().said.insert(key, record.epoch);
+                shared.core().links[number].said.insert(key, record.epoch);
                 shared.changed.notify_all();
             }
             told.insert(key, record);
+        }
+        for (to, note) in notes {
+            wire::send(writer, &HostSays::Note { to, note })?;
+        }
+        for question in questions {
+            id += 1;
+            // Whoever asked has gone perhaps, and then nobody takes the answer out.
+            let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+            while waiting.len() >= QUESTIONS {
+                waiting.pop_first();
+            }
+            waiting.insert(id, question.answer);
+            drop(waiting);
+            wire::send(writer, &(question.ask)(id))?;
         }
         if Instant::now() >= ping_at {
             // One at a time: with little under way, the kernel repeats it soon.
@@ -178,8 +265,9 @@ fn speak(
             ping_at = Instant::now() + PING_EVERY;
             let forgotten: Vec<Record> = {
                 let mut core = shared.core();
-                let Core { book, said, .. } = &mut *core;
-                said.retain(|key, _| book.get(*key).is_some());
+                let Core { book, links, answers, .. } = &mut *core;
+                links[number].said.retain(|key, _| book.get(*key).is_some());
+                answers.retain(|key, _| book.get(*key).is_some());
                 told.extract_if(.., |key, _| book.get(*key).is_none())
                     .map(|(_, record)| record)
                     .collect()
@@ -195,14 +283,14 @@ fn speak(
 }
 
 fn message(id: u64, record: &Record, this: Ipv4Addr) -> HostSays {
-    let (net, epoch) = (record.net.clone(), record.epoch);
+    let (net, epoch, home) = (record.net.clone(), record.epoch, record.home);
     match record.place {
         Place::Away { to } if record.edge == EdgeView::Held => {
             HostSays::Candidate { id, net, host: to, long: false }
         }
-        Place::Away { to } => HostSays::Claim { id, net, owner: to, epoch },
+        Place::Away { to } => HostSays::Claim { id, net, owner: to, epoch, home },
         Place::Here if record.retiring => HostSays::Release { id, net, epoch },
-        Place::Here => HostSays::Claim { id, net, owner: this, epoch },
+        Place::Here => HostSays::Claim { id, net, owner: this, epoch, home },
         Place::Candidate => {
             let long = record.wait == Wait::Hold;
             HostSays::Candidate { id, net, host: this, long }
@@ -211,23 +299,49 @@ fn message(id: u64, record: &Record, this: Ipv4Addr) -> HostSays {
 }
 
 fn listen(
+    number: usize,
     reader: &mut BufReader<Reader>,
     shared: &Shared,
     asked: &Asked,
-    answered: &AtomicU64,
+    (answered, waiting): (&AtomicU64, &Waiting),
 ) -> io::Result<()> {
+    let waits = |id| waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
     while let Some(message) = wire::receive::<EdgeSays>(reader)? {
         let (id, answer) = match message {
+            EdgeSays::Given { id, .. } | EdgeSays::Resolved { id, .. } => {
+                if let Some(answer) = waits(id) {
+                    answer(message);
+                }
+                continue;
+            }
             EdgeSays::Done { id } => (id, Ok(())),
-            EdgeSays::Refused { id, error } => (id, Err(error)),
+            EdgeSays::Refused { id, error } => {
+                if let Some(answer) = waits(id) {
+                    answer(EdgeSays::Refused { id, error });
+                    continue;
+                }
+                (id, Err(error))
+            }
             EdgeSays::Peers { peers } => {
                 shared.set_fleet(None, &peers).map_err(io::Error::other)?;
                 continue;
             }
             EdgeSays::Tunnels { tunnels } => {
+                shared.hear_of_tunnels(number, tunnels).map_err(io::Error::other)?;
+                continue;
+            }
+            EdgeSays::Note { from, note } => {
                 if let Some(secure) = &shared.secure {
-                    secure.set_peers(tunnels).map_err(io::Error::other)?;
+                    secure.hear(from, note);
                 }
+                continue;
+            }
+            EdgeSays::Home { network, address, home } => {
+                shared.at_home(MachineKey { network, address }, home);
+                continue;
+            }
+            EdgeSays::Homes { homes } => {
+                shared.hear_of_homes(homes).map_err(io::Error::other)?;
                 continue;
             }
             EdgeSays::Welcome { .. } => return Err(io::Error::other("a second welcome")),
@@ -235,7 +349,7 @@ fn listen(
         answered.fetch_max(id, Ordering::AcqRel);
         let question = asked.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
         if let Some((key, epoch)) = question {
-            shared.edge_answered(key, epoch, answer);
+            shared.answered(number, key, epoch, answer);
         }
     }
     Ok(())

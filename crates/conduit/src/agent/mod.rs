@@ -14,23 +14,28 @@
 //! where it is newer ([`crate::recall`]). What no entry says (a new machine and its ports), and every
 //! change with routes, is in its file before it is made in the kernel.
 
+mod changes;
+mod edges;
 mod figures;
+pub(crate) mod guests;
 mod link;
 mod server;
 
 pub(crate) use server::{listen as listen_unix, spawn};
 
 use crate::{
-    book::{Book, EdgeView, Forgotten, Place, RECORD_VERSION, Record, Wait},
-    datapath::{MachineKey, MachineNet, NetError, NetworkId},
+    announce::Announce,
+    book::{Book, EdgeView, Place, RECORD_VERSION, Record},
+    datapath::{MachineKey, NetworkId},
     exec::KernelError,
     holder::{HoldSettings, Keeper},
+    homes::{EdgeAt, Words},
     host::HostNet,
     journal::Journal,
     metrics::{self, Changes},
     plane::{PathChoice, PathKind},
     recall::{self, Recalled},
-    secure::{Secure, SecureConfig},
+    secure::{Ends, Note, Secure, SecureConfig},
     store::Store,
     wire::{self, MachineStatus, Peer, Status},
 };
@@ -38,10 +43,13 @@ use identity::{HostName, Security};
 use scrape::{Endpoint, EndpointError, Metrics};
 use serde::{Deserialize, Serialize};
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     net::{Ipv4Addr, SocketAddr},
     path::PathBuf,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -56,6 +64,8 @@ pub struct AgentConfig {
     pub edge: SocketAddr,
     /// The name that the edge must prove under TLS.
     pub edge_name: HostName,
+    /// Further edges of the fleet; those without a name prove `edge_name`.
+    pub more_edges: Vec<EdgeAt>,
     /// How the connection to the edge is protected.
     pub security: Security,
     /// The unix socket to serve runners on.
@@ -70,12 +80,13 @@ pub struct AgentConfig {
     pub hold: Option<HoldSettings>,
     /// How packets to other hosts are protected.
     pub secure: SecureConfig,
+    /// How the network around is told which machines run here, if that is what leads their frames to this
+    /// host (needs BPF); `None`: the edge does.
+    pub announce: Option<Announce>,
 }
 
-/// A blackout that is expected to be longer is not left to the tap's queue, which the machine would
-/// read at once.
-const LONG_BLACKOUT: Duration = Duration::from_millis(200);
-
+/// How long a divert waits for the keys of the host that it leads to.
+const KEYS_PATIENCE: Duration = Duration::from_secs(2);
 /// How long `prepare` waits for the edge to be known, or to confirm an earlier move.
 const PREPARE_PATIENCE: Duration = Duration::from_secs(3);
 
@@ -96,17 +107,45 @@ struct KnownPeer {
 
 struct Core {
     book: Book,
-    /// Addresses whose records changed since the thread that tells the edge last looked.
-    news: BTreeSet<MachineKey>,
     peers: BTreeMap<Ipv4Addr, Peer>,
+    /// The edge of machines without a home: the only one, or the first that was heard.
     edge: Option<Peer>,
-    link: LinkState,
-    /// The epoch that was last said to the edge of each machine, whether it has answered or not.
+    /// Names of machines end with this, as the edge says.
+    domain: Option<String>,
+    /// The connections to edges, in the order of the settings.
+    links: Vec<Link>,
+    /// Which of them passes the next note on.
+    turn: usize,
+    /// What edges say of homes; nothing where there is one edge.
+    words: Words,
+    /// Who has answered the last word about a machine, and its epoch.
+    answers: BTreeMap<MachineKey, (u64, BTreeSet<usize>)>,
+}
+
+/// The connection to one edge.
+struct Link {
+    state: LinkState,
+    /// Addresses whose records changed since the thread that tells this edge last looked.
+    news: BTreeSet<MachineKey>,
+    /// What is to be asked of this edge.
+    questions: VecDeque<link::Question>,
+    /// The epoch that was last said to it of each machine, whether it has answered or not.
     said: BTreeMap<MachineKey, u64>,
+    /// Overlay address of the edge that was last at its other end.
+    edge: Option<Ipv4Addr>,
+    /// What that edge says of encrypted packets.
+    tunnels: Ends,
+    /// What other ends of the tunnel are to be told by it.
+    notes: VecDeque<(Ipv4Addr, Note)>,
 }
 
 /// How long the last word about a machine that leaves may take to leave too.
 const SAY_LIMIT: Duration = Duration::from_millis(20);
+
+/// How long what came while a machine stopped may take to follow what was in its tap, and how often that
+/// is looked at.
+const FOLLOW_LIMIT: Duration = Duration::from_millis(20);
+const FOLLOW_LOOK: Duration = Duration::from_micros(200);
 
 /// What the threads of an agent share.
 struct Shared {
@@ -120,10 +159,15 @@ struct Shared {
     changed: Condvar,
     /// Held while taps are made and removed, which takes milliseconds; never taken under `core`.
     taps: Mutex<()>,
+    /// Guests are answered when they ask for names.
+    answers_names: AtomicBool,
     machines: Journal<Record>,
     floors: Store,
     fleet: Store,
+    homes: Store,
     changes: Changes<{ figures::OPERATIONS.len() }>,
+    /// Nobody needs this agent any more.
+    ended: AtomicBool,
 }
 
 /// A running agent. Its threads end with the process.
@@ -146,17 +190,25 @@ impl Agent {
     /// host's network namespace.
     pub fn start(mut config: AgentConfig) -> Result<Self, KernelError> {
         let secure = Secure::open(&config.secure, &mut config.this)?;
-        let host = Arc::new(HostNet::open(Some(config.this), config.path, &config.pins)?);
+        let mut host = HostNet::open(Some(config.this), config.path, &config.pins)?;
+        host.announce(config.announce.as_ref())?;
+        let host = Arc::new(host);
         let machines = Journal::<Record>::open(&config.state.join("machines"))?;
         let floors = Store::open(&config.state.join("floors"))?;
         let fleet = Store::open(&config.state.join("fleet"))?;
+        let homes = Store::open(&config.state.join("homes"))?;
+        let first = EdgeAt { name: Some(config.edge_name.clone()), address: config.edge };
+        let edges: Vec<EdgeAt> = std::iter::once(first).chain(config.more_edges).collect();
+        edges::check(&edges, host.path())?;
         let mut core = Core {
             book: Book::default(),
-            news: BTreeSet::new(),
             peers: BTreeMap::new(),
             edge: None,
-            link: LinkState::Connecting { last_error: "not tried yet".into() },
-            said: BTreeMap::new(),
+            domain: None,
+            links: edges.iter().map(|_| Link::new()).collect(),
+            turn: 0,
+            words: Words::new(),
+            answers: BTreeMap::new(),
         };
         for floor in floors.load::<Floor>()? {
             let Floor { address, network, epoch } = floor;
@@ -165,13 +217,16 @@ impl Agent {
         for known in fleet.load::<KnownPeer>()? {
             core.peers.insert(known.peer.overlay, known.peer);
             // Never the edge as a host first: for that moment its frames would be refused.
-            if known.edge {
+            if known.edge && core.edge.is_some() {
+                host.let_edge_in(&known.peer)?;
+            } else if known.edge {
                 host.set_edge(&known.peer)?;
                 core.edge = Some(known.peer);
             } else {
                 host.set_peer(&known.peer)?;
             }
         }
+        edges::take_up(&homes, &host, &mut core)?;
         let kernel = host.recall()?;
         for mut record in machines.load()? {
             if record.version > RECORD_VERSION {
@@ -231,13 +286,21 @@ impl Agent {
             core: Mutex::new(core),
             changed: Condvar::new(),
             taps: Mutex::new(()),
+            answers_names: AtomicBool::new(false),
             machines,
             floors,
             fleet,
+            homes,
             changes: Changes::of(figures::OPERATIONS),
+            ended: AtomicBool::new(false),
         });
+        edges::pass_notes(&shared);
         server::serve(&config.socket, shared.clone())?;
-        link::keep(config.edge, config.edge_name, config.security, shared.clone());
+        guests::serve(&shared);
+        for (number, edge) in edges.into_iter().enumerate() {
+            let name = edge.name.unwrap_or_else(|| config.edge_name.clone());
+            link::keep(number, edge.address, name, config.security.clone(), shared.clone());
+        }
         Ok(Self { shared, socket: config.socket })
     }
 
@@ -286,6 +349,10 @@ impl Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
+        // For those that are part of a larger process.
+        self.shared.ended.store(true, Ordering::Release);
+        self.shared.changed.notify_all();
+        self.shared.host.end();
         if !self.shared.machines.flush() {
             tracing::warn!("some state files are behind; the kernel's maps say what they do not");
         }
@@ -297,6 +364,14 @@ impl Shared {
     fn core(&self) -> MutexGuard<'_, Core> {
         // Each change leaves the core consistent at every step, so a panic elsewhere does not.
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What machines are told besides what is theirs.
+    fn offer(&self) -> guests::Offer {
+        guests::Offer {
+            names: self.answers_names.load(Ordering::Relaxed),
+            domain: self.core().domain.clone(),
+        }
     }
 
     fn taps(&self) -> MutexGuard<'_, ()> {
@@ -321,222 +396,6 @@ impl Shared {
         core
     }
 
-    fn prepare(&self, net: &MachineNet, blackout: Option<Duration>) -> Result<String, NetError> {
-        wire::check_machine(net)?;
-        let operation = "prepare its network";
-        if u32::from(net.mtu) > self.host.mtu() {
-            return Err(NetError::failed(
-                net,
-                operation,
-                format!(
-                    "its MTU of {} does not fit this host's overlay ({}); give machines the \
-                     smallest MTU of the fleet when they are created",
-                    net.mtu,
-                    self.host.mtu()
-                ),
-            ));
-        }
-        let _one_at_a_time = self.taps();
-        let last = self.core().book.get(net.key()).map_or(0, |r| r.epoch);
-        self.drained(net.key(), last);
-        let moving_on = |core: &Core| {
-            core.book
-                .get(net.key())
-                .is_some_and(|r| matches!(r.place, Place::Away { .. }) && r.edge_is_open())
-        };
-        let deadline = Instant::now() + PREPARE_PATIENCE;
-        let ready = |core: &Core| core.edge.is_some() && !moving_on(core);
-        let mut core = self.wait(self.core(), deadline, ready);
-        if core.edge.is_none() {
-            let detail = format!("this host has not reached its edge yet ({})", core.link);
-            return Err(NetError::failed(net, operation, detail));
-        }
-        let long = blackout.is_some_and(|b| b > LONG_BLACKOUT);
-        let wait = if long && self.host.holds() { Wait::Hold } else { Wait::Tap };
-        // A rehearsal: is it refused? Then nothing is made.
-        let before = core.book.get(net.key()).cloned();
-        core.book.prepare(net, wait)?;
-        core.book.undo(net.key(), before);
-        drop(core);
-
-        let fail = |e: KernelError| NetError::failed(net, operation, e);
-        let name = self.host.ensure_tap(net).map_err(fail)?;
-        self.change(net, operation, |book| book.prepare(net, wait).cloned())?;
-        Ok(name)
-    }
-
-    fn divert(&self, net: &MachineNet, to: Ipv4Addr, epoch: u64) -> Result<(), NetError> {
-        let operation = format!("send its frames to {to}");
-        if to == self.this.overlay {
-            return Err(NetError::failed(net, operation, "that is this host itself"));
-        }
-        if !self.core().peers.contains_key(&to) {
-            let detail = "no such host is known here; is its agent connected to the same edge?";
-            return Err(NetError::failed(net, operation, detail));
-        }
-        self.change(net, &operation, |book| book.divert(net, to, epoch).cloned())
-    }
-
-    /// The edge may be told of a divert.
-    fn drained(&self, key: MachineKey, epoch: u64) {
-        let mut core = self.core();
-        // Not written down: a restart says it by itself.
-        let Some(record) = core.book.drained(key, epoch).cloned() else { return };
-        core.news.insert(key);
-        let applied = self.host.apply(&record);
-        drop(core);
-        self.changed.notify_all();
-        if let Err(error) = applied {
-            tracing::warn!(machine = record.net.machine, %error, "its last frames may still leave");
-        }
-    }
-
-    /// Waits a moment until the edge has been told what is pending: this host may be gone soon.
-    fn say(&self, key: MachineKey, epoch: u64) {
-        let said = |core: &Core| {
-            core.link != LinkState::Up
-                || core.said.get(&key).is_some_and(|&said| said >= epoch)
-                || core.book.get(key).is_none_or(|r| r.edge != EdgeView::Pending)
-        };
-        drop(self.wait(self.core(), Instant::now() + SAY_LIMIT, said));
-    }
-
-    fn resume(&self, net: &MachineNet, epoch: u64) -> Result<(), NetError> {
-        self.change(net, "take its frames", |book| book.resume(net, epoch).cloned())
-    }
-
-    /// One change: decided by the book, written down, made in the kernel. A repeated call makes the
-    /// kernel follow again. Whoever asked is answered next, and the others are told then
-    /// ([`Shared::tell`]).
-    fn change(
-        &self,
-        net: &MachineNet,
-        operation: &str,
-        decide: impl FnOnce(&mut Book) -> Result<Record, NetError>,
-    ) -> Result<(), NetError> {
-        let mut core = self.core();
-        let before = core.book.get(net.key()).cloned();
-        let record = decide(&mut core.book)?;
-        let news = before.as_ref() != Some(&record);
-        // What the entry in the kernel says need not be in the file yet.
-        let entry_says_it = self.host.path() == PathKind::Bpf
-            && before.as_ref().is_some_and(|b| b.net == record.net);
-        if news
-            && !entry_says_it
-            && let Err(error) = self.machines.save(net.key(), &record)
-        {
-            core.book.undo(net.key(), before);
-            return Err(NetError::failed(net, operation, error));
-        }
-        core.news.insert(net.key());
-        let done = self.host.apply(&record);
-        if news && entry_says_it {
-            self.machines.note(net.key(), record);
-        }
-        done.map_err(|e| NetError::failed(net, operation, e))
-    }
-
-    /// After a change and its answer: wakes the threads that wait for one, that which tells the edge
-    /// among them, and that which writes files.
-    fn tell(&self, net: &MachineNet, done: bool) {
-        self.changed.notify_all();
-        self.machines.wake();
-        if done && let Some(record) = self.core().book.get(net.key()) {
-            let (place, epoch) = (record.place, record.epoch);
-            tracing::info!(machine = net.machine, ?place, epoch, "way set");
-        }
-    }
-
-    fn settled(&self, net: &MachineNet, epoch: u64, limit: Duration) -> Result<(), NetError> {
-        let operation = format!("wait for the edge to confirm epoch {epoch}");
-        let answer = |core: &Core| -> Option<Result<(), NetError>> {
-            let floor = core.book.floor(net.key());
-            let Some(record) = core.book.get(net.key()).filter(|r| r.epoch <= epoch) else {
-                // Confirmed and forgotten, or overtaken.
-                let last = floor == epoch || floor == epoch.saturating_add(1);
-                let gone = core.book.get(net.key()).is_none() && floor > 0 && last;
-                return Some(if gone {
-                    Ok(())
-                } else {
-                    let (machine, asked) = (net.machine.clone(), epoch);
-                    Err(NetError::StaleEpoch { machine, asked, current: floor })
-                });
-            };
-            if record.epoch < epoch || record.edge == EdgeView::Unasked {
-                let detail = "nothing was said with that epoch here";
-                return Some(Err(NetError::failed(net, &operation, detail)));
-            }
-            match &record.edge {
-                EdgeView::Confirmed => Some(Ok(())),
-                EdgeView::Refused { error } => Some(Err(error.clone())),
-                EdgeView::Held | EdgeView::Pending | EdgeView::Unasked => None,
-            }
-        };
-        // A runner that was interrupted before it could say so says it now.
-        self.drained(net.key(), epoch);
-        let deadline = Instant::now() + limit;
-        let core = self.wait(self.core(), deadline, |c| answer(c).is_some());
-        answer(&core).unwrap_or_else(|| {
-            let detail = format!(
-                "no answer within {limit:?} ({}); frames are forwarded until it answers, so keep \
-                 both hosts up",
-                core.link
-            );
-            Err(NetError::failed(net, operation, detail))
-        })
-    }
-
-    fn forget(&self, net: &MachineNet, epoch: u64) -> Result<(), NetError> {
-        let operation = "forget it";
-        let fail = |e: KernelError| NetError::failed(net, operation, e);
-        let _one_at_a_time = self.taps();
-        let mut core = self.core();
-        let floor = core.book.get(net.key()).map_or(0, Record::floor_after);
-        let forgotten = core.book.forget(net, epoch)?;
-        core.news.insert(net.key());
-        match forgotten {
-            Forgotten::Nothing => return Ok(()),
-            Forgotten::Remove => {
-                self.drop_files(net.key(), floor.max(epoch)).map_err(fail)?;
-                self.host.unroute(net).map_err(fail)?;
-            }
-            Forgotten::KeepForwarding | Forgotten::RemoveAndRelease => {
-                let record = core.book.get(net.key()).cloned();
-                if let Some(record) = record {
-                    self.machines.save(net.key(), &record).map_err(fail)?;
-                    self.host.apply(&record).map_err(fail)?;
-                }
-            }
-        }
-        drop(core);
-        self.changed.notify_all();
-        tracing::info!(machine = net.machine, epoch, "machine forgotten");
-        self.host.remove_tap(net).map_err(fail)
-    }
-
-    /// The edge answered about a machine.
-    fn edge_answered(&self, key: MachineKey, epoch: u64, answer: Result<(), NetError>) {
-        let mut core = self.core();
-        let Some(record) = core.book.edge_answered(key, epoch, answer) else { return };
-        core.news.insert(key);
-        let saved = if record.retiring {
-            self.drop_files(key, record.floor_after()).and_then(|()| self.host.unroute(&record.net))
-        } else {
-            self.machines.note(key, record.clone());
-            Ok(())
-        };
-        drop(core);
-        self.changed.notify_all();
-        self.machines.wake();
-        if let EdgeView::Refused { error } = &record.edge {
-            tracing::warn!(machine = record.net.machine, epoch, %error, "the edge refused");
-        }
-        if let Err(error) = saved {
-            // The edge is asked again after a restart, and answers the same.
-            tracing::warn!(machine = record.net.machine, %error, "the edge's answer was not saved");
-        }
-    }
-
     fn drop_files(&self, key: MachineKey, epoch: u64) -> Result<(), KernelError> {
         let MachineKey { address, network } = key;
         self.floors.save(key, &Floor { address, network, epoch })?;
@@ -550,10 +409,13 @@ impl Shared {
         let all = known.chain(peers.iter().map(|peer| KnownPeer { peer: *peer, edge: false }));
         for known in all.filter(|k| k.peer.overlay != self.this.overlay) {
             let peer = known.peer;
-            if known.edge {
+            let first = core.edge.is_none_or(|e| e.overlay == peer.overlay);
+            if known.edge && (first || core.links.len() == 1) {
                 self.host.set_edge(&peer)?;
                 core.edge = Some(peer);
-            } else if core.edge.is_some_and(|e| e.overlay == peer.overlay) {
+            } else if known.edge {
+                self.host.let_edge_in(&peer)?;
+            } else if core.is_edge(peer.overlay) {
                 continue;
             } else {
                 self.host.set_peer(&peer)?;
@@ -571,11 +433,6 @@ impl Shared {
         let mut counts = self.host.counts();
         counts.extend(self.keeper.iter().flat_map(Keeper::counts));
         counts
-    }
-
-    fn set_link(&self, link: LinkState) {
-        self.core().link = link;
-        self.changed.notify_all();
     }
 
     /// The machines after an address, as many as one answer holds.
@@ -598,11 +455,13 @@ impl Shared {
                 EdgeView::Confirmed => "confirmed".into(),
                 EdgeView::Refused { error } => format!("refused: {error}"),
             },
+            home: r.home.map(|home| home.edge),
         }))
     }
 
     fn status(&self) -> Status {
         let counts = self.counts();
+        let pairs = self.secure.as_ref().map(|secure| secure.pairs()).unwrap_or_default();
         let machines = self.machines_after(None);
         let core = self.core();
         Status {
@@ -610,10 +469,12 @@ impl Shared {
             version: wire::VERSION,
             host: self.name.to_string(),
             peer: self.this,
-            link: core.link.to_string(),
+            link: core.link(),
+            homes: core.homes(),
             path: self.host.path(),
             protection: self.secure.as_ref().map(|s| s.describe().into()).unwrap_or_default(),
             counts,
+            pairs,
             peers: core.peers.values().copied().collect(),
             silent: Vec::new(),
             machines,

@@ -3,7 +3,7 @@
 
 use super::Shared;
 use crate::{
-    datapath::MachineNet,
+    datapath::{MachineNet, NetError},
     exec::KernelError,
     wire::{self, Answer, Ask},
 };
@@ -132,6 +132,20 @@ fn answer(shared: &Shared, ask: Ask) -> Answer {
         Ask::Endpoint => return Answer::Endpoint(shared.this.overlay),
         Ask::Status => return Answer::Status(shared.status()),
         Ask::Machines { after } => return Answer::Machines(shared.machines_after(after)),
+        Ask::Address { machine, network } => {
+            return match shared.address(&machine, network) {
+                Ok((address, address_v6)) => Answer::Address { address, address_v6 },
+                Err(error) => Answer::Failed(error),
+            };
+        }
+        Ask::Drain { to, .. } => {
+            return Answer::Failed(NetError::Failed {
+                machine: String::new(),
+                operation: format!("drain to {to}"),
+                detail: "this is a host's agent; ask the edge (--socket)".into(),
+            });
+        }
+        Ask::Rotate => return crate::secure::rotate(shared.secure.as_deref()),
         Ask::Prepare { net, blackout_ms } => {
             let blackout = blackout_ms.map(Duration::from_millis);
             return match shared.prepare(&net, blackout) {
@@ -141,6 +155,7 @@ fn answer(shared: &Shared, ask: Ask) -> Answer {
         }
         Ask::Divert { net, to, epoch } => shared.divert(&net, to, epoch),
         Ask::Drained { net, epoch } => {
+            shared.follow(net.key(), epoch);
             shared.drained(net.key(), epoch);
             shared.say(net.key(), epoch);
             Ok(())

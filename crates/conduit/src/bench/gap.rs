@@ -29,6 +29,12 @@ pub(super) const GROUPS: &[Group] = &[
         run: gaps,
     },
     Group {
+        name: "announce",
+        about: "the same where hosts announce the machine on the client's link, next to the overlay",
+        bars: &["conduit.gap.announce"],
+        run: announced,
+    },
+    Group {
         name: "bulk",
         about: "a client sends 500 Mb/s to a machine that moves",
         bars: &["conduit.gap.bulk"],
@@ -50,7 +56,10 @@ fn median(values: &mut [f64]) -> f64 {
 /// A fleet whose machine answers echoes and counts datagrams, with the socket buffers that everybody
 /// has.
 fn fleet() -> anyhow::Result<(Fleet, Received)> {
-    let fleet = Fleet::new(&program()?, PathChoice::Bpf)?;
+    serving(Fleet::new(&program()?, PathChoice::Bpf)?)
+}
+
+fn serving(fleet: Fleet) -> anyhow::Result<(Fleet, Received)> {
     serve_echo(fleet.guest.run(|| TcpListener::bind("0.0.0.0:7"))?);
     let received = Received::collect_as_usual(fleet.guest.run(|| UdpSocket::bind("0.0.0.0:9"))?);
     Ok((fleet, received))
@@ -100,6 +109,31 @@ fn gaps(quick: bool) -> anyhow::Result<Vec<Row>> {
         None,
         None,
     ));
+    Ok(rows)
+}
+
+/// Both kinds of fleet in turn, so that what else this computer does meets both.
+fn announced(quick: bool) -> anyhow::Result<Vec<Row>> {
+    let moves = if quick { 2 } else { 20 };
+    let mut fleets = [fleet()?, serving(Fleet::announced(&program()?)?)?];
+    let mut rows = Vec::new();
+    for blackout in [100, 300] {
+        let (mut added, mut lost) = ([Vec::new(), Vec::new()], 0);
+        for _ in 0..moves {
+            for (at, (fleet, received)) in fleets.iter_mut().enumerate() {
+                let moved = one_move(fleet, received, Duration::from_millis(blackout))?;
+                added[at].push(moved.added * 1e3);
+                lost += if at == 1 { moved.lost } else { 0 };
+            }
+        }
+        let [overlay, announced] = added.each_mut().map(|values| median(values));
+        let name = |what: &str| format!("conduit.gap.announce | {what}, {blackout} ms");
+        let (target, none) = (Some(Target::AtMost(10.0)), Some(Target::AtMost(0.0)));
+        let what = name("TCP, beyond the blackout, median; baseline: the overlay");
+        rows.push(Row::judged(&what, announced, "ms", Some(overlay), target));
+        let what = name("UDP at 1000 a second, lost");
+        rows.push(Row::judged(&what, lost as f64, "datagrams", None, none));
+    }
     Ok(rows)
 }
 

@@ -239,6 +239,7 @@ fn open(own: IpAddr, its: IpAddr, role: Role) -> anyhow::Result<DataPlane> {
         net: NETWORK,
         role,
         gateway: GATEWAY_MAC,
+        by_stack: false,
     })?;
     for program in [Program::Decap, Program::Stack] {
         plane.attach(device.index, program)?;

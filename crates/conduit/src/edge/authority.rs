@@ -135,6 +135,7 @@ mod tests {
             epoch,
             released: false,
             holder: Some(holder.into()),
+            home: None,
         }
     }
 
@@ -171,7 +172,7 @@ mod tests {
     impl LeaseStore for Unread {
         fn read(&self, machine: &MachineName) -> Result<Option<Record>, StoreError> {
             Err(StoreError::Unavailable {
-                machine: machine.clone(),
+                of: lease::Key::Lease(machine.clone()),
                 operation: "read".into(),
                 detail: "cut off".into(),
             })
@@ -184,6 +185,19 @@ mod tests {
             _new: &Record,
         ) -> Result<Outcome, StoreError> {
             unreachable!("an edge writes no lease")
+        }
+
+        fn read_beat(&self, _: &lease::BeatName) -> Result<Option<lease::Beat>, StoreError> {
+            unreachable!("an edge reads no beat")
+        }
+
+        fn compare_and_set_beat(
+            &self,
+            _: &lease::BeatName,
+            _expected: Option<&lease::Beat>,
+            _new: &lease::Beat,
+        ) -> Result<Outcome<lease::Beat>, StoreError> {
+            unreachable!("an edge writes no beat")
         }
     }
 

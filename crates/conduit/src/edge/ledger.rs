@@ -6,14 +6,15 @@
 //! who gets epochs, not the edge); it may give away only what it has.
 
 use crate::{
-    datapath::{MachineKey, MachineNet, NetError, Protocol},
+    datapath::{MachineKey, MachineNet, NetError, NetworkId, Protocol},
+    homes::Home,
     policy::Prefix,
     wire,
 };
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 /// Version of [`Entry`] as written today.
@@ -35,6 +36,9 @@ pub struct Entry {
     /// Name of the host whose lease this epoch is of, where the edge reads leases.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub holder: Option<String>,
+    /// The edge that it belongs to; none where there is one edge only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub home: Option<Home>,
 }
 
 /// What a claim or a release changed.
@@ -66,26 +70,86 @@ pub struct Rules {
 pub struct Ledger {
     rules: Rules,
     entries: BTreeMap<MachineKey, Entry>,
+    /// The machines that exist by network and name, in small letters.
+    names: BTreeSet<(NetworkId, String, MachineKey)>,
+    /// And by IPv6 address.
+    v6: BTreeSet<(Ipv6Addr, MachineKey)>,
 }
 
 impl Ledger {
     /// An empty ledger.
     #[must_use]
     pub fn new(rules: Rules) -> Self {
-        Self { rules, entries: BTreeMap::new() }
+        Self { rules, entries: BTreeMap::new(), names: BTreeSet::new(), v6: BTreeSet::new() }
     }
 
     /// Takes what a state file says.
     pub fn restore(&mut self, entry: Entry) {
-        self.entries.insert(entry.net.key(), entry);
+        let key = entry.net.key();
+        self.remove(key);
+        if !entry.released {
+            let name = entry.net.machine.to_lowercase();
+            self.names.insert((key.network, name, key));
+            self.v6.extend(entry.net.address_v6.map(|v6| (v6, key)));
+        }
+        self.entries.insert(key, entry);
+    }
+
+    fn remove(&mut self, key: MachineKey) {
+        let Some(entry) = self.entries.remove(&key) else { return };
+        self.names.remove(&(key.network, entry.net.machine.to_lowercase(), key));
+        if let Some(v6) = entry.net.address_v6 {
+            self.v6.remove(&(v6, key));
+        }
+    }
+
+    /// The machines of a network that have this name, but for large and small letters.
+    pub(crate) fn named(&self, network: NetworkId, name: &str) -> impl Iterator<Item = &Entry> {
+        let first = MachineKey { network, address: Ipv4Addr::UNSPECIFIED };
+        let name = name.to_lowercase();
+        let from = (network, name.clone(), first);
+        let found = self.names.range(from..).take_while(move |n| n.0 == network && n.1 == name);
+        found.filter_map(|(_, _, key)| self.entries.get(key))
+    }
+
+    /// The machine of a network that has this IPv6 address.
+    pub(crate) fn at_v6(&self, network: NetworkId, address: Ipv6Addr) -> Option<&Entry> {
+        self.with_v6(address).find(|e| e.net.network == network)
+    }
+
+    fn with_v6(&self, address: Ipv6Addr) -> impl Iterator<Item = &Entry> {
+        let first = MachineKey { network: NetworkId(0), address: Ipv4Addr::UNSPECIFIED };
+        let found = self.v6.range((address, first)..).take_while(move |v| v.0 == address);
+        found.filter_map(|(_, key)| self.entries.get(key))
+    }
+
+    /// Whether these are another machine's than that of this name.
+    pub(crate) fn is_taken(&self, key: MachineKey, v6: Option<Ipv6Addr>, machine: &str) -> bool {
+        let other = |e: &Entry| !e.released && e.net.machine != machine;
+        let near = |e: &&Entry| self.rules.routed_v6 || e.net.network == key.network;
+        self.get(key).is_some_and(other)
+            || v6.is_some_and(|v6| self.with_v6(v6).filter(near).any(other))
+    }
+
+    /// Whether machines can have this address.
+    pub(crate) fn is_inside(&self, address: IpAddr) -> bool {
+        let (network, prefix) = self.rules.machines;
+        let inside = |p: Prefix| p.contains(address);
+        Prefix::new(network.into(), prefix).is_some_and(inside)
+            || self.rules.machines_v6.is_some_and(inside)
     }
 
     /// Puts an address back to what it was, when a change could not be saved.
     pub(crate) fn undo(&mut self, key: MachineKey, before: Option<Entry>) {
         match before {
             Some(entry) => self.restore(entry),
-            None => drop(self.entries.remove(&key)),
+            None => self.remove(key),
         }
+    }
+
+    /// Other edges have addresses that a machine may have whole, too.
+    pub(crate) fn allow_spare(&mut self, addresses: impl Iterator<Item = IpAddr>) {
+        self.rules.spare.extend(addresses);
     }
 
     /// What is known of an address.
@@ -150,9 +214,20 @@ impl Ledger {
             epoch,
             released: false,
             holder: None,
+            home: old.filter(|o| !o.released).and_then(|o| o.home),
         };
-        self.entries.insert(net.key(), entry);
+        self.restore(entry);
         Ok(Change { route, ports })
+    }
+
+    /// A host says which home was chosen for a machine: of two the older one stands, and is returned.
+    pub fn at_home(&mut self, key: impl Into<MachineKey>, home: Option<Home>) -> Option<Home> {
+        let entry = self.entries.get_mut(&key.into()).filter(|e| !e.released)?;
+        entry.home = match (entry.home, home) {
+            (Some(known), Some(said)) => Some(known.older(said)),
+            (known, said) => known.or(said),
+        };
+        entry.home
     }
 
     /// Notes whose lease the epoch of a claim is of.
@@ -172,7 +247,7 @@ impl Ledger {
         epoch: u64,
     ) -> Result<Change, NetError> {
         let unchanged = Change { route: false, ports: false };
-        let Some(entry) = self.entries.get_mut(&net.key()) else { return Ok(unchanged) };
+        let Some(entry) = self.entries.get(&net.key()) else { return Ok(unchanged) };
         if entry.released || entry.net.machine != net.machine {
             return Ok(unchanged);
         }
@@ -184,8 +259,8 @@ impl Ledger {
             let owner = entry.owner.to_string();
             return Err(NetError::EpochTaken { machine: net.machine.clone(), epoch, owner });
         }
-        entry.epoch = epoch;
-        entry.released = true;
+        let released = Entry { epoch, released: true, ..entry.clone() };
+        self.restore(released);
         Ok(Change { route: true, ports: true })
     }
 
@@ -365,7 +440,7 @@ mod tests {
         let mut ledger = ledger();
         let tenant = |machine: &str, network, public| MachineNet {
             machine: machine.into(),
-            network: crate::NetworkId(network),
+            network: NetworkId(network),
             address_v6: "fd77::5".parse().ok(),
             ..net(5, public)
         };
@@ -400,6 +475,34 @@ mod tests {
         let error = ledger.claim(A, &v6("2001:db8::5"), A, 1).unwrap_err().to_string();
         assert!(error.contains("fd77::/64"), "{error}");
         ledger.claim(A, &v6("fd77::5"), A, 1).unwrap();
+    }
+
+    #[test]
+    fn machines_are_found_by_name_and_ipv6_address_in_their_network_until_they_are_gone() {
+        let mut ledger = ledger();
+        let web = |network, last| MachineNet {
+            machine: "Web".into(),
+            network: NetworkId(network),
+            address_v6: "fd77::5".parse().ok(),
+            ..net(last, u16::from(last) + network)
+        };
+        ledger.claim(A, &web(7, 5), A, 1).unwrap();
+        ledger.claim(A, &web(9, 6), A, 1).unwrap();
+        let found = |ledger: &Ledger, network| {
+            let mut named = ledger.named(NetworkId(network), "wEB");
+            let one = named.next().map(|e| e.net.address.octets()[3]);
+            assert!(named.next().is_none());
+            let v6 = ledger.at_v6(NetworkId(network), "fd77::5".parse().unwrap());
+            assert_eq!(v6.map(|e| e.net.address.octets()[3]), one);
+            one
+        };
+        assert_eq!([7, 8, 9].map(|n| found(&ledger, n)), [Some(5), None, Some(6)]);
+        let v6 = "fd77::5".parse().ok();
+        assert!(ledger.is_taken(web(7, 1).key(), v6, "other"));
+        assert!(!ledger.is_taken(web(7, 1).key(), v6, "Web"));
+        assert!(!ledger.is_taken(web(8, 1).key(), v6, "other"));
+        ledger.release(A, &web(7, 5), 1).unwrap();
+        assert_eq!([7, 9].map(|n| found(&ledger, n)), [None, Some(6)]);
     }
 
     #[test]

@@ -11,11 +11,23 @@
 //! ([`crate::journal`]): the pinned map says meanwhile who has the machine, and a start takes its word
 //! where it is newer ([`crate::recall`]).
 
+mod addresses;
 mod authority;
+mod beside;
+mod config;
+mod drain;
+mod ends;
 mod figures;
+mod forward;
+mod fronts;
 mod health;
+mod lead;
 pub mod ledger;
+pub(crate) mod names;
 mod nat;
+mod others;
+mod outside;
+mod pool;
 mod server;
 mod words;
 
@@ -23,7 +35,8 @@ use crate::{
     agent::listen_unix,
     datapath::{MachineKey, MachineNet, NetError},
     exec::{self, KernelError},
-    holder::{HoldSettings, Keeper},
+    holder::Keeper,
+    homes::Home,
     host::{
         MACHINES, forward, loosen_reverse_path_filter, machines_rule, open_plane, quiet_interface,
     },
@@ -31,87 +44,37 @@ use crate::{
     metrics::{self, Changes},
     netlink::{Netlink, NextHop, Route},
     overlay,
-    plane::{PathChoice, PathKind, Plane},
-    policy::Prefix,
+    plane::{PathKind, Plane},
     recall::{self, Recalled},
-    secure::{self, Secure, SecureConfig},
+    secure::Secure,
     store::Store,
     tunnel,
     wire::{self, MachineStatus, Peer, Status, TunnelEnd},
 };
+pub use config::{EdgeConfig, EdgeOptions};
+pub use fronts::BesideConfig;
+
 use authority::{Authority, Refusal};
 use conduit_bpf::Role;
-use health::{Health, Signs, Treatment};
+use config::{open_authority, open_fronts, open_pool, open_zone};
+use forward::Forwarder;
+use fronts::Fronts;
+use health::Health;
 use identity::{HostName, Security};
-use lease::FileStore;
 use ledger::{ENTRY_VERSION, Entry, Ledger, Rules};
+use names::Zone;
 use nat::Nat;
+use pool::Pool;
+pub use pool::{BadRange, Range};
 use scrape::{Endpoint, EndpointError, Metrics};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicUsize},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, atomic::AtomicUsize},
     time::{Duration, Instant},
 };
-
-/// How an edge is started.
-#[derive(Clone, Debug)]
-pub struct EdgeConfig {
-    /// The address that clients use; one of this host's own.
-    pub public: Ipv4Addr,
-    /// Where the edge is in the overlay, and the underlay address that hosts reach it by.
-    pub this: Peer,
-    /// Where agents connect.
-    pub listen: SocketAddr,
-    /// Machines have addresses in this network.
-    pub machines: (Ipv4Addr, u8),
-    /// What not every edge has.
-    pub options: EdgeOptions,
-    /// How connections of agents are protected.
-    pub security: Security,
-    /// The unix socket for status.
-    pub socket: PathBuf,
-    /// The state folder.
-    pub state: PathBuf,
-    /// How frames find their way.
-    pub path: PathChoice,
-    /// Where what BPF needs is pinned, on a BPF file system.
-    pub pins: PathBuf,
-    /// How frames are held while no host has their machine (needs BPF); `None`: they are not.
-    pub hold: Option<HoldSettings>,
-    /// How packets to hosts are protected.
-    pub secure: SecureConfig,
-}
-
-/// What not every edge has.
-#[derive(Clone, Debug)]
-pub struct EdgeOptions {
-    /// Machines have IPv6 addresses in this network.
-    pub machines_v6: Option<Prefix>,
-    /// The IPv6 address that clients use, one of this host's own. Without it machines' addresses are seen
-    /// as they are: the network outside leads their prefix to this edge.
-    pub public_v6: Option<Ipv6Addr>,
-    /// Addresses of this host that a machine may have whole.
-    pub spare: Vec<IpAddr>,
-    /// Tracked connections that the machines of one network may have.
-    pub flows_per_network: u32,
-    /// The folder of leases: where it is given, only a machine's lease says who leads its frames.
-    pub lease: Option<PathBuf>,
-}
-
-impl Default for EdgeOptions {
-    fn default() -> Self {
-        Self {
-            machines_v6: None,
-            public_v6: None,
-            spare: Vec::new(),
-            flows_per_network: 16_384,
-            lease: None,
-        }
-    }
-}
 
 /// A host as remembered over a restart: its overlay address belongs to its name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -142,6 +105,8 @@ struct Expected {
 
 struct Core {
     ledger: Ledger,
+    /// The addresses that were given to machines which came without.
+    pool: Pool,
     hosts: BTreeMap<Ipv4Addr, KnownHost>,
     netlink: Netlink,
     /// The host that was prepared for a machine: the only one whose frames may run ahead of its
@@ -178,9 +143,23 @@ struct Shared {
     core: Mutex<Core>,
     machines: Journal<Entry>,
     hosts: Store,
+    /// Who was given which address.
+    addresses: Store,
+    /// Held while an address is given, which takes a disk's time; never taken under `core`.
+    giving: Mutex<()>,
+    domain: String,
+    zone: Zone,
+    forwarder: Forwarder,
     changes: Changes<{ figures::OPERATIONS.len() }>,
     /// Agents that are connected.
     agents: AtomicUsize,
+    lines: Arc<server::Agents>,
+    security: Security,
+    /// Where there are several edges.
+    fronts: Option<Fronts>,
+    /// Homes whose addresses this process has taken.
+    announced: Mutex<BTreeSet<Ipv4Addr>>,
+    me: Weak<Shared>,
 }
 
 /// A running edge. Its threads end with the process.
@@ -195,10 +174,14 @@ impl Edge {
     pub fn start(mut config: EdgeConfig) -> Result<Self, KernelError> {
         let authority = open_authority(&config)?;
         // The address first: it is what people get wrong.
-        nat::interface_of(config.public.into())?;
+        if config.options.beside.is_none() {
+            nat::interface_of(config.public.into())?;
+        }
         let secure = Secure::open(&config.secure, &mut config.this)?;
         let machines = Journal::<Entry>::open(&config.state.join("machines"))?;
         let hosts = Store::open(&config.state.join("hosts"))?;
+        let addresses = Store::open(&config.state.join("addresses"))?;
+        let (pool, zone) = (open_pool(&config)?, open_zone(&config)?);
         let unix = listen_unix(&config.socket)?;
         let listener = TcpListener::bind(config.listen)
             .map_err(|e| KernelError::new(format!("listen for agents on {}", config.listen), e))?;
@@ -231,7 +214,8 @@ impl Edge {
             }
         }
         let interface = if plane.is_some() { tunnel::INTERFACE } else { overlay::INTERFACE };
-        let nat = Nat::find(config.public, &config.options, interface)?;
+        let nat = Nat::find(config.this.overlay, config.public, &config.options, interface)?;
+        let fronts = open_fronts(&config, plane.is_some())?;
 
         let rules = Rules {
             machines: config.machines,
@@ -244,6 +228,7 @@ impl Edge {
         let health = Health::new(config.hold.as_ref().map_or(Duration::ZERO, |h| h.limits.age));
         let core = Core {
             ledger,
+            pool,
             hosts: known,
             netlink,
             candidates: BTreeMap::new(),
@@ -261,7 +246,12 @@ impl Edge {
         if let (None, Some(plane)) = (&keeper, &plane) {
             plane.set_hold(None)?;
         }
-        let shared = Shared {
+        let shared = Arc::new_cyclic(|me| Shared {
+            me: me.clone(),
+            lines: Arc::default(),
+            security: config.security.clone(),
+            fronts,
+            announced: Mutex::default(),
             this: config.this,
             public: config.public,
             nat,
@@ -275,17 +265,25 @@ impl Edge {
             core: Mutex::new(core),
             machines,
             hosts,
+            addresses,
+            giving: Mutex::new(()),
+            domain: config.options.domain,
+            zone,
+            forwarder: Forwarder::start(config.options.name_servers),
             changes: Changes::of(figures::OPERATIONS),
             agents: AtomicUsize::new(0),
-        };
+        });
+        shared.take_up_homes()?;
         shared.take_up()?;
         // A move reorders a few segments; without this, those at the edge of a window count as
         // invalid and are not translated. The file appears with the first rule that needs it.
         if let Err(error) = exec::sysctl("net/netfilter/nf_conntrack_tcp_be_liberal", "1") {
             tracing::warn!(%error, "connection tracking stays strict");
         }
-        let shared = Arc::new(shared);
+        ends::pass_notes(&shared);
+        fronts::begin(&shared);
         server::serve(listener, unix, config.security, &shared);
+        beside::keep(&shared);
         Ok(Self { shared, socket: config.socket })
     }
 
@@ -316,6 +314,13 @@ impl Edge {
     /// Removes all that this host was set up with: connections through it end. Not done at a
     /// normal end.
     pub fn remove_everything(&self) -> Result<(), KernelError> {
+        if let Some(fronts) = &self.shared.fronts {
+            let _changing = fronts.changing();
+            fronts.stop();
+            for word in fronts.words() {
+                self.shared.leave(fronts, &word)?;
+            }
+        }
         nat::remove()?;
         let mut core = self.shared.core();
         for route in core.netlink.routes(MACHINES)? {
@@ -333,21 +338,12 @@ impl Edge {
     }
 }
 
-/// How long a lease's lock may be waited for; holders write one small file.
-const LEASE_LIMIT: Duration = Duration::from_millis(500);
-
-fn open_authority(config: &EdgeConfig) -> Result<Authority, KernelError> {
-    if let Some(folder) = &config.options.lease {
-        let store = FileStore::open(folder, LEASE_LIMIT)
-            .map_err(|e| KernelError::new(format!("read leases in {}", folder.display()), e))?;
-        return Ok(Authority::Lease(Box::new(store)));
-    }
-    tracing::warn!("no leases to read (--lease): any host of the fleet may take any machine");
-    Ok(Authority::Fleet)
-}
-
 impl Drop for Edge {
     fn drop(&mut self) {
+        // For those that are part of a larger process.
+        if let Some(plane) = &self.shared.plane {
+            plane.end();
+        }
         if !self.shared.machines.flush() {
             tracing::warn!("some state files are behind; the kernel's maps say what they do not");
         }
@@ -389,6 +385,9 @@ impl Shared {
             Some(plane) => plane.recall()?,
             None => BTreeMap::new(),
         };
+        // What was led here while this was the only edge stays here.
+        let first = self.fronts.as_ref().is_some_and(Fronts::is_new);
+        let own = first.then_some(Home { edge: self.this.overlay, since: 0 });
         for entry in self.machines.load()? {
             if entry.version > ENTRY_VERSION {
                 return Err(KernelError::new(
@@ -409,6 +408,11 @@ impl Shared {
                     continue;
                 }
             };
+            let mut entry = entry;
+            if entry.home.is_none() && own.is_some() {
+                entry.home = own;
+                self.machines.save(key, &entry)?;
+            }
             if !entry.released {
                 // What the last edge held back stays held until its host has spoken.
                 if self.plane.as_ref().is_some_and(|p| p.is_held_back(&entry.net)) {
@@ -418,119 +422,8 @@ impl Shared {
             }
             core.ledger.restore(entry);
         }
+        self.take_up_addresses(&mut core)?;
         self.nat.start(core.ledger.machines())
-    }
-
-    /// Makes a host reachable.
-    fn reach(&self, core: &mut Core, peer: &Peer) -> Result<(), KernelError> {
-        match &self.plane {
-            Some(plane) => plane.set_peer(peer, Role::Host),
-            None => overlay::set_peer(&mut core.netlink, self.index, peer),
-        }
-    }
-
-    /// Leads a machine's frames to the host that has it.
-    fn lead(&self, core: &mut Core, entry: &Entry) -> Result<(), KernelError> {
-        let Entry { net, owner, epoch, .. } = entry;
-        // Where one is announced, no other's newer epoch is believed.
-        let only_owner = (!self.authority.believes_strangers()).then_some(*owner);
-        let candidate = core.believed.get(&net.key()).copied().or(only_owner);
-        let awaited = core.awaited.contains_key(&net.key()).then_some(Treatment::Hold);
-        match &self.plane {
-            Some(plane) => match core.health.treatment(*owner).or(awaited) {
-                Some(Treatment::Hold) if plane.holds() => {
-                    plane.hold(net, *owner, *epoch, candidate)
-                }
-                Some(Treatment::Drop) if plane.holds() => plane.drop_frames(net, *owner, *epoch),
-                _ => plane.remote(net, *owner, *epoch, false, candidate),
-            },
-            None => {
-                let next = NextHop::Gateway(entry.owner.into(), self.index);
-                core.netlink.replace_route(&Route::host(MACHINES, entry.net.address, next))
-            }
-        }
-    }
-
-    /// Judges hosts by their signs of life; what changes for their machines is made so.
-    fn judge_hosts(&self, signs: &BTreeMap<Ipv4Addr, Vec<Signs>>, now: Instant) {
-        let mut core = self.core();
-        let bound = core.health.bound();
-        let late = |e: &Expected| now.saturating_duration_since(e.since) > bound;
-        let late: Vec<_> =
-            core.expected.iter().filter(|(_, e)| late(e)).map(|(&address, _)| address).collect();
-        for address in late {
-            tracing::warn!(%address, "nobody has come to have it: its frames are not held any more");
-            if let Err(error) = self.expect_no_more(&mut core, address) {
-                tracing::warn!(%address, %error, "they are held all the same");
-            }
-        }
-        if now.saturating_duration_since(core.started) > bound
-            && let Some(plane) = &self.plane
-        {
-            let left_over = std::mem::take(&mut core.left_over);
-            let expected = core.expected.values().map(|e| &e.net);
-            if let Err(error) = plane.expect_only(&left_over, expected) {
-                tracing::warn!(%error, "frames are held for nobody");
-            }
-        }
-        let Core { awaited, ledger, .. } = &mut *core;
-        let late: Vec<Entry> = awaited
-            .extract_if(.., |_, since| now.saturating_duration_since(*since) > bound)
-            .filter_map(|(address, _)| ledger.get(address).filter(|e| !e.released).cloned())
-            .collect();
-        self.lead_each(&mut core, &late);
-        for host in core.health.judge(signs, now) {
-            let name = core.hosts.get(&host).map_or("", |h| &h.name).to_owned();
-            match core.health.treatment(host) {
-                Some(Treatment::Hold) => {
-                    tracing::warn!(host = name, "silent: frames for its machines are held");
-                }
-                Some(Treatment::Drop) => {
-                    tracing::warn!(
-                        host = name,
-                        "still silent: frames for its machines are dropped"
-                    );
-                }
-                None => tracing::info!(host = name, "speaks again"),
-            }
-            self.lead_all(&mut core, host);
-        }
-    }
-
-    /// A host has said something.
-    fn heard(&self, host: Ipv4Addr) {
-        let mut core = self.core();
-        if core.health.heard(host) {
-            let name = core.hosts.get(&host).map_or("", |h| &h.name);
-            tracing::info!(host = name, "speaks again: what was held goes there");
-            self.lead_all(&mut core, host);
-        }
-    }
-
-    /// Leads all machines of a host (again).
-    fn lead_all(&self, core: &mut Core, host: Ipv4Addr) {
-        let entries: Vec<Entry> =
-            core.ledger.machines().filter(|e| e.owner == host).cloned().collect();
-        self.lead_each(core, &entries);
-    }
-
-    fn lead_each(&self, core: &mut Core, entries: &[Entry]) {
-        for entry in entries {
-            if let Err(error) = self.lead(core, entry) {
-                tracing::warn!(machine = entry.net.machine, %error, "its way stays as it was");
-            }
-        }
-    }
-
-    /// Leads a machine's frames nowhere.
-    fn mislead(&self, core: &mut Core, net: &MachineNet) -> Result<(), KernelError> {
-        core.candidates.remove(&net.key());
-        core.believed.remove(&net.key());
-        core.awaited.remove(&net.key());
-        match &self.plane {
-            Some(plane) => plane.forget(net),
-            None => core.netlink.delete_route(MACHINES, net.address, 32).map(drop),
-        }
     }
 
     /// A host says where it is.
@@ -539,15 +432,7 @@ impl Shared {
         if peer.overlay == self.this.overlay || peer.underlay == self.this.underlay {
             return Err(format!("host {name}: {} is the edge's own address", peer.overlay));
         }
-        // Inside the tunnel, every host has the address that goes with its overlay address.
-        let inside = peer.underlay == secure::address(peer.overlay);
-        if inside != self.secure.is_some() {
-            let (its, ours) = if inside { ("", " not") } else { (" not", "") };
-            return Err(format!(
-                "host {name}: its packets are{its} encrypted, this edge's are{ours}; start all \
-                 hosts and edges with the same --encrypt"
-            ));
-        }
+        self.check_encryption(peer).map_err(|e| format!("host {name}: {e}"))?;
         let tunnel = core.hosts.get(&peer.overlay).and_then(|h| h.tunnel.clone());
         let host = KnownHost { name: name.to_string(), peer, tunnel };
         if let Some(known) = core.hosts.get(&peer.overlay)
@@ -571,42 +456,6 @@ impl Shared {
         Ok(())
     }
 
-    /// A host says how it is reached by encrypted packets.
-    fn join_tunnel(&self, by: Ipv4Addr, tunnel: TunnelEnd) -> Result<(), String> {
-        let mut core = self.core();
-        let same = |end: &TunnelEnd| end.keys.iter().any(|k| tunnel.keys.contains(k));
-        let another = core.hosts.values().find(|h| {
-            let shares = h.tunnel.as_ref().is_some_and(same);
-            let address = secure::address(h.peer.overlay) == secure::address(by);
-            h.peer.overlay != by && (shares || address)
-        });
-        if let Some(another) = another {
-            return Err(format!(
-                "host \"{}\" has the same key, or the same low 17 bits of its overlay address",
-                another.name
-            ));
-        }
-        if tunnel.keys.is_empty() || tunnel.keys.len() > 2 {
-            return Err(format!("{} keys are not one or two", tunnel.keys.len()));
-        }
-        let host = core.hosts.get_mut(&by).ok_or("it has not said hello")?;
-        host.tunnel = Some(tunnel);
-        let saved = self.hosts.save(by, host);
-        self.tell_tunnel(&core).and(saved).map_err(|e| e.to_string())
-    }
-
-    /// Everybody's ends, this edge's included.
-    fn tunnels(&self, core: &Core) -> BTreeMap<Ipv4Addr, TunnelEnd> {
-        let hosts = core.hosts.values().filter_map(|h| Some((h.peer.overlay, h.tunnel.clone()?)));
-        let own = self.secure.iter().map(|secure| (self.this.overlay, secure.this()));
-        hosts.chain(own).collect()
-    }
-
-    fn tell_tunnel(&self, core: &Core) -> Result<(), KernelError> {
-        let Some(secure) = &self.secure else { return Ok(()) };
-        secure.set_peers(self.tunnels(core))
-    }
-
     fn peers(&self) -> Vec<Peer> {
         self.core().hosts.values().map(|h| h.peer).collect()
     }
@@ -617,6 +466,7 @@ impl Shared {
         counts.extend(self.keeper.iter().flat_map(Keeper::counts));
         counts.extend(Nat::counts());
         counts.extend(self.refused().iter().map(|(name, n)| ((*name).to_owned(), *n)));
+        counts.extend(self.fronts.iter().flat_map(Fronts::counts));
         counts
     }
 
@@ -629,14 +479,17 @@ impl Shared {
             epoch: e.epoch,
             place: e.owner.to_string(),
             edge: String::new(),
+            home: e.home.map(|home| home.edge),
         }))
     }
 
     fn status(&self) -> Status {
         let counts = self.counts();
+        let pairs = self.secure.as_ref().map(|secure| secure.pairs()).unwrap_or_default();
         let machines = self.machines_after(None);
         let core = self.core();
         Status {
+            homes: self.fronts.as_ref().map_or_else(Vec::new, |f| f.status(&core)),
             role: "edge".into(),
             version: wire::VERSION,
             host: String::new(),
@@ -644,6 +497,7 @@ impl Shared {
             path: self.path(),
             protection: self.secure.as_ref().map(|s| s.describe().into()).unwrap_or_default(),
             counts,
+            pairs,
             link: format!("agents connect to {}, clients to {}", self.listen, self.public),
             peers: core.hosts.values().map(|h| h.peer).collect(),
             silent: core.health.silent(),

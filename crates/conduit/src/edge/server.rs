@@ -4,11 +4,13 @@
 use super::{
     Shared,
     authority::Refusal,
+    beside, drain,
     health::{self, ASK_AFTER, Signs},
 };
 use crate::{
     agent::spawn,
-    datapath::NetError,
+    datapath::{MachineKey, NetError},
+    exec::KernelError,
     sys,
     wire::{self, Answer, Ask, EdgeSays, HostSays, Peer},
 };
@@ -35,10 +37,12 @@ const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
 const SILENCE_LIMIT: Duration = Duration::from_secs(5);
 const WRITE_LIMIT: Duration = Duration::from_secs(2);
 const CONNECTIONS: usize = 4096;
+/// People and commands that ask at the same time.
+const STATUS_CONNECTIONS: usize = 64;
 /// How often this edge looks whether its keys have changed.
 const KEYS_EVERY: Duration = Duration::from_millis(500);
 
-type Pen = Arc<Mutex<Writer>>;
+pub(super) type Pen = Arc<Mutex<Writer>>;
 
 /// An agent that is connected.
 #[derive(Clone)]
@@ -73,7 +77,7 @@ pub(super) fn serve(
     shared: &Arc<Shared>,
 ) {
     let for_agents = shared.clone();
-    let agents = Arc::new(Agents::default());
+    let agents = shared.lines.clone();
     health::watch(agents.clone(), shared.clone());
     if shared.secure.is_some() {
         let (shared, agents) = (shared.clone(), agents.clone());
@@ -103,10 +107,20 @@ pub(super) fn serve(
     });
     let shared = shared.clone();
     spawn("edge-status", move || {
+        let open = Arc::new(AtomicUsize::new(0));
         for stream in unix.incoming().flatten() {
-            if let Err(error) = tell_status(&stream, &shared) {
-                tracing::debug!(%error, "a status connection ended");
+            if open.fetch_add(1, Ordering::Relaxed) >= STATUS_CONNECTIONS {
+                open.fetch_sub(1, Ordering::Relaxed);
+                continue;
             }
+            // A drain takes its time, and others look on.
+            let (shared, open) = (shared.clone(), open.clone());
+            spawn("edge-asked", move || {
+                if let Err(error) = tell_status(&stream, &shared) {
+                    tracing::debug!(%error, "a status connection ended");
+                }
+                open.fetch_sub(1, Ordering::Relaxed);
+            });
         }
     });
 }
@@ -120,6 +134,18 @@ fn tell_status(stream: &UnixStream, shared: &Shared) -> io::Result<()> {
         let answer = match ask {
             Ask::Status => Answer::Status(shared.status()),
             Ask::Machines { after } => Answer::Machines(shared.machines_after(after)),
+            Ask::Drain { to, home, dry_run, limit_ms } => {
+                let limit = Duration::from_millis(limit_ms);
+                let order = drain::Order { to: &to, home: home.as_deref(), dry_run, limit };
+                match drain::drain(shared, &order) {
+                    Ok(drained) => Answer::Drained(drained),
+                    Err(KernelError { operation, detail }) => {
+                        let machine = String::new();
+                        Answer::Failed(NetError::Failed { machine, operation, detail })
+                    }
+                }
+            }
+            Ask::Rotate => crate::secure::rotate(shared.secure.as_deref()),
             _ => return Err(io::Error::other("an edge answers only status on this socket")),
         };
         wire::send(&mut writer, &answer)?;
@@ -145,6 +171,10 @@ fn converse(
     let pen = Arc::new(Mutex::new(writer));
 
     let hello = wire::receive::<HostSays>(&mut reader)?;
+    if let Some(HostSays::Edge { version, name, peer }) = &hello {
+        let who = (*version, name.as_str(), *peer);
+        return beside::answer((&mut reader, &pen), who, proved.as_ref(), shared);
+    }
     let peer = match enter(hello, proved.as_ref(), shared) {
         Ok(entered) => entered,
         Err(reason) => {
@@ -159,7 +189,13 @@ fn converse(
     };
     say(
         &pen,
-        &EdgeSays::Welcome { version: wire::VERSION, edge: shared.this, peers: shared.peers() },
+        &EdgeSays::Welcome {
+            version: wire::VERSION,
+            edge: shared.this,
+            peers: shared.peers(),
+            domain: Some(shared.domain.clone()),
+            homes: shared.words(),
+        },
     )?;
     let number = agents.next.fetch_add(1, Ordering::Relaxed);
     let life = Arc::new(Mutex::new(Life { heard: Instant::now(), open: None }));
@@ -168,8 +204,16 @@ fn converse(
     agents.lock().insert(number, line);
     // Said after this agent is on the list: of two that join at once, each hears of the other.
     agents.tell_others(number, &EdgeSays::Peers { peers: shared.peers() });
-    if let Some(tunnels) = news_of_tunnels(shared) {
+    // They may have changed since the welcome.
+    let homes = shared.words();
+    if !homes.is_empty() {
+        say(&pen, &EdgeSays::Homes { homes })?;
+    }
+    if let Some(tunnels) = shared.news_of_tunnels() {
         say(&pen, &tunnels)?;
+    }
+    if let Some(secure) = &shared.secure {
+        secure.greet(Some(peer.overlay));
     }
 
     shared.agents.fetch_add(1, Ordering::Relaxed);
@@ -223,18 +267,23 @@ fn answer_all(
         life.lock().unwrap_or_else(PoisonError::into_inner).heard = Instant::now();
         shared.heard(peer.overlay);
         let (asked, mut operation, mut moved) = (Instant::now(), "", None);
+        let mut at_home = None;
         let (id, done) = match message {
             HostSays::Ping { id } => (id, Ok(())),
-            HostSays::Claim { id, net, owner, epoch } => {
+            HostSays::Claim { id, net, owner, epoch, home } => {
                 operation = "claim";
-                let claimed = shared.claim(peer.overlay, &net, owner, epoch);
-                if matches!(&claimed, Ok(change) if change.route) {
+                let claimed = shared.claim(peer.overlay, &net, owner, epoch, home);
+                if let Ok((_, stands)) = &claimed {
+                    at_home = stands.filter(|_| *stands != home).map(|home| (net.key(), home));
+                }
+                if matches!(&claimed, Ok((change, _)) if change.route) {
                     moved = Some((net, owner, epoch));
                 }
                 (id, settle(claimed.map(drop))?)
             }
             HostSays::Candidate { id, net, host, long } => {
                 operation = "candidate";
+                at_home = shared.home_of(&net).map(|home| (net.key(), home));
                 (id, shared.candidate(peer.overlay, &net, host, long))
             }
             HostSays::Release { id, net, epoch } => {
@@ -244,7 +293,7 @@ fn answer_all(
             HostSays::Tunnel { id, tunnel } => {
                 let joined = shared.join_tunnel(peer.overlay, tunnel);
                 if joined.is_ok()
-                    && let Some(tunnels) = news_of_tunnels(shared)
+                    && let Some(tunnels) = shared.news_of_tunnels()
                 {
                     agents.tell_all(&tunnels);
                 }
@@ -257,8 +306,35 @@ fn answer_all(
                     }),
                 )
             }
-            HostSays::Hello { .. } => return Err(io::Error::other("a second hello")),
+            HostSays::Address { id, machine, network } => {
+                let answer = match shared.give_address(&machine, network) {
+                    Ok((address, address_v6)) => EdgeSays::Given { id, address, address_v6 },
+                    Err(error) => EdgeSays::Refused { id, error },
+                };
+                say(pen, &answer)?;
+                continue;
+            }
+            HostSays::Resolve { id, network, question, stream } => {
+                let pen = pen.clone();
+                let question = wire::from_text(&question).unwrap_or_default();
+                shared.resolve(question, network, stream, move |bytes| {
+                    let answer = wire::to_text(&bytes);
+                    // If it is lost, so is the connection, and the guest asks again.
+                    let _ = say(&pen, &EdgeSays::Resolved { id, answer });
+                });
+                continue;
+            }
+            HostSays::Note { to, note } => {
+                shared.pass_note(peer.overlay, to, note);
+                continue;
+            }
+            HostSays::Hello { .. } | HostSays::Edge { .. } => {
+                return Err(io::Error::other("a second hello"));
+            }
         };
+        if let Some((MachineKey { network, address }, home)) = at_home {
+            say(pen, &EdgeSays::Home { network, address, home })?;
+        }
         let answer = match done {
             Ok(()) => EdgeSays::Done { id },
             Err(error) => EdgeSays::Refused { id, error },
@@ -282,13 +358,6 @@ fn settle(done: Result<(), Refusal>) -> io::Result<Result<(), NetError>> {
     }
 }
 
-/// Who is reached how by encrypted packets; nothing where they are not encrypted.
-fn news_of_tunnels(shared: &Shared) -> Option<EdgeSays> {
-    shared.secure.as_ref()?;
-    let tunnels = shared.tunnels(&shared.core());
-    Some(EdgeSays::Tunnels { tunnels })
-}
-
 /// Tells every agent when this edge's own keys change.
 fn tell_of_own_keys(shared: &Shared, agents: &Agents) {
     let Some(secure) = &shared.secure else { return };
@@ -297,7 +366,7 @@ fn tell_of_own_keys(shared: &Shared, agents: &Agents) {
         thread::sleep(KEYS_EVERY);
         let now = secure.this();
         if now != told
-            && let Some(tunnels) = news_of_tunnels(shared)
+            && let Some(tunnels) = shared.news_of_tunnels()
         {
             agents.tell_all(&tunnels);
             told = now;
@@ -342,8 +411,27 @@ impl Agents {
         signs
     }
 
-    fn tell_all(&self, message: &EdgeSays) {
+    /// Whether any host has said something lately.
+    pub(super) fn hears(&self, now: Instant, within: Duration) -> bool {
+        let lines: Vec<Line> = self.lock().values().cloned().collect();
+        lines.iter().any(|line| {
+            let heard = line.life.lock().unwrap_or_else(PoisonError::into_inner).heard;
+            now.saturating_duration_since(heard) < within
+        })
+    }
+
+    pub(super) fn tell_all(&self, message: &EdgeSays) {
         self.tell_others(u64::MAX, message);
+    }
+
+    /// Tells one host something, if it is connected.
+    pub(super) fn tell_host(&self, host: Ipv4Addr, message: &EdgeSays) -> bool {
+        let line = self.lock().values().rev().find(|line| line.host == host).cloned();
+        let Some(line) = line else { return false };
+        if say(&line.pen, message).is_err() {
+            line.control.shutdown();
+        }
+        true
     }
 
     fn tell_others(&self, except: u64, message: &EdgeSays) {

@@ -10,6 +10,7 @@ use super::{
 use crate::{
     datapath::{MachineKey, MachineNet, NetError, NetworkId},
     exec::KernelError,
+    homes::Home,
     wire,
 };
 use std::{
@@ -114,8 +115,9 @@ impl Shared {
         net: &MachineNet,
         owner: Ipv4Addr,
         epoch: u64,
-    ) -> Result<Change, Refusal> {
-        let done = self.try_claim(by, net, owner, epoch);
+        home: Option<Home>,
+    ) -> Result<(Change, Option<Home>), Refusal> {
+        let done = self.try_claim(by, net, (owner, epoch), home);
         self.count_refusal(done)
     }
 
@@ -123,9 +125,9 @@ impl Shared {
         &self,
         by: Ipv4Addr,
         net: &MachineNet,
-        owner: Ipv4Addr,
-        epoch: u64,
-    ) -> Result<Change, Refusal> {
+        (owner, epoch): (Ipv4Addr, u64),
+        home: Option<Home>,
+    ) -> Result<(Change, Option<Home>), Refusal> {
         self.check_path(net)?;
         let (mut core, holder) = self.authorise(by, net, owner, epoch)?;
         let core = &mut *core;
@@ -134,7 +136,13 @@ impl Shared {
             return Err(NetError::failed(net, "take it to the edge", detail).into());
         }
         let before = core.ledger.get(net.key()).cloned();
-        let change = core.ledger.claim(by, net, owner, epoch)?;
+        if before.as_ref().is_none_or(|b| b.released) {
+            self.check_given(core, net)?;
+        }
+        let mut change = core.ledger.claim(by, net, owner, epoch)?;
+        let home = core.ledger.at_home(net.key(), home);
+        // With another home it has other public addresses.
+        change.ports |= before.as_ref().is_some_and(|b| !b.released && b.home != home);
         if by == owner {
             core.awaited.remove(&net.key());
         } else if change.route
@@ -144,7 +152,14 @@ impl Shared {
         }
         core.ledger.held_by(net.key(), holder);
         self.commit(core, net, before, change)?;
-        Ok(change)
+        Ok((change, home))
+    }
+
+    /// The home of a machine, if this edge knows it.
+    pub(super) fn home_of(&self, net: &MachineNet) -> Option<Home> {
+        let core = self.core();
+        let entry = core.ledger.get(net.key()).filter(|e| !e.released)?;
+        entry.home.filter(|_| entry.net.machine == net.machine)
     }
 
     /// After a claim and its answer: what nobody waits for.
@@ -178,6 +193,9 @@ impl Shared {
         let before = core.ledger.get(net.key()).cloned();
         let change = core.ledger.release(by, net, epoch)?;
         self.commit(core, net, before, change)?;
+        if change.route {
+            self.return_address(core, net.key(), &net.machine);
+        }
         tracing::info!(machine = net.machine, address = %net.key(), epoch, "machine released");
         Ok(())
     }
@@ -245,7 +263,9 @@ impl Shared {
         let fail = |e: KernelError| NetError::failed(net, "set its way at the edge", e);
         let Some(entry) = core.ledger.get(net.key()).cloned() else { return Ok(()) };
         // A move: its entry in the kernel says it, and the file may follow.
-        let known = before.as_ref().is_some_and(|b| !b.released && b.net == entry.net);
+        let known = before
+            .as_ref()
+            .is_some_and(|b| !b.released && b.net == entry.net && b.home == entry.home);
         let entry_says_it = self.plane.is_some() && known && !entry.released;
         if before.as_ref() != Some(&entry) {
             if entry_says_it {
@@ -266,9 +286,9 @@ impl Shared {
             self.lead(core, &entry).map_err(fail)?;
         }
         if change.ports {
-            let before = before.filter(|b| !b.released).map(|b| b.net);
-            let after = (!entry.released).then_some(&entry.net);
-            self.nat.change(before.as_ref(), after).map_err(fail)?;
+            let before = before.as_ref().filter(|b| !b.released).map(Into::into);
+            let after = (!entry.released).then(|| (&entry).into());
+            self.nat.change(before, after).map_err(fail)?;
         }
         Ok(())
     }

@@ -176,6 +176,14 @@ pub fn stats(socket: &Path) -> io::Result<(Stats, Limits)> {
     }
 }
 
+/// The process of the holder at `socket`.
+pub(crate) fn pid_at(socket: &Path) -> io::Result<u32> {
+    match Channel::connect(socket, ANSWER_LIMIT)?.ask(Ask::Attach { version: VERSION })?.0 {
+        Answer::Attached { pid, .. } => Ok(pid),
+        other => Err(io::Error::other(format!("an unexpected answer: {other:?}"))),
+    }
+}
+
 fn not_there(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
 }

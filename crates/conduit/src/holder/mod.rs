@@ -15,6 +15,9 @@
 //!                     thrown away, counted                         the way is open
 //! ```
 //!
+//! At an edge it also keeps, for three seconds at most, what a machine says by its next host before the edge has heard
+//! of that ([`early`]).
+//!
 //! Nobody tells it: the pinned map says all ([`conduit_bpf::HeldView`]), and the kernel keeps later
 //! frames behind the held ones, so an agent or edge only ever changes the entry. What must hold: a
 //! frame that was taken in is given back, thrown away and counted, or handed over to a successor;
@@ -22,6 +25,7 @@
 //! others, because agent and edge keep a descriptor of the tap too, and the kernel is told.
 
 mod cli;
+mod early;
 mod frame;
 mod keeper;
 mod process;
@@ -30,6 +34,7 @@ mod queue;
 mod take_over;
 
 pub use cli::{HoldArgs, LimitArgs, ShowArgs, run, show};
+pub(crate) use keeper::pid_at;
 pub use keeper::{HoldSettings, Keeper, stats};
 
 use serde::{Deserialize, Serialize};
@@ -105,6 +110,10 @@ pub struct Stats {
     pub refused: u64,
     /// In the hold tap, but of no machine.
     pub stray: u64,
+    /// Frames of machines that came before it was known that their host has them, thrown away: another had
+    /// them, nothing was heard in time, or too many.
+    #[serde(default)]
+    pub early_lost: u64,
     /// Times that a holder was taken over from.
     pub handed_over: u64,
 }
@@ -112,7 +121,7 @@ pub struct Stats {
 impl Stats {
     /// By name, for people and metrics.
     #[must_use]
-    pub fn named(&self) -> [(&'static str, u64); 14] {
+    pub fn named(&self) -> [(&'static str, u64); 15] {
         [
             ("hold_machines", self.machines),
             ("hold_frames", self.frames),
@@ -127,6 +136,7 @@ impl Stats {
             ("hold_lost", self.lost),
             ("hold_refused", self.refused),
             ("hold_stray", self.stray),
+            ("hold_early_lost", self.early_lost),
             ("hold_handed_over", self.handed_over),
         ]
     }

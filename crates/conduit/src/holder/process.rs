@@ -2,7 +2,9 @@
 //! go, writes them back, and answers who connects.
 
 use super::{
-    INTERFACE, Limits, Stats, frame,
+    INTERFACE, Limits, Stats,
+    early::Early,
+    frame::{self, Kind},
     protocol::{Answer, Ask, Channel, VERSION},
     queue::{Full, Queues},
     take_over::{self, Luggage},
@@ -14,7 +16,7 @@ use crate::{
     sys::rights,
     tap,
 };
-use conduit_bpf::{HeldView, Key, Way};
+use conduit_bpf::{Belief, HeldView, Key, Way};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::{
     collections::BTreeMap,
@@ -78,6 +80,8 @@ pub(super) struct Holder {
     clients: Vec<Channel>,
     limits: Limits,
     queues: Queues,
+    /// What came before its sender was known to have the machine.
+    early: Early,
     /// Machines that somebody has: their frames are being given back.
     open: BTreeMap<Key, Follow>,
     /// Machines that nobody has.
@@ -137,6 +141,7 @@ impl Holder {
             clients: Vec::new(),
             limits,
             queues: Queues::new(limits),
+            early: Early::default(),
             open: BTreeMap::new(),
             waiting: BTreeMap::new(),
             cursor: None,
@@ -155,7 +160,7 @@ impl Holder {
     /// Runs to its end.
     pub(super) fn run(mut self) -> io::Result<()> {
         loop {
-            let busy = !self.open.is_empty() || !self.waiting.is_empty();
+            let busy = !self.open.is_empty() || !self.waiting.is_empty() || !self.early.is_empty();
             let (tap, called) = self.wait(if busy { TICK } else { REST })?;
             let now = Instant::now();
             let dry = if tap { self.take_in(now)? } else { true };
@@ -223,9 +228,17 @@ impl Holder {
     }
 
     fn keep(&mut self, bytes: &[u8], at: Instant) {
-        let Some((key, class)) = frame::read(bytes, HEADER) else {
-            self.stats.stray += 1;
-            return;
+        let (key, class) = match frame::read(bytes, HEADER) {
+            Some((key, Kind::Held(class))) => (key, class),
+            Some((key, Kind::Early(sender))) => {
+                let taken = self.early.push(key, sender, bytes.into(), at);
+                self.stats.early_lost += u64::from(!taken);
+                return;
+            }
+            None => {
+                self.stats.stray += 1;
+                return;
+            }
         };
         let follow = match self.open.get_mut(&key) {
             Some(follow) => follow,
@@ -273,8 +286,26 @@ impl Holder {
         }
     }
 
+    /// Gives back what came early and is believed by now.
+    fn give_early(&mut self, now: Instant) {
+        let Self { early, view: Some(view), tap, stats, .. } = self else { return };
+        let believes = |key, sender: super::early::Sender| {
+            view.believes(key, sender.outer, sender.wire).unwrap_or(Belief::NotYet)
+        };
+        stats.early_lost += early.round(now, believes, |bytes| match tap.write_all(bytes) {
+            Ok(()) => stats.given += 1,
+            Err(error) => {
+                tracing::warn!(%error, bytes = bytes.len(), "an early frame was refused");
+                stats.refused += 1;
+            }
+        });
+    }
+
     /// Gives back what may go, and looks whether more may.
     fn round(&mut self, now: Instant, dry: bool) {
+        if !self.early.is_empty() {
+            self.give_early(now);
+        }
         if now >= self.next_look {
             self.next_look = now + TICK;
             self.look(now);
@@ -395,9 +426,10 @@ impl Holder {
     }
 
     fn stats(&self) -> Stats {
-        let load = self.queues.total();
+        let (held, early) = (self.queues.total(), self.early.load());
+        let (frames, bytes) = (held.frames + early.frames, held.bytes + early.bytes);
         let machines = (self.open.len() + self.waiting.len()) as u64;
-        Stats { machines, frames: load.frames, bytes: load.bytes, ..self.stats }
+        Stats { machines, frames, bytes, ..self.stats }
     }
 
     /// Answers the clients that have spoken.
@@ -456,7 +488,8 @@ impl Holder {
 
     /// Gives everything to a successor. Until it has said that it has all, this one stays the holder.
     fn hand_over(&mut self, client: &Channel) -> io::Result<Option<End>> {
-        let frames = self.queues.drain(Instant::now());
+        let mut frames = self.queues.drain(Instant::now());
+        frames.extend(self.early.drain(Instant::now()));
         let stats = Stats { handed_over: self.stats.handed_over + 1, ..self.stats() };
         let given = take_over::give(client, self.tap.as_fd(), self.lock.as_fd(), stats, &frames);
         let Err(error) = given else { return Ok(Some(End::HandedOver)) };
@@ -487,7 +520,7 @@ impl Holder {
             tracing::info!("the data path was removed");
             return true;
         }
-        if self.queues.total().frames > 0 {
+        if self.queues.total().frames > 0 || !self.early.is_empty() {
             return false;
         }
         // With the state folder gone, nobody will find it.

@@ -41,16 +41,16 @@ pub(super) struct Load {
 }
 
 impl Load {
-    fn fits(self, cost: u64, bound: Bound) -> bool {
+    pub(super) fn fits(self, cost: u64, bound: Bound) -> bool {
         self.frames < bound.frames && self.bytes + cost <= bound.bytes
     }
 
-    fn add(&mut self, cost: u64) {
+    pub(super) fn add(&mut self, cost: u64) {
         self.frames += 1;
         self.bytes += cost;
     }
 
-    fn sub(&mut self, cost: u64) {
+    pub(super) fn sub(&mut self, cost: u64) {
         self.frames = self.frames.saturating_sub(1);
         self.bytes = self.bytes.saturating_sub(cost);
     }
@@ -67,7 +67,7 @@ impl Held {
     }
 }
 
-fn cost(frame: &[u8]) -> u64 {
+pub(super) fn cost(frame: &[u8]) -> u64 {
     frame.len() as u64 + OVERHEAD
 }
 

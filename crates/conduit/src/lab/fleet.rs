@@ -3,12 +3,16 @@
 
 use super::{
     Space,
+    line::{Line, Shape},
     machine::{Guest, Vmm},
     wait_for,
 };
 use crate::{
     AgentDataPath, DataPath, KernelError, MachineNet, PathChoice, PortMapping, Protocol, Tap, exec,
+    holder,
 };
+use identity::HostName;
+use lease::{AttemptId, FileStore, LeaseStore, MachineName, Nonce, Record};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -30,18 +34,48 @@ pub const TCP: u16 = 7000;
 pub const UDP: u16 = 7001;
 /// Public TCP port of the machine's port 8, for bulk.
 pub const BULK: u16 = 7002;
+/// All of them, with the machine's own.
+const PORTS: [(Protocol, u16, u16); 3] =
+    [(Protocol::Tcp, TCP, 7), (Protocol::Udp, UDP, 9), (Protocol::Tcp, BULK, 8)];
 
-const READY: Duration = Duration::from_secs(15);
+const READY: Duration = Duration::from_secs(60);
+/// Lines of each log that are told when something did not begin.
+const LOG_LINES: usize = 12;
 const SETTLE: Duration = Duration::from_secs(5);
 const END: Duration = Duration::from_secs(20);
 
 /// A daemon's process. Dropped, it is asked to remove all that it made.
-struct Daemon {
+pub(super) struct Daemon {
     child: Child,
 }
 
 impl Daemon {
-    fn kill(mut self) {
+    /// Starts one in a namespace, with what all daemons of a rig are told.
+    pub(super) fn start(
+        space: &Space,
+        folder: &Path,
+        log: &str,
+        encrypt: &str,
+        command: &mut Command,
+    ) -> Result<Self, KernelError> {
+        let fail = |e: std::io::Error| failed("start a daemon", e);
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(folder.join(format!("{log}.log")))
+            .map_err(fail)?;
+        command.args(["--plaintext", "--remove-on-exit", "--encrypt", encrypt]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        let child = space.run(|| command.spawn()).map_err(fail)?;
+        Ok(Self { child })
+    }
+
+    pub(super) fn signal(&self, signal: Signal) -> Result<(), KernelError> {
+        kill(Pid::from_raw(self.child.id().cast_signed()), signal)
+            .map_err(|e| failed("send a signal to a daemon", e))
+    }
+
+    pub(super) fn kill(mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
         // Nothing is left to end.
@@ -67,6 +101,24 @@ struct Host {
     agent: Option<Daemon>,
     path: Option<AgentDataPath>,
     tap: Option<Tap>,
+    line: Option<Line>,
+}
+
+/// How frames go between hosts and edge, and to clients.
+#[derive(Clone, Copy)]
+struct Ways {
+    /// `--encrypt`.
+    encrypt: &'static str,
+    /// Hosts announce the machine; the client is on their link too.
+    announce: bool,
+    /// Lines that can be slow, and the edge reads leases.
+    lines: bool,
+}
+
+impl Ways {
+    fn encrypted(encrypt: &'static str) -> Self {
+        Self { encrypt, announce: false, lines: false }
+    }
 }
 
 /// See the module.
@@ -83,8 +135,9 @@ pub struct Fleet {
     vmm: Option<Vmm>,
     at: usize,
     epoch: u64,
+    leases: Option<(FileStore, Record)>,
     stopped: Instant,
-    encrypt: &'static str,
+    ways: Ways,
     program: PathBuf,
     folder: tempfile::TempDir,
 }
@@ -107,20 +160,36 @@ fn failed(operation: &str, error: impl std::fmt::Display) -> KernelError {
 impl Fleet {
     /// Starts everything, with the `conduit` at `program`; the machine runs on the first host.
     pub fn new(program: &Path, path: PathChoice) -> Result<Self, KernelError> {
-        Self::with(program, path, "off", 1400)
+        Self::with(program, path, Ways::encrypted("off"), 1400)
+    }
+
+    /// The same, with hosts that announce their machine on a link that the client shares.
+    pub fn announced(program: &Path) -> Result<Self, KernelError> {
+        Self::with(
+            program,
+            PathChoice::Bpf,
+            Ways { announce: true, ..Ways::encrypted("off") },
+            1400,
+        )
+    }
+
+    /// The same, with lines between hosts and edge that can be slow and disorderly ([`Self::shape`]), and an
+    /// edge that reads leases.
+    pub fn on_lines(program: &Path) -> Result<Self, KernelError> {
+        Self::with(program, PathChoice::Bpf, Ways { lines: true, ..Ways::encrypted("off") }, 1400)
     }
 
     /// The same, with all packets between hosts and edge encrypted in user space.
     pub fn encrypted(program: &Path, path: PathChoice) -> Result<Self, KernelError> {
-        Self::with(program, path, "userspace", 1380)
+        Self::with(program, path, Ways::encrypted("userspace"), 1380)
     }
 
-    fn with(
-        program: &Path,
-        path: PathChoice,
-        encrypt: &'static str,
-        mtu: u16,
-    ) -> Result<Self, KernelError> {
+    /// The same, encrypted by the kernel.
+    pub fn encrypted_by_the_kernel(program: &Path, path: PathChoice) -> Result<Self, KernelError> {
+        Self::with(program, path, Ways::encrypted("kernel"), 1380)
+    }
+
+    fn with(program: &Path, path: PathChoice, ways: Ways, mtu: u16) -> Result<Self, KernelError> {
         let folder = tempfile::tempdir().map_err(|e| failed("make a folder", e))?;
         let (client, edge_space) = (Space::new()?, Space::new()?);
         edge_space.join("pub0", &client, "eth0")?;
@@ -131,24 +200,39 @@ impl Fleet {
             address add 10.88.0.1/24 dev under0
             link set under0 up\n"
         ))?;
+        if ways.announce {
+            edge_space.join("to-client", &client, "near0")?;
+            edge_space.ip("link set to-client master under0\n")?;
+            client.ip("address add 10.77.255.9/16 dev near0\n")?;
+        }
         let port = |protocol, public, machine| PortMapping { protocol, public, machine };
         let net = MachineNet {
-            ports: vec![
-                port(Protocol::Tcp, TCP, 7),
-                port(Protocol::Udp, UDP, 9),
-                port(Protocol::Tcp, BULK, 8),
-            ],
+            ports: if ways.announce {
+                Vec::new()
+            } else {
+                PORTS.map(|(protocol, public, machine)| port(protocol, public, machine)).to_vec()
+            },
             ..MachineNet::new("echo", Ipv4Addr::new(10, 77, 0, 1), [2, 0, 0, 0x77, 0, 1], mtu)
         };
         let guest = Guest::new(&net)?;
         let mut hosts = Vec::new();
         for (at, name) in [(2_u8, "a"), (3, "b")] {
             let space = Space::new()?;
-            space.join("eth0", &edge_space, &format!("to-{name}"))?;
-            edge_space.ip(&format!("link set to-{name} master under0\n"))?;
+            let its = format!("to-{name}");
+            let line = if ways.lines {
+                Some(Line::join(&space, "eth0", &edge_space, &its)?)
+            } else {
+                space.join("eth0", &edge_space, &its)?;
+                None
+            };
+            edge_space.ip(&format!("link set {its} master under0\n"))?;
             space.ip(&format!("address add 10.88.0.{at}/24 dev eth0\n"))?;
-            hosts.push(Host { name, at, space, agent: None, path: None, tap: None });
+            if ways.announce {
+                space.ip(&format!("address add 10.77.255.{at}/16 dev eth0\n"))?;
+            }
+            hosts.push(Host { name, at, space, agent: None, path: None, tap: None, line });
         }
+        let leases = ways.lines.then(|| first_lease(folder.path(), &net)).transpose()?;
         let mut fleet = Self {
             client,
             guest,
@@ -159,8 +243,9 @@ impl Fleet {
             vmm: None,
             at: 0,
             epoch: 1 << 16,
+            leases,
             stopped: Instant::now(),
-            encrypt,
+            ways,
             program: program.to_owned(),
             folder,
         };
@@ -209,6 +294,18 @@ impl Fleet {
         &self.edge_space
     }
 
+    /// A host's namespace, or the edge's (`None`).
+    #[must_use]
+    pub fn space(&self, host: Option<usize>) -> &Space {
+        host.map_or(&self.edge_space, |host| &self.hosts[host].space)
+    }
+
+    /// The socket of a host's agent, or of the edge (`None`).
+    #[must_use]
+    pub fn socket(&self, host: Option<usize>) -> PathBuf {
+        host.map_or_else(|| self.edge_socket(), |host| self.agent_socket(host))
+    }
+
     /// The host that has the machine.
     #[must_use]
     pub fn at(&self) -> usize {
@@ -218,6 +315,10 @@ impl Fleet {
     /// Where a client reaches a public port of the machine.
     #[must_use]
     pub fn public(&self, port: u16) -> SocketAddr {
+        if self.ways.announce {
+            let own = PORTS.iter().find(|(_, public, _)| *public == port).map_or(port, |p| p.2);
+            return (self.net.address, own).into();
+        }
         (PUBLIC, port).into()
     }
 
@@ -227,16 +328,7 @@ impl Fleet {
         log: &str,
         command: &mut Command,
     ) -> Result<Daemon, KernelError> {
-        let fail = |e: std::io::Error| failed("start a daemon", e);
-        let log = File::options()
-            .create(true)
-            .append(true)
-            .open(self.folder.path().join(format!("{log}.log")))
-            .map_err(fail)?;
-        command.args(["--plaintext", "--remove-on-exit", "--encrypt", self.encrypt]);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-        let child = space.run(|| command.spawn()).map_err(fail)?;
-        Ok(Daemon { child })
+        Daemon::start(space, self.folder.path(), log, self.ways.encrypt, command)
     }
 
     fn by(path: PathChoice) -> &'static str {
@@ -257,6 +349,9 @@ impl Fleet {
         command.args(["edge", "--public", "203.0.113.1", "--underlay", "10.88.0.1", "--socket"]);
         command.arg(self.edge_socket()).arg("--state").arg(self.folder.path().join("edge"));
         command.args(["--path", Self::by(path)]);
+        if self.leases.is_some() {
+            command.arg("--lease").arg(self.folder.path().join("leases"));
+        }
         self.edge = Some(self.daemon(&self.edge_space, "edge", &mut command)?);
         let socket = self.edge_socket();
         self.ready(|| crate::status(&socket).is_ok(), "the edge")
@@ -275,6 +370,9 @@ impl Fleet {
         command.args(["--underlay", &format!("10.88.0.{at}"), "--socket"]);
         command.arg(self.agent_socket(host)).arg("--state").arg(self.folder.path().join(name));
         command.args(["--path", Self::by(path)]);
+        if self.ways.announce {
+            command.args(["--announce", "link:eth0"]);
+        }
         let agent = self.daemon(space, name, &mut command)?;
         self.hosts[host].agent = Some(agent);
         let socket = self.agent_socket(host);
@@ -286,8 +384,17 @@ impl Fleet {
         if wait_for(READY, ready) {
             return Ok(());
         }
-        let logs = self.folder.path().display();
-        Err(failed(&format!("wait for {who}"), format!("not within {READY:?}; logs in {logs}")))
+        // The folder goes with the fleet: what the logs end with is told here.
+        let mut detail = format!("not within {READY:?}");
+        for name in ["edge", "a", "b"] {
+            let log = std::fs::read_to_string(self.folder.path().join(format!("{name}.log")));
+            let log = log.unwrap_or_default();
+            let lines: Vec<&str> = log.lines().rev().take(LOG_LINES).collect();
+            for line in lines.into_iter().rev() {
+                detail += &format!("\n{name}: {line}");
+            }
+        }
+        Err(failed(&format!("wait for {who}"), detail))
     }
 
     /// Kills the edge's process (SIGKILL).
@@ -304,11 +411,39 @@ impl Fleet {
         }
     }
 
+    /// What the holder of a host, or of the edge (`None`), has done since it was started.
+    pub fn holder_stats(&self, host: Option<usize>) -> Result<holder::Stats, KernelError> {
+        let socket = self.holder_socket(host);
+        let mut found = None;
+        // It may be restarting.
+        self.ready(
+            || {
+                found = holder::stats(&socket).ok();
+                found.is_some()
+            },
+            "a holder",
+        )?;
+        found.map(|(stats, _)| stats).ok_or_else(|| failed("ask a holder", "it is gone"))
+    }
+
+    /// Kills that holder (SIGKILL), and returns when the next one answers.
+    pub fn kill_holder(&self, host: Option<usize>) -> Result<(), KernelError> {
+        let socket = self.holder_socket(host);
+        let old = holder::pid_at(&socket).map_err(|e| failed("find a holder", e))?;
+        kill(Pid::from_raw(old.cast_signed()), Signal::SIGKILL)
+            .map_err(|e| failed("kill a holder", e))?;
+        self.ready(|| holder::pid_at(&socket).is_ok_and(|new| new != old), "the next holder")
+    }
+
+    fn holder_socket(&self, host: Option<usize>) -> PathBuf {
+        let name = host.map_or("edge", |host| self.hosts[host].name);
+        self.folder.path().join(name).join("hold.sock")
+    }
+
     /// Sends a signal to the agent of a host.
     pub fn signal_agent(&self, host: usize, signal: Signal) -> Result<(), KernelError> {
         let agent = self.hosts[host].agent.as_ref().expect("it runs");
-        kill(Pid::from_raw(agent.child.id().cast_signed()), signal)
-            .map_err(|e| failed("send a signal to an agent", e))
+        agent.signal(signal)
     }
 
     /// The folder of all state; its name is in the command line of every process of this fleet.
@@ -355,7 +490,8 @@ impl Fleet {
     pub fn depart(&mut self, expected: Option<Duration>) -> Result<Moved, KernelError> {
         let (from, to) = (self.at, 1 - self.at);
         self.prepare(to, expected)?;
-        self.epoch += 1 << 16;
+        // Where leases count, the owner gives its frames away within its own epoch.
+        self.epoch += if self.leases.is_some() { 1 } else { 1 << 16 };
         let target = self.path(to).endpoint();
         let start = Instant::now();
         let fail = |e| failed("leave a host", e);
@@ -385,6 +521,7 @@ impl Fleet {
     /// The second half: the machine runs on the other host. Says how long it stood still.
     pub fn arrive(&mut self) -> Result<Duration, KernelError> {
         let to = 1 - self.at;
+        self.take_lease(to)?;
         let fail = |e| failed("run on a host", e);
         self.path(to).resume(&self.net, self.epoch).map_err(fail)?;
         self.run(to);
@@ -393,11 +530,40 @@ impl Fleet {
         Ok(stood)
     }
 
+    /// The machine's lease is a host's from now on, if there are leases.
+    fn take_lease(&mut self, host: usize) -> Result<(), KernelError> {
+        let Some((store, lease)) = &mut self.leases else { return Ok(()) };
+        let fail = |e: &dyn std::fmt::Display| failed("take the machine's lease", e);
+        let owner = HostName::new(self.hosts[host].name).map_err(|e| fail(&e))?;
+        let next = lease.taken(owner, lease.attempt, Nonce(lease.nonce.0 + 1));
+        store.compare_and_set(&lease.machine, Some(lease), &next).map_err(|e| fail(&e))?;
+        self.epoch = next.epoch.0 << 16;
+        *lease = next;
+        Ok(())
+    }
+
+    /// How the line between a host and the edge is from now on.
+    pub fn shape(&self, host: usize, shape: Shape) {
+        self.line(host).set(shape);
+    }
+
+    /// Frames that were overtaken on the line of a host.
+    #[must_use]
+    pub fn overtaken(&self, host: usize) -> u64 {
+        self.line(host).overtaken()
+    }
+
+    fn line(&self, host: usize) -> &Line {
+        self.hosts[host].line.as_ref().expect("a fleet on lines has one for each host")
+    }
+
     /// What is left at the source is removed, when the edge has confirmed.
     pub fn forget(&mut self) -> Result<(), KernelError> {
         let from = 1 - self.at;
         let fail = |e| failed("leave a host behind", e);
-        self.path(from).settled(&self.net, self.epoch, SETTLE).map_err(fail)?;
+        // The next owner's word is another epoch's, where leases count.
+        let says = if self.leases.is_some() { self.at } else { from };
+        self.path(says).settled(&self.net, self.epoch, SETTLE).map_err(fail)?;
         self.hosts[from].tap = None;
         self.path(from).forget(&self.net, self.epoch).map_err(fail)
     }
@@ -416,6 +582,17 @@ impl Fleet {
     }
 }
 
+/// Leases, and the machine's first one: host a's.
+fn first_lease(folder: &Path, net: &MachineNet) -> Result<(FileStore, Record), KernelError> {
+    let fail = |e: &dyn std::fmt::Display| failed("make a lease", e);
+    let store = FileStore::open(&folder.join("leases"), SETTLE).map_err(|e| fail(&e))?;
+    let machine = MachineName::new(&net.machine).map_err(|e| fail(&e))?;
+    let owner = HostName::new("a").map_err(|e| fail(&e))?;
+    let first = Record::first(machine.clone(), owner, AttemptId(1), Nonce(1));
+    store.compare_and_set(&machine, None, &first).map_err(|e| fail(&e))?;
+    Ok((store, first))
+}
+
 impl Drop for Fleet {
     fn drop(&mut self) {
         self.vmm = None;
@@ -425,7 +602,7 @@ impl Drop for Fleet {
         }
         self.edge = None;
         // A daemon that was killed has left its tunnel.
-        if self.encrypt != "off" {
+        if self.ways.encrypt == "userspace" {
             for end in [None, Some(0), Some(1)] {
                 let stop = conduit_wg::Ask::Stop { remove: true };
                 let _ = conduit_wg::tell(&self.tunnel_socket(end), &stop);

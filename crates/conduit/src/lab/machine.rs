@@ -23,17 +23,28 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// A guest with this machine's address.
-    pub fn new(net: &MachineNet) -> Result<Self, KernelError> {
+    /// A guest with this machine's MAC, and told nothing else.
+    pub fn bare(net: &MachineNet) -> Result<Self, KernelError> {
         let space = Space::new()?;
         let interface = space.run(|| {
             let fail = |e| KernelError::new("make a guest's interface", e);
             let interface = tap::open_temporary("eth0").map_err(fail)?;
             tap::offer_offload(interface.fd.as_fd()).map_err(fail)?;
             let mac = net.mac.map(|b| format!("{b:02x}")).join(":");
+            let script = format!("link set dev eth0 address {mac} txqueuelen 16384 up\n");
+            exec::run("ip", &["-batch", "-"], &script)?;
+            Ok(interface)
+        })?;
+        Ok(Self { space, interface })
+    }
+
+    /// A guest with this machine's address.
+    pub fn new(net: &MachineNet) -> Result<Self, KernelError> {
+        let guest = Self::bare(net)?;
+        guest.run(|| {
             let (gateway, address, mtu) = (tap::GATEWAY, net.address, net.mtu);
             let script = format!(
-                "link set dev eth0 address {mac} mtu {mtu} txqueuelen 16384 up
+                "link set dev eth0 mtu {mtu}
 address add {address}/32 dev eth0
 route add {gateway} dev eth0
 route add default via {gateway} dev eth0
@@ -50,9 +61,9 @@ route add ::/0 via {gateway} dev eth0
                 );
                 exec::run("ip", &["-6", "-batch", "-"], &script)?;
             }
-            Ok(interface)
+            Ok::<_, KernelError>(())
         })?;
-        Ok(Self { space, interface })
+        Ok(guest)
     }
 
     /// The guest's network namespace.

@@ -1,8 +1,11 @@
 //! For tests and benchmarks of the data path: network namespaces without names, which go with the
 //! process that made them, whatever ends it; machines without a processor; and traffic.
 
+pub mod edges;
 pub mod fleet;
+pub mod line;
 pub mod machine;
+pub mod sniff;
 pub mod traffic;
 pub mod tunnel;
 

@@ -14,8 +14,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-const WAIT: Duration = Duration::from_secs(10);
+/// TCP that met an outage tries again at the latest when as much time has passed again: an outage of 10 s
+/// on a computer with too much to do is felt for 20.
+const WAIT: Duration = Duration::from_secs(30);
 const EVERY: Duration = Duration::from_millis(1);
+/// Who has heard nothing for so long hears no more.
+const QUIET: Duration = Duration::from_millis(1500);
 
 /// Answers every connection with what it sends. Ends with the process.
 pub fn serve_echo(listener: TcpListener) {
@@ -64,6 +68,12 @@ impl Received {
             }
         });
         this
+    }
+
+    /// How many have arrived.
+    #[must_use]
+    pub fn all(&self) -> u64 {
+        self.count(0..u64::MAX)
     }
 
     fn count(&self, numbers: std::ops::Range<u64>) -> u64 {
@@ -132,9 +142,14 @@ impl Echoes {
 
     /// Waits until echoes flow.
     pub fn wait(&self, more: u64) {
+        self.wait_or(more, String::new);
+    }
+
+    /// Likewise; `why` is asked if none come.
+    pub fn wait_or(&self, more: u64, why: impl FnOnce() -> String) {
         let want = self.answered.load(Ordering::Relaxed) + more;
         let flows = || self.answered.load(Ordering::Relaxed) >= want;
-        assert!(super::wait_for(WAIT, flows), "no echoes");
+        assert!(super::wait_for(WAIT, flows), "no echoes: {}", why());
     }
 
     /// Ends cleanly; a connection that was reset or stalled is an error here.
@@ -157,11 +172,12 @@ impl Echoes {
     }
 }
 
-/// A thousand numbered datagrams a second.
+/// Numbered datagrams, a thousand a second unless told otherwise.
 pub struct Datagrams {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<u64>,
     first: u64,
+    sent: Arc<AtomicU64>,
 }
 
 /// Each stream has numbers of its own.
@@ -170,6 +186,11 @@ static NEXT_STREAM: AtomicU64 = AtomicU64::new(0);
 impl Datagrams {
     /// Starts in the calling thread's namespace.
     pub fn start(to: SocketAddr) -> Self {
+        Self::start_at(to, EVERY)
+    }
+
+    /// Likewise, one every so often: for processors that are slow.
+    pub fn start_at(to: SocketAddr, every: Duration) -> Self {
         let any: IpAddr = match to {
             SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
             SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
@@ -179,18 +200,33 @@ impl Datagrams {
         let stop = Arc::new(AtomicBool::new(false));
         let first = NEXT_STREAM.fetch_add(1, Ordering::Relaxed) << 32;
         let stopping = stop.clone();
+        let counted = Arc::new(AtomicU64::new(0));
+        let counting = counted.clone();
         let thread = thread::spawn(move || {
             let mut next = Instant::now();
             let mut sent = 0_u64;
             while !stopping.load(Ordering::Relaxed) {
                 socket.send(&(first + sent).to_be_bytes()).expect("a rig's own call works");
                 sent += 1;
-                next += EVERY;
+                counting.store(sent, Ordering::Relaxed);
+                next += every;
                 thread::sleep(next.saturating_duration_since(Instant::now()));
             }
             sent
         });
-        Self { stop, thread, first }
+        Self { stop, thread, first, sent: counted }
+    }
+
+    /// How many were sent so far.
+    #[must_use]
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    /// Waits until `more` were sent.
+    pub fn wait(&self, more: u64) {
+        let want = self.sent() + more;
+        assert!(super::wait_for(WAIT, || self.sent() >= want), "no datagrams are sent");
     }
 
     /// Ends, and says how many were sent and how many did not arrive.
@@ -198,7 +234,15 @@ impl Datagrams {
         self.stop.store(true, Ordering::Relaxed);
         let sent = self.thread.join().expect("its thread ended well");
         let arrived = || received.count(self.first..self.first + sent);
-        super::wait_for(Duration::from_millis(500), || arrived() >= sent);
+        // What is late on a busy computer is not lost: until nothing comes any more.
+        let (mut before, mut since) = (arrived(), Instant::now());
+        super::wait_for(WAIT, || {
+            let now = arrived();
+            if now > before {
+                (before, since) = (now, Instant::now());
+            }
+            now >= sent || since.elapsed() > QUIET
+        });
         (sent, sent - arrived())
     }
 }

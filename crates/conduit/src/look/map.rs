@@ -54,6 +54,12 @@ struct InBook {
     place: String,
     /// What the edge knows of that; empty at the edge itself.
     edge: String,
+    /// The edge that it belongs to, where there are several, by name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    home: Option<String>,
+    /// Overlay address of the edge that serves it now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    served_by: Option<IpAddr>,
     ports: Vec<String>,
 }
 
@@ -68,10 +74,13 @@ impl From<&Entry> for InKernel {
     }
 }
 
-impl From<&MachineStatus> for InBook {
-    fn from(machine: &MachineStatus) -> Self {
+impl InBook {
+    fn of(machine: &MachineStatus, status: &Status) -> Self {
         let ports = machine.net.ports.iter();
+        let home = machine.home.and_then(|at| status.homes.iter().find(|h| h.word.home == at));
         Self {
+            home: home.map(|home| home.word.name.clone()),
+            served_by: home.map(|home| home.word.by.overlay.into()),
             epoch: machine.epoch,
             place: machine.place.clone(),
             edge: machine.edge.clone(),
@@ -90,14 +99,15 @@ fn lines(entries: &[(Key, Entry)], status: Option<&Status>) -> Vec<Line> {
             Line { machine: None, network, address, kernel, book: None },
         );
     }
-    for machine in status.into_iter().flat_map(|s| &s.machines) {
+    let known = status.into_iter().flat_map(|s| s.machines.iter().map(move |m| (s, m)));
+    for (status, machine) in known {
         let network = u32::from(machine.net.network.0);
         let v6 = machine.net.address_v6.map(IpAddr::from);
         for address in [Some(IpAddr::from(machine.net.address)), v6].into_iter().flatten() {
             let empty = || Line { machine: None, network, address, kernel: None, book: None };
             let line = found.entry((network, address)).or_insert_with(empty);
             line.machine = Some(machine.net.machine.clone());
-            line.book = Some(InBook::from(machine));
+            line.book = Some(InBook::of(machine, status));
         }
     }
     found.into_values().collect()
@@ -156,6 +166,10 @@ fn print(lines: &[Line], names: &Names, out: &mut dyn Write) -> std::io::Result<
         if let Some(next) = line.kernel.as_ref().and_then(|k| k.candidate) {
             writeln!(out, "{:<20} may go to {}", "", names.host(next))?;
         }
+        if let Some((home, by)) = line.book.as_ref().and_then(|b| b.home.as_ref().zip(b.served_by))
+        {
+            writeln!(out, "{:<20} belongs to edge {home}, served by {by}", "")?;
+        }
         let behind = line.kernel.as_ref().zip(line.book.as_ref());
         if let Some((kernel, book)) = behind.filter(|(k, b)| k.epoch != b.epoch) {
             writeln!(
@@ -195,7 +209,10 @@ mod tests {
                 epoch: 4,
                 place: "100.64.0.2".into(),
                 edge: String::new(),
+                home: None,
             }],
+            homes: Vec::new(),
+            pairs: Vec::new(),
             machine_count: 1,
             path: PathKind::Bpf,
             protection: String::new(),

@@ -4,10 +4,17 @@
 
 pub(crate) mod rights;
 
-use nix::errno::Errno;
+use nix::{
+    errno::Errno,
+    sys::{
+        socket::{AddressFamily, SockFlag, SockProtocol, SockType, setsockopt, socket, sockopt},
+        time::{TimeVal, TimeValLike},
+    },
+};
 use std::{
     io,
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    time::Duration,
 };
 
 nix::ioctl_write_ptr_bad!(tun_set_iff, 0x4004_54ca_u32 as libc::Ioctl, libc::ifreq);
@@ -77,17 +84,31 @@ pub(crate) fn set_vnet_header_size(fd: BorrowedFd<'_>, size: i32) -> io::Result<
     unsafe { tun_set_vnet_hdr_sz(fd.as_raw_fd(), &raw const size) }.map_err(io_error).map(drop)
 }
 
-/// Gives a whole Ethernet frame to an interface to send, past routes and neighbours.
+/// Gives a whole Ethernet frame to an interface to send, past routes and neighbours. Takes tens of
+/// milliseconds, in which the kernel closes the socket: see [`send_frame_by`].
 pub(crate) fn send_frame(interface: u32, frame: &[u8]) -> io::Result<()> {
-    let index = libc::c_int::try_from(interface)
-        .map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
+    send_frame_by(frame_socket()?.as_fd(), interface, frame)
+}
+
+/// A socket for [`send_frame_by`].
+pub(crate) fn frame_socket() -> io::Result<OwnedFd> {
     // SAFETY: takes numbers only. Protocol 0: this socket receives nothing.
     let raw = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
     if raw < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: the descriptor was just made and is nobody else's.
-    let socket = unsafe { OwnedFd::from_raw_fd(raw) };
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
+
+/// Likewise, by a socket that stays open: microseconds.
+pub(crate) fn send_frame_by(
+    socket: BorrowedFd<'_>,
+    interface: u32,
+    frame: &[u8],
+) -> io::Result<()> {
+    let index = libc::c_int::try_from(interface)
+        .map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
     // SAFETY: sockaddr_ll is plain data; all zeros is a valid value.
     let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
     address.sll_family = libc::AF_PACKET as libc::c_ushort;
@@ -105,6 +126,45 @@ pub(crate) fn send_frame(interface: u32, frame: &[u8]) -> io::Result<()> {
         )
     };
     if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// `struct icmp6_filter` of `linux/icmpv6.h`: a bit for each type that does not come in.
+#[repr(C)]
+struct IcmpFilter([u32; 8]);
+
+/// A raw ICMPv6 socket of all interfaces, which router solicitations alone come in by, with the interface
+/// of each; what it sends has crossed no router (RFC 4861, 6.1). A read gives up after `patience`.
+pub(crate) fn solicitations(patience: Duration) -> io::Result<OwnedFd> {
+    const ROUTER_SOLICITATION: usize = 133;
+    const ICMPV6_FILTER: libc::c_int = 1;
+    let socket = socket(
+        AddressFamily::Inet6,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        Some(SockProtocol::IcmpV6),
+    )?;
+    let mut filter = IcmpFilter([u32::MAX; 8]);
+    filter.0[ROUTER_SOLICITATION / 32] &= !(1 << (ROUTER_SOLICITATION % 32));
+    // SAFETY: the kernel reads one icmp6_filter of the size given, which lives on this stack frame; the
+    // descriptor is open.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_ICMPV6,
+            ICMPV6_FILTER,
+            (&raw const filter).cast(),
+            size_of::<IcmpFilter>() as libc::socklen_t,
+        )
+    };
+    if set < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?;
+    setsockopt(&socket, sockopt::Ipv6MulticastHops, &255)?;
+    setsockopt(&socket, sockopt::Ipv6Ttl, &255)?;
+    let patience = TimeVal::microseconds(i64::try_from(patience.as_micros()).unwrap_or(i64::MAX));
+    setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
+    Ok(socket)
 }
 
 /// `struct ethtool_value` of `linux/ethtool.h`.

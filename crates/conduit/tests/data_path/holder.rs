@@ -1,12 +1,12 @@
 //! The holder process: what it keeps, gives back, throws away and says of it, and what its own death
 //! costs.
 
-use crate::rig::{MACHINE, Node, PORT, Rig, eventually, key};
+use crate::rig::{CLIENT, MAC, MACHINE, Node, PORT, Rig, eventually, key};
 use conduit::{
     holder::{Bound, HoldSettings, Keeper, Limits, Stats},
     netlink::interface_index,
 };
-use conduit_bpf::{Event, Place, Program};
+use conduit_bpf::{Entry, Event, Place, Program};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -303,6 +303,34 @@ fn frames_that_the_hold_tap_had_no_room_for_do_not_keep_the_way_closed() {
 }
 
 #[test]
+fn what_comes_while_a_machine_stops_waits_until_its_tap_is_empty_and_follows_in_order() {
+    let rig = Rig::new();
+    rig.place(0, 1);
+    let held = Held::on(&rig.hosts[0], Limits::default());
+    let (b, this) = (rig.listen(1), rig.hosts[1].this);
+    rig.hosts[1].set(key(), 2, rig.local(1), this);
+    rig.hosts[0].set(key(), 2, Place::Remote { leaving: true }, this);
+    let mut sender = Sender::new(&rig);
+    sender.send(30);
+    eventually("they wait", || held.stats().frames == 30);
+    assert_eq!(rig.hosts[0].count(Event::Forwarded), 0, "none goes before what is in the tap");
+    rig.hosts[0].set(key(), 2, Place::Remote { leaving: false }, this);
+    sender.send(10);
+    assert_eq!(numbers(&b), (0..40).collect::<Vec<_>>());
+    eventually("the way opens", || !rig.hosts[0].plane().is_draining(key()).unwrap());
+
+    // A move that fails: they come back to the machine that goes on here.
+    rig.hosts[0].set(key(), 3, Place::Remote { leaving: true }, this);
+    sender.send(20);
+    eventually("they wait again", || held.stats().frames == 20);
+    let a = rig.listen(0);
+    let own = rig.hosts[0].this;
+    rig.hosts[0].set(key(), 4, rig.local(0), own);
+    assert_eq!(numbers(&a), (40..60).collect::<Vec<_>>());
+    assert_eq!(held.stats().lost, 0);
+}
+
+#[test]
 fn a_host_gives_a_machine_what_it_held_for_it() {
     let rig = Rig::new();
     rig.place(0, 1);
@@ -318,4 +346,47 @@ fn a_host_gives_a_machine_what_it_held_for_it() {
     rig.hosts[1].set(key(), 2, rig.local(1), this);
     assert_eq!(heard.join().unwrap(), (0..800).collect::<Vec<_>>());
     eventually("the way opens", || !rig.hosts[1].plane().is_draining(key()).unwrap());
+}
+
+/// The machine is on host a, as its edge has it and nobody is announced; it runs on host b already.
+fn speaks_early() -> (Rig, Held, UdpSocket) {
+    let rig = Rig::new();
+    rig.place(0, 1);
+    let held = Held::on(&rig.edge, Limits::default());
+    let a = rig.hosts[0].this;
+    let place = Place::Remote { leaving: false };
+    let entry = Entry { epoch: 1, owner: a, candidate: Some(a), place, mac: MAC };
+    rig.edge.plane().change(key(), &entry).unwrap();
+    rig.hosts[1].set(key(), 2, rig.local(1), rig.hosts[1].this);
+    let hears = rig.client.run(|| UdpSocket::bind((CLIENT, PORT)).unwrap());
+    hears.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    let says = rig.guests[1].run(|| UdpSocket::bind("0.0.0.0:0").unwrap());
+    for number in 0..20_u64 {
+        says.send_to(&number.to_be_bytes(), (CLIENT, PORT)).unwrap();
+    }
+    eventually("they wait at the edge", || rig.edge.count(Event::Early) == 20);
+    assert_eq!(rig.edge.count(Event::NotOwner), 0);
+    (rig, held, hears)
+}
+
+#[test]
+fn what_a_machine_says_too_early_is_given_back_in_order_when_its_host_is_believed() {
+    let (rig, held, hears) = speaks_early();
+    rig.edge.set(key(), 2, Place::Remote { leaving: false }, rig.hosts[1].this);
+    assert_eq!(numbers(&hears), (0..20).collect::<Vec<_>>());
+    let stats = held.stats();
+    assert_eq!((stats.frames, stats.given, stats.early_lost), (0, 20, 0));
+}
+
+#[test]
+fn what_came_early_from_a_host_that_is_never_believed_is_thrown_away_and_counted() {
+    let (rig, held, hears) = speaks_early();
+    rig.edge.set(key(), 3, Place::Remote { leaving: false }, rig.hosts[0].this);
+    eventually("another has the machine", || held.stats().early_lost == 20);
+    // And where nothing is heard at all.
+    let (_rig, silent, unheard) = speaks_early();
+    eventually("nothing came in time", || silent.stats().early_lost == 20);
+    assert!(numbers(&hears).is_empty() && numbers(&unheard).is_empty());
+    assert_eq!((held.stats().frames, silent.stats().frames), (0, 0));
+    assert_eq!(held.stats().given + silent.stats().given, 0);
 }

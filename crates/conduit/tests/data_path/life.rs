@@ -7,31 +7,35 @@ use std::{
     net::UdpSocket,
     path::PathBuf,
     process::Command,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
     thread,
     time::Duration,
 };
 
-/// Sends numbered datagrams until told to stop, and says how many.
-fn flood(client: &Space, stop: &AtomicBool) -> u32 {
+/// Sends numbered datagrams until told to stop, and counts them.
+fn flood(client: &Space, stop: &AtomicBool, sent: &AtomicU32) {
     client.run(|| {
         let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
-        let mut sent = 0_u32;
         while !stop.load(Ordering::Relaxed) {
-            socket.send_to(&sent.to_be_bytes(), (MACHINE, PORT)).unwrap();
-            sent += 1;
+            let number = sent.load(Ordering::Relaxed);
+            socket.send_to(&number.to_be_bytes(), (MACHINE, PORT)).unwrap();
+            sent.store(number + 1, Ordering::Relaxed);
             thread::sleep(Duration::from_micros(200));
         }
-        sent
-    })
+    });
 }
 
-fn count(ear: &UdpSocket) -> u32 {
+/// Counts what comes, until all was sent and nothing comes any more.
+fn count(ear: &UdpSocket, all_sent: &AtomicBool) -> u32 {
     let (mut buffer, mut count) = ([0; 16], 0);
-    while ear.recv_from(&mut buffer).is_ok() {
-        count += 1;
+    loop {
+        let last = all_sent.load(Ordering::Relaxed);
+        match ear.recv_from(&mut buffer) {
+            Ok(_) => count += 1,
+            Err(_) if last => return count,
+            Err(_) => {}
+        }
     }
-    count
 }
 
 /// Opens the data path of everyone anew, again and again, under traffic.
@@ -39,20 +43,24 @@ fn taken_up_under_traffic(attach: Attach) {
     let mut rig = Rig::with(&Options { attach, ..Options::default() });
     rig.place(0, 3);
     let ear = rig.listen(0);
-    let stop = AtomicBool::new(false);
-    let (sent, received) = thread::scope(|scope| {
-        let receiving = scope.spawn(|| count(&ear));
+    let (stop, all_sent, sent) =
+        (AtomicBool::new(false), AtomicBool::new(false), AtomicU32::new(0));
+    let received = thread::scope(|scope| {
+        let receiving = scope.spawn(|| count(&ear, &all_sent));
         let client = &rig.client;
-        let sending = scope.spawn(|| flood(client, &stop));
+        let sending = scope.spawn(|| flood(client, &stop, &sent));
         for _ in 0..10 {
             rig.edge.open();
             rig.hosts[0].open();
+            let before = sent.load(Ordering::Relaxed);
+            eventually("datagrams are sent", || sent.load(Ordering::Relaxed) > before + 10);
         }
         stop.store(true, Ordering::Relaxed);
-        (sending.join().unwrap(), receiving.join().unwrap())
+        sending.join().unwrap();
+        all_sent.store(true, Ordering::Relaxed);
+        receiving.join().unwrap()
     });
-    assert!(sent > 100, "{sent}");
-    assert_eq!(received, sent);
+    assert_eq!(received, sent.into_inner());
     let entry = rig.hosts[0].plane().entry(key()).unwrap().unwrap();
     assert_eq!(entry.epoch, 3, "entries stay");
     let stale = rig.hosts[0].try_set(key(), 2, rig.local(0), rig.hosts[0].this).unwrap_err();
@@ -203,16 +211,19 @@ fn an_upgrade_carries_the_entries_of_an_older_layout_over() {
     rig.say("to the old one");
     assert_eq!(heard(&ear).unwrap().0, "to the old one");
 
-    let stop = AtomicBool::new(false);
+    let (stop, all_sent, sent) =
+        (AtomicBool::new(false), AtomicBool::new(false), AtomicU32::new(0));
     let root = rig.hosts[0].root().to_owned();
-    let (sent, received, plane) = thread::scope(|scope| {
-        let receiving = scope.spawn(|| count(&ear));
-        let sending = scope.spawn(|| flood(&rig.client, &stop));
+    let (received, plane) = thread::scope(|scope| {
+        let receiving = scope.spawn(|| count(&ear, &all_sent));
+        let sending = scope.spawn(|| flood(&rig.client, &stop, &sent));
         let plane = rig.hosts[0].space.run(|| DataPlane::open(&root, Attach::Auto)).unwrap();
         stop.store(true, Ordering::Relaxed);
-        (sending.join().unwrap(), receiving.join().unwrap(), plane)
+        sending.join().unwrap();
+        all_sent.store(true, Ordering::Relaxed);
+        (receiving.join().unwrap(), plane)
     });
-    assert_eq!(received, sent, "of those sent during the upgrade");
+    assert_eq!(received, sent.into_inner(), "of those sent during the upgrade");
     let entry = plane.entry(key()).unwrap().unwrap();
     assert_eq!((entry.epoch, entry.owner, entry.candidate), (41, rig.hosts[0].this, None));
     assert_eq!(entry.place, Place::Local { tap: rig.taps[0], candidate: false });

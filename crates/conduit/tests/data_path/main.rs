@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod decisions;
+mod fronts;
 mod hold;
 mod holder;
 mod life;

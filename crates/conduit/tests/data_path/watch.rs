@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-const SOON: Duration = Duration::from_secs(2);
+const SOON: Duration = Duration::from_secs(20);
 
 fn view(rig: &Rig, node: usize) -> View {
     rig.nodes()[node].plane().view().unwrap()

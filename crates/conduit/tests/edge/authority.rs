@@ -86,7 +86,7 @@ impl Foreigner {
 
     fn claim(&mut self, owner: Ipv4Addr, epoch: u64) -> Result<(), NetError> {
         self.id += 1;
-        self.say(&HostSays::Claim { id: self.id, net: redis(), owner, epoch })
+        self.say(&HostSays::Claim { id: self.id, net: redis(), owner, epoch, home: None })
     }
 
     fn release(&mut self, epoch: u64) -> Result<(), NetError> {

@@ -3,8 +3,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod addresses;
+mod announce;
 mod authority;
+mod guests;
 mod hold;
+mod names;
+mod notes;
 mod policies;
 mod rig;
 mod sizes;

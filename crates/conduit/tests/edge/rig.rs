@@ -9,8 +9,8 @@
 //! ```
 
 use conduit::{
-    AgentDataPath, DataPath, MachineNet, NetError, NetworkId, PathChoice, PortMapping, Protocol,
-    Tap,
+    AgentDataPath, Announce, DataPath, MachineNet, NetError, NetworkId, PathChoice, PortMapping,
+    Protocol, Tap,
     agent::{Agent, AgentConfig},
     edge::{Edge, EdgeConfig, EdgeOptions},
     holder::HoldSettings,
@@ -37,7 +37,7 @@ pub(crate) const CLIENTS: [Ipv4Addr; 2] =
     [Ipv4Addr::new(198, 51, 100, 2), Ipv4Addr::new(192, 0, 2, 2)];
 pub(crate) const CLIENTS_V6: [Ipv6Addr; 2] =
     [Ipv6Addr::new(0xfd0a, 0, 0, 0, 0, 0, 0, 2), Ipv6Addr::new(0xfd0b, 0, 0, 0, 0, 0, 0, 2)];
-pub(crate) const LIMIT: Duration = Duration::from_secs(10);
+pub(crate) const LIMIT: Duration = Duration::from_secs(30);
 /// How long something is waited for that must not come.
 pub(crate) const SILENCE: Duration = Duration::from_millis(300);
 
@@ -105,6 +105,7 @@ pub(crate) struct Rig {
     pub(crate) folder: tempfile::TempDir,
     options: EdgeOptions,
     hold: Option<HoldSettings>,
+    announce: Option<Announce>,
 }
 
 fn host_name(name: &str) -> HostName {
@@ -139,6 +140,15 @@ impl Rig {
 
     /// With an edge that holds frames, if that is said.
     pub(crate) fn with_hold(options: &EdgeOptions, hold: Option<HoldSettings>) -> Self {
+        Self::made(options, hold, None)
+    }
+
+    /// With hosts that announce their machines.
+    pub(crate) fn announcing(announce: Announce) -> Self {
+        Self::made(&translated(), None, Some(announce))
+    }
+
+    fn made(options: &EdgeOptions, hold: Option<HoldSettings>, announce: Option<Announce>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let (clients, router, edge_space) = ([space(), space()], space(), space());
         router.sysctl("net/ipv4/ip_forward", "1").unwrap();
@@ -183,6 +193,7 @@ impl Rig {
             folder,
             options: options.clone(),
             hold,
+            announce,
         };
         rig.start_edge();
         for (at, name) in [(2, "a"), (3, "b")] {
@@ -222,7 +233,7 @@ impl Rig {
         let folder = self.folder.path();
         let peer =
             Peer { overlay: Ipv4Addr::new(100, 64, 0, at), underlay: Ipv4Addr::new(10, 88, 0, at) };
-        let (agent, path) = start_agent(&space, folder, name, peer);
+        let (agent, path) = start_agent(&space, folder, name, peer, self.announce.clone());
         Host { space, agent: Some(agent), path, peer }
     }
 
@@ -231,14 +242,30 @@ impl Rig {
         self.boot_at(net, at, epoch(1)).unwrap()
     }
 
+    /// Likewise, with a guest that nobody has told its addresses.
+    pub(crate) fn boot_bare(&self, net: MachineNet, at: usize) -> Machine {
+        let guest = Guest::bare(&net).unwrap();
+        self.boot_guest(net, guest, at, epoch(1)).unwrap()
+    }
+
     pub(crate) fn boot_at(
         &self,
         net: MachineNet,
         at: usize,
         epoch: u64,
     ) -> Result<Machine, NetError> {
-        let host = &self.hosts[at];
         let guest = Guest::new(&net).unwrap();
+        self.boot_guest(net, guest, at, epoch)
+    }
+
+    fn boot_guest(
+        &self,
+        net: MachineNet,
+        guest: Guest,
+        at: usize,
+        epoch: u64,
+    ) -> Result<Machine, NetError> {
+        let host = &self.hosts[at];
         let tap = host.space.run(|| host.path.prepare(&net))?;
         host.path.resume(&net, epoch)?;
         host.path.settled(&net, epoch, LIMIT)?;
@@ -280,13 +307,21 @@ impl Rig {
     }
 }
 
-fn start_agent(space: &Space, folder: &Path, name: &str, peer: Peer) -> (Agent, AgentDataPath) {
+fn start_agent(
+    space: &Space,
+    folder: &Path,
+    name: &str,
+    peer: Peer,
+    announce: Option<Announce>,
+) -> (Agent, AgentDataPath) {
     let socket = folder.join(format!("{name}.sock"));
     let config = AgentConfig {
+        announce,
         host: host_name(name),
         this: peer,
         edge: "10.88.0.1:7450".parse().unwrap(),
         edge_name: host_name("edge"),
+        more_edges: Vec::new(),
         security: Security::Plaintext,
         socket: socket.clone(),
         state: folder.join(name),

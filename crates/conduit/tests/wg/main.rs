@@ -83,10 +83,10 @@ impl Traffic {
     /// Ends; says how many datagrams were lost there and back, and the longest silence of TCP.
     fn finish(self) -> (u64, u64, Duration) {
         self.echoes.wait(50);
+        self.there.0.wait(50);
         let seen = self.echoes.finish();
         assert_eq!(seen.sent, seen.answered, "no echo is lost");
-        let (sent, lost_there) = self.there.0.finish(&self.there.1);
-        assert!(sent > 50, "{sent} datagrams are no traffic");
+        let (_, lost_there) = self.there.0.finish(&self.there.1);
         let (_, lost_back) = self.back.0.finish(&self.back.1);
         (lost_there, lost_back, seen.gap)
     }

@@ -104,9 +104,13 @@ fn what_is_received_twice_is_taken_once() {
         send(datagram);
     });
     transfer(&pair.a.space, &pair.b.space, inner(2).0.into(), 1_000_000);
-    let (taken, replayed) =
-        (pair.b.count("packets_received").unwrap(), pair.b.count("dropped_replayed").unwrap());
-    assert!(replayed >= taken, "{replayed} of {taken} packets were repeated");
+    // The second of the last one may be on its way still.
+    let taken = pair.b.count("packets_received").unwrap();
+    let repeated = || pair.b.count("dropped_replayed").is_ok_and(|replayed| replayed >= taken);
+    assert!(
+        wait_for(Duration::from_secs(30), repeated),
+        "not all of {taken} packets were repeated"
+    );
 }
 
 #[test]
@@ -149,6 +153,6 @@ fn a_peer_that_moves_is_followed_and_its_streams_go_on() {
             moved
         });
         let at = || pair.b.status().is_ok_and(|s| s.peers[0].at == Some(transferring));
-        assert!(wait_for(Duration::from_secs(5), at), "b follows a to {transferring}");
+        assert!(wait_for(Duration::from_secs(30), at), "b follows a to {transferring}");
     }
 }

@@ -5,6 +5,7 @@
 //! hooks, probes and commands get a thread each, at most [`MAX_WORKERS`] at once. All that a
 //! conversation asked for ends with it, except hooks, which always run to their end or limit.
 
+mod identity;
 mod link;
 mod platform;
 mod port;
@@ -12,6 +13,8 @@ mod work;
 
 pub use platform::{Machine, Platform};
 pub use port::Port;
+
+pub use identity::IDENTITY_FILE;
 
 pub(crate) use platform::ENTRY_FILE;
 
@@ -54,7 +57,7 @@ pub fn main() -> ExitCode {
         MachineConfig::new(Vec::new())
     });
     let line = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
-    let address = InstanceConfig::parse(&line).unwrap_or_default().address;
+    let booted = InstanceConfig::parse(&line).unwrap_or_default();
     let port = match port::open_within(PORT_LIMIT) {
         Ok(port) => port,
         Err(error) => {
@@ -63,7 +66,7 @@ pub fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match serve(port, config, Arc::new(Machine::new(address))) {
+    match serve(port, config, Arc::new(Machine::new(booted))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             say!("the guest channel broke: {error}");
@@ -216,6 +219,10 @@ impl Agent {
                 // The quick parts here and now, so that no other request sees the old clock.
                 let refreshed = self.refresh(wall_clock_ns, &entropy, host_name.as_deref());
                 self.spawn(to, id, move |agent, to| agent.after_resume(to, id, refreshed));
+            }
+            HostMessage::Become { id, wall_clock_ns, entropy, identity } => {
+                let became = self.become_another(wall_clock_ns, &entropy, &identity);
+                self.spawn(to, id, move |agent, to| agent.after_fork(to, id, became));
             }
             HostMessage::Probe { id, kind } => {
                 self.spawn(to, id, move |agent, to| agent.probe(to, id, kind));

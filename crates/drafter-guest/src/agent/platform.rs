@@ -1,7 +1,9 @@
 //! What the agent does to its machine. A trait, so that tests never set a host's clock.
 
+use super::identity::{self, IDENTITY_FILE};
 use crate::{
-    protocol::{Entry, EntryState},
+    config::InstanceConfig,
+    protocol::{Entry, EntryState, NewIdentity},
     sys,
 };
 use nix::{
@@ -12,7 +14,13 @@ use nix::{
     time::{ClockId, clock_gettime, clock_settime},
     unistd::Pid,
 };
-use std::{io, net::Ipv4Addr, path::PathBuf, time::Duration};
+use std::{
+    io,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 /// A clock that is off by less than this is left alone: the message's own way took time too.
 const CLOCK_TOLERANCE: Duration = Duration::from_millis(10);
@@ -41,6 +49,10 @@ pub trait Platform: Send + Sync {
     /// What the system says.
     fn set_host_name(&self, name: &str) -> io::Result<()>;
 
+    /// Takes a copy's names and addresses and raises its generation. Each is tried; returns what did
+    /// not work.
+    fn become_another(&self, identity: &NewIdentity) -> Vec<String>;
+
     /// Writes all dirty data to the disks.
     fn sync(&self);
 
@@ -63,14 +75,20 @@ pub trait Platform: Send + Sync {
 /// The machine that this process runs in, with drafter's init as process 1.
 pub struct Machine {
     entry_file: PathBuf,
-    address: Option<Ipv4Addr>,
+    /// What it booted with, but for what it became since.
+    instance: Mutex<InstanceConfig>,
 }
 
 impl Machine {
-    /// `address` is the machine's own, if it has one.
+    /// `booted` is what the machine booted with; what it became since is found.
     #[must_use]
-    pub fn new(address: Option<Ipv4Addr>) -> Self {
-        Self { entry_file: ENTRY_FILE.into(), address }
+    pub fn new(mut booted: InstanceConfig) -> Self {
+        identity::found(Path::new(IDENTITY_FILE), &mut booted);
+        Self { entry_file: ENTRY_FILE.into(), instance: Mutex::new(booted) }
+    }
+
+    fn instance(&self) -> MutexGuard<'_, InstanceConfig> {
+        self.instance.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -93,6 +111,10 @@ impl Platform for Machine {
     fn set_host_name(&self, name: &str) -> io::Result<()> {
         nix::unistd::sethostname(name)?;
         Ok(())
+    }
+
+    fn become_another(&self, identity: &NewIdentity) -> Vec<String> {
+        identity::take(&mut self.instance(), identity)
     }
 
     fn sync(&self) {
@@ -118,6 +140,6 @@ impl Platform for Machine {
     }
 
     fn probe_addresses(&self) -> Vec<Ipv4Addr> {
-        [Some(Ipv4Addr::LOCALHOST), self.address].into_iter().flatten().collect()
+        [Some(Ipv4Addr::LOCALHOST), self.instance().address].into_iter().flatten().collect()
     }
 }

@@ -3,7 +3,7 @@
 use super::*;
 use crate::{
     config::{Check, Hook, Probe},
-    protocol::{Entry, EntryState, ExecRequest, ExitStatus, ProbeKind, Stream},
+    protocol::{Entry, EntryState, ExecRequest, ExitStatus, NewIdentity, ProbeKind, Stream},
 };
 use std::{
     io::{BufRead, BufReader, Write},
@@ -34,6 +34,10 @@ impl Platform for Recorder {
     fn set_host_name(&self, name: &str) -> io::Result<()> {
         self.note(format!("name {name}"));
         if name == "refused" { Err(io::ErrorKind::PermissionDenied.into()) } else { Ok(()) }
+    }
+    fn become_another(&self, identity: &NewIdentity) -> Vec<String> {
+        self.note(format!("become {} {:?}", identity.host_name, identity.address));
+        if identity.copy_of == "refused" { vec!["no".into()] } else { Vec::new() }
     }
     fn sync(&self) {
         self.note("sync".into());
@@ -270,7 +274,47 @@ fn a_resume_sets_clock_entropy_and_name_before_the_hook_and_reports_the_step() {
     let mut host = Host::greeted(config);
     let answer = host.ask(&after_resume(1, Some("fork-2")));
     assert_eq!(answer, GuestMessage::Resumed { id: 1, clock_step_ns: 7 });
-    assert_eq!(host.done(), ["clock 1700000000", "entropy 32", "name fork-2"]);
+    assert_eq!(host.done(), ["entropy 32", "clock 1700000000", "name fork-2"]);
+    host.end();
+}
+
+fn become_another(id: u64, copy_of: &str) -> HostMessage {
+    HostMessage::Become {
+        id,
+        wall_clock_ns: 1_700_000_000_000_000_000,
+        entropy: vec![9; 32],
+        identity: NewIdentity {
+            host_name: "copy-1".into(),
+            copy_of: copy_of.into(),
+            address: Some(Ipv4Addr::new(10, 9, 0, 6)),
+            address_v6: None,
+            instance: "ff".into(),
+        },
+    }
+}
+
+#[test]
+fn a_copy_has_new_random_numbers_first_then_its_identity_then_its_hooks() {
+    let mut config = config();
+    let log = std::env::temp_dir().join(format!("drafter-fork-{}", std::process::id()));
+    let hook = |word: &str| Hook {
+        argv: sh(&format!("echo {word} >> {}", log.display())),
+        timeout: Duration::from_secs(10),
+    };
+    config.hooks.after_resume = Some(hook("resume"));
+    config.hooks.after_fork = Some(hook("fork"));
+    let mut host = Host::greeted(config);
+    let answer = host.ask(&become_another(1, "redis"));
+    assert_eq!(answer, GuestMessage::Resumed { id: 1, clock_step_ns: 7 });
+    assert_eq!(std::fs::read_to_string(&log).unwrap(), "fork\nresume\n");
+    match host.ask(&become_another(2, "refused")) {
+        GuestMessage::Failed { id: 2, failure } => assert_eq!(failure.message, "no"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(std::fs::read_to_string(&log).unwrap(), "fork\nresume\n", "no hook runs for it");
+    std::fs::remove_file(log).unwrap();
+    let once = ["entropy 32", "clock 1700000000", "name copy-1", "become copy-1 Some(10.9.0.6)"];
+    assert_eq!(host.done(), [once, once].concat());
     host.end();
 }
 
@@ -287,7 +331,7 @@ fn a_part_of_a_resume_that_fails_does_not_stop_the_others() {
         GuestMessage::Failed { failure, .. } => assert!(failure.message.contains("host name")),
         other => panic!("{other:?}"),
     }
-    assert_eq!(host.done(), ["clock 1700000000", "entropy 32", "name refused"]);
+    assert_eq!(host.done(), ["entropy 32", "clock 1700000000", "name refused"]);
     std::fs::remove_file(marker).expect("the hook ran all the same");
     host.end();
 }

@@ -4,7 +4,7 @@ use super::{Agent, Conversation, fail};
 use crate::{
     config::{Check, Hook},
     process::{Cancel, Launch, Tail, run},
-    protocol::{EntryState, ExecRequest, FailureCode, GuestMessage, ProbeKind},
+    protocol::{EntryState, ExecRequest, FailureCode, GuestMessage, NewIdentity, ProbeKind},
 };
 use std::{
     collections::BTreeMap,
@@ -30,7 +30,7 @@ impl Agent {
         to.send(&GuestMessage::Done { id });
     }
 
-    /// Sets clock, entropy and name. Each is tried, whatever becomes of the others.
+    /// Sets entropy, clock and name. Each is tried, whatever becomes of the others.
     pub(super) fn refresh(
         &self,
         wall_clock_ns: u64,
@@ -38,18 +38,45 @@ impl Agent {
         host_name: Option<&str>,
     ) -> Refreshed {
         let mut problems = Vec::new();
+        if let Err(error) = self.platform.add_entropy(entropy) {
+            problems.push(format!("the random generator took no entropy: {error}"));
+        }
         let clock_step_ns =
             self.platform.set_clock(Duration::from_nanos(wall_clock_ns)).unwrap_or_else(|error| {
                 problems.push(format!("the clock could not be set: {error}"));
                 0
             });
-        if let Err(error) = self.platform.add_entropy(entropy) {
-            problems.push(format!("the random generator took no entropy: {error}"));
-        }
         if let Some(Err(error)) = host_name.map(|name| self.platform.set_host_name(name)) {
             problems.push(format!("the host name could not be set: {error}"));
         }
         Refreshed { clock_step_ns, problems }
+    }
+
+    /// As [`Agent::refresh`], and who the machine is. The random numbers first: nothing that is made of
+    /// them afterwards is the same in two copies.
+    pub(super) fn become_another(
+        &self,
+        wall_clock_ns: u64,
+        entropy: &[u8],
+        identity: &NewIdentity,
+    ) -> Refreshed {
+        let mut refreshed = self.refresh(wall_clock_ns, entropy, Some(&identity.host_name));
+        refreshed.problems.extend(self.platform.become_another(identity));
+        refreshed
+    }
+
+    /// The rest of it: the package's own hook for copies, then the one for any resume.
+    pub(super) fn after_fork(&self, to: &Conversation, id: u64, mut became: Refreshed) {
+        if !became.problems.is_empty() {
+            // Whatever the package would do now, it would do under a wrong name.
+            return fail(to, id, FailureCode::System, became.problems.join("; "));
+        }
+        let hook = self.hook("after_fork", self.config.hooks.after_fork.as_ref());
+        if let Err(problem) = hook {
+            became.problems.push(problem);
+            return fail(to, id, FailureCode::Hook, became.problems.join("; "));
+        }
+        self.after_resume(to, id, became);
     }
 
     pub(super) fn after_resume(&self, to: &Conversation, id: u64, refreshed: Refreshed) {

@@ -174,6 +174,10 @@ pub struct Hooks {
     /// After the machine runs again; clock and random numbers are right by then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after_resume: Option<Hook>,
+    /// In a copy of a machine, before `after_resume`; the copy has its own names, addresses and random
+    /// numbers by then, and nothing of it leaves its host before the hook has succeeded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after_fork: Option<Hook>,
 }
 
 /// A command with a limit.
@@ -341,6 +345,7 @@ impl MachineConfig {
         }
         check_hook("hooks.before_suspend", self.hooks.before_suspend.as_ref())?;
         check_hook("hooks.after_resume", self.hooks.after_resume.as_ref())?;
+        check_hook("hooks.after_fork", self.hooks.after_fork.as_ref())?;
         check_probe("probes.liveness", self.probes.liveness.as_ref())?;
         check_probe("probes.readiness", self.probes.readiness.as_ref())
     }

@@ -15,7 +15,7 @@
 
 pub mod initramfs;
 mod mounts;
-mod network;
+pub(crate) mod network;
 mod power;
 mod supervise;
 

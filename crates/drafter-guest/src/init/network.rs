@@ -63,6 +63,43 @@ fn connect(instance: &InstanceConfig, address: Ipv4Addr) -> io::Result<()> {
     step("IPv6 default route", interface.add_default_route_v6(GATEWAY_V6))
 }
 
+/// Another name, for a copy of a machine: in the files that name `old`.
+pub(crate) fn rename(old: &InstanceConfig, new: &InstanceConfig) -> io::Result<()> {
+    if let Some(host) = &new.host {
+        std::fs::write("/etc/hostname", format!("{host}\n"))?;
+    }
+    rewrite_hosts(Path::new("/etc/hosts"), old, new)
+}
+
+/// Other addresses, for a copy of a machine. Connections from the old ones can send nothing any more.
+pub(crate) fn readdress(old: &InstanceConfig, new: &InstanceConfig) -> io::Result<()> {
+    let (Some(_), Some(address)) = (old.address, new.address) else { return Ok(()) };
+    if let Some(address) = old.address_v6
+        && let Some(name) = first_interface(Path::new("/sys/class/net"))
+    {
+        Interface::open(&name)?.remove_address_v6(address)?;
+    }
+    // Taking the last address of an interface takes its routes too: all of it is set up anew.
+    connect(new, address)
+}
+
+/// In the hosts file, the lines that the init wrote for `old` are for `new`.
+fn rewrite_hosts(path: &Path, old: &InstanceConfig, new: &InstanceConfig) -> io::Result<()> {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let ours = |line: &&str| {
+        let mut words = line.split_whitespace();
+        let address = old.address.unwrap_or(Ipv4Addr::new(127, 0, 1, 1)).to_string();
+        words.next() == Some(&address) && words.next() == old.host.as_deref()
+    };
+    let mut kept = String::new();
+    for line in text.lines().filter(|line| !ours(line)) {
+        kept.push_str(line);
+        kept.push('\n');
+    }
+    std::fs::write(path, kept)?;
+    write_hosts(path, new)
+}
+
 /// What the kernel would do by itself with IPv6: ask whether somebody else has the address (nobody has:
 /// for a second nothing could be sent), and believe routers.
 fn fix_ipv6(settings: &Path) -> io::Result<()> {
@@ -190,6 +227,21 @@ mod tests {
             std::fs::read_to_string(&path).unwrap(),
             "nameserver 10.0.0.1\nnameserver 10.0.0.2\n"
         );
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn a_copy_is_in_the_hosts_file_under_its_own_name_and_address_only() {
+        let folder = folder("renamed");
+        let path = folder.join("hosts");
+        std::fs::write(&path, "127.0.0.1 localhost\n10.1.1.1 a\n").unwrap();
+        let old = InstanceConfig { host: Some("b".into()), ..instance() };
+        write_hosts(&path, &old).unwrap();
+        let mut new = InstanceConfig { host: Some("c".into()), ..old.clone() };
+        new.address = Some(Ipv4Addr::new(10, 9, 0, 6));
+        rewrite_hosts(&path, &old, &new).unwrap();
+        let expected = "127.0.0.1 localhost\n10.1.1.1 a\n10.9.0.6 c\n";
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), expected);
         std::fs::remove_dir_all(folder).unwrap();
     }
 

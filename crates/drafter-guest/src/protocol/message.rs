@@ -1,8 +1,14 @@
 //! The messages, and their text.
 
 use super::{ENTROPY_BYTES, MAX_LINE};
+use crate::config::MAX_HOST_NAME;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{Ipv4Addr, Ipv6Addr},
+    time::Duration,
+};
 
 /// What a host says to its guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,6 +55,23 @@ pub enum HostMessage {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         host_name: Option<String>,
     },
+    /// The machine is a copy of another that runs elsewhere under its own name: it becomes a machine of
+    /// its own. Mixes in the entropy, sets the clock, the names and the addresses, raises the
+    /// generation, runs the package's hooks; all are tried even if one fails. Nothing that the copy
+    /// sends leaves its host before the answer. Answer: `resumed` or `failed`. Older agents do not know
+    /// it, and a copy of theirs is given up.
+    Become {
+        /// Id of the request.
+        id: u64,
+        /// The host's wall clock, nanoseconds since 1970.
+        wall_clock_ns: u64,
+        /// Fresh random bytes, [`ENTROPY_BYTES`] of them, in base64.
+        #[serde(with = "base64_bytes")]
+        entropy: Vec<u8>,
+        /// Who it is from now on.
+        #[serde(flatten)]
+        identity: NewIdentity,
+    },
     /// Runs a probe of the package once. Answer: `probed`.
     Probe {
         /// Id of the request.
@@ -78,6 +101,42 @@ pub enum HostMessage {
         /// Id of the request.
         id: u64,
     },
+}
+
+/// Who a copy of a machine is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewIdentity {
+    /// Its host name.
+    pub host_name: String,
+    /// The machine that it is a copy of, for people.
+    pub copy_of: String,
+    /// Its address, in place of the one that it has; none if it has no network.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<Ipv4Addr>,
+    /// The same for IPv6.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address_v6: Option<Ipv6Addr>,
+    /// Random, different for every copy ever made.
+    pub instance: String,
+}
+
+/// Longest [`NewIdentity::instance`] and [`NewIdentity::copy_of`], bytes.
+const LONGEST_NAME: usize = 128;
+
+impl NewIdentity {
+    fn check(&self) -> Result<(), String> {
+        let mut names = vec![("host_name", &self.host_name, MAX_HOST_NAME)];
+        names.push(("copy_of", &self.copy_of, LONGEST_NAME));
+        names.push(("instance", &self.instance, LONGEST_NAME));
+        for (name, value, most) in names {
+            let fits = (1..=most).contains(&value.len())
+                && value.bytes().all(|b| b.is_ascii_alphanumeric() || b"-.".contains(&b));
+            if !fits {
+                return Err(format!("{name} is 1 to {most} letters, digits, \"-\" and \".\""));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A command to run in the guest; its standard input is empty.
@@ -164,7 +223,7 @@ pub enum GuestMessage {
         /// How long the guest's kernel has run, by its own clock.
         uptime_ms: u64,
     },
-    /// The answer to `after_resume`.
+    /// The answer to `after_resume` and `become`.
     Resumed {
         /// Id of the request.
         id: u64,
@@ -341,6 +400,7 @@ const HOST_TYPES: &[&str] = &[
     "status",
     "before_suspend",
     "after_resume",
+    "become",
     "probe",
     "exec",
     "cancel",
@@ -365,13 +425,17 @@ impl HostMessage {
     /// When it is not JSON, or a known message with missing, wrong or forbidden content.
     pub fn decode(line: &[u8]) -> Result<Decoded<Self>, ProtocolError> {
         let decoded: Decoded<Self> = decode(line, HOST_TYPES)?;
-        if let Decoded::Known(Self::AfterResume { entropy, .. }) = &decoded
+        if let Decoded::Known(Self::AfterResume { entropy, .. } | Self::Become { entropy, .. }) =
+            &decoded
             && !ENTROPY_BYTES.contains(&entropy.len())
         {
             return Err(ProtocolError::Rule(format!(
-                "after_resume brings {} bytes of entropy, allowed are {ENTROPY_BYTES:?}",
+                "it brings {} bytes of entropy, allowed are {ENTROPY_BYTES:?}",
                 entropy.len()
             )));
+        }
+        if let Decoded::Known(Self::Become { identity, .. }) = &decoded {
+            identity.check().map_err(ProtocolError::Rule)?;
         }
         Ok(decoded)
     }
@@ -385,6 +449,7 @@ impl HostMessage {
             | Self::Status { id }
             | Self::BeforeSuspend { id, .. }
             | Self::AfterResume { id, .. }
+            | Self::Become { id, .. }
             | Self::Probe { id, .. }
             | Self::Exec { id, .. }
             | Self::Cancel { id, .. }

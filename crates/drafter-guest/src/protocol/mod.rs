@@ -29,7 +29,7 @@ mod message;
 
 pub use message::{
     Decoded, Entry, EntryState, ExecRequest, ExitStatus, Failure, FailureCode, GuestMessage,
-    HostMessage, ProbeKind, ProtocolError, Stream,
+    HostMessage, NewIdentity, ProbeKind, ProtocolError, Stream,
 };
 
 /// The version that both ends name in their hello; ends of different versions do not talk.

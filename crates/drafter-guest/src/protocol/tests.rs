@@ -29,6 +29,21 @@ fn host_golden() -> Vec<(HostMessage, &'static str)> {
             r#"{"type":"after_resume","id":4,"wall_clock_ns":1700000000000000001,"entropy":"AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=","host_name":"fork-2"}"#,
         ),
         (
+            HostMessage::Become {
+                id: 3,
+                wall_clock_ns: 5,
+                entropy: (0..32).collect(),
+                identity: NewIdentity {
+                    host_name: "redis-1".into(),
+                    copy_of: "redis".into(),
+                    address: Some(Ipv4Addr::new(10, 90, 0, 6)),
+                    address_v6: None,
+                    instance: "00ff".into(),
+                },
+            },
+            r#"{"type":"become","id":3,"wall_clock_ns":5,"entropy":"AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=","host_name":"redis-1","copy_of":"redis","address":"10.90.0.6","instance":"00ff"}"#,
+        ),
+        (
             HostMessage::Probe { id: 5, kind: ProbeKind::Readiness },
             r#"{"type":"probe","id":5,"kind":"readiness"}"#,
         ),
@@ -139,6 +154,8 @@ fn a_known_message_without_its_content_is_refused() {
     for line in [
         r#"{"type":"ping"}"#,
         r#"{"type":"exec","id":1}"#,
+        r#"{"type":"become","id":3,"wall_clock_ns":5,"entropy":"AAEC","host_name":"a","copy_of":"b","instance":"c"}"#,
+        r#"{"type":"become","id":3,"wall_clock_ns":5,"entropy":"AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=","host_name":"a\nb","copy_of":"b","instance":"c"}"#,
         r#"{"type":"after_resume","id":1,"wall_clock_ns":1,"entropy":"not base64!"}"#,
         r#"{"type":"after_resume","id":1,"wall_clock_ns":1,"entropy":"AAEC"}"#,
         r#"{"id":1}"#,

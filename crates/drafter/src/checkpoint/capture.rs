@@ -44,11 +44,22 @@ use std::{
 
 /// A machine that can stand still for a moment.
 pub trait Machine: Send + Sync {
+    /// Whether it could be stopped now, asked before anything is copied.
+    ///
+    /// # Errors
+    /// Why not.
+    fn ready(&self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
     /// Stops it: nobody writes to its memory and disks until it is resumed.
     ///
     /// # Errors
     /// If it cannot be stopped; it then runs.
     fn pause(&self) -> Result<Box<dyn Paused>, MachineError>;
+
+    /// The instant of the last pause is durable: the machine can be brought back as it was then.
+    fn stored(&self) {}
 }
 
 /// A machine that stands still. Dropping it resumes it.
@@ -85,6 +96,11 @@ impl DiskCopies {
         };
         let parts = disks.into_iter().map(part).collect();
         Ok(Self(CopyGroup::new(parts, ScratchOptions::in_folder(folder))?))
+    }
+
+    /// The disks as a group.
+    pub(super) fn group(&self) -> &Arc<CopyGroup> {
+        &self.0
     }
 
     /// What the guest is to be served in place of disk number `disk`.
@@ -130,6 +146,10 @@ impl Tracked for Counted {
     fn take_written(&self) -> io::Result<BlockSet> {
         self.looks.fetch_add(1, Ordering::Relaxed);
         self.watcher.take_written()
+    }
+
+    fn populated(&self) -> io::Result<Option<BlockSet>> {
+        self.watcher.populated()
     }
 
     fn read_present(&self, range: BlockRange, buf: &mut [u8]) -> io::Result<()> {
@@ -188,6 +208,39 @@ impl MachineCapture {
             taken: Mutex::default(),
             holds: Times::default(),
         })
+    }
+
+    /// The store's newest generation differs from the machine in these blocks at most, of memory and then
+    /// of each disk, and in what was written here since it came: a round need not list the rest.
+    ///
+    /// # Errors
+    /// If a round is under way, the sets are of other devices, or the kernel does not tell what was
+    /// written; then the next round lists everything.
+    pub fn know(&self, changed: &[BlockSet]) -> Result<(), MachineError> {
+        let sizes = std::iter::once(self.memory.blocks())
+            .chain(self.infos[OWN..].iter().map(|info| info.geometry.blocks()));
+        let fits = changed.iter().map(BlockSet::device_blocks).eq(sizes);
+        let (Some((memory, disks)), true) = (changed.split_first(), fits) else {
+            return Err("what has changed is told of other devices".into());
+        };
+        // The watching began before this is asked: what was written between is in both.
+        let mut memory = memory.clone();
+        memory.union_with(&self.memory.watcher.memory().dirty()?);
+        self.staging.know(memory)?;
+        self.disks.0.set_known_but(disks);
+        Ok(())
+    }
+
+    /// In which blocks the newest generation that was stored may differ from the machine, of memory and
+    /// then of each disk. The machine stands still, and no round is under way.
+    ///
+    /// # Errors
+    /// If nothing was stored yet, or the kernel does not tell.
+    pub fn changed(&self) -> Result<Vec<BlockSet>, MachineError> {
+        let disks = self.disks.0.changed().ok_or("nothing of it was stored")?;
+        let mut changed = vec![self.staging.changed()?];
+        changed.extend(disks);
+        Ok(changed)
     }
 
     /// What the last freeze took.
@@ -279,6 +332,21 @@ impl Capture for MachineCapture {
     }
 
     fn freeze(&self, want: Want) -> Result<Box<dyn Frozen>, CaptureError> {
+        Ok(Box::new(self.freeze_machine(want)?))
+    }
+
+    /// Pauses of the machine.
+    fn holds(&self) -> Histogram {
+        self.holds.read()
+    }
+}
+
+impl MachineCapture {
+    fn freeze_machine(&self, want: Want) -> Result<FrozenMachine, CaptureError> {
+        self.machine.ready().map_err(|why| {
+            let (operation, source) = ("pause the writer", io::Error::other(why));
+            Self::error(StagingError::System { operation, source })
+        })?;
         if want == Want::Everything {
             self.staging.forget();
         }
@@ -317,7 +385,8 @@ impl Capture for MachineCapture {
         taken.machine_bytes = content.len() as u64;
         let machine_changed = self.machine_changes(blocks_of(&content), want);
         *lock(&self.taken) = taken;
-        Ok(Box::new(FrozenMachine {
+        Ok(FrozenMachine {
+            machine: Arc::clone(&self.machine),
             memory_changed: staged.changed(),
             staged,
             machine_changed,
@@ -325,19 +394,68 @@ impl Capture for MachineCapture {
             content,
             disks,
             held: taken.paused,
-        }))
-    }
-
-    /// Pauses of the machine.
-    fn holds(&self) -> Histogram {
-        self.holds.read()
+        })
     }
 }
 
 /// Devices before the disks.
 const OWN: usize = 2;
 
+/// A machine at one instant, to be copied on this host. Dropping it lets its disks go.
+pub struct Image {
+    /// All of its memory, in a file that nobody else writes.
+    pub memory: std::fs::File,
+    /// The content of the device `machine`.
+    pub machine: Vec<u8>,
+    /// How long it stood still.
+    pub paused: Duration,
+    /// `None` once it has been put back.
+    disks: Option<Box<dyn Frozen>>,
+}
+
+impl Image {
+    /// Reads blocks of a disk as they were.
+    ///
+    /// # Errors
+    /// If they cannot be had.
+    pub fn read_disk(&self, disk: usize, range: BlockRange, buf: &mut [u8]) -> io::Result<()> {
+        match &self.disks {
+            Some(disks) => disks.read(disk, range, buf),
+            None => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        // For whoever backs them up nothing has happened.
+        if let Some(disks) = self.disks.take() {
+            disks.put_back();
+        }
+    }
+}
+
+impl MachineCapture {
+    /// Freezes the machine to be copied. This capture is of no use afterwards.
+    ///
+    /// # Errors
+    /// As [`Capture::freeze`]; the machine runs.
+    pub fn into_image(self) -> Result<Image, CaptureError> {
+        let FrozenMachine { staged, content, disks, held, .. } =
+            self.freeze_machine(Want::Everything)?;
+        match staged.into_area() {
+            Ok(memory) => Ok(Image { memory, machine: content, paused: held, disks: Some(disks) }),
+            Err(source) => {
+                disks.put_back();
+                let (device, operation) = (MEMORY.to_owned(), "take its copy");
+                Err(CaptureError::Device { device, operation, source })
+            }
+        }
+    }
+}
+
 struct FrozenMachine {
+    machine: Arc<dyn Machine>,
     staged: Staged,
     memory_changed: BlockSet,
     content: Vec<u8>,
@@ -345,6 +463,15 @@ struct FrozenMachine {
     machine_used: Arc<Mutex<Option<u64>>>,
     disks: Box<dyn Frozen>,
     held: Duration,
+}
+
+/// Blocks of a device that holds `content`, and zeros after it.
+pub(super) fn read_padded(content: &[u8], range: BlockRange, buf: &mut [u8]) {
+    buf.fill(0);
+    let from = (range.start.offset() as usize).min(content.len());
+    let part = &content[from..];
+    let length = part.len().min(buf.len());
+    buf[..length].copy_from_slice(&part[..length]);
 }
 
 fn blocks_of(content: &[u8]) -> u64 {
@@ -364,11 +491,7 @@ impl Frozen for FrozenMachine {
         match device {
             0 => self.staged.read(range, buf),
             1 => {
-                buf.fill(0);
-                let from = (range.start.offset() as usize).min(self.content.len());
-                let part = &self.content[from..];
-                let length = part.len().min(buf.len());
-                buf[..length].copy_from_slice(&part[..length]);
+                read_padded(&self.content, range, buf);
                 Ok(())
             }
             disk => self.disks.read(disk - OWN, range, buf),
@@ -380,6 +503,7 @@ impl Frozen for FrozenMachine {
     }
 
     fn release(self: Box<Self>) {
+        self.machine.stored();
         *lock(&self.machine_used) = Some(blocks_of(&self.content));
         self.staged.release();
         self.disks.release();

@@ -11,11 +11,16 @@
 //! The device has one size for all machines ([`DEVICE_BYTES`]), so that a group keeps its shape; what
 //! is not used is zeros and costs nothing. Every length that is read is bounded by that size.
 
+use super::fill::FirstTouches;
 use crate::driver::{HostFacts, MachineShape};
 use conduit::MachineNet;
 use serde::{Deserialize, Serialize};
-use silo::{block::BLOCK_SIZE, io::BlockDevice};
-use std::io;
+use silo::{
+    block::{BLOCK_SIZE, BlockRange, BlockSet},
+    io::BlockDevice,
+    order::touch::Manifest,
+};
+use std::{collections::BTreeMap, fmt::Write as _, io};
 
 /// Size of the device, in bytes.
 pub const DEVICE_BYTES: u64 = 64 << 20;
@@ -37,6 +42,107 @@ pub struct Description {
     pub network: Option<MachineNet>,
     /// Its lease at that moment, as the store has it.
     pub lease: String,
+    /// When it was, by its host's `CLOCK_BOOTTIME`, in nanoseconds; 0 if that is not known. Compared with
+    /// nothing of another host.
+    #[serde(default)]
+    pub paused_at_ns: u64,
+    /// The newest sign of life of its owner at that moment, if it is protected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub beat: Option<LifeSign>,
+    /// What its last start from a store touched first, by device of the generation: each a manifest of
+    /// silo's, as hexadecimal digits. A hint, which older versions neither write nor read.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub first_touch: BTreeMap<String, String>,
+    /// Of disks of which the generation has only what differs from the package: the blocks that it has,
+    /// as (first, count). The others are whole in it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub overlays: BTreeMap<String, Vec<(u64, u64)>>,
+    /// The machine was suspended as this: it runs nowhere for as long as `lease` is the newest record.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub suspended: bool,
+}
+
+/// Which renewal of which life of a beat, and how it stood with it. Times are of the owner's clock.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LifeSign {
+    /// The life.
+    pub life: u64,
+    /// The renewal.
+    pub serial: u64,
+    /// Whose beat it is; a machine that moves has another's. Older versions do not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub of: Option<String>,
+    /// How long it had been in the store then, microseconds, at least.
+    #[serde(default)]
+    pub age_us: u64,
+    /// How often it is renewed, microseconds; 0 if that is not known.
+    #[serde(default)]
+    pub every_us: u64,
+}
+
+impl Description {
+    /// The device of the generation that has a disk.
+    #[must_use]
+    pub fn disk_device(&self, disk: &str) -> String {
+        match self.overlays.contains_key(disk) {
+            true => super::overlay_device(disk),
+            false => super::disk_device(disk),
+        }
+    }
+
+    /// The blocks of a disk of `blocks` that the generation has; the others are the package's.
+    ///
+    /// # Errors
+    /// If it lists blocks beyond the disk's end.
+    pub fn held(&self, disk: &str, blocks: u64) -> Result<BlockSet, DescriptionError> {
+        let Some(ranges) = self.overlays.get(disk) else { return Ok(BlockSet::full(blocks)) };
+        let mut held = BlockSet::new(blocks);
+        for (start, count) in ranges {
+            let end = start.checked_add(*count).filter(|end| *end <= blocks);
+            end.ok_or_else(|| {
+                DescriptionError::Foreign(format!(
+                    "it lists blocks beyond the end of disk \"{disk}\""
+                ))
+            })?;
+            held.insert_range(BlockRange::new(*start, *count));
+        }
+        Ok(held)
+    }
+
+    /// Keeps what a start touched first.
+    pub fn set_first_touches(&mut self, touches: &FirstTouches) {
+        self.first_touch = first_touch_text(touches);
+    }
+
+    /// What is kept of that; what cannot be read is left out.
+    #[must_use]
+    pub fn first_touches(&self) -> FirstTouches {
+        first_touches_of(&self.first_touch)
+    }
+}
+
+/// What a start touched first, as [`Description::first_touch`] has it.
+#[must_use]
+pub fn first_touch_text(touches: &FirstTouches) -> BTreeMap<String, String> {
+    let hex = |bytes: Vec<u8>| {
+        bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
+            // It never fails for a string.
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
+    };
+    touches.iter().map(|(name, manifest)| (name.clone(), hex(manifest.encode()))).collect()
+}
+
+/// The reverse; what cannot be read is left out.
+#[must_use]
+pub fn first_touches_of(text: &BTreeMap<String, String>) -> FirstTouches {
+    let bytes = |text: &str| -> Option<Vec<u8>> {
+        let pairs = text.as_bytes().chunks(2);
+        pairs.map(|pair| u8::from_str_radix(str::from_utf8(pair).ok()?, 16).ok()).collect()
+    };
+    let manifest = |text: &str| Manifest::decode(&bytes(text)?).ok();
+    text.iter().filter_map(|(name, text)| Some((name.clone(), manifest(text)?))).collect()
 }
 
 /// A device that does not describe a machine.
@@ -153,7 +259,54 @@ mod tests {
             package_name: "redis".into(),
             network: None,
             lease: "a lease".into(),
+            paused_at_ns: 5,
+            beat: Some(LifeSign {
+                life: 2,
+                serial: 7,
+                of: Some("a/m".to_owned()),
+                age_us: 5,
+                every_us: 250_000,
+            }),
+            first_touch: BTreeMap::new(),
+            overlays: BTreeMap::new(),
+            suspended: false,
         }
+    }
+
+    #[test]
+    fn a_disk_is_whole_or_what_differs_and_blocks_beyond_its_end_are_refused() {
+        let mut kept = description();
+        kept.overlays.insert("root".into(), vec![(3, 2), (9, 1)]);
+        kept.suspended = true;
+        let (read, _) = decode(&device(&encode(&kept, b"state").unwrap())).unwrap();
+        assert!(read.suspended);
+        assert_eq!(read.disk_device("root"), "overlay-root");
+        let held: Vec<_> = read.held("root", 10).unwrap().ranges().map(|r| r.start.0).collect();
+        assert_eq!(held, [3, 9]);
+        assert!(read.held("root", 9).is_err());
+        assert_eq!(read.disk_device("data"), "disk-data");
+        assert_eq!(read.held("data", 9).unwrap(), BlockSet::full(9));
+        for bad in [(u64::MAX, 2), (11, 0)] {
+            kept.overlays.insert("root".into(), vec![bad]);
+            assert!(kept.held("root", 10).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn what_was_touched_first_is_kept_and_what_is_no_order_is_left_out() {
+        let order = vec![BlockRange::new(9, 2), BlockRange::new(1, 1)];
+        let touches = BTreeMap::from([("memory".to_owned(), Manifest { blocks: 4096, order })]);
+        let mut kept = description();
+        kept.set_first_touches(&touches);
+        let (mut read, _) = decode(&device(&encode(&kept, b"state").unwrap())).unwrap();
+        assert_eq!(read.first_touches(), touches);
+        for bad in ["", "0", "zz", "53", "é", "534c465401ff"] {
+            read.first_touch.insert("disk-root".into(), bad.into());
+            assert_eq!(read.first_touches(), touches, "{bad}");
+        }
+        // As older versions wrote it.
+        let (old, _) = decode(&device(&encode(&description(), b"state").unwrap())).unwrap();
+        assert_eq!(old.first_touches(), FirstTouches::new());
     }
 
     fn device(content: &[u8]) -> MemoryDevice {

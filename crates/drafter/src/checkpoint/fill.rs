@@ -3,6 +3,7 @@
 //!
 //! ```text
 //!   fault ──demand──▶ queue ──▶ threads: read the block, checked by its name ──▶ fill
+//!   then: what an earlier start touched, in that order, by many threads ──▶ fill
 //!   bulk: silo's restore, device by device, pack by pack, root compared at the end ──▶ fill
 //! ```
 //!
@@ -10,20 +11,24 @@
 //! hold: only blocks that are missing are taken, so what the guest has written stays; a store that does
 //! not answer makes the guest wait and is asked again, until it answers or the machine ends; demands
 //! are not held up by more than one pack of bulk.
+//!
+//! What is touched is recorded, after the order that was followed: the next generations have both, for
+//! the next start. An order is a hint; whatever it says, content is right.
 
 use super::restore::whole;
 use silo::{
     block::{BLOCK_SIZE, BlockRange, BlockSet},
     device::{Demand, Device},
     io::BlockDevice,
+    order::{FirstTouch, touch::Manifest},
     store::{Generation, GenerationDevice, RestoreOptions, StoreError},
 };
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     io,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
     time::Duration,
@@ -33,8 +38,17 @@ use std::{
 const FETCHERS: usize = 4;
 /// Blocks that are brought for one that is waited for, itself included.
 const CLUSTER: u64 = 16;
+/// Threads that bring what an earlier start touched; they wait for the store nearly all of the time.
+const AHEAD: usize = 16;
+/// Most blocks that one of them brings at a time.
+const STEP: u64 = 64;
+/// How long one of them lets what is waited for go first before it looks again.
+const YIELD: Duration = Duration::from_millis(5);
 /// Pauses between two attempts at a store: the first, and at most.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+
+/// In which order the blocks of devices were first touched, by their names in a generation.
+pub type FirstTouches = BTreeMap<String, Manifest>;
 
 /// Where the missing blocks of a group of devices are.
 pub struct StoreFill {
@@ -47,6 +61,11 @@ pub struct StoreFill {
     changed: Condvar,
     stop: AtomicBool,
     trouble: Mutex<Option<String>>,
+    /// The order of an earlier start, by device.
+    order: Vec<Vec<BlockRange>>,
+    /// That order, and what was touched besides.
+    touched: Vec<Mutex<FirstTouch>>,
+    recording: AtomicBool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -54,15 +73,27 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl StoreFill {
-    /// Devices, each with its name in the generation.
+    /// Devices, each with its name in the generation, and what an earlier start touched of them.
     ///
     /// # Errors
     /// If the generation has no such device, or one of another size.
     pub fn new(
         generation: Arc<Generation>,
         devices: Vec<(String, Arc<dyn Device>)>,
+        touches: &FirstTouches,
     ) -> Result<Arc<Self>, StoreError> {
         let (names, devices): (Vec<_>, Vec<_>) = devices.into_iter().unzip();
+        let order = |(name, device): (&String, &Arc<dyn Device>)| match touches.get(name) {
+            Some(known) if known.blocks == device.blocks() => known.order.clone(),
+            _ => Vec::new(),
+        };
+        let order: Vec<_> = names.iter().zip(&devices).map(order).collect();
+        let touched = |(device, order): (&Arc<dyn Device>, &Vec<BlockRange>)| {
+            let mut touched = FirstTouch::new(device.blocks());
+            order.iter().for_each(|range| touched.touched(*range));
+            Mutex::new(touched)
+        };
+        let touched = devices.iter().zip(&order).map(touched).collect();
         let source = |(name, device): (&String, &Arc<dyn Device>)| {
             let source = GenerationDevice::new(&generation, name, 0)?;
             let (bytes, target) = (source.size(), device.blocks() * BLOCK_SIZE as u64);
@@ -82,6 +113,9 @@ impl StoreFill {
             changed: Condvar::new(),
             stop: AtomicBool::new(false),
             trouble: Mutex::default(),
+            order,
+            touched,
+            recording: AtomicBool::new(true),
         }))
     }
 
@@ -98,10 +132,28 @@ impl StoreFill {
     pub fn demand(self: &Arc<Self>, device: usize) -> Demand {
         let fill = Arc::clone(self);
         Box::new(move |range| {
+            if fill.recording.load(Ordering::Relaxed) {
+                lock(&fill.touched[device]).touched(range);
+            }
             lock(&fill.wanted).push_back((device, range));
             // All: one that rests after an error takes none.
             fill.changed.notify_all();
         })
+    }
+
+    /// Somebody who reads everything asks for blocks from now on: that is no start.
+    pub fn stop_recording(&self) {
+        self.recording.store(false, Ordering::Relaxed);
+    }
+
+    /// What this start has touched so far, after what the one before had.
+    #[must_use]
+    pub fn first_touches(&self) -> FirstTouches {
+        let manifest = |(name, touched): (&String, &Mutex<FirstTouch>)| {
+            (name.clone(), lock(touched).manifest())
+        };
+        let all = self.names.iter().zip(&self.touched).map(manifest);
+        all.filter(|(_, manifest)| !manifest.order.is_empty()).collect()
     }
 
     /// Why the store gives nothing just now.
@@ -145,12 +197,7 @@ impl StoreFill {
             };
             drop(wanted);
             let near = self.near(device, range);
-            let done = self.patiently(|| {
-                let mut bytes = vec![0; near.bytes() as usize];
-                self.sources[device].read_at(near.start.offset(), &mut bytes)?;
-                self.devices[device].fill(near.start, &bytes).map(drop).map_err(io::Error::other)
-            });
-            if !done {
+            if !self.patiently(|| self.bring(device, near)) {
                 return;
             }
         }
@@ -189,8 +236,60 @@ impl StoreFill {
         }
     }
 
+    /// What an earlier start touched and is missing, all devices side by side as far as they are.
+    fn expected(&self) -> Vec<(usize, BlockRange)> {
+        let mut expected = Vec::new();
+        for (device, order) in self.order.iter().enumerate() {
+            if order.is_empty() {
+                continue;
+            }
+            let missing = self.devices[device].missing();
+            for (at, range) in order.iter().enumerate() {
+                let place = at as f64 / order.len() as f64;
+                let parts = missing.ranges_in(*range).flat_map(|part| part.chunks(STEP));
+                expected.extend(parts.map(|part| (place, device, part)));
+            }
+        }
+        expected.sort_by(|a, b| a.0.total_cmp(&b.0));
+        expected.into_iter().map(|(_, device, range)| (device, range)).collect()
+    }
+
+    /// Brings what an earlier start touched; what this one waits for goes first. False if it was ended.
+    fn run_ahead(&self) -> bool {
+        let (expected, next) = (self.expected(), AtomicUsize::new(0));
+        let bring = || {
+            while let Some((device, range)) = expected.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let wanted = lock(&self.wanted);
+                let busy = |wanted: &mut VecDeque<_>| !wanted.is_empty();
+                drop(self.changed.wait_timeout_while(wanted, YIELD, busy));
+                if !self.patiently(|| self.bring(*device, *range)) {
+                    return;
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            for number in 0..AHEAD.min(expected.len()) {
+                let thread = std::thread::Builder::new().name(format!("ahead-{number}"));
+                if let Err(error) = thread.spawn_scoped(scope, bring) {
+                    tracing::warn!(%error, "no further thread to bring what will be touched");
+                }
+            }
+        });
+        !self.stop.load(Ordering::SeqCst)
+    }
+
+    /// Reads blocks from the store into their device.
+    fn bring(&self, device: usize, range: BlockRange) -> io::Result<()> {
+        let mut bytes = vec![0; range.bytes() as usize];
+        self.sources[device].read_at(range.start.offset(), &mut bytes)?;
+        self.devices[device].fill(range.start, &bytes).map(drop).map_err(io::Error::other)
+    }
+
     /// Brings everything. Returns when nothing is missing, or when it was ended: then false.
     pub fn run(&self) -> bool {
+        if !self.run_ahead() {
+            return false;
+        }
         for (device, name) in self.devices.iter().zip(&self.names) {
             let target = FillTarget(Arc::clone(device));
             let done = self.patiently(|| {
@@ -322,13 +421,13 @@ mod tests {
     }
 
     /// A disk whose blocks are all in the store, and what brings them.
-    fn armed(folder: &Path) -> (Arc<Disk>, Arc<StoreFill>) {
+    fn armed(folder: &Path, touches: &FirstTouches) -> (Arc<Disk>, Arc<StoreFill>) {
         let mut options = DiskOptions::new(DeviceName::new("root").unwrap());
         options.arrival_limit = LIMIT;
         let bytes = BLOCKS * BLOCK_SIZE as u64;
         let disk = Arc::new(Disk::create(&folder.join("disk"), None, bytes, &options).unwrap());
         let devices = vec![("disk-root".to_owned(), disk.clone() as Arc<dyn Device>)];
-        let fill = StoreFill::new(generation(folder), devices).unwrap();
+        let fill = StoreFill::new(generation(folder), devices, touches).unwrap();
         let missing = fill.missing(0).unwrap();
         assert_eq!(missing.len(), BLOCKS - BLOCKS.div_ceil(7));
         disk.begin().unwrap();
@@ -346,7 +445,7 @@ mod tests {
     #[test]
     fn what_is_touched_comes_at_once_what_is_written_stays_and_all_else_follows() {
         let folder = tempfile::tempdir().unwrap();
-        let (disk, fill) = armed(folder.path());
+        let (disk, fill) = armed(folder.path(), &FirstTouches::new());
         for at in [1500, 3, 700, 1999] {
             assert!(block(&disk, at) == content(at), "block {at}");
         }
@@ -368,10 +467,52 @@ mod tests {
         fill.end();
     }
 
+    fn order(ranges: &[(u64, u64)]) -> FirstTouches {
+        let order = ranges.iter().map(|&(start, count)| BlockRange::new(start, count)).collect();
+        BTreeMap::from([("disk-root".to_owned(), Manifest { blocks: BLOCKS, order })])
+    }
+
+    #[test]
+    fn what_an_earlier_start_touched_comes_before_the_rest_and_is_recorded_with_what_this_one_touches()
+     {
+        let folder = tempfile::tempdir().unwrap();
+        let touches = order(&[(1700, 90), (20, 1), (900, 3)]);
+        let (disk, fill) = armed(folder.path(), &touches);
+        assert!(fill.run_ahead());
+        let missing = disk.missing();
+        for range in &touches["disk-root"].order {
+            assert!(!missing.intersects(*range), "{range:?} is not here");
+        }
+        let brought = BLOCKS - BLOCKS.div_ceil(7) - missing.len();
+        assert!((70..=94).contains(&brought), "{brought} blocks were brought");
+        assert!(block(&disk, 500) == content(500) && block(&disk, 20) == content(20));
+        let recorded = fill.first_touches();
+        assert_eq!(recorded, order(&[(1700, 90), (20, 1), (900, 3), (500, 1)]));
+        // Whoever reads everything is no start.
+        fill.stop_recording();
+        assert!(block(&disk, 1200) == content(1200));
+        assert_eq!(fill.first_touches(), recorded);
+        assert!(fill.run());
+        assert!((0..BLOCKS).all(|at| block(&disk, at) == content(at)));
+        fill.end();
+    }
+
+    #[test]
+    fn an_order_of_another_device_is_not_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut touches = order(&[(1, 5)]);
+        touches.get_mut("disk-root").unwrap().blocks += 1;
+        let (disk, fill) = armed(folder.path(), &touches);
+        let before = disk.missing_blocks();
+        assert!(fill.run_ahead() && disk.missing_blocks() == before);
+        assert_eq!(fill.first_touches(), FirstTouches::new());
+        fill.end();
+    }
+
     #[test]
     fn a_store_that_is_away_makes_a_reader_wait_says_so_and_is_asked_again() {
         let folder = tempfile::tempdir().unwrap();
-        let (disk, fill) = armed(folder.path());
+        let (disk, fill) = armed(folder.path(), &FirstTouches::new());
         let (packs, aside) = (folder.path().join("store/packs"), folder.path().join("aside"));
         fs::rename(&packs, &aside).unwrap();
         thread::scope(|scope| {
@@ -394,7 +535,7 @@ mod tests {
     #[test]
     fn it_ends_when_it_is_told_to_although_the_store_is_away() {
         let folder = tempfile::tempdir().unwrap();
-        let (_disk, fill) = armed(folder.path());
+        let (_disk, fill) = armed(folder.path(), &FirstTouches::new());
         fs::remove_dir_all(folder.path().join("store/packs")).unwrap();
         thread::scope(|scope| {
             let _end = End(&fill);

@@ -5,7 +5,7 @@
 
 use super::{Format, StateArgs, output::bytes};
 use crate::runner::{
-    api::{BackupReport, BackupRequest, BackupState, Client, Request, Secret},
+    api::{BackupReport, BackupRequest, BackupState, Client, Request, Secret, SuspendReport},
     state::{MachineDir, check_name},
 };
 use anyhow::Context;
@@ -67,6 +67,30 @@ impl HistoryArgs {
     }
 }
 
+/// Where a machine sleeps.
+#[derive(Args, Clone, Debug)]
+pub(super) struct SuspendHistory {
+    /// s3://bucket/folder?endpoint=…&region=…, gs://…, az://… or file:///folder; credentials come
+    /// from the provider's usual variables, as AWS_ACCESS_KEY_ID
+    #[arg(long, value_name = "URL", env = "SILO_STORE")]
+    store: Option<String>,
+    /// The file with the tenant's keys (`silo keys create`); without it the variable SILO_KEYS holds
+    /// them
+    #[arg(long, value_name = "FILE", env = "SILO_KEY_FILE")]
+    keys: Option<PathBuf>,
+    /// The history, TENANT/LINE [default: machines/NAME.suspended]
+    #[arg(long, value_name = "TENANT/LINE")]
+    line: Option<String>,
+}
+
+impl SuspendHistory {
+    /// The history of a machine's sleeps.
+    pub(super) fn of(&self, machine: &str) -> HistoryArgs {
+        let line = self.line.clone().unwrap_or_else(|| format!("machines/{machine}.suspended"));
+        HistoryArgs { store: self.store.clone(), keys: self.keys.clone(), line: Some(line) }
+    }
+}
+
 /// `drafter backup`.
 #[derive(Args, Debug)]
 pub struct BackupArgs {
@@ -98,7 +122,7 @@ pub struct GenerationsArgs {
     line: Option<String>,
 }
 
-fn parse_time(text: &str) -> Result<Duration, String> {
+pub(super) fn parse_time(text: &str) -> Result<Duration, String> {
     let wrong = || format!("\"{text}\" is no time: write 500ms, 60s, 5m or 1h");
     let split = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
     let (number, unit) = text.split_at(split);
@@ -123,27 +147,60 @@ pub(super) fn backup(args: &BackupArgs, state: &StateArgs, format: Format) -> an
         return format.print(&value, || value.as_str().unwrap_or("ended").to_owned());
     }
     // Before the machine is bothered.
-    let (store, line) = (args.history.store()?, args.history.line(&args.name));
+    let mut request = request(&args.history, &args.name)?;
+    request.every_ms = args.every.map(|every| every.as_millis() as u64);
+    request.label.clone_from(&args.label);
+    let report: BackupReport = client.get(&Request::Backup(request))?;
+    format.print(&report, || sentence(&report))
+}
+
+/// One generation into a history, with this user's keys and credentials.
+pub(super) fn request(history: &HistoryArgs, machine: &str) -> anyhow::Result<BackupRequest> {
+    let (store, line) = (history.store()?, history.line(machine));
     LineName::parse(&line)?;
-    let (keys, keys_from) = args.history.key_text()?;
+    let (keys, keys_from) = history.key_text()?;
     let ours = |name: &String| CREDENTIALS.iter().any(|begin| name.starts_with(begin));
     let variables = std::env::vars_os().filter_map(|(name, value)| {
         Some((name.into_string().ok().filter(ours)?, Secret(value.into_string().ok()?)))
     });
-    let request = BackupRequest {
+    Ok(BackupRequest {
         store,
         line,
         keys: Secret(keys),
         keys_from,
         environment: variables.collect(),
-        every_ms: args.every.map(|every| every.as_millis() as u64),
-        label: args.label.clone(),
-    };
-    let report: BackupReport = client.get(&Request::Backup(request))?;
-    format.print(&report, || sentence(&report))
+        every_ms: None,
+        label: String::new(),
+        keep: None,
+    })
 }
 
-fn sentence(report: &BackupReport) -> String {
+/// `drafter suspend --store`.
+pub(super) fn suspend(
+    history: &SuspendHistory,
+    mut client: Client,
+    machine: &str,
+    format: Format,
+) -> anyhow::Result<()> {
+    let request = request(&history.of(machine), machine)?;
+    let report: SuspendReport = client.get(&Request::SuspendToStore(request))?;
+    format.print(&report, || {
+        format!(
+            "\"{machine}\" is suspended as generation {} of {} in {}: {} stored for {} of new content, \
+             durable after {:.0} ms, {:.0} of them while it stood still\n\
+             `drafter resume {machine} --store … --package …` runs it on any host with its package",
+            report.number,
+            report.line,
+            report.store,
+            bytes(report.stored_bytes),
+            bytes(report.new_bytes),
+            report.total_ms,
+            report.paused_ms,
+        )
+    })
+}
+
+pub(super) fn sentence(report: &BackupReport) -> String {
     let looked = if report.changes_only {
         "only what was written since the last was read"
     } else {

@@ -13,7 +13,7 @@ use clap::{Args, Subcommand};
 use std::{
     collections::BTreeMap,
     io::{Read, Seek, SeekFrom, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -55,9 +55,11 @@ pub struct ExecArgs {
 pub struct SuspendArgs {
     /// The machine's name
     name: String,
-    /// An empty or absent directory
-    #[arg(long)]
-    to: PathBuf,
+    /// An empty or absent directory, rather than a store
+    #[arg(long, required_unless_present = "store")]
+    to: Option<PathBuf>,
+    #[command(flatten)]
+    history: super::backup::SuspendHistory,
 }
 
 /// `drafter stop`.
@@ -75,6 +77,9 @@ pub struct StopArgs {
 pub struct RemoveArgs {
     /// The machine's name
     name: String,
+    /// Also if its network agent does not answer: its address and its ports stay taken
+    #[arg(long)]
+    without_agent: bool,
 }
 
 /// `drafter stay`.
@@ -95,6 +100,20 @@ pub enum CertCommand {
         /// How long the certificates are valid, days
         #[arg(long, default_value_t = 90)]
         days: u64,
+        /// The same in hours: short-lived ones, renewed by running this again and copying the files;
+        /// what runs takes them up by itself
+        #[arg(long, conflicts_with = "days")]
+        hours: Option<u64>,
+        /// Names of hosts
+        #[arg(required = true)]
+        hosts: Vec<String>,
+    },
+    /// Revoke every certificate that hosts have had so far; writes revoked.crl, which belongs on every
+    /// host beside its ca.crt
+    Revoke {
+        /// The authority's directory
+        #[arg(long)]
+        dir: PathBuf,
         /// Names of hosts
         #[arg(required = true)]
         hosts: Vec<String>,
@@ -132,6 +151,9 @@ pub(super) fn status(args: &NameArgs, state: &StateArgs, format: Format) -> anyh
         }
         if let Some(backup) = &status.backup {
             text += &super::backup::state_line(backup);
+        }
+        if let Some(protection) = &status.protection {
+            text += &super::protect::state_line(protection);
         }
         for report in &status.moves {
             text += &format!("\n{report}");
@@ -214,9 +236,17 @@ pub(super) fn exec(args: ExecArgs, state: &StateArgs, format: Format) -> anyhow:
 }
 
 pub(super) fn suspend(args: &SuspendArgs, state: &StateArgs, format: Format) -> anyhow::Result<()> {
-    let directory = std::path::absolute(&args.to)?;
+    let Some(to) = &args.to else {
+        return super::backup::suspend(
+            &args.history,
+            connect(state, &args.name)?,
+            &args.name,
+            format,
+        );
+    };
+    let directory = std::path::absolute(to)?;
     let value = connect(state, &args.name)?.call(&Request::Suspend { directory }, |_| {})?;
-    format.print(&value, || format!("\"{}\" is suspended in {}", args.name, args.to.display()))
+    format.print(&value, || format!("\"{}\" is suspended in {}", args.name, to.display()))
 }
 
 pub(super) fn stop(args: &StopArgs, state: &StateArgs, format: Format) -> anyhow::Result<()> {
@@ -242,11 +272,23 @@ pub(super) fn remove(args: &RemoveArgs, state: &StateArgs, format: Format) -> an
     if !dir.root().exists() {
         bail!("this host has nothing of a machine \"{}\"", args.name);
     }
-    if dir.read_record()?.as_ref().is_some_and(RunnerRecord::alive) {
+    let record = dir.read_record()?;
+    if record.as_ref().is_some_and(RunnerRecord::alive) {
         bail!("\"{}\" has a runner on this host: stop it first", args.name);
     }
     if qemu::monitor_without_runner(&dir.run()).is_some() {
         bail!("the monitor of \"{}\" still runs on this host: stop it first", args.name);
+    }
+    if let Some(network) = record.and_then(|record| record.network)
+        && !args.without_agent
+    {
+        network.forget().with_context(|| {
+            format!(
+                "the network still has the address {} of \"{}\"; start its agent, or use \
+                 --without-agent",
+                network.net.address, args.name
+            )
+        })?;
     }
     std::fs::remove_dir_all(dir.root())
         .with_context(|| format!("removing {}", dir.root().display()))?;
@@ -263,17 +305,35 @@ pub(super) fn stay(command: &StayCommand, state: &StateArgs, format: Format) -> 
 }
 
 pub(super) fn cert(command: CertCommand, format: Format) -> anyhow::Result<()> {
-    let CertCommand::Create { dir, days, hosts } = command;
+    let (dir, lifetime, hosts) = match command {
+        CertCommand::Create { dir, days, hours, hosts } => {
+            let hours = hours.unwrap_or(days.saturating_mul(24));
+            (dir, Duration::from_secs(hours.saturating_mul(3600)), hosts)
+        }
+        CertCommand::Revoke { dir, hosts } => return revoke(&dir, &hosts, format),
+    };
     let authority = if dir.join("ca.key").exists() {
         identity::Authority::open(&dir)?
     } else {
         identity::Authority::create(&dir)?
     };
     for host in &hosts {
-        let name = identity::HostName::new(host)?;
-        authority.issue(&name, Duration::from_secs(days * 86_400))?;
+        authority.issue(&identity::HostName::new(host)?, lifetime)?;
     }
     format.print(&serde_json::json!({ "dir": dir, "hosts": hosts }), || {
         format!("certificates for {} in {}", hosts.join(", "), dir.display())
+    })
+}
+
+fn revoke(dir: &Path, hosts: &[String], format: Format) -> anyhow::Result<()> {
+    let authority = identity::Authority::open(dir)?;
+    let mut revoked = 0;
+    for host in hosts {
+        revoked += authority.revoke(&identity::HostName::new(host)?)?;
+    }
+    let list = dir.join("revoked.crl");
+    format.print(&serde_json::json!({ "list": list, "revoked": revoked }), || {
+        let list = list.display();
+        format!("{revoked} certificates of {} revoked: copy {list} to every host", hosts.join(", "))
     })
 }

@@ -3,11 +3,15 @@
 //! A command talks to a runner over its API socket and owns nothing: ending it harms no machine.
 
 mod backup;
+mod evacuate;
+mod fork;
 mod list;
 mod machine;
 mod moves;
 mod output;
 pub mod package;
+mod protect;
+mod recover;
 mod run;
 
 pub use output::{Format, fail, log_to_stderr};
@@ -33,7 +37,11 @@ pub enum Command {
     Run(run::RunArgs),
     /// Wait here for a machine that moves to this host
     Receive(run::ReceiveArgs),
-    /// Start a suspended machine again
+    /// Go on where a runner of this host died, from its state directory alone
+    Recover(recover::RecoverArgs),
+    /// Keep a machine's runner alive: as `recover`, again and again, until the machine has ended or left
+    Supervise(recover::RecoverArgs),
+    /// Run a suspended machine again, on this or any other host
     Resume(run::ResumeArgs),
     /// List the machines of this host
     List,
@@ -47,13 +55,27 @@ pub enum Command {
     Exec(machine::ExecArgs),
     /// Move a machine to another host
     Migrate(moves::MigrateArgs),
+    /// Move all machines of this host to others before a deadline
+    Evacuate(evacuate::EvacuateArgs),
     /// Follow or cancel a move
     #[command(subcommand)]
     Job(moves::JobCommand),
-    /// Save a machine to a directory and end it here
+    /// Begin copies of a running machine on this host, each a machine of its own
+    Fork(fork::ForkArgs),
+    /// The runner of a copy: `fork` starts this
+    #[command(hide = true)]
+    Forked(fork::ForkedArgs),
+    /// Save a machine to a store or a directory, and end it here
     Suspend(machine::SuspendArgs),
     /// Store a generation of a running machine in an object store, once or every so often
     Backup(backup::BackupArgs),
+    /// Let a running machine survive the loss of its host
+    Protect(protect::ProtectArgs),
+    /// Wait here for a protected machine's host to fall silent, and run it then
+    StandIn(run::StandInArgs),
+    /// Freeze a machine when its lease ends: a runner starts this
+    #[command(hide = true)]
+    Guard(protect::GuardArgs),
     /// What a store has of machines
     Generations(backup::GenerationsArgs),
     /// Run a machine from a generation in a store, on this host
@@ -79,6 +101,8 @@ pub fn execute(command: Command, state: &StateArgs) -> anyhow::Result<()> {
     match command {
         Command::Run(args) => run::run(args, state),
         Command::Receive(args) => run::receive(args, state),
+        Command::Recover(args) => recover::recover(&args, state),
+        Command::Supervise(args) => recover::supervise(&args, state),
         Command::Resume(args) => run::resume(args, state),
         Command::List => list::list(state, format),
         Command::Status(args) => machine::status(&args, state, format),
@@ -86,9 +110,15 @@ pub fn execute(command: Command, state: &StateArgs) -> anyhow::Result<()> {
         Command::Console(args) => machine::console(&args, state),
         Command::Exec(args) => machine::exec(args, state, format),
         Command::Migrate(args) => moves::migrate(args, state, format),
+        Command::Evacuate(args) => evacuate::evacuate(&args, state, format),
         Command::Job(command) => moves::job(command, state, format),
+        Command::Fork(args) => fork::fork(&args, state, format),
+        Command::Forked(args) => fork::forked(&args),
         Command::Suspend(args) => machine::suspend(&args, state, format),
         Command::Backup(args) => backup::backup(&args, state, format),
+        Command::Protect(args) => protect::protect(&args, state, format),
+        Command::StandIn(args) => run::stand_in(args, state),
+        Command::Guard(args) => crate::runner::guard::serve(&args.run_dir),
         Command::Generations(args) => backup::generations(&args, format),
         Command::Restore(args) => run::restore(args, state),
         Command::Stop(args) => machine::stop(&args, state, format),

@@ -1,12 +1,16 @@
 //! `run`, `receive`, `resume`, `restore`: the commands that become (or start) a runner.
 
-use super::{StateArgs, backup::HistoryArgs};
+use super::{
+    StateArgs,
+    backup::{HistoryArgs, SuspendHistory},
+};
 use crate::driver::DiskKind;
 use crate::runner::{
     self,
     api::{Client, Request},
     config::{
-        AcceleratorChoice, Boot, Launch, NetworkConfig, RestoreFrom, RunnerConfig, SecurityConfig,
+        AcceleratorChoice, Boot, Launch, NetworkConfig, ProtectConfig, RestoreFrom, RunnerConfig,
+        SecurityConfig,
     },
     state::{MachineDir, check_name},
 };
@@ -34,8 +38,12 @@ pub(super) struct HostArgs {
     /// Protect nothing between hosts: only on a network that is trusted as a whole
     #[arg(long, conflicts_with = "certs")]
     plaintext: bool,
-    /// Directory of the lease files, shared by the hosts that may run the machine
-    /// [default: STATE/leases]
+    /// Take the machine from these hosts only [default: every host of the same authority]
+    #[arg(long, value_delimiter = ',', conflicts_with = "plaintext")]
+    accept_from: Vec<String>,
+    /// Where leases are kept, for all hosts that may run the machine: a directory, `sqlite:/FILE`,
+    /// `postgres://USER@HOST/DATABASE`, `etcd://HOST:PORT/PREFIX`, `s3://BUCKET/FOLDER` (gs:, az:), or
+    /// `kubernetes://NAMESPACE` [default: STATE/leases]
     #[arg(long, env = "DRAFTER_LEASE")]
     lease: Option<PathBuf>,
     /// The machine's network on this host
@@ -53,9 +61,28 @@ pub(super) struct HostArgs {
     /// Track no writes to memory, as on Linux before 6.7: every move away is post-copy
     #[arg(long)]
     no_tracking: bool,
+    #[command(flatten)]
+    protect: ProtectFlags,
     /// Return when the machine runs; it goes on in the background
     #[arg(long)]
     detach: bool,
+}
+
+/// That the machine is to survive the loss of this host.
+#[derive(Args, Debug)]
+struct ProtectFlags {
+    /// Protect the machine as soon as it runs here, however it came: store a generation in this store
+    /// again and again, and hold a lease that ends, so that a stand-in may run it when this host is lost
+    #[arg(long, value_name = "URL")]
+    protect: Option<String>,
+    /// The file with the keys to that store; without it the variable SILO_KEYS holds them
+    #[arg(long, value_name = "FILE", env = "SILO_KEY_FILE", requires = "protect")]
+    protect_keys: Option<PathBuf>,
+    /// The history in that store, TENANT/LINE [default: machines/NAME]
+    #[arg(long, value_name = "TENANT/LINE", requires = "protect")]
+    protect_line: Option<String>,
+    #[command(flatten)]
+    how: super::protect::How,
 }
 
 /// Kinds of network.
@@ -83,9 +110,9 @@ pub struct RunArgs {
     /// Virtual processors [default: as the package says]
     #[arg(long)]
     vcpus: Option<u32>,
-    /// The machine's address, for life
-    #[arg(long)]
-    address: Option<Ipv4Addr>,
+    /// The machine's address, for life; auto: the edge gives it one, and an IPv6 address where it has some
+    #[arg(long, value_name = "ADDRESS|auto")]
+    address: Option<Address>,
     /// Its IPv6 address, for life
     #[arg(long, requires = "address")]
     address_v6: Option<std::net::Ipv6Addr>,
@@ -149,9 +176,31 @@ pub struct ReceiveArgs {
 pub struct ResumeArgs {
     /// The machine's name
     name: String,
-    /// The directory that `suspend` wrote
-    #[arg(long)]
-    from: PathBuf,
+    /// The directory that `suspend` wrote, rather than a store
+    #[arg(long, required_unless_present = "store")]
+    from: Option<PathBuf>,
+    #[command(flatten)]
+    history: SuspendHistory,
+    /// Go back to this generation, and forget what the machine did since [default: what it was suspended
+    /// as, if it has not run since]
+    #[arg(long, value_name = "NUMBER", requires = "store")]
+    generation: Option<u64>,
+    /// The host that owned the machine: it was stopped there, or that host will never come back. Said
+    /// wrongly, the machine runs twice
+    #[arg(long, value_name = "HOST", requires = "generation")]
+    take_from: Option<String>,
+    /// Packages, or directories of packages, that the machine may need
+    #[arg(long, required = true)]
+    package: Vec<PathBuf>,
+    #[command(flatten)]
+    on: HostArgs,
+}
+
+/// `drafter stand-in`.
+#[derive(Args, Debug)]
+pub struct StandInArgs {
+    /// The machine's name
+    name: String,
     /// Packages, or directories of packages, that the machine may need
     #[arg(long, required = true)]
     package: Vec<PathBuf>,
@@ -236,12 +285,16 @@ fn config(
     } else {
         SecurityConfig::Mutual(on.certs.clone().unwrap_or_else(|| state.state.join("certs")))
     };
+    for from in &on.accept_from {
+        identity::HostName::new(from).context("--accept-from")?;
+    }
     Ok(RunnerConfig {
         machine: name.to_owned(),
         host,
         state: state.state.clone(),
         listen: on.listen,
         security,
+        accept_from: on.accept_from.clone(),
         lease: on.lease.clone().unwrap_or_else(|| state.state.join("leases")),
         network: match on.network {
             Network::None => NetworkConfig::None,
@@ -252,18 +305,84 @@ fn config(
         keep_stay_bytes: on.keep_stay_mib << 20,
         track: !on.no_tracking,
         packages,
+        protect: on.protect.config(name)?,
     })
+}
+
+impl ProtectFlags {
+    fn config(&self, machine: &str) -> anyhow::Result<Option<ProtectConfig>> {
+        let Some(store) = self.protect.clone() else { return Ok(None) };
+        store.parse::<silo::store::StoreUrl>()?;
+        let line = self.protect_line.clone().unwrap_or_else(|| format!("machines/{machine}"));
+        silo::store::LineName::parse(&line)?;
+        let keys = self.protect_keys.as_ref().map(std::path::absolute).transpose()?;
+        Ok(Some(ProtectConfig {
+            store,
+            line,
+            keys,
+            every_ms: self.how.every().as_millis() as u64,
+            term_ms: self.how.term().as_millis() as u64,
+            output_commit: self.how.output_commit,
+            keep: Some(self.how.keep()),
+        }))
+    }
+}
+
+/// Which address a machine has.
+#[derive(Clone, Copy, Debug)]
+enum Address {
+    /// One that the edge gives it.
+    Auto,
+    /// This one.
+    Own(Ipv4Addr),
+}
+
+impl std::str::FromStr for Address {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            _ => text.parse().map(Self::Own).map_err(|_| "neither an IPv4 address nor auto"),
+        }
+    }
+}
+
+/// The addresses that the edge gives a machine; the same ones whenever it is asked for that name.
+fn given_address(
+    machine: &str,
+    on: &HostArgs,
+    network: conduit::NetworkId,
+) -> anyhow::Result<(Ipv4Addr, Option<std::net::Ipv6Addr>)> {
+    if !matches!(on.network, Network::Agent) {
+        bail!("--address auto needs an edge: use --network agent, or give an address");
+    }
+    let agent = conduit::AgentDataPath::connect(&on.agent)
+        .with_context(|| format!("ask the network agent at {}", on.agent.display()))?;
+    Ok(agent.address(machine, network)?)
 }
 
 pub(super) fn run(args: RunArgs, state: &StateArgs) -> anyhow::Result<()> {
     let config = config(&args.name, &args.on, vec![args.package.clone()], state)?;
+    let network = args.network_id.map_or_else(Default::default, conduit::NetworkId);
+    let (address, given_v6) = match args.address {
+        None => (None, None),
+        Some(Address::Own(address)) => (Some(address), None),
+        Some(Address::Auto) => {
+            let (address, v6) = given_address(&args.name, &args.on, network)?;
+            (Some(address), v6)
+        }
+    };
+    // There the edge answers for machines' names, by the gateway of each.
+    let asks_gateway = address.is_some() && matches!(args.on.network, Network::Agent);
     let boot = Boot {
         package: args.package,
+        name_servers: asks_gateway.then_some(conduit::tap::GATEWAY).into_iter().collect(),
         memory_bytes: args.memory_mib.map(|mib| mib << 20),
         vcpus: args.vcpus,
-        address: args.address,
-        address_v6: args.address_v6,
-        network: args.network_id.map_or_else(Default::default, conduit::NetworkId),
+        address,
+        address_v6: args.address_v6.or(given_v6),
+        network,
         policy: conduit::policy::Policy {
             public: args.public,
             allow: args.allow,
@@ -290,9 +409,30 @@ pub(super) fn receive(args: ReceiveArgs, state: &StateArgs) -> anyhow::Result<()
     start(config, Launch::Receive, args.on.detach)
 }
 
+pub(super) fn stand_in(args: StandInArgs, state: &StateArgs) -> anyhow::Result<()> {
+    if args.on.protect.protect.is_none() {
+        bail!("a stand-in needs to know where the machine's generations are: --protect URL");
+    }
+    let config = config(&args.name, &args.on, args.package, state)?;
+    start(config, Launch::StandIn, args.on.detach)
+}
+
 pub(super) fn resume(args: ResumeArgs, state: &StateArgs) -> anyhow::Result<()> {
     let config = config(&args.name, &args.on, args.package, state)?;
-    start(config, Launch::Resume(args.from), args.on.detach)
+    let Some(from) = args.from else {
+        let history = args.history.of(&args.name);
+        let from = RestoreFrom {
+            line: history.line(&args.name),
+            store: history.store()?,
+            suspended: args.generation.is_none(),
+            generation: args.generation,
+            keys: history.keys,
+            take_from: args.take_from,
+            lazy: true,
+        };
+        return start(config, Launch::Restore(from), args.on.detach);
+    };
+    start(config, Launch::Resume(from), args.on.detach)
 }
 
 pub(super) fn restore(args: RestoreArgs, state: &StateArgs) -> anyhow::Result<()> {
@@ -304,6 +444,7 @@ pub(super) fn restore(args: RestoreArgs, state: &StateArgs) -> anyhow::Result<()
         keys: args.history.keys,
         take_from: args.take_from,
         lazy: args.lazy,
+        suspended: false,
     };
     start(config, Launch::Restore(from), args.on.detach)
 }

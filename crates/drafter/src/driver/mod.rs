@@ -126,6 +126,8 @@ pub struct NetworkShape {
 pub struct HostResources<'a> {
     /// The machine's memory; the driver passes it on by descriptor.
     pub memory: &'a OwnedFd,
+    /// The file is shared by several copies of a machine: it is mapped privately, and never written.
+    pub memory_is_shared: bool,
     /// Open tap (IFF_TAP|IFF_NO_PI|IFF_VNET_HDR), if the machine has a network.
     pub tap: Option<&'a OwnedFd>,
     /// One unix socket with a server of the machine's [`DiskKind`] per disk, in the order of
@@ -167,6 +169,8 @@ pub struct MemoryHandle {
 pub struct Held {
     /// The machine's memory.
     pub memory: OwnedFd,
+    /// As [`HostResources::memory_is_shared`] was.
+    pub memory_is_shared: bool,
     /// Where it is mapped.
     pub mapping: MemoryHandle,
     /// Its tap, if it has a network.
@@ -353,6 +357,17 @@ pub trait Vm: Send {
 
     /// Holds the frames that the guest sends (`true`), or lets them and all later ones go.
     fn hold_output(&mut self, hold: bool) -> Result<(), DriverError>;
+
+    /// Output commit: holds what the guest sends in two stages (`true`), or lets all of it and all
+    /// later frames go. Asked again for what is so already, it does nothing.
+    fn commit_output(&mut self, on: bool) -> Result<(), DriverError>;
+
+    /// Of a paused machine under [`Vm::commit_output`]: what it has sent so far is of this instant, and
+    /// goes with the next [`Vm::release_sealed`]; what it sends from here on does not.
+    fn seal_output(&mut self) -> Result<(), DriverError>;
+
+    /// Lets go what was sealed: the instant of which it was can be gone back to.
+    fn release_sealed(&mut self) -> Result<(), DriverError>;
 
     /// Freezes the monitor's process without asking it: works while a page is missing. From its
     /// return neither guest nor monitor executes an instruction.

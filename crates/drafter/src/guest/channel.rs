@@ -5,7 +5,7 @@ use super::{
     connection::{Answer, Connection, SendError, random},
 };
 use drafter_guest::protocol::{
-    Entry, ExecRequest, ExitStatus, GuestMessage, HostMessage, ProbeKind, Stream,
+    Entry, ExecRequest, ExitStatus, GuestMessage, HostMessage, NewIdentity, ProbeKind, Stream,
 };
 use std::{
     io,
@@ -273,23 +273,54 @@ impl GuestChannel {
         limit: Duration,
     ) -> Result<Resume, GuestError> {
         const OPERATION: &str = "after_resume";
-        let mut entropy = vec![0; ENTROPY];
-        random(&mut entropy).map_err(|source| GuestError::Host {
-            machine: self.machine.clone(),
-            operation: OPERATION,
-            source,
-        })?;
+        let entropy = self.entropy(OPERATION)?;
         let host_name = host_name.map(str::to_owned);
         let answer = self.call(OPERATION, limit, |id| {
             // Read here, when the agent is there to take it, and not before a wait for it.
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            let wall_clock_ns = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+            let wall_clock_ns = wall_clock_ns();
             HostMessage::AfterResume { id, wall_clock_ns, entropy, host_name }
         })?;
         match answer {
             GuestMessage::Resumed { clock_step_ns, .. } => Ok(Resume { clock_step_ns }),
             other => Err(self.unexpected(OPERATION, &other)),
         }
+    }
+
+    /// Tells a copy of a machine who it is from now on, with fresh random bytes and this host's wall
+    /// clock; runs the package's hooks.
+    ///
+    /// # Errors
+    /// When a part failed (the others were tried), or the agent did not answer or is too old: the copy
+    /// still believes that it is the other machine.
+    pub fn become_another(
+        &self,
+        identity: &NewIdentity,
+        limit: Duration,
+    ) -> Result<Resume, GuestError> {
+        const OPERATION: &str = "become";
+        let entropy = self.entropy(OPERATION)?;
+        let identity = identity.clone();
+        let answer = self.call(OPERATION, limit, |id| HostMessage::Become {
+            id,
+            wall_clock_ns: wall_clock_ns(),
+            entropy,
+            identity,
+        })?;
+        match answer {
+            GuestMessage::Resumed { clock_step_ns, .. } => Ok(Resume { clock_step_ns }),
+            other => Err(self.unexpected(OPERATION, &other)),
+        }
+    }
+
+    /// Fresh random bytes.
+    fn entropy(&self, operation: &'static str) -> Result<Vec<u8>, GuestError> {
+        let mut entropy = vec![0; ENTROPY];
+        random(&mut entropy).map_err(|source| GuestError::Host {
+            machine: self.machine.clone(),
+            operation,
+            source,
+        })?;
+        Ok(entropy)
     }
 
     /// Runs a probe of the package once: whether it is well, and what it saw.
@@ -378,6 +409,11 @@ impl GuestChannel {
 }
 
 const EXEC: &str = "exec";
+
+fn wall_clock_ns() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}
 
 /// Why there is no final answer.
 enum End {

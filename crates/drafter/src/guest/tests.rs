@@ -4,7 +4,7 @@ use super::*;
 use drafter_guest::{
     agent::{Platform, Port, serve},
     config::{Check, Hook, MachineConfig, Probe},
-    protocol::{Decoded, EntryState, FailureCode, PROTOCOL_VERSION},
+    protocol::{Decoded, EntryState, FailureCode, NewIdentity, PROTOCOL_VERSION},
 };
 use std::{
     io::{self, BufRead, BufReader, Write},
@@ -40,6 +40,10 @@ impl Platform for Recorder {
     fn set_host_name(&self, name: &str) -> io::Result<()> {
         self.note(name);
         Ok(())
+    }
+    fn become_another(&self, identity: &NewIdentity) -> Vec<String> {
+        self.note(&format!("become {}", identity.host_name));
+        Vec::new()
     }
     fn sync(&self) {
         self.note("sync");
@@ -200,8 +204,20 @@ fn hooks_resume_and_shutdown_reach_the_machine_and_a_failing_hook_comes_back_in_
         other => panic!("{other}"),
     }
     assert_eq!(channel.after_resume(Some("fork"), SOON).unwrap(), Resume { clock_step_ns: -3 });
+    let identity = NewIdentity {
+        host_name: "fork-2".into(),
+        copy_of: "m".into(),
+        address: None,
+        address_v6: None,
+        instance: "1".into(),
+    };
+    let became = channel.become_another(&identity, SOON).unwrap();
+    assert_eq!(became, Resume { clock_step_ns: -3 });
     channel.shut_down(SOON).unwrap();
-    assert_eq!(*machine.0.lock().unwrap(), ["clock", "entropy", "fork", "shut down"]);
+    assert_eq!(
+        *machine.0.lock().unwrap(),
+        ["entropy", "clock", "fork", "entropy", "clock", "fork-2", "become fork-2", "shut down"]
+    );
 }
 
 #[test]
@@ -218,16 +234,18 @@ fn waiting_for_a_service_ends_when_it_listens_and_says_why_when_it_does_not() {
     });
     agent(&path, &config);
     let channel = GuestChannel::connect(&path, "m").unwrap();
-    let error = channel.wait_ready(Duration::from_millis(300)).unwrap_err();
+    let error = channel.wait_ready(Duration::from_secs(2)).unwrap_err();
     assert!(matches!(error, GuestError::NotReady { .. }), "{error}");
     assert!(error.to_string().contains("refused"), "{error}");
+    let (ready, until_ready) = std::sync::mpsc::channel();
     std::thread::scope(|scope| {
-        scope.spawn(|| {
+        scope.spawn(move || {
             std::thread::sleep(Duration::from_millis(100));
             let _listener = std::net::TcpListener::bind(("127.0.0.1", port)).unwrap();
-            std::thread::sleep(Duration::from_secs(3));
+            until_ready.recv_timeout(SOON).unwrap();
         });
         channel.wait_ready(SOON).unwrap();
+        ready.send(()).unwrap();
     });
 }
 
@@ -389,7 +407,7 @@ fn dropping_the_channel_ends_its_thread_at_once_even_below_a_flood() {
     assert!(matches!(error, GuestError::Timeout { .. }), "{error}");
     let started = Instant::now();
     drop(channel);
-    assert!(started.elapsed() < Duration::from_secs(5));
+    assert!(started.elapsed() < SOON);
 }
 
 /// Whether the host has said something by now (and has not hung up).

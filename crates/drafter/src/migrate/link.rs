@@ -53,7 +53,18 @@ impl Channel {
         security: &Security,
         preamble: Preamble,
     ) -> Result<Self, identity::Error> {
-        let mut stream = Stream::connect(address, peer, security, CONNECT_LIMIT)?;
+        Self::connect_within(address, peer, security, preamble, CONNECT_LIMIT)
+    }
+
+    /// As [`Channel::connect`], with another limit.
+    pub fn connect_within(
+        address: SocketAddr,
+        peer: &HostName,
+        security: &Security,
+        preamble: Preamble,
+        limit: Duration,
+    ) -> Result<Self, identity::Error> {
+        let mut stream = Stream::connect(address, peer, security, limit)?;
         // A preamble that the peer does not get shows as a closed connection at the first read.
         let _ = stream.write_all(&preamble.encode());
         let _ = stream.flush();
@@ -68,6 +79,33 @@ impl Channel {
         stream.control().set_read_timeout(None);
         Ok((Self::new(stream, security), preamble))
     }
+}
+
+/// Opens both connections of a session, main and fault, side by side: on a long line each handshake
+/// is several round trips.
+pub fn connect_both(
+    address: SocketAddr,
+    peer: &HostName,
+    security: &Security,
+    session: SessionId,
+    limit: Duration,
+) -> Result<(Channel, Channel), String> {
+    let connect = |role| {
+        Channel::connect_within(address, peer, security, preamble(role, session), limit)
+            .map_err(|e| e.to_string())
+    };
+    let (main, fault) = std::thread::scope(|scope| {
+        let fault = std::thread::Builder::new()
+            .name("connect-fault".into())
+            .spawn_scoped(scope, || connect(Role::Fault));
+        let main = connect(Role::Main);
+        let fault = match fault {
+            Ok(thread) => thread.join().unwrap_or_else(|_| Err("the thread panicked".into())),
+            Err(_) => connect(Role::Fault),
+        };
+        (main, fault)
+    });
+    Ok((main?, fault?))
 }
 
 /// A new session's name.

@@ -4,9 +4,13 @@
 use super::switchover::Token;
 use crate::{
     driver::{HostFacts, MachineShape},
-    lease::{AttemptId, Epoch, HandingTo, HostName, MachineName, Nonce, OfferSerial, Record},
+    lease::{
+        AttemptId, BeatName, BeatRef, Epoch, HandingTo, HostName, MachineName, Nonce, OfferSerial,
+        Record,
+    },
 };
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Identifies the frozen content that a machine left on a host when it moved away. A machine that
 /// comes back sends only what changed since, if both ends name the same stay.
@@ -80,8 +84,39 @@ pub struct PrepareRequest {
     pub since: Option<StayId>,
     /// Only check.
     pub dry_run: bool,
+    /// After the token the source connects again if a connection breaks.
+    #[serde(default)]
+    pub resumes: bool,
+    /// How long the machine may stand still, milliseconds, as far as is known before the first round.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expected_blackout_ms: Option<u64>,
+    /// Of a machine that survives the loss of its host: what must be so at the destination too. Its
+    /// lease is then bound to the destination's sign of life from the switchover on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protected: Option<Protected>,
     /// Everything else about the machine that must go on at the destination.
     pub machine: serde_json::Value,
+}
+
+/// How a machine is protected that moves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Protected {
+    /// What it sends waits for the generation that it is of.
+    pub output_commit: bool,
+}
+
+/// Where the history of a protected machine is when it has left its source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackupMark {
+    /// The history, `tenant/line`. Its store has an address of its own on each host.
+    pub line: String,
+    /// The last generation that the source knows to be durable.
+    pub number: u64,
+    /// The writer that stored it, hex.
+    pub writer: String,
+    /// What the machine's last start from a store touched first, as a generation's description has it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub first_touch: BTreeMap<String, String>,
 }
 
 /// The destination's answer.
@@ -99,6 +134,65 @@ pub struct Verdict {
     pub endpoint: Option<conduit::HostEndpoint>,
     /// How long building everything took there, milliseconds.
     pub prepared_ms: u64,
+    /// It answers a source that connects again, and its pings on the fault connection.
+    #[serde(default)]
+    pub resumes: bool,
+}
+
+/// A source that connects again: which move goes on. Who asks is proved by the connection (mutual
+/// TLS); the session is 128 random bits that only the two ends of the move have seen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResumeRequest {
+    /// The machine.
+    pub machine: String,
+    /// Name of the source host.
+    pub host: String,
+    /// The attempt that moved it.
+    pub attempt: u64,
+    /// The session that moved it, hex.
+    pub session: String,
+    /// Drawn at random by each runner that serves the move.
+    pub life: u64,
+    /// Counts that runner's connections, from 1.
+    pub serial: u32,
+}
+
+/// How a move stands at its destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Standing {
+    /// The machine runs there and lacks blocks.
+    Missing,
+    /// Everything is durable there.
+    Durable,
+    /// It will never run there by this attempt.
+    Refused,
+    /// Nothing is known there of this move, or the asker is not its source.
+    Unknown,
+}
+
+/// The answer to a source that connects again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResumeAnswer {
+    /// How it stands.
+    pub standing: Standing,
+    /// For people.
+    #[serde(default)]
+    pub reason: String,
+    /// What was confirmed, if it was.
+    #[serde(default)]
+    pub confirmation: Option<Confirmation>,
+    /// What was released, if it was.
+    #[serde(default)]
+    pub durable: Option<DurableReport>,
+}
+
+impl ResumeAnswer {
+    /// An answer without reports.
+    #[must_use]
+    pub fn of(standing: Standing, reason: impl Into<String>) -> Self {
+        Self { standing, reason: reason.into(), confirmation: None, durable: None }
+    }
 }
 
 /// What goes with the device state.
@@ -152,6 +246,9 @@ pub struct LeaseMessage {
     owner: String,
     handing_to: Option<(u64, String)>,
     attempt: u64,
+    /// The owner's beat and its life, of a protected machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    beat: Option<(String, u64)>,
     nonce: String,
 }
 
@@ -166,6 +263,7 @@ impl From<&Record> for LeaseMessage {
                 .as_ref()
                 .map(|handing| (handing.attempt.0, handing.to.as_str().to_owned())),
             attempt: record.attempt.0,
+            beat: record.beat.as_ref().map(|of| (of.name.to_string(), of.incarnation)),
             nonce: format!("{:032x}", record.nonce.0),
         }
     }
@@ -179,12 +277,19 @@ impl LeaseMessage {
             None => None,
             Some((attempt, to)) => Some(HandingTo { attempt: AttemptId(*attempt), to: host(to)? }),
         };
+        let beat = match &self.beat {
+            None => None,
+            Some((name, incarnation)) => {
+                Some(BeatRef { name: BeatName::parse(name)?, incarnation: *incarnation })
+            }
+        };
         Ok(Record {
             machine: MachineName::new(&self.machine).map_err(|e| e.to_string())?,
             epoch: Epoch(self.epoch),
             owner: host(&self.owner)?,
             handing_to,
             attempt: AttemptId(self.attempt),
+            beat,
             nonce: Nonce(u128::from_str_radix(&self.nonce, 16).map_err(|e| e.to_string())?),
         })
     }
@@ -226,6 +331,7 @@ mod tests {
             owner: HostName::new("a").unwrap(),
             handing_to: Some(HandingTo { attempt: AttemptId(9), to: HostName::new("b").unwrap() }),
             attempt: AttemptId(9),
+            beat: None,
             nonce: Nonce(0xabc),
         };
         let token = Token {
@@ -242,6 +348,14 @@ mod tests {
                 + r#""handing_to":[9,"b"],"attempt":9,"nonce":"00000000000000000000000000000abc"},"#
                 + r#""flush_owed":true,"state_bytes":5}"#
         );
+        let meta: TokenMeta = serde_json::from_str(&text).unwrap();
+        assert_eq!(meta.token().unwrap(), token);
+
+        let name = BeatName::of_host(HostName::new("a").unwrap());
+        let beat = Some(BeatRef { name, incarnation: 2 });
+        let token = Token { handed: token.handed.bound(beat), ..token };
+        let text = serde_json::to_string(&TokenMeta::of(&token, 5)).unwrap();
+        assert!(text.contains(r#""attempt":9,"beat":["a",2],"nonce""#), "{text}");
         let meta: TokenMeta = serde_json::from_str(&text).unwrap();
         assert_eq!(meta.token().unwrap(), token);
     }

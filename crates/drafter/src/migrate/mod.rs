@@ -20,10 +20,20 @@
 //!           ◀──────────────────────────────── Durable     the source may go
 //! ```
 //!
+//! If a connection breaks after the token, the source opens new ones ([`again`]):
+//!
+//! ```text
+//!   Resume(attempt, session) ──────────────────────────▶  is it the source of this move?
+//!           ◀─────────────── Resumed, Missing lists, RoundEnd(nonce)
+//!   RoundApplied(nonce) ───────────────────────────────▶  old connections are dropped
+//!   SourceDurable, Blocks … BulkEnd ───────────────────▶  and faults, as before
+//! ```
+//!
 //! [`protocol`] is the wire, [`messages`] its JSON payloads, [`planner`] decides when to switch
 //! over, [`switchover`] decides who may run, [`source`] and [`destination`] do the work over a
 //! [`link`] and a machine behind a trait, [`timings`] is what they report.
 
+pub mod again;
 pub mod destination;
 pub mod link;
 pub mod messages;
@@ -32,3 +42,6 @@ pub mod protocol;
 pub mod source;
 pub mod switchover;
 pub mod timings;
+
+#[cfg(test)]
+mod resume_tests;

@@ -32,6 +32,22 @@ impl Default for Budgets {
     }
 }
 
+impl Budgets {
+    /// How long a machine may stand still, as far as can be said before anything was measured: as long
+    /// as the flight may take, or as it stood still in its `last` moves.
+    #[must_use]
+    pub fn expected_blackout(&self, last: Option<Duration>) -> Duration {
+        self.blackout.max(last.unwrap_or_default())
+    }
+}
+
+/// How long a machine stood still in its last moves, of the newest two the shorter: one that took long
+/// may have been an accident.
+#[must_use]
+pub fn last_blackout(newest_last: impl DoubleEndedIterator<Item = Duration>) -> Option<Duration> {
+    newest_last.rev().take(2).min()
+}
+
 /// One round, as it went.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Round {
@@ -74,6 +90,10 @@ pub enum Reason {
 /// What a switchover costs besides sending blocks: pause, save, load, run. Measured over 200 moves
 /// on TCG: 7.5 to 8 ms in the median.
 pub const CONTROL_COST: Duration = Duration::from_millis(8);
+
+/// What the flight carries beside what is dirty: the device state, compressed, and the rings that loading
+/// it reads.
+const STATE_BYTES: u64 = 64 << 10;
 
 /// Rates below this are not believed: one small round over a busy CPU says little about the link.
 const SLOWEST_BELIEVED: f64 = 1.0e6;
@@ -121,6 +141,14 @@ impl Planner {
             Mode::Hybrid | Mode::PostCopy => dirty_bytes.min(self.flight_bytes()),
         };
         CONTROL_COST + self.round_trip / 2 + self.transfer(carried)
+    }
+
+    /// The same for whoever has to be ready for it: what is `dirty_bytes` now, with the device state, and
+    /// no less than in the `last` moves.
+    #[must_use]
+    pub fn expected_blackout(&self, dirty_bytes: u64, last: Option<Duration>) -> Duration {
+        let predicted = self.predicted_blackout(dirty_bytes) + self.transfer(STATE_BYTES);
+        predicted.max(last.unwrap_or_default())
     }
 
     /// The decision before anything was sent.
@@ -230,6 +258,41 @@ mod tests {
         let (decision, rounds) = simulate(Mode::Hybrid, 1e9, 400e6, 256e6, 100e6);
         assert!(matches!(decision, Decision::Switchover(Reason::NoProgress)));
         assert!(rounds <= 3, "{rounds} rounds");
+    }
+
+    #[test]
+    fn what_is_expected_follows_the_line_the_mode_and_what_the_last_moves_took() {
+        let ms = Duration::from_millis;
+        let budgets = Budgets::default();
+        assert_eq!(budgets.expected_blackout(None), ms(10));
+        assert_eq!(budgets.expected_blackout(Some(ms(400))), ms(400));
+        assert_eq!(Budgets { blackout: ms(500), ..budgets }.expected_blackout(None), ms(500));
+
+        // Half a round trip, whatever is dirty.
+        let far = Planner::new(Mode::PostCopy, budgets, ms(450));
+        let expected = far.expected_blackout(1 << 30, None);
+        assert!(expected > ms(233) && expected < ms(240), "{expected:?}");
+        // A line that carries 1 MB/s: the state alone takes 65 ms; pre-copy sends all that is dirty.
+        let narrow = |mode| {
+            let mut planner = Planner::new(mode, budgets, Duration::ZERO);
+            let bytes = 2 << 20;
+            planner.note(Round { set_bytes: bytes, sent_bytes: bytes, duration: ms(2097) });
+            planner
+        };
+        let hybrid = narrow(Mode::Hybrid).expected_blackout(1 << 20, None);
+        assert!(hybrid > ms(70) && hybrid < ms(80), "{hybrid:?}");
+        let precopy = narrow(Mode::PreCopy).expected_blackout(1 << 20, None);
+        assert!(precopy > ms(1100) && precopy < ms(1200), "{precopy:?}");
+        assert_eq!(narrow(Mode::Hybrid).expected_blackout(0, Some(ms(300))), ms(300));
+    }
+
+    #[test]
+    fn one_slow_move_is_an_accident_and_two_are_none() {
+        let last = |ms: &[u64]| last_blackout(ms.iter().map(|&ms| Duration::from_millis(ms)));
+        assert_eq!(last(&[]), None);
+        assert_eq!(last(&[300]), Some(Duration::from_millis(300)));
+        assert_eq!(last(&[300, 8]), Some(Duration::from_millis(8)));
+        assert_eq!(last(&[8, 8, 300, 290]), Some(Duration::from_millis(290)));
     }
 
     #[test]

@@ -196,6 +196,20 @@ pub enum Frame {
     Durable(Vec<u8>),
     /// Either way: this attempt ends, with the reason for people.
     Abort(String),
+    /// S→D, before the pause. The machine will stand still for about this many milliseconds: what the
+    /// request said of it was less exact.
+    Expect(u64),
+    /// S→D, after the release, of a protected machine. In which blocks it differed from the last generation
+    /// that its source stored; then [`Frame::History`].
+    Changed {
+        /// Of which device.
+        device: DeviceNumber,
+        /// Which.
+        ranges: Vec<BlockRange>,
+    },
+    /// S→D, after all of the `Changed` lists: which generation that is (JSON of `BackupMark`). A destination
+    /// that is not told compares everything.
+    History(Vec<u8>),
     /// D→S on the fault connection.
     Demand {
         /// Of which device.
@@ -207,6 +221,13 @@ pub enum Frame {
     Ping(u64),
     /// The answer.
     Pong(u64),
+    /// S→D. The first frame of a source that connects again after the token, in place of `Prepare`
+    /// (JSON of `ResumeRequest`).
+    Resume(Vec<u8>),
+    /// D→S. The answer (JSON of `ResumeAnswer`). If blocks are missing, `Missing` lists of all of
+    /// them follow and a `RoundEnd`, which the source gives back as `RoundApplied`; then bulk and
+    /// demands go on as before.
+    Resumed(Vec<u8>),
     /// A kind that this version does not know; skipped by readers.
     Unknown(u8),
 }
@@ -230,6 +251,11 @@ mod kind {
     pub(super) const DEMAND: u8 = 16;
     pub(super) const PING: u8 = 17;
     pub(super) const PONG: u8 = 18;
+    pub(super) const EXPECT: u8 = 19;
+    pub(super) const RESUME: u8 = 20;
+    pub(super) const RESUMED: u8 = 21;
+    pub(super) const CHANGED: u8 = 22;
+    pub(super) const HISTORY: u8 = 23;
 }
 
 fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {
@@ -306,6 +332,15 @@ impl<W: Write> FrameWriter<W> {
         Ok(())
     }
 
+    /// Sends a set as as many `Changed` frames as it takes.
+    pub fn changed(&mut self, device: DeviceNumber, set: &BlockSet) -> io::Result<()> {
+        let ranges: Vec<BlockRange> = set.ranges().collect();
+        for piece in ranges.chunks(RANGES_PER_FRAME) {
+            self.write(&Frame::Changed { device, ranges: piece.to_vec() })?;
+        }
+        Ok(())
+    }
+
     /// Sends any frame.
     pub fn write(&mut self, frame: &Frame) -> io::Result<()> {
         match frame {
@@ -318,15 +353,12 @@ impl<W: Write> FrameWriter<W> {
             Frame::RoundEnd(round) => self.put(kind::ROUND_END, 0, *round, 0, &[]),
             Frame::RoundApplied(round) => self.put(kind::ROUND_APPLIED, 0, *round, 0, &[]),
             Frame::Missing { device, ranges } => {
-                let mut bytes = Vec::with_capacity(ranges.len() * 12);
-                for range in ranges {
-                    bytes.extend_from_slice(&range.start.0.to_le_bytes());
-                    let count = u32::try_from(range.count)
-                        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-                    bytes.extend_from_slice(&count.to_le_bytes());
-                }
-                self.put(kind::MISSING, device.0, 0, 0, &[&bytes])
+                self.put(kind::MISSING, device.0, 0, 0, &[&encode_list(ranges)?])
             }
+            Frame::Changed { device, ranges } => {
+                self.put(kind::CHANGED, device.0, 0, 0, &[&encode_list(ranges)?])
+            }
+            Frame::History(json) => self.put(kind::HISTORY, 0, 0, 0, &[json]),
             Frame::Token { meta, state } => {
                 self.put(kind::TOKEN, 0, meta.len() as u64, 0, &[meta, state])
             }
@@ -341,11 +373,14 @@ impl<W: Write> FrameWriter<W> {
             Frame::BulkEnd => self.put(kind::BULK_END, 0, 0, 0, &[]),
             Frame::Durable(json) => self.put(kind::DURABLE, 0, 0, 0, &[json]),
             Frame::Abort(reason) => self.put(kind::ABORT, 0, 0, 0, &[reason.as_bytes()]),
+            Frame::Expect(ms) => self.put(kind::EXPECT, 0, *ms, 0, &[]),
             Frame::Demand { device, range } => {
                 self.put(kind::DEMAND, device.0, range.start.0, range.count, &[])
             }
             Frame::Ping(nonce) => self.put(kind::PING, 0, *nonce, 0, &[]),
             Frame::Pong(nonce) => self.put(kind::PONG, 0, *nonce, 0, &[]),
+            Frame::Resume(json) => self.put(kind::RESUME, 0, 0, 0, &[json]),
+            Frame::Resumed(json) => self.put(kind::RESUMED, 0, 0, 0, &[json]),
             Frame::Unknown(kind) => self.put(*kind, 0, 0, 0, &[]),
         }
     }
@@ -435,6 +470,28 @@ fn run(a: u64, b: u64) -> Result<BlockRange, WireError> {
     Ok(BlockRange::new(a, b))
 }
 
+fn encode_list(ranges: &[BlockRange]) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(ranges.len() * 12);
+    for range in ranges {
+        bytes.extend_from_slice(&range.start.0.to_le_bytes());
+        let count =
+            u32::try_from(range.count).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        bytes.extend_from_slice(&count.to_le_bytes());
+    }
+    Ok(bytes)
+}
+
+fn decode_list(payload: &[u8]) -> Result<Vec<BlockRange>, WireError> {
+    if !payload.len().is_multiple_of(12) {
+        return Err(WireError::Invalid(format!("a list of {} bytes", payload.len())));
+    }
+    let range = |bytes: &[u8]| {
+        let start = u64::from_le_bytes(array(&bytes[0..8]));
+        run(start, u64::from(u32::from_le_bytes(array(&bytes[8..12]))))
+    };
+    payload.chunks_exact(12).map(range).collect()
+}
+
 fn decode(header: &[u8; HEADER], mut payload: Vec<u8>) -> Result<Frame, WireError> {
     let device = DeviceNumber(header[1]);
     let a = u64::from_le_bytes(array(&header[8..16]));
@@ -453,19 +510,9 @@ fn decode(header: &[u8; HEADER], mut payload: Vec<u8>) -> Result<Frame, WireErro
         kind::ZERO => Frame::Zero { device, range: run(a, b)? },
         kind::ROUND_END => Frame::RoundEnd(a),
         kind::ROUND_APPLIED => Frame::RoundApplied(a),
-        kind::MISSING => {
-            if !payload.len().is_multiple_of(12) {
-                return Err(WireError::Invalid(format!("a list of {} bytes", payload.len())));
-            }
-            let ranges = payload
-                .chunks_exact(12)
-                .map(|r| {
-                    let start = u64::from_le_bytes(array(&r[0..8]));
-                    run(start, u64::from(u32::from_le_bytes(array(&r[8..12]))))
-                })
-                .collect::<Result<_, _>>()?;
-            Frame::Missing { device, ranges }
-        }
+        kind::MISSING => Frame::Missing { device, ranges: decode_list(&payload)? },
+        kind::CHANGED => Frame::Changed { device, ranges: decode_list(&payload)? },
+        kind::HISTORY => Frame::History(payload),
         kind::TOKEN => {
             let split = usize::try_from(a).ok().filter(|at| *at <= payload.len());
             let Some(split) = split else {
@@ -486,115 +533,16 @@ fn decode(header: &[u8; HEADER], mut payload: Vec<u8>) -> Result<Frame, WireErro
         kind::BULK_END => Frame::BulkEnd,
         kind::DURABLE => Frame::Durable(payload),
         kind::ABORT => Frame::Abort(text(payload)?),
+        kind::EXPECT => Frame::Expect(a),
         kind::DEMAND => Frame::Demand { device, range: run(a, b)? },
         kind::PING => Frame::Ping(a),
         kind::PONG => Frame::Pong(a),
+        kind::RESUME => Frame::Resume(payload),
+        kind::RESUMED => Frame::Resumed(payload),
         other => Frame::Unknown(other),
     })
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn bytes_of(frame: &Frame, checked: bool) -> Vec<u8> {
-        let mut out = Vec::new();
-        FrameWriter::new(&mut out, checked).write(frame).unwrap();
-        out
-    }
-
-    fn arbitrary_frame() -> impl Strategy<Value = Frame> {
-        let device = any::<u8>().prop_map(DeviceNumber);
-        let range = (0u64..1 << 40, 1u64..1 << 20).prop_map(|(s, c)| BlockRange::new(s, c));
-        let bytes = proptest::collection::vec(any::<u8>(), 0..64);
-        prop_oneof![
-            bytes.clone().prop_map(Frame::Prepare),
-            bytes.clone().prop_map(Frame::Confirmed),
-            (device.clone(), 0u64..1 << 40, 1usize..3).prop_map(|(device, start, n)| {
-                Frame::Blocks { device, start: BlockIndex(start), data: vec![7; n * BLOCK_SIZE] }
-            }),
-            (device.clone(), range.clone())
-                .prop_map(|(device, range)| Frame::Zero { device, range }),
-            (device.clone(), range.clone())
-                .prop_map(|(device, range)| Frame::Demand { device, range }),
-            (device, proptest::collection::vec(range, 0..9))
-                .prop_map(|(device, ranges)| Frame::Missing { device, ranges }),
-            (bytes.clone(), bytes).prop_map(|(meta, state)| Frame::Token { meta, state }),
-            (any::<u64>(), any::<u64>(), any::<u32>()).prop_map(
-                |(attempt, serial, good_for_ms)| { Frame::Offer { attempt, serial, good_for_ms } }
-            ),
-            (any::<u64>(), ".{0,40}")
-                .prop_map(|(attempt, reason)| Frame::Refused { attempt, reason }),
-            any::<u64>().prop_map(Frame::RoundEnd),
-            proptest::collection::vec(any::<u8>(), 0..9).prop_map(Frame::Durable),
-            Just(Frame::BulkEnd),
-        ]
-    }
-
-    proptest! {
-        #[test]
-        fn every_frame_comes_back_as_it_was_sent(frame in arbitrary_frame(), checked: bool) {
-            let bytes = bytes_of(&frame, checked);
-            prop_assert_eq!(FrameReader::new(&bytes[..], checked).read().unwrap(), frame);
-        }
-
-        #[test]
-        fn a_damaged_or_cut_frame_is_refused(frame in arbitrary_frame(), at: usize, bit in 0u8..8) {
-            let mut bytes = bytes_of(&frame, true);
-            let cut = at % bytes.len();
-            prop_assert!(FrameReader::new(&bytes[..cut], true).read().is_err());
-            bytes[cut] ^= 1 << bit;
-            prop_assert!(FrameReader::new(&bytes[..], true).read().is_err());
-        }
-
-        #[test]
-        fn no_bytes_make_the_reader_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = FrameReader::new(&bytes[..], false).read();
-            let _ = Preamble::read(&mut &bytes[..]);
-        }
-    }
-
-    #[test]
-    fn golden_bytes_of_version_3() {
-        let preamble = Preamble { role: Role::Fault, session: SessionId([0xab; 16]) };
-        let mut expected = b"DRFT\x03\x00\x01\x00".to_vec();
-        expected.extend([0xab; 16]);
-        assert_eq!(preamble.encode().to_vec(), expected);
-
-        let demand = Frame::Demand { device: DeviceNumber(2), range: BlockRange::new(0x1234, 3) };
-        let mut expected = vec![16, 2, 0, 0, 0, 0, 0, 0, 0x34, 0x12, 0, 0, 0, 0, 0, 0];
-        expected.extend([3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(bytes_of(&demand, false), expected);
-
-        let token = Frame::Token { meta: b"{}".to_vec(), state: vec![9, 8, 7] };
-        let mut expected = vec![8, 0, 0, 0, 5, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0];
-        expected.extend([0; 16]);
-        expected.extend(b"{}\x09\x08\x07");
-        assert_eq!(bytes_of(&token, false), expected);
-
-        let missing =
-            Frame::Missing { device: DeviceNumber(1), ranges: vec![BlockRange::new(5, 2)] };
-        let bytes = bytes_of(&missing, true);
-        assert_eq!(&bytes[..8], [7, 1, 0, 0, 12, 0, 0, 0]);
-        assert_eq!(&bytes[32..], [5, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0]);
-    }
-
-    #[test]
-    fn a_foreign_or_newer_peer_is_named() {
-        let http = b"GET / HTTP/1.1\r\nHost: example\r\n\r\n";
-        assert!(matches!(Preamble::read(&mut &http[..]), Err(WireError::Foreign(_))));
-        let mut newer = Preamble { role: Role::Main, session: SessionId([0; 16]) }.encode();
-        newer[4] = 9;
-        let error = Preamble::read(&mut &newer[..]).unwrap_err();
-        assert!(matches!(error, WireError::Version { theirs: 9 }), "{error}");
-    }
-
-    #[test]
-    fn a_huge_length_allocates_nothing() {
-        let mut header = [0u8; 32];
-        header[0] = 3;
-        header[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
-        assert!(matches!(FrameReader::new(&header[..], false).read(), Err(WireError::Invalid(_))));
-    }
-}
+#[path = "protocol_tests.rs"]
+mod tests;

@@ -4,6 +4,7 @@
 
 use crate::migrate::{messages::Mode, planner::Budgets, timings::MoveReport};
 use serde::{Deserialize, Serialize};
+use silo::store::Stored;
 use std::{
     collections::BTreeMap,
     io::{self, BufRead, BufReader, Read, Write},
@@ -54,18 +55,81 @@ pub enum Request {
         /// An empty or absent directory on the runner's host.
         directory: PathBuf,
     },
+    /// Stores the machine as a generation and ends it here; answers with a [`SuspendReport`] when that is
+    /// durable. [`BackupRequest::every_ms`] and [`BackupRequest::keep`] say nothing.
+    SuspendToStore(BackupRequest),
     /// Stores a generation of the running machine, or does so from now on; answers with a
     /// [`BackupReport`] when it is durable.
     Backup(BackupRequest),
     /// Ends a continuous backup; what was stored stays.
     EndBackup,
+    /// Protects the running machine: a continuous backup, and a lease that ends; answers with the
+    /// [`BackupReport`] of the first generation.
+    Protect(ProtectRequest),
+    /// Ends that: the lease has no end any more, and nothing is stored.
+    EndProtect,
     /// Ends the machine: orderly if it answers in time, else at once.
     Stop {
         /// How long the guest may take, seconds; 0 means at once.
         grace_s: u64,
     },
+    /// Takes an image of the running machine, to begin copies from on this host; answers with a
+    /// [`ForkReport`]. The image is kept until this connection asks for something else or ends.
+    Fork,
     /// Drops what is kept of an earlier stay.
     DropStay,
+    /// Measures what a move would take; answers with a [`LoadReport`].
+    Load {
+        /// How long the guest's writes are watched, milliseconds, at most 10,000.
+        sample_ms: u64,
+    },
+}
+
+/// An image of a machine, on its host.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ForkReport {
+    /// The machine.
+    pub machine: String,
+    /// The folder with what it was.
+    pub folder: PathBuf,
+    /// Its memory, by a descriptor of the runner.
+    pub memory: PathBuf,
+    /// Its package.
+    pub package: PathBuf,
+    /// Its network, if it has one.
+    pub network: Option<conduit::MachineNet>,
+    /// What this host offers, as of now.
+    pub facts: crate::driver::HostFacts,
+    /// What its runner was started with.
+    pub config: super::config::RunnerConfig,
+    /// How long it stood still, milliseconds.
+    pub pause_ms: f64,
+    /// From the request until the image was complete, milliseconds.
+    pub total_ms: f64,
+    /// Memory that all copies share, bytes.
+    pub memory_bytes: u64,
+    /// What all copies share of the disks beyond the package, bytes.
+    pub disk_bytes: u64,
+}
+
+/// What it would take to move a machine.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LoadReport {
+    /// The machine.
+    pub machine: String,
+    /// Memory that it has touched, bytes.
+    pub memory_bytes: u64,
+    /// Blocks of its disks that its package has not, bytes.
+    pub disk_bytes: u64,
+    /// What has not arrived here yet, bytes.
+    pub missing_bytes: u64,
+    /// Memory that it wrote during the sample, bytes, each page once; unknown where writes are not
+    /// tracked.
+    pub written_bytes: Option<u64>,
+    /// The length of the sample, milliseconds.
+    pub sample_ms: u64,
+    /// How old the newest generation of its continuous backup is, seconds.
+    pub generation_age_s: Option<f64>,
 }
 
 /// Parameters of a move.
@@ -111,6 +175,117 @@ pub struct BackupRequest {
     pub every_ms: Option<u64>,
     /// What to call the generation.
     pub label: String,
+    /// Of a continuous backup: what of the history stays; else all of it does.
+    #[serde(default)]
+    pub keep: Option<KeepPolicy>,
+}
+
+/// A machine that was suspended to a store.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SuspendReport {
+    /// The machine.
+    pub machine: String,
+    /// The store.
+    pub store: String,
+    /// The history.
+    pub line: String,
+    /// The generation.
+    pub number: u64,
+    /// From the request until it was durable, milliseconds.
+    pub total_ms: f64,
+    /// From the pause until then, milliseconds.
+    pub paused_ms: f64,
+    /// Blocks that were looked at.
+    pub blocks: u64,
+    /// Of these, blocks of zeros.
+    pub zeros: u64,
+    /// Of these, blocks whose content was in the history already.
+    pub known: u64,
+    /// Content that was not, bytes.
+    pub new_bytes: u64,
+    /// Bytes that it took in the store.
+    pub stored_bytes: u64,
+    /// Requests to the store.
+    pub requests: u64,
+}
+
+impl SuspendReport {
+    /// What the store got.
+    pub(super) fn tell(&mut self, stored: &Stored) {
+        (self.number, self.blocks, self.zeros) = (stored.number, stored.blocks, stored.zeros);
+        (self.known, self.new_bytes) = (stored.known, stored.content);
+        (self.stored_bytes, self.requests) = (stored.bytes(), stored.requests.total());
+    }
+}
+
+/// What stays of a history that grows all the time. A generation stays if any rule keeps it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeepPolicy {
+    /// The newest so many.
+    pub last: usize,
+    /// All that are younger than this, seconds.
+    pub within_s: u64,
+    /// One of each of the newest so many hours in which there is one.
+    pub hourly: usize,
+    /// Of days.
+    pub daily: usize,
+    /// Content that nothing refers to goes when it is this old, seconds; `None`: whoever runs
+    /// `silo collect` deletes it.
+    pub collect_after_s: Option<u64>,
+}
+
+/// Parameters of protection.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ProtectRequest {
+    /// The continuous backup; [`BackupRequest::every_ms`] is given.
+    pub backup: BackupRequest,
+    /// T: how long a lease that is not renewed holds, milliseconds.
+    pub term_ms: u64,
+    /// What the guest sends waits until the generation that it is of is durable.
+    pub output_commit: bool,
+}
+
+/// How protection does.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ProtectionState {
+    /// One word: starting, protected, frozen.
+    pub word: String,
+    /// What is to be known besides, for people.
+    pub detail: String,
+    /// T, milliseconds.
+    pub term_ms: u64,
+    /// How long the lease holds if it is not renewed, milliseconds.
+    pub left_ms: u64,
+    /// How often the machine was frozen at the end of its lease, and went on.
+    pub freezes: u64,
+    /// What the guest sends waits for its generation.
+    pub output_commit: bool,
+    /// The process that guards the lease's end.
+    pub guard_pid: Option<u32>,
+    /// How this host came to have the machine, if it took it over.
+    pub taken_over: Option<TakenOver>,
+}
+
+/// A machine that a stand-in took over.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct TakenOver {
+    /// From which host.
+    pub from: String,
+    /// The generation that runs on.
+    pub generation: u64,
+    /// The host's sign of life before the lease ended, to the end of the lease, milliseconds.
+    pub detected_ms: f64,
+    /// From there until the lease was this host's, milliseconds.
+    pub taken_ms: f64,
+    /// From there until the machine ran, milliseconds.
+    pub restored_ms: f64,
+    /// Work since the generation that is lost, at most, milliseconds; `None` if this host saw too
+    /// little of it to tell.
+    pub lost_ms: Option<f64>,
+    /// When the generation was, by its host's `CLOCK_BOOTTIME`, nanoseconds.
+    pub paused_at_ns: u64,
+    /// When the machine ran here, by this host's.
+    pub ran_at_ns: u64,
 }
 
 /// A generation that was stored.
@@ -165,6 +340,10 @@ pub struct BackupState {
     pub line: String,
     /// A generation at least this often, milliseconds.
     pub every_ms: u64,
+    /// The first of them looked only at what the generation before lacked: after a move, what the
+    /// source told of.
+    #[serde(default)]
+    pub from_changes: bool,
     /// Generations that it has stored.
     pub generations: u64,
     /// The newest of them.
@@ -173,6 +352,15 @@ pub struct BackupState {
     pub age_s: Option<f64>,
     /// How long the machine stood still for it, milliseconds.
     pub pause_ms: Option<f64>,
+    /// From that pause until it was durable, milliseconds.
+    #[serde(default)]
+    pub durable_ms: Option<f64>,
+    /// How long it stood still for each so far: median and longest, milliseconds.
+    #[serde(default)]
+    pub pauses_ms: Option<(f64, f64)>,
+    /// Generations that were deleted because no rule keeps them.
+    #[serde(default)]
+    pub pruned: u64,
     /// Rounds that failed.
     pub failures: u64,
     /// What went wrong last, until something goes well again.
@@ -258,7 +446,8 @@ pub struct Status {
     pub runner_pid: u32,
     /// Process id of the monitor, if one runs.
     pub monitor_pid: Option<u32>,
-    /// One word: standby, booting, running, saving, moving, receiving, paused, stopped, failed.
+    /// One word: standby, stand-in, booting, running, saving, moving, receiving, paused, frozen, stopped,
+    /// failed.
     pub state: String,
     /// Why, for people, where the word is not enough.
     pub detail: String,
@@ -279,6 +468,9 @@ pub struct Status {
     /// The continuous backup, if there is one.
     #[serde(default)]
     pub backup: Option<BackupState>,
+    /// Whether it survives the loss of this host, and how that does.
+    #[serde(default)]
+    pub protection: Option<ProtectionState>,
 }
 
 /// What a client could not do.

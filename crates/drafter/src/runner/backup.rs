@@ -11,18 +11,25 @@
 //!   one that this runner stored looks at what was written since, and at nothing else. The first, and
 //!   one after somebody else has written the line, compares everything.
 //! - A pause is a loan of the machine's body like any other: moves and stops wait for it, and while a
-//!   move has the body there is no pause.
+//!   move has the body (from its last preparations before the pause on) there is none.
+//! - The history goes with a machine that moves: its destination's first generation looks at what the source
+//!   had not stored, and at what was written since.
 //! - A machine whose lease names another host is stopped instead of backed up.
+
+mod handed;
+
+pub(super) use handed::hand_on;
 
 use super::{
     Runner, State,
-    api::{BackupReport, BackupRequest, BackupState},
+    api::{BackupReport, BackupRequest, BackupState, KeepPolicy},
     hosted::Hosted,
 };
 use crate::{
     checkpoint::{
         capture::{DiskCopies, Machine, MachineCapture, Paused, Taken},
         description,
+        fill::FirstTouches,
     },
     driver::Urgent,
     lease::Record,
@@ -32,8 +39,8 @@ use silo::{
     mapped::staging::StagingOptions,
     memory::Memory,
     store::{
-        Access, Backup, BackupOptions, Environment, KeyRing, Limits, LineName, LineWriter, Policy,
-        Store, StoreError, StoreUrl, Stored, WriterOptions,
+        Access, Backup, BackupOptions, Environment, Keeper, Keeping, KeyRing, Limits, LineName,
+        LineWriter, Policy, Retention, Store, StoreError, StoreUrl, Stored, WriterOptions,
         capture::{Capture, Want},
     },
 };
@@ -54,6 +61,13 @@ const GENERATION_LIMIT: Duration = Duration::from_secs(3600);
 const LEAST_INTERVAL: Duration = Duration::from_millis(100);
 /// How often it is looked whether the first generation is there.
 const LOOK: Duration = Duration::from_millis(20);
+/// Pauses after failures of a continuous backup: the first at least and at most, and all of them.
+const RETRY: (Duration, Duration, Duration) =
+    (Duration::from_millis(100), Duration::from_secs(1), Duration::from_secs(60));
+/// Most pauses after failures for each interval: the next generation of a store that is back is not far.
+const RETRY_INTERVALS: u32 = 4;
+/// How often a history is tidied.
+const TIDY: Duration = Duration::from_secs(60);
 
 /// What a backup works on, for as long as the machine stays.
 #[derive(Clone)]
@@ -63,8 +77,23 @@ pub(super) struct Subject {
 }
 
 impl Subject {
+    /// Whether it is the same stay.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.memory, &other.memory)
+    }
+
     pub(super) fn of(body: &Hosted) -> Self {
         Self { memory: Arc::clone(&body.content.memory), copies: body.copies.clone() }
+    }
+
+    /// Its disks, as they can be frozen.
+    pub(super) fn copies(&self) -> DiskCopies {
+        self.copies.clone()
+    }
+
+    /// The machine's memory.
+    pub(super) fn memory(&self) -> &Arc<Memory> {
+        &self.memory
     }
 }
 
@@ -85,9 +114,19 @@ struct Known {
     number: u64,
 }
 
+/// The right to back the machine up: nobody else does meanwhile.
+pub(super) struct Turn<'a>(std::sync::MutexGuard<'a, Option<Known>>);
+
+impl Turn<'_> {
+    /// The next generation compares everything.
+    pub(super) fn forget(&mut self) {
+        *self.0 = None;
+    }
+}
+
 /// A history in a store.
 #[derive(Clone, PartialEq, Eq)]
-struct Target {
+pub(super) struct Target {
     store: String,
     line: LineName,
 }
@@ -96,7 +135,25 @@ struct Target {
 struct Continuous {
     target: Target,
     every: Duration,
+    /// Its first generation looked at changes only.
+    from_changes: bool,
     engine: Backup,
+    /// Deletes what no rule keeps.
+    keeper: Option<Keeper>,
+}
+
+impl KeepPolicy {
+    fn keeping(self) -> Keeping {
+        let retention = Retention {
+            last: self.last,
+            within: Duration::from_secs(self.within_s),
+            hourly: self.hourly,
+            daily: self.daily,
+            ..Retention::default()
+        };
+        let grace = self.collect_after_s.map(Duration::from_secs);
+        Keeping { retention, every: TIDY, grace }
+    }
 }
 
 fn text(error: impl std::fmt::Display) -> String {
@@ -112,8 +169,18 @@ fn ms(duration: Duration) -> f64 {
 }
 
 impl Target {
+    /// That of a request.
+    pub(super) fn of(request: &BackupRequest) -> Result<Self, String> {
+        let line = LineName::parse(&request.line).map_err(text)?;
+        Ok(Self { store: request.store.clone(), line })
+    }
+
     /// Takes the history over from whoever wrote it before.
-    fn open(&self, request: &BackupRequest) -> Result<LineWriter, String> {
+    pub(super) fn open(
+        &self,
+        request: &BackupRequest,
+        options: WriterOptions,
+    ) -> Result<LineWriter, String> {
         let url: StoreUrl = self.store.parse().map_err(text)?;
         let keys = KeyRing::from_text(&request.keys.0, &request.keys_from).map_err(text)?;
         let pairs = request.environment.iter();
@@ -121,7 +188,7 @@ impl Target {
             Environment::given(pairs.map(|(name, value)| (name.as_str(), value.0.as_str())));
         let store: Arc<Store> =
             Store::open(&url, Access::Write, &environment, Limits::default()).map_err(text)?;
-        LineWriter::open(store, &keys, &self.line, WriterOptions::default()).map_err(text)
+        LineWriter::open(store, &keys, &self.line, options).map_err(text)
     }
 }
 
@@ -132,36 +199,26 @@ impl Runner {
         request: &BackupRequest,
     ) -> Result<BackupReport, String> {
         let began = Instant::now();
-        let target = Target {
-            store: request.store.clone(),
-            line: LineName::parse(&request.line).map_err(text)?,
-        };
+        let target = Target::of(request)?;
         let every = request.every_ms.map(|ms| Duration::from_millis(ms).max(LEAST_INTERVAL));
         let backups = self.backups()?;
-        let mut known = match backups.turn.try_lock() {
-            Ok(known) => known,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => {
-                return Err(
-                    "a backup of the machine is under way; ask again when it is done".into()
-                );
-            }
-        };
+        let Turn(mut known) = backups.take_turn()?;
         let going_on = backups.same_continuous(&target, every, &mut known)?;
         let stored = if going_on {
             backups.one_more(&request.label)
         } else {
             let machine_runs = |error: String| format!("{error}; the machine runs on");
-            let writer = target.open(request).map_err(machine_runs)?;
+            let writer = target.open(request, WriterOptions::default()).map_err(machine_runs)?;
             let since = known
                 .as_ref()
                 .filter(|known| known.target == target && known.number == writer.newest())
                 .filter(|_| !writer.needs_everything())
-                .map(|known| known.number);
+                .map(|known| known.number)
+                .or_else(|| self.arrived_with(&backups, &writer));
             // Until a generation is stored nothing is known.
             let stored = match every {
                 None => backups.once(writer, since, &request.label),
-                Some(every) => backups.begin(writer, since, &target, every, &request.label),
+                Some(every) => backups.begin(writer, since, &target, every, request),
             };
             stored.map(|stored| (stored, since.is_some()))
         };
@@ -181,6 +238,12 @@ impl Runner {
         tell_stored(&mut report, &stored);
         tell_taken(&mut report, backups.capture.taken());
         Ok(report)
+    }
+
+    /// Stores a generation of the continuous backup whose instant is yet to come.
+    pub(super) fn generation_now(self: &Arc<Self>) -> Result<(), String> {
+        let stored = self.backups()?.one_more("");
+        stored.map(drop).map_err(|error| format!("no further generation was stored: {error}"))
     }
 
     /// Ends a continuous backup.
@@ -205,10 +268,15 @@ impl Runner {
             store: continuous.target.store.clone(),
             line: continuous.target.line.to_string(),
             every_ms: continuous.every.as_millis() as u64,
+            from_changes: continuous.from_changes,
             generations: status.generations,
             newest: status.last.as_ref().map(|stored| stored.number),
             age_s: status.committed.map(|at| at.elapsed().as_secs_f64()),
             pause_ms: status.last.as_ref().map(|stored| ms(stored.held)),
+            durable_ms: status.last.as_ref().map(|stored| ms(stored.took)),
+            pauses_ms: (status.holds.count() > 0)
+                .then(|| (ms(status.holds.quantile(0.5)), ms(status.holds.longest()))),
+            pruned: continuous.keeper.as_ref().map_or(0, |keeper| keeper.kept().pruned),
             failures: status.failures,
             error: status.error,
             ended: status.ended,
@@ -222,6 +290,9 @@ impl Runner {
             if let Some(backups) = &inner.backups {
                 return Ok(Arc::clone(backups));
             }
+            if let Some(filling) = &inner.filling {
+                filling.stop_recording();
+            }
             let runs = inner.state == State::Running;
             inner.subject.clone().filter(|_| runs).ok_or_else(|| {
                 format!(
@@ -230,7 +301,7 @@ impl Runner {
                 )
             })?
         };
-        let machine = Arc::new(Watched(Arc::downgrade(self)));
+        let machine = Arc::new(Watched { runner: Arc::downgrade(self), for_store: true });
         let (memory, options) = (Arc::clone(&subject.memory), StagingOptions::default());
         let capture = MachineCapture::new(machine, &memory, subject.copies, options)
             .map_err(|error| format!("the machine cannot be backed up: {error}"))?;
@@ -251,9 +322,12 @@ impl Runner {
     /// The machine leaves or has ended: whatever has to do with stores ends too, in the background,
     /// since a store may take its time.
     pub(super) fn leave_stores(&self) {
+        self.leave_protection();
         let (backups, filling) = {
             let mut inner = self.lock();
             inner.subject = None;
+            inner.first_touches = FirstTouches::new();
+            (inner.protect_wanted, inner.unprotected, inner.taken_over) = (None, None, None);
             (inner.backups.take(), inner.filling.take())
         };
         if let Some(filling) = filling {
@@ -270,7 +344,7 @@ impl Runner {
     }
 
     /// If the lease names another host, the machine must not run here: stops it.
-    fn check_owner(&self) -> Result<(), MachineError> {
+    pub(super) fn check_owner(&self) -> Result<(), MachineError> {
         // No answer says nothing.
         let Ok(Some(record)) = self.store.read(&self.name) else { return Ok(()) };
         if record.owner == self.host {
@@ -338,6 +412,17 @@ impl Backups {
         Ok(false)
     }
 
+    /// Unless somebody has it.
+    pub(super) fn take_turn(&self) -> Result<Turn<'_>, String> {
+        match self.turn.try_lock() {
+            Ok(known) => Ok(Turn(known)),
+            Err(TryLockError::Poisoned(poisoned)) => Ok(Turn(poisoned.into_inner())),
+            Err(TryLockError::WouldBlock) => {
+                Err("a backup of the machine is under way; ask again when it is done".into())
+            }
+        }
+    }
+
     fn continuous(&self) -> Option<Arc<Continuous>> {
         lock(&self.continuous).clone()
     }
@@ -401,21 +486,35 @@ impl Backups {
         since: Option<u64>,
         target: &Target,
         every: Duration,
-        label: &str,
+        request: &BackupRequest,
     ) -> Result<Stored, String> {
         let policy = Policy {
             max_age: every,
             min_interval: every,
+            // A guest always writes: one interval after the beginning of a round the next is due.
+            min_changed: 1,
             period: (every / 4).clamp(Duration::from_millis(20), Duration::from_secs(1)),
+            retry: (every / 2).clamp(RETRY.0, RETRY.1),
+            retry_most: (every * RETRY_INTERVALS).min(RETRY.2),
             ..Policy::default()
         };
         let options = BackupOptions { policy, tracked_since: since };
         let capture: Arc<dyn Capture> = self.capture.clone();
+        let store = Arc::clone(writer.store_of());
+        let keeper =
+            request.keep.map(|keep| Keeper::start(store, target.line.clone(), keep.keeping()));
+        let keeper = keeper.transpose().map_err(text)?;
         let engine = Backup::start(writer, capture, options).map_err(text)?;
-        let continuous = Arc::new(Continuous { target: target.clone(), every, engine });
+        let continuous = Arc::new(Continuous {
+            target: target.clone(),
+            every,
+            from_changes: since.is_some(),
+            engine,
+            keeper,
+        });
         *lock(&self.continuous) = Some(Arc::clone(&continuous));
         if since.is_some() {
-            return continuous.engine.now(label, GENERATION_LIMIT).map_err(text);
+            return continuous.engine.now(&request.label, GENERATION_LIMIT).map_err(text);
         }
         // It begins by itself with what the store lacks.
         let deadline = Instant::now() + GENERATION_LIMIT;
@@ -438,22 +537,49 @@ impl Backups {
 }
 
 /// The runner's machine, to be paused.
-struct Watched(Weak<Runner>);
+pub(super) struct Watched {
+    pub(super) runner: Weak<Runner>,
+    /// The instant goes to a store, and what waits for that goes with it.
+    pub(super) for_store: bool,
+}
 
 impl Machine for Watched {
+    fn ready(&self) -> Result<(), MachineError> {
+        let runner = self.runner.upgrade().ok_or("its runner ends")?;
+        let inner = runner.lock();
+        let pausing = inner.state == State::Moving && inner.body.is_none();
+        if pausing { Err("a move is about to pause it, or has".into()) } else { Ok(()) }
+    }
+
     fn pause(&self) -> Result<Box<dyn Paused>, MachineError> {
-        let runner = self.0.upgrade().ok_or("its runner ends")?;
-        runner.check_owner()?;
-        let detail = runner.lock().detail.clone();
-        let mut body = runner.borrow(State::Running, State::Saving)?;
+        let runner = self.runner.upgrade().ok_or("its runner ends")?;
+        let protection = runner.protection();
+        match &protection {
+            // Who owns the machine is its business all the time.
+            Some(protection) => protection.may_pause()?,
+            None => runner.check_owner()?,
+        }
+        let (before, detail) = {
+            let inner = runner.settled();
+            (inner.state, inner.detail.clone())
+        };
+        // A move leaves the body here until shortly before it pauses the machine.
+        let before = if before == State::Moving { before } else { State::Running };
+        let mut body = runner.borrow(before, State::Saving)?;
         if let Err(error) = body.before_standstill() {
             body.end_quiet();
-            runner.give_back(body, State::Running, detail);
+            runner.give_back(body, before, detail);
             return Err(error);
         }
+        let freezes = protection.as_ref().map_or(0, |protection| protection.freezes());
         let (urgent, since) = (Urgent::this_thread(), Instant::now());
         let stopped = body.stand_still();
-        let mut paused = Standing { runner, body: Some(body), detail, since, _urgent: urgent };
+        let stopped = stopped.and_then(|()| match &protection {
+            Some(protection) if self.for_store && protection.commits_output() => body.seal_output(),
+            _ => Ok(()),
+        });
+        let mut paused =
+            Standing { runner, body: Some(body), before, detail, since, freezes, _urgent: urgent };
         match stopped {
             Ok(()) => Ok(Box::new(paused)),
             Err(error) => {
@@ -462,14 +588,24 @@ impl Machine for Watched {
             }
         }
     }
+
+    fn stored(&self) {
+        if let Some(runner) = self.runner.upgrade() {
+            runner.release_sealed();
+        }
+    }
 }
 
 /// The machine during a pause. Dropping it lets the machine go on.
 struct Standing {
     runner: Arc<Runner>,
     body: Option<Box<Hosted>>,
+    /// What it was doing, and does again.
+    before: State,
     detail: String,
     since: Instant,
+    /// How often the machine had been frozen before.
+    freezes: u64,
     // On a busy host each step of a pause would wait for its turn.
     _urgent: Urgent,
 }
@@ -478,18 +614,25 @@ impl Standing {
     /// Lets the machine go on, if it has not yet; returns how long it stood still.
     fn go_on(&mut self) -> Result<Duration, MachineError> {
         let Some(mut body) = self.body.take() else { return Ok(Duration::ZERO) };
-        let went = body.go_further();
+        let mut went = body.go_further();
+        if went.is_err()
+            && let Some(protection) = self.runner.protection()
+            && protection.thawed_since(self.freezes)
+        {
+            // It was frozen in the middle of this; nobody heard what was asked of it.
+            went = body.go_further();
+        }
         let stood = self.since.elapsed();
         match went {
             Ok(()) => {
                 let detail = std::mem::take(&mut self.detail);
-                self.runner.give_back(body, State::Running, detail);
+                self.runner.give_back(body, self.before, detail);
                 Ok(stood)
             }
             Err(error) => {
                 // One whose monitor has ended is found by whoever watches what runs.
                 let state = match body.vm().exit() {
-                    Some(_) => State::Running,
+                    Some(_) => self.before,
                     None => State::Paused,
                 };
                 let detail = format!("it could not go on after a pause for a backup: {error}");

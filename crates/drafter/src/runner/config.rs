@@ -1,11 +1,13 @@
 //! What a runner is started with.
 
-use crate::driver::DiskKind;
+use super::{api::KeepPolicy, tenure::Pace};
+use crate::driver::{DiskKind, HostFacts};
 use identity::{HostName, Identity, Security};
 use serde::{Deserialize, Serialize};
 use std::{
     net::{Ipv4Addr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
+    time::Duration,
 };
 
 /// One runner on one host.
@@ -21,7 +23,11 @@ pub struct RunnerConfig {
     pub listen: Option<SocketAddr>,
     /// How connections between hosts are protected.
     pub security: SecurityConfig,
-    /// Directory of the lease files, shared by the hosts that may run the machine.
+    /// Hosts whose machines are taken; empty: those of every host that proves its name.
+    #[serde(default)]
+    pub accept_from: Vec<String>,
+    /// Where leases are kept, for all hosts that may run the machine: a directory, or an address as
+    /// [`lease::open`](crate::lease::open) takes it.
     pub lease: PathBuf,
     /// The machine's network on this host.
     pub network: NetworkConfig,
@@ -34,6 +40,53 @@ pub struct RunnerConfig {
     pub track: bool,
     /// Packages, or directories of packages, that a machine may arrive with.
     pub packages: Vec<PathBuf>,
+    /// Whether the machine is to survive the loss of this host, as soon as it runs here, and whatever way
+    /// it came.
+    #[serde(default)]
+    pub protect: Option<ProtectConfig>,
+}
+
+/// How a machine is protected. Keys and credentials are this host's own: they never travel.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ProtectConfig {
+    /// The store's address, as silo takes it.
+    pub store: String,
+    /// The history in it, `tenant/line`.
+    pub line: String,
+    /// The file with the tenant's keys; without it the variable SILO_KEYS holds them.
+    pub keys: Option<PathBuf>,
+    /// A generation this often, milliseconds.
+    pub every_ms: u64,
+    /// T: how long a lease that is not renewed holds, milliseconds.
+    pub term_ms: u64,
+    /// What the guest sends waits until the generation that it is of is durable.
+    pub output_commit: bool,
+    /// What stays of the history; all of it if absent.
+    pub keep: Option<KeepPolicy>,
+}
+
+impl ProtectConfig {
+    /// How long its lease holds, and how often that is renewed.
+    pub(super) fn pace(&self) -> Pace {
+        Pace::of(Duration::from_millis(self.term_ms), Duration::from_millis(self.every_ms))
+    }
+}
+
+impl RunnerConfig {
+    /// Whether a machine is taken from `host`.
+    ///
+    /// # Errors
+    /// A sentence for people at that host.
+    pub fn accepts(&self, host: &HostName) -> Result<(), String> {
+        if self.accept_from.is_empty() || self.accept_from.iter().any(|one| one == host.as_str()) {
+            return Ok(());
+        }
+        Err(format!(
+            "host \"{}\" takes this machine from {} only, not from \"{host}\" (--accept-from)",
+            self.host,
+            self.accept_from.join(", ")
+        ))
+    }
 }
 
 /// See [`RunnerConfig::security`].
@@ -68,6 +121,17 @@ pub enum NetworkConfig {
     Agent(PathBuf),
 }
 
+impl NetworkConfig {
+    /// The agent's socket.
+    #[must_use]
+    pub fn agent(&self) -> Option<&Path> {
+        match self {
+            Self::Agent(socket) => Some(socket),
+            Self::None | Self::Local => None,
+        }
+    }
+}
+
 /// Which accelerator to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -90,12 +154,38 @@ pub enum Launch {
     Boot(Boot),
     /// Waits for the machine to arrive.
     Receive,
+    /// Waits for the machine's host to fall silent, and runs it then.
+    StandIn,
     /// Continues from a directory that `suspend` wrote.
     Resume(PathBuf),
     /// Continues from a generation in a store.
     Restore(RestoreFrom),
+    /// Begins as a copy of a machine that runs on this host.
+    Forked(Forked),
     /// Takes a running monitor over from a runner that is gone.
     TakeOver(Boot),
+    /// The same, with a package among those that the runner was given.
+    Recover,
+}
+
+/// A machine of which this one is a copy.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Forked {
+    /// Its name.
+    pub copy_of: String,
+    /// Where its runner has put what it was.
+    pub folder: PathBuf,
+    /// Its memory, by a descriptor of its runner, which keeps it until the copies have it.
+    pub memory: PathBuf,
+    /// Its package.
+    pub package: PathBuf,
+    /// What this host offers; true when the image was taken.
+    pub facts: HostFacts,
+    /// The copy's address, if the machine has a network.
+    pub address: Option<Ipv4Addr>,
+    /// The same for IPv6.
+    #[serde(default)]
+    pub address_v6: Option<std::net::Ipv6Addr>,
 }
 
 /// A generation of a machine, and the right to run it.
@@ -113,6 +203,9 @@ pub struct RestoreFrom {
     pub take_from: Option<String>,
     /// Runs at once, and brings what is touched first and the rest after it.
     pub lazy: bool,
+    /// It must be what the machine was suspended as, and the machine must not have run since.
+    #[serde(default)]
+    pub suspended: bool,
 }
 
 /// Facts of a new machine.
@@ -126,6 +219,9 @@ pub struct Boot {
     pub vcpus: Option<u32>,
     /// The machine's address.
     pub address: Option<Ipv4Addr>,
+    /// Whom it asks for names.
+    #[serde(default)]
+    pub name_servers: Vec<Ipv4Addr>,
     /// Its IPv6 address.
     #[serde(default)]
     pub address_v6: Option<std::net::Ipv6Addr>,

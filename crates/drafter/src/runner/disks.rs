@@ -5,6 +5,7 @@
 //! |---|---|---|
 //! | a disk fails | QEMU stops the machine and keeps the request | the server holds the request ([`Policied`]), the rest of the machine goes on |
 //! | at a pause | QEMU waits for requests in hand, then flushes | QEMU stops the rings; [`DiskServers::after_pause`] makes sure of it, and flushes |
+//! | a request waits at a pause | it is in QEMU's state, which does it again | it is put back into the guest's ring, where the next server finds it |
 //! | guest memory | QEMU's own mapping | [`Pages`]: brought through the pager, writes reported to the tracking |
 //! | the monitor frozen | its requests stay where they are | what is in hand goes on, to a disk that nobody else sees |
 
@@ -17,7 +18,7 @@ use crate::{
 use silo::{
     block::{BLOCK_SIZE, BlockRange},
     device::Device as _,
-    disk::{Disk, FlushPolicy},
+    disk::{Disk, DiskError, FlushPolicy},
     expose::vhost::{GuestPages, GuestRange, MemoryId, VhostOptions, VhostServer},
     filter::{ErrorPolicy, OnError, Policied, Trouble},
     io::BlockDevice,
@@ -39,6 +40,9 @@ const SERVER_LIMIT: Duration = Duration::from_secs(5);
 const READY_LIMIT: Duration = Duration::from_secs(180);
 /// How long the monitor may take to find its servers before a pause; it looks every second.
 const FOUND_LIMIT: Duration = Duration::from_secs(10);
+/// How long a pause waits for requests in hand before those that wait for room, or for a block, are
+/// put back into the guest's ring. All others end by themselves.
+const PUT_BACK_AFTER: Duration = Duration::from_millis(10);
 /// How long a request waits for a page of the guest, and for room: as long as a disk waits for a
 /// block. Ending the machine ends these waits.
 const PATIENCE: Duration = Duration::from_secs(24 * 3600);
@@ -134,6 +138,7 @@ impl DiskServers {
             let options = VhostOptions {
                 serial: name.clone(),
                 queues: u16::try_from(vcpus).unwrap_or(u16::MAX),
+                put_back_after: Some(PUT_BACK_AFTER),
                 pages: Some(Arc::clone(&pages)),
                 ..VhostOptions::default()
             };
@@ -166,12 +171,12 @@ impl DiskServers {
     /// after a take-over takes it a second.
     ///
     /// # Errors
-    /// If a request of a vhost-user disk waits for help: a ring can be stopped only when its
-    /// requests are done. If the monitor does not find a server.
+    /// If a read of a vhost-user disk waits for help: what this host cannot read, it cannot send, save
+    /// or back up. If the monitor does not find a server.
     pub(super) fn before_pause(&self) -> Result<(), MachineError> {
-        if let Some(trouble) = self.trouble() {
+        if let Some(trouble) = self.reads_in_trouble() {
             return Err(fail(format!(
-                "a {} of disk \"{}\" waits on this host ({}); make room or mend it, then try again",
+                "a {} of disk \"{}\" waits on this host ({}); mend it, then try again",
                 trouble.operation, trouble.disk, trouble.detail
             )));
         }
@@ -190,7 +195,7 @@ impl DiskServers {
         self.at_rest()?;
         // What the guest wrote and did not flush: as QEMU does it at a stop where it has the disk.
         // Under the policy of a switchover this begins the sync and does not wait for it.
-        disks.iter().try_for_each(|disk| disk.flush()).map_err(fail)
+        disks.iter().try_for_each(|disk| unless_full(disk, disk.flush()))
     }
 
     /// After a pause: makes sure that no vhost-user disk touches memory or disk any more. (The monitor
@@ -235,9 +240,18 @@ impl DiskServers {
 
     /// What a request waits for; only vhost-user disks wait here.
     pub(super) fn trouble(&self) -> Option<DiskTrouble> {
+        self.find_trouble(Policied::waiting)
+    }
+
+    /// The same, if a read waits.
+    fn reads_in_trouble(&self) -> Option<DiskTrouble> {
+        self.find_trouble(Policied::waiting_reads)
+    }
+
+    fn find_trouble(&self, waiting: fn(&Policied) -> usize) -> Option<DiskTrouble> {
         let Self::VhostUser(disks) = self else { return None };
         disks.iter().find_map(|disk| {
-            if disk.device.waiting() == 0 {
+            if waiting(&disk.device) == 0 {
                 return None;
             }
             let trouble = disk.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
@@ -276,6 +290,18 @@ impl DiskServers {
                 }
             }
         }
+    }
+}
+
+/// A flush or sync around a pause, where lack of room is no reason to keep the machine: flushes that
+/// were answered are durable here already, and what was not flushed goes where the machine goes.
+pub(super) fn unless_full(disk: &Disk, done: Result<(), DiskError>) -> Result<(), MachineError> {
+    match done {
+        Err(error) if error.is_full() => {
+            tracing::warn!(disk = disk.name().as_str(), %error, "there is no room to flush it here");
+            Ok(())
+        }
+        done => done.map_err(fail),
     }
 }
 

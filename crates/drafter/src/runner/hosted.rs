@@ -1,33 +1,41 @@
 //! A machine's body on this host: memory, disks and their servers, tap, monitor. Built for a boot
 //! or for an arrival; torn down to what is worth keeping (memory and disks) when it has moved away.
 
+mod found;
+mod freezer;
+mod objections;
 mod standstill;
+
+pub(super) use found::Found;
+pub(super) use objections::objections;
 
 use super::{
     config::Boot,
-    disks::{DiskServers, DiskTrouble},
+    disks::{DiskServers, DiskTrouble, unless_full},
+    guard::Guard,
+    reasons::{Reason, Reasons},
 };
 use crate::{
     checkpoint::capture::DiskCopies,
     driver::{
-        Driver, DriverError, Fence, HostFacts, HostResources, MachineShape, NetworkShape, Start,
-        UrgentHelpers, Vm,
+        Driver, Fence, HostFacts, HostResources, MachineShape, NetworkShape, Start, UrgentHelpers,
+        Vm,
     },
     guest::GuestChannel,
     lease::Epoch,
     migrate::{
         destination::{DestinationMachine, Freezer},
-        messages::{DeviceDescription, PrepareRequest},
+        messages::DeviceDescription,
         protocol::DeviceNumber,
         source::{MachineError, SourceMachine},
         switchover::FlipEpoch,
     },
     package::Package,
 };
-use conduit::{DataPath, HostEndpoint, MachineNet, Tap};
+use conduit::{DataPath, HostEndpoint, LONG_BLACKOUT, MachineNet, Tap};
 use drafter_guest::config::InstanceConfig;
 use silo::{
-    block::{BLOCK_SIZE, BlockRange},
+    block::BlockRange,
     device::{Device, DeviceName},
     disk::{Disk, DiskOptions, FlushPolicy},
     hash::RootHash,
@@ -108,19 +116,32 @@ pub(super) struct Hosted {
     /// Those of the servers that a switchover waits for, as of the last look.
     helpers: UrgentHelpers,
     vm: Box<dyn Vm>,
+    /// Of a machine that arrives, until it is this host's.
+    guard: Option<Arc<Guard>>,
+    /// Who holds it still from outside.
+    reasons: Arc<Reasons>,
+    /// What the guest sends waits for its generation.
+    commits: bool,
     tap: Option<Arc<Tap>>,
     path: Arc<dyn DataPath>,
     drain: Option<JoinHandle<()>>,
     /// The network epoch of the last pause.
     flip: u64,
+    /// How long its network was told that it will stand still.
+    expected: Duration,
 }
 
 pub(super) fn fail(error: impl std::fmt::Display) -> MachineError {
     error.to_string().into()
 }
 
+/// Why a machine's disks keep it from being copied.
+pub(super) const MACHINES_NEED_NBD: &str = "its disks are vhost-user-blk, whose server works on the \
+    machine's memory by itself and would write into what the copies share; start the machine with \
+    --disk-kind nbd to fork it";
+
 /// The name that a device has in its group.
-fn device_name(name: &str) -> Result<DeviceName, MachineError> {
+pub(super) fn device_name(name: &str) -> Result<DeviceName, MachineError> {
     DeviceName::new(name).ok_or_else(|| fail(format!("\"{name}\" cannot name a device")))
 }
 
@@ -136,13 +157,14 @@ pub(super) fn shape_of(
         host: Some(name.to_owned()),
         address: boot.address,
         address_v6: boot.address_v6,
+        name_servers: boot.name_servers.clone(),
         mtu: boot.mtu,
         ..InstanceConfig::default()
     };
     let network = boot.address.map(|address| NetworkShape {
         address,
         address_v6: boot.address_v6,
-        mac: mac_of(address),
+        mac: conduit::mac_of(address),
         mtu: boot.mtu,
     });
     let net = network.as_ref().map(|network| MachineNet {
@@ -168,12 +190,6 @@ pub(super) fn shape_of(
         tsc_khz: facts.tsc_khz,
     };
     (shape, net)
-}
-
-/// A MAC that follows from the address: unique where addresses are, locally administered.
-fn mac_of(address: std::net::Ipv4Addr) -> [u8; 6] {
-    let [a, b, c, d] = address.octets();
-    [0x52, 0x54, a, b, c, d]
 }
 
 /// Fresh memory and disks for `shape`; `keep_disks`: the overlays that are here.
@@ -220,7 +236,8 @@ pub(super) fn describe(content: &Content, package: &Package) -> Vec<DeviceDescri
 }
 
 impl Hosted {
-    /// Builds everything around `content` and starts a monitor, whose guest stands still.
+    /// Builds everything around `content` and starts a monitor, whose guest stands still: for about
+    /// `expected`, if that is known.
     pub(super) fn build(
         shape: MachineShape,
         package: Package,
@@ -228,6 +245,7 @@ impl Hosted {
         content: Content,
         site: &Site<'_>,
         start: Start,
+        expected: Option<Duration>,
     ) -> Result<Self, MachineError> {
         let copies = content.copies(site.run_dir)?;
         let servers = DiskServers::start(
@@ -238,12 +256,16 @@ impl Hosted {
             shape.vcpus,
             site.run_dir,
         )?;
-        if start == Start::Incoming {
+        if start == Start::Incoming && !content.memory.is_copy() {
             for device in content.devices() {
                 device.begin().map_err(fail)?;
             }
         }
-        let tap = net.as_ref().map(|net| site.path.prepare(net)).transpose().map_err(fail)?;
+        let prepare = |net| match expected {
+            Some(expected) => site.path.prepare_for(net, expected),
+            None => site.path.prepare(net),
+        };
+        let tap = net.as_ref().map(prepare).transpose().map_err(fail)?;
         if start == Start::Incoming
             && let Some(tap) = &tap
             && let Err(error) = conduit::tap::give_decoy(tap)
@@ -256,6 +278,7 @@ impl Hosted {
         let initramfs = package.dir().join(&manifest.initramfs.file);
         let resources = HostResources {
             memory: &memory_fd,
+            memory_is_shared: content.memory.is_copy(),
             tap: tap.as_ref().map(|tap| &tap.fd),
             disk_sockets: servers.sockets(),
             kernel: &kernel,
@@ -269,11 +292,15 @@ impl Hosted {
             copies,
             helpers: servers.helpers(),
             servers,
+            reasons: Reasons::new(vm.fence()),
+            commits: false,
             vm,
+            guard: None,
             tap: tap.map(Arc::new),
             path: Arc::clone(site.path),
             drain: None,
             flip: 0,
+            expected: expected.unwrap_or_default(),
             shape,
             package,
             net,
@@ -286,66 +313,11 @@ impl Hosted {
         Ok(hosted)
     }
 
-    /// Takes over a monitor whose runner is gone, with the disks that are here. `arrived`: the
-    /// machine came here by a move, and all of it has arrived.
-    pub(super) fn adopt(
-        package: Package,
-        net: Option<MachineNet>,
-        shape: MachineShape,
-        disks: Vec<Arc<Disk>>,
-        arrived: bool,
-        site: &Site<'_>,
-    ) -> Result<Self, MachineError> {
-        // Pages and disks first: the guest may be waiting for one, and the monitor with it.
-        let gone = || fail("its monitor is gone too; start it from its disks (--keep-disks)");
-        let held = site.driver.held(site.run_dir).map_err(fail)?.ok_or_else(gone)?;
-        let memory = Memory::adopt(device_name("memory")?, held.memory.into()).map_err(fail)?;
-        let tracking = memory
-            .attach(Mapping {
-                userfaultfd: held.mapping.userfaultfd,
-                pid: held.mapping.pid,
-                address: held.mapping.address,
-                incoming: arrived,
-                adopted: true,
-                track: site.track,
-            })
-            .map_err(fail)?;
-        let content = Content { memory: Arc::new(memory), disks };
-        let copies = content.copies(site.run_dir)?;
-        let servers = DiskServers::start(
-            shape.disk_kind,
-            &content.disks,
-            &copies,
-            &content.memory,
-            shape.vcpus,
-            site.run_dir,
-        )?;
-        let vm = site.driver.take_over(site.run_dir).map_err(fail)?.ok_or_else(gone)?;
-        let tap = held.tap.map(|fd| {
-            let name = net.as_ref().map_or_else(String::new, |net| conduit::tap_name(net.key()));
-            Arc::new(Tap { name, fd })
-        });
-        Ok(Self {
-            tracking,
-            guest: None,
-            copies,
-            helpers: servers.helpers(),
-            servers,
-            vm,
-            tap,
-            path: Arc::clone(site.path),
-            drain: None,
-            flip: 0,
-            shape,
-            package,
-            net,
-            content,
-        })
-    }
-
     fn attach(&mut self, start: Start, track: bool) -> Result<(), MachineError> {
         let handle = self.vm.memory().map_err(fail)?;
         let incoming = start == Start::Incoming;
+        // A copy has all of its memory: nothing of it is missing, and no fault is for us.
+        let arrives = incoming && !self.content.memory.is_copy();
         self.tracking = self
             .content
             .memory
@@ -353,7 +325,7 @@ impl Hosted {
                 userfaultfd: handle.userfaultfd,
                 pid: handle.pid,
                 address: handle.address,
-                incoming,
+                incoming: arrives,
                 adopted: false,
                 track,
             })
@@ -368,6 +340,25 @@ impl Hosted {
             }
         }
         Ok(())
+    }
+
+    /// Has `guard` stop it at the end of an offer under which it runs here.
+    ///
+    /// # Errors
+    /// If it does not guard it.
+    pub(super) fn guarded(&mut self, guard: &Arc<Guard>) -> Result<(), MachineError> {
+        guard
+            .watch()
+            .map_err(|error| fail(format!("no guard for an unconfirmed machine: {error}")))?;
+        self.guard = Some(Arc::clone(guard));
+        Ok(())
+    }
+
+    /// It runs here in its own right: nothing need stop it at the end of an offer.
+    pub(super) fn unguard(&mut self) {
+        if let Some(guard) = self.guard.take() {
+            guard.end_of_offers();
+        }
     }
 
     /// Lets a booted or resumed guest go, owner of its network under `flip`.
@@ -387,9 +378,20 @@ impl Hosted {
         }
     }
 
-    /// What the guest sends may leave.
+    /// What the guest sends may leave, or waits for its generation only.
     pub(super) fn release(&mut self) -> Result<(), MachineError> {
-        self.vm.hold_output(false).map_err(fail)
+        if self.commits { Ok(()) } else { self.vm.hold_output(false).map_err(fail) }
+    }
+
+    /// What the guest sends waits for its generation from here on, or for nothing any more.
+    pub(super) fn commit_output(&mut self, on: bool) -> Result<(), MachineError> {
+        self.commits = on;
+        self.vm.commit_output(on).map_err(fail)
+    }
+
+    /// What stops it when its lease is over.
+    pub(super) fn fence(&self) -> Arc<dyn Fence> {
+        self.reasons.fence(Reason::Term)
     }
 
     /// A request of a disk that waits for somebody to help.
@@ -433,6 +435,7 @@ impl Hosted {
         if let Err(error) = self.vm.kill() {
             tracing::error!(%error, "ending the monitor failed");
         }
+        self.unguard();
         self.servers.stop();
         self.content.memory.detach();
         self.tap = None;
@@ -504,7 +507,7 @@ impl SourceMachine for Hosted {
             guest.hush(HUSH_LIMIT);
         }
         for disk in &self.content.disks {
-            disk.sync().map_err(fail)?;
+            unless_full(disk, disk.sync())?;
             disk.set_flush_policy(FlushPolicy::Switchover);
         }
         Ok(())
@@ -587,6 +590,18 @@ impl DestinationMachine for Hosted {
         self.content.devices()
     }
 
+    fn expect(&mut self, blackout: Duration) {
+        let changes = (blackout > LONG_BLACKOUT) != (self.expected > LONG_BLACKOUT);
+        self.expected = blackout;
+        if changes
+            && let Some(net) = &self.net
+            && let Err(error) = self.path.expect(net, blackout)
+        {
+            // Frames wait where they were to wait before: none is lost by that.
+            tracing::warn!(%error, ?blackout, "the network does not know how long it will stand still");
+        }
+    }
+
     fn load(&mut self, state: &[u8]) -> Result<(), MachineError> {
         self.vm.load(state).map_err(fail)
     }
@@ -605,7 +620,7 @@ impl DestinationMachine for Hosted {
     }
 
     fn release_output(&mut self) -> Result<(), MachineError> {
-        self.vm.hold_output(false).map_err(fail)
+        self.release()
     }
 
     fn faults(&self) -> Box<dyn Fn() -> FaultSummary + Send + Sync> {
@@ -614,75 +629,6 @@ impl DestinationMachine for Hosted {
     }
 
     fn freezer(&self) -> Arc<dyn Freezer> {
-        Arc::new(Fenced(self.vm.fence()))
+        Arc::new(freezer::Fenced(self.reasons.fence(Reason::Offer), self.guard.clone()))
     }
-}
-
-struct Fenced(Arc<dyn Fence>);
-
-impl Freezer for Fenced {
-    fn freeze(&self) -> Result<(), String> {
-        self.0.freeze().map_err(|e: DriverError| e.to_string())
-    }
-
-    fn thaw(&self) -> Result<(), String> {
-        self.0.thaw().map_err(|e: DriverError| e.to_string())
-    }
-}
-
-/// Why an arriving machine cannot be taken here; empty if it can. `package` is what was found of
-/// the package that it needs.
-pub(super) fn objections(
-    request: &PrepareRequest,
-    name: &str,
-    facts: &HostFacts,
-    package: Option<&Package>,
-) -> Vec<String> {
-    let mut reasons = Vec::new();
-    if request.shape.name != name {
-        reasons
-            .push(format!("this runner waits for \"{name}\", not for \"{}\"", request.shape.name));
-    }
-    if let Err(mut why) = crate::driver::compatible(&request.facts, &request.shape, facts) {
-        reasons.append(&mut why);
-    }
-    match package {
-        None => reasons.push(format!(
-            "package \"{}\" ({}) is not here; give it to the runner with --package",
-            request.package_name, request.package
-        )),
-        Some(package) => {
-            let bases: Vec<Option<String>> =
-                package.manifest().devices.iter().map(|d| Some(d.blake3.to_string())).collect();
-            let told: Vec<Option<String>> =
-                request.devices.iter().skip(1).map(|d| d.base.clone()).collect();
-            if bases != told {
-                reasons.push("its disks' bases are not those of its package".into());
-            }
-        }
-    }
-    let memory = request.devices.first();
-    let fits = memory.is_some_and(|d| {
-        d.name == "memory" && d.blocks * BLOCK_SIZE as u64 == request.shape.memory_bytes
-    });
-    if !fits || request.devices.len() != request.shape.disks.len() + 1 {
-        reasons.push("its device group is not one memory and its disks".into());
-    }
-    if let Some(free) = free_memory()
-        && free < request.shape.memory_bytes
-    {
-        reasons.push(format!(
-            "it has {} MiB of memory, this host has {} MiB available",
-            request.shape.memory_bytes >> 20,
-            free >> 20
-        ));
-    }
-    reasons
-}
-
-/// MemAvailable of /proc/meminfo, in bytes.
-fn free_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
 }

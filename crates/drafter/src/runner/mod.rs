@@ -9,44 +9,61 @@
 //!                                      ▲                    │ discarded
 //!                                      └────────────────────┘
 //!   Running ──stop, suspend, guest ends──▶ Stopped        any ──▶ Failed
-//!   Running ◀──pause of a backup, milliseconds──▶ Saving
+//!   Running, Moving ◀──pause of a backup, milliseconds──▶ Saving
 //! ```
 //!
 //! The machine's body ([`hosted::Hosted`]) is lent to whoever works on it (a move's job, an
 //! arriving session); everything else answers from what [`Inner`] knows meanwhile.
 //!
 //! [`server`] answers the API, [`peer`] takes connections of other hosts, [`moves`] runs jobs,
-//! [`suspend`] saves to a folder, [`backup`] to a store while the machine runs, [`restore`] brings it
-//! back from there; what the two share is in [`saved`]. [`take_over`] finds a machine whose runner is
-//! gone, [`disks`] serves its disks, [`trouble`] deals with disks that fail.
+//! [`suspend`] saves to a folder, [`sleep`] to a store, [`backup`] there while the machine runs, [`restore`]
+//! brings it back from there; what they share is in [`saved`]. [`take_over`] finds a machine whose runner is
+//! gone, [`disks`] serves its disks, [`trouble`] deals with disks that fail, [`load`] measures for planners.
+//! [`fork`] makes an image of a machine and begins as a copy of one.
+//! [`protect`] lets it survive the loss of this host, by [`tenure`] and [`guard`], also while it moves
+//! ([`protected_move`]); [`stand_in`] is what brings it back elsewhere.
 
 pub mod api;
 mod backup;
 pub mod config;
 mod disks;
+mod fork;
+pub mod guard;
 mod hosted;
+mod load;
 mod moves;
 mod peer;
+mod protect;
+mod protected_move;
+mod protection;
+mod reasons;
 mod restore;
 mod saved;
 mod server;
+mod signs;
+mod sleep;
+mod stand_in;
 pub mod state;
+mod status;
 mod suspend;
 mod take_over;
+mod tenure;
 mod trouble;
 
 use crate::{
-    checkpoint::fill::StoreFill,
+    checkpoint::fill::{FirstTouches, StoreFill},
     driver::{
         Driver, Exit,
         qemu::{self, QemuConfig, QemuDriver},
     },
-    lease::{AttemptId, FileStore, LeaseStore, MachineName, Nonce, Outcome, Record},
-    migrate::{messages::StayId, switchover::Holding, timings::MoveReport},
+    lease::{AttemptId, LeaseStore, MachineName, Nonce, Outcome, Record},
+    migrate::{
+        destination::Door, messages::StayId, source::Outage, switchover::Holding,
+        timings::MoveReport,
+    },
     package::{Cache, Package},
 };
-use api::Status;
-use conduit::DataPath;
+use conduit::{DataPath, MachineNet};
 use config::{AcceleratorChoice, Boot, Launch, NetworkConfig, RunnerConfig};
 use hosted::{Content, Hosted, Site};
 use identity::{HostName, Security};
@@ -57,7 +74,7 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
@@ -65,7 +82,7 @@ use std::{
 
 /// How long the edge may take to confirm a new machine.
 const EDGE_LIMIT: Duration = Duration::from_secs(10);
-/// How long another host may hold the lease file's lock.
+/// How long another host may hold the lock of the lease store.
 const LEASE_LOCK_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long others wait for a machine that a backup holds still.
@@ -86,6 +103,8 @@ pub struct RunnerError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Standby,
+    /// Waits for the machine's host to fall silent.
+    StandIn,
     Booting,
     Running,
     /// It stands still for a backup, and goes on at once.
@@ -101,6 +120,7 @@ impl State {
     fn word(self) -> &'static str {
         match self {
             Self::Standby => "standby",
+            Self::StandIn => "stand-in",
             Self::Booting => "booting",
             Self::Running => "running",
             Self::Saving => "saving",
@@ -144,7 +164,27 @@ struct Inner {
     backups: Option<Arc<backup::Backups>>,
     /// Where the rest of a machine is that was restored lazily, until all is here.
     filling: Option<Arc<StoreFill>>,
+    /// What the machine's last start from a store touched first.
+    first_touches: FirstTouches,
+    protection: Option<Arc<protection::Protection>>,
+    /// The last protection that was asked for and began.
+    protect_wanted: Option<api::ProtectRequest>,
+    /// Why it is not protected although it is to be.
+    unprotected: Option<String>,
+    tenure: Option<Arc<tenure::Tenure>>,
+    /// Of a protected machine that came by a move: where its history is.
+    arrived: Option<protected_move::Arrived>,
+    /// How the machine came here, if its host was lost.
+    taken_over: Option<api::TakenOver>,
     launch: serde_json::Value,
+    /// Where sources of machines that came here connect again.
+    doors: Vec<Arc<Door>>,
+    /// The destination of a move is not reached.
+    outage: Option<Outage>,
+    /// That of the machine which arrived last.
+    guard: Weak<guard::Guard>,
+    /// The machine on the network, from when it runs here until somebody else has its address.
+    net: Option<MachineNet>,
 }
 
 /// See the module.
@@ -181,7 +221,8 @@ impl Runner {
         let name = MachineName::new(&config.machine).map_err(|e| text(&e))?;
         let dir = MachineDir::create(&config.state, &config.machine)
             .map_err(|e| format!("making {}: {e}", config.state.display()))?;
-        if let Some(record) = dir.read_record().map_err(|e| text(&e))?
+        let before = dir.read_record().map_err(|e| text(&e))?;
+        if let Some(record) = &before
             && record.alive()
             && record.pid != std::process::id()
         {
@@ -192,7 +233,8 @@ impl Runner {
         } else {
             Security::Plaintext
         };
-        let store = FileStore::open(&config.lease, LEASE_LOCK_LIMIT).map_err(|e| text(&e))?;
+        let leases = config.lease.to_str().ok_or("the lease store's address is no text")?;
+        let store = lease::open(leases, LEASE_LOCK_LIMIT).map_err(|e| text(&e))?;
         let path: Arc<dyn DataPath> = match &config.network {
             NetworkConfig::None => Arc::new(conduit::NullDataPath),
             NetworkConfig::Local => Arc::new(conduit::LocalDataPath::open().map_err(|e| text(&e))?),
@@ -211,6 +253,7 @@ impl Runner {
         };
         let state = match launch {
             Launch::Receive => State::Standby,
+            Launch::StandIn => State::StandIn,
             _ => State::Booting,
         };
         let inner = Inner {
@@ -228,14 +271,33 @@ impl Runner {
             subject: None,
             backups: None,
             filling: None,
-            launch: serde_json::to_value(launch).unwrap_or_default(),
+            first_touches: FirstTouches::new(),
+            protection: None,
+            protect_wanted: None,
+            unprotected: None,
+            tenure: None,
+            arrived: None,
+            taken_over: None,
+            // As an earlier runner left it, until the machine is here.
+            net: before.as_ref().and_then(|b| Some(b.network.as_ref()?.net.clone())),
+            launch: match (launch, before) {
+                // How the machine began stays known.
+                (Launch::Recover, Some(before)) => before.launch,
+                _ => serde_json::to_value(launch).unwrap_or_default(),
+            },
+            doors: Vec::new(),
+            outage: None,
+            guard: Weak::new(),
         };
         Ok(Arc::new(Self {
             host,
             name,
             security,
-            store: Arc::new(store),
-            driver: Arc::new(QemuDriver::new(qemu)),
+            store,
+            driver: Arc::new(match launch {
+                Launch::Forked(from) => QemuDriver::knowing(qemu, from.facts.clone()),
+                _ => QemuDriver::new(qemu),
+            }),
             path,
             dir,
             cache: Cache::default_for_user(),
@@ -256,9 +318,12 @@ impl Runner {
         match launch {
             Launch::Boot(boot) => self.boot(&boot)?,
             Launch::Receive => {}
+            Launch::StandIn => self.stand_in()?,
             Launch::Resume(directory) => self.resume_from(&directory)?,
             Launch::Restore(from) => self.restore(&from)?,
-            Launch::TakeOver(boot) => self.take_over(&boot.package)?,
+            Launch::Forked(from) => self.begin_as_copy(&from)?,
+            Launch::TakeOver(boot) => self.take_over(Some(&boot.package))?,
+            Launch::Recover => self.take_over(None)?,
         }
         let ended = self.watch();
         // Whoever ended the machine hears so.
@@ -275,14 +340,22 @@ impl Runner {
     }
 
     fn set_state(&self, state: State, detail: impl Into<String>) {
-        {
+        let is_news = {
             let mut inner = self.lock();
+            // The end of a pause for a generation, of which there may be one a second.
+            let is_pause = matches!(state, State::Running | State::Moving);
+            let is_news = !(inner.state == State::Saving && is_pause);
             inner.state = state;
             inner.detail = detail.into();
-            tracing::info!(machine = %self.name.as_str(), state = state.word(), detail = inner.detail);
-        }
+            if is_news {
+                tracing::info!(machine = %self.name.as_str(), state = state.word(), detail = inner.detail);
+            }
+            is_news
+        };
         self.changed.notify_all();
-        self.record();
+        if is_news {
+            self.record();
+        }
     }
 
     /// Writes `runner.json`; a host whose disk is full still runs its machines.
@@ -299,6 +372,13 @@ impl Runner {
                 state: inner.state.word().to_owned(),
                 detail: inner.detail.clone(),
                 launch: inner.launch.clone(),
+                config: Some(self.config.clone()),
+                network: self
+                    .config
+                    .network
+                    .agent()
+                    .zip(inner.net.clone())
+                    .map(|(agent, net)| state::OnNetwork { agent: agent.to_owned(), net }),
             }
         };
         if let Err(error) = self.dir.write_record(&record) {
@@ -369,12 +449,13 @@ impl Runner {
             .map_err(|e| e.to_string())?;
         let site = paths.site(&*self.driver, &self.path);
         let start = crate::driver::Start::Boot;
-        let mut body =
-            Hosted::build(shape, package, net, content, &site, start).map_err(|e| e.to_string())?;
+        let mut body = Hosted::build(shape, package, net, content, &site, start, None)
+            .map_err(|e| e.to_string())?;
         let flip = crate::migrate::switchover::FlipEpoch::of(holding.record.epoch, 0).0;
         // Learns here that a port of the edge is taken, before the guest runs.
         let started = body.begin(flip).and_then(|()| body.settled(flip, EDGE_LIMIT));
         if let Err(error) = started {
+            self.lock().net.clone_from(&body.net);
             body.tear_down();
             return Err(error.to_string());
         }
@@ -386,6 +467,7 @@ impl Runner {
 
     /// The machine runs here now.
     fn install(self: &Arc<Self>, mut body: Box<Hosted>, holding: Holding, since: Option<StayId>) {
+        body.unguard();
         if body.guest.is_none() {
             self.open_guest(&mut body);
         }
@@ -397,9 +479,11 @@ impl Runner {
             inner.subject = Some(backup::Subject::of(&body));
             inner.holding = Some(holding);
             inner.since = since;
+            inner.net.clone_from(&body.net);
             inner.body = Some(body);
         }
         self.set_state(State::Running, "");
+        self.protect_as_wanted();
     }
 
     /// Everything of the machine is here: a later runner could take it over.
@@ -434,7 +518,9 @@ impl Runner {
         inner.detail.clear();
         drop(inner);
         self.changed.notify_all();
-        self.record();
+        if to != State::Saving {
+            self.record();
+        }
         Ok(body)
     }
 
@@ -499,6 +585,7 @@ impl Runner {
     }
 
     fn machine_ended(&self, exit: &Exit) {
+        self.protected_ended(exit);
         match exit {
             Exit::Shutdown => self.set_state(State::Stopped, "the guest shut down"),
             Exit::Reset => self.set_state(State::Stopped, "the guest rebooted or panicked"),
@@ -533,13 +620,19 @@ impl Runner {
     fn stop(&self, grace: Duration) -> Result<String, String> {
         let state = self.settled().state;
         match state {
-            State::Standby => {
+            State::Standby | State::StandIn => {
                 self.set_state(State::Stopped, "nothing ran here");
                 return Ok("nothing ran here".into());
             }
             State::Stopped | State::Failed => return Ok("it had ended already".into()),
             State::Running | State::Paused => {}
             other => return Err(format!("it is {} just now; cancel that first", other.word())),
+        }
+        if let Err(error) = self.let_go() {
+            tracing::error!(
+                error,
+                "the lease store does not learn that the machine is stopped: a stand-in will start it"
+            );
         }
         let guest = self.lock().guest.clone();
         let deadline = Instant::now() + grace;
@@ -565,8 +658,12 @@ impl Runner {
                 Err(error) => tracing::warn!(%error, "the guest could not be asked to shut down"),
             }
         }
-        let mut body = self.borrow(state, State::Stopped)?;
-        body.tear_down();
+        if state == State::Paused && self.lock().body.is_none() {
+            // What a runner found, and nobody looks after any more.
+            qemu::stop_without_runner(&self.dir.run()).map_err(|e| e.to_string())?;
+        } else {
+            self.borrow(state, State::Stopped)?.tear_down();
+        }
         self.set_state(State::Stopped, "it was ended at once");
         Ok("it was ended at once".into())
     }
@@ -584,38 +681,6 @@ impl Runner {
         }
         let _ = std::fs::remove_file(self.dir.socket());
         self.record();
-    }
-
-    fn status(&self) -> Status {
-        let lease = self.store.read(&self.name).ok().flatten();
-        let backups = self.lock().backups.clone();
-        let backup = backups.and_then(|backups| Self::backup_state(&backups));
-        let inner = self.lock();
-        let waits = inner.filling.as_ref().and_then(|filling| filling.trouble()).map(|trouble| {
-            format!(
-                "the store that holds the rest of it gives nothing ({trouble}); it is asked again"
-            )
-        });
-        Status {
-            machine: self.config.machine.clone(),
-            host: self.config.host.clone(),
-            runner_pid: std::process::id(),
-            monitor_pid: inner.monitor_pid,
-            state: inner.state.word().to_owned(),
-            detail: waits.unwrap_or_else(|| inner.detail.clone()),
-            lease_owner: lease.as_ref().map(|r| r.owner.as_str().to_owned()),
-            epoch: lease.as_ref().map(|r| r.epoch.0),
-            missing: inner
-                .devices
-                .iter()
-                .map(|d| (d.name().as_str().to_owned(), d.missing_blocks()))
-                .collect(),
-            stay_bytes: inner.stay.as_ref().map_or(0, |s| s.content.memory.resident_bytes()),
-            listen: self.config.listen,
-            job: inner.jobs.values().next_back().map(|job| job.progress()),
-            moves: inner.moves.clone(),
-            backup,
-        }
     }
 }
 

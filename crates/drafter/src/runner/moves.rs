@@ -4,13 +4,18 @@ use super::{
     Runner, State, Stay,
     api::{MigrateRequest, Phase, Progress},
     hosted::{self, Hosted},
+    protected_move::Leaving,
+    take_over::{self, MoveNote},
 };
 use crate::{
     lease::AttemptId,
     migrate::{
-        messages::{PrepareRequest, StayId},
-        source::{self, Moved, Plan, Surroundings},
-        switchover::{SourceAuthority, SourceParts, Terms},
+        link::session_hex,
+        messages::{Mode, PrepareRequest, StayId},
+        planner,
+        source::{self, MoveError, Moved, Outage, Plan, ProtectedSource, Surroundings},
+        switchover::{Holding, SourceAuthority, SourceParts, Terms},
+        timings::MoveReport,
     },
 };
 use identity::HostName;
@@ -23,6 +28,10 @@ use std::{
     time::Duration,
 };
 
+/// How long ending the machine's generations may take at the end of a move, while the destination runs it;
+/// after that it compares all of the machine with its history.
+const HISTORY_LIMIT: Duration = Duration::from_secs(2);
+
 /// A move that runs or ran.
 pub(super) struct Job {
     pub(super) number: u64,
@@ -33,7 +42,7 @@ pub(super) struct Job {
 }
 
 impl Job {
-    fn new(number: u64) -> Self {
+    pub(super) fn new(number: u64) -> Self {
         let progress =
             Progress { job: number, phase: Phase::Prepare, round: 0, sent_bytes: 0, left_bytes: 0 };
         Self {
@@ -47,6 +56,11 @@ impl Job {
 
     pub(super) fn progress(&self) -> Progress {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What a cancel sets.
+    pub(super) fn cancel_flag(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.cancel)
     }
 
     pub(super) fn cancel(&self) {
@@ -63,7 +77,7 @@ impl Job {
         result.clone()
     }
 
-    fn finish(&self, result: Result<serde_json::Value, String>) {
+    pub(super) fn finish(&self, result: Result<serde_json::Value, String>) {
         *self.result.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
         self.changed.notify_all();
     }
@@ -77,28 +91,41 @@ impl Runner {
             // Without certificates loaded there is nothing to prove ourselves with.
             self.config.security.load(&self.host).map_err(|e| e.to_string())?;
         }
-        let body = self.borrow(State::Running, State::Moving)?;
-        let job = {
-            let mut inner = self.lock();
-            let number = inner.jobs.keys().next_back().map_or(1, |last| last + 1);
-            let job = Arc::new(Job::new(number));
-            inner.jobs.insert(number, Arc::clone(&job));
-            // Results of old jobs are in `moves`.
-            while inner.jobs.len() > 64 {
-                inner.jobs.pop_first();
-            }
-            job
-        };
+        self.before_move(request.dry_run)?;
+        let body = self.borrow(State::Running, State::Moving).inspect_err(|_| self.after_move())?;
+        let job = self.new_job();
         let number = job.number;
         let runner = Arc::clone(self);
         let spawned = std::thread::Builder::new().name(format!("move-{number}")).spawn(move || {
             let result = runner.run_move(&request, &peer, &job, body);
+            runner.after_move();
             job.finish(result);
         });
         match spawned {
             Ok(_) => Ok(number),
-            Err(error) => Err(format!("no thread for the move: {error}")),
+            Err(error) => {
+                self.after_move();
+                Err(format!("no thread for the move: {error}"))
+            }
         }
+    }
+
+    /// A job with the next number.
+    pub(super) fn new_job(&self) -> Arc<Job> {
+        let mut inner = self.lock();
+        let number = inner.jobs.keys().next_back().map_or(1, |last| last + 1);
+        let job = Arc::new(Job::new(number));
+        inner.jobs.insert(number, Arc::clone(&job));
+        // Results of old jobs are in `moves`.
+        while inner.jobs.len() > 64 {
+            inner.jobs.pop_first();
+        }
+        job
+    }
+
+    /// A destination that may need blocks is not reached, or is again.
+    pub(super) fn note_outage(&self, outage: Option<Outage>) {
+        self.lock().outage = outage;
     }
 
     fn run_move(
@@ -106,7 +133,7 @@ impl Runner {
         request: &MigrateRequest,
         peer: &HostName,
         job: &Job,
-        mut body: Box<Hosted>,
+        body: Box<Hosted>,
     ) -> Result<serde_json::Value, String> {
         let prepared = self.plan(request, peer.clone(), job, &body);
         let (plan, authority) = match prepared {
@@ -121,17 +148,51 @@ impl Runner {
             *job.progress.lock().unwrap_or_else(PoisonError::into_inner) = progress;
             job.changed.notify_all();
         };
+        let mut leaving = Leaving::new(self, body, &holding);
+        let asked = ProtectedSource {
+            view: &|| self.term_view(),
+            is_frozen: &|| self.is_frozen(),
+            history: &|| self.history_within(HISTORY_LIMIT),
+        };
         let around = Surroundings {
-            machine: &mut *body,
+            machine: &mut leaving,
             authority,
             store: Arc::clone(&self.store),
             cancel: Arc::clone(&job.cancel),
             progress: &progress,
+            outage: &|outage| self.note_outage(outage),
+            leaving: &|session, hold| {
+                let note = MoveNote {
+                    attempt: plan.request.attempt,
+                    session: session_hex(session),
+                    peer: plan.peer.as_str().to_owned(),
+                    to: Some(plan.to),
+                    offers_hold_ms: u64::try_from(hold.as_millis()).unwrap_or(u64::MAX),
+                };
+                take_over::note_leaving(&self.dir, Some(note));
+            },
             holding: Arc::clone(&holding),
+            protection: plan.request.protected.is_some().then_some(asked),
         };
         let moved = source::run(&plan, around);
         if let Some(holding) = holding.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            self.lock().holding = Some(holding);
+            let mut inner = self.lock();
+            // Got back in a new life meanwhile: that is newer.
+            let newer = |now: &Holding| now.record.epoch > holding.record.epoch;
+            if !inner.holding.as_ref().is_some_and(newer) {
+                inner.holding = Some(holding);
+            }
+        }
+        let body = match leaving.into_body() {
+            Ok(body) => body,
+            // It has ended meanwhile: whoever ended it has said how.
+            Err(why) => return Err(moved.err().map_or(why, |error| error.to_string())),
+        };
+        if self.lock().state.over() {
+            // Another host has taken it from this one: it was ended for good.
+            let detail = self.lock().detail.clone();
+            self.lock().body = Some(body);
+            return Err(detail);
         }
         let mut last = job.progress();
         last.phase = Phase::Ended;
@@ -156,10 +217,32 @@ impl Runner {
                 self.retire(body, id, &detail);
                 Ok(value)
             }
-            Err(error) => {
+            Err(error @ MoveError::TakenOver { .. }) => {
                 let text = error.to_string();
+                let id = StayId { epoch: 0, session: String::new() };
+                // Older than what runs: nothing to come back to.
+                self.retire(body, id, &text);
+                self.drop_stay();
+                Err(text)
+            }
+            Err(error) => {
+                let cancelled = matches!(error, MoveError::Cancelled { .. });
+                let text = if cancelled && !job.cancel.load(Ordering::Relaxed) {
+                    "the move was given up: the machine's lease could not be renewed, so it stands still \
+                     here until it can; then try again"
+                        .to_owned()
+                } else {
+                    error.to_string()
+                };
+                if matches!(error, MoveError::HandedOver { .. }) {
+                    // It is the destination's to be held to a term.
+                    self.leave_protection();
+                }
                 let (state, detail) = match &error {
-                    error if error.still_here() => (State::Running, String::new()),
+                    error if error.still_here() => {
+                        take_over::note_leaving(&self.dir, None);
+                        (State::Running, String::new())
+                    }
                     _ => (State::Paused, text.clone()),
                 };
                 self.give_back(body, state, detail);
@@ -177,10 +260,16 @@ impl Runner {
     ) -> Result<(Plan, SourceAuthority), String> {
         let facts = self.driver.facts().map_err(|e| e.to_string())?;
         let attempt = AttemptId::random().map_err(|e| e.to_string())?;
-        let (holding, since) = {
+        let can_track = body.tracking == Tracking::WriteProtect;
+        let mode = if can_track { request.mode } else { Mode::PostCopy };
+        let (holding, since, last_blackout) = {
             let inner = self.lock();
-            (inner.holding.clone(), inner.since.clone())
+            let same_mode = inner.moves.iter().filter(|m| m.mode == mode);
+            let blackout = |m: &MoveReport| Duration::try_from_secs_f64(m.blackout_ms / 1e3);
+            let blackouts = same_mode.filter_map(|m| blackout(m).ok());
+            (inner.holding.clone(), inner.since.clone(), planner::last_blackout(blackouts))
         };
+        let expected = request.budgets.expected_blackout(last_blackout);
         let holding = holding.ok_or("this host holds no lease of the machine")?;
         let prepare = PrepareRequest {
             attempt: attempt.0,
@@ -195,12 +284,16 @@ impl Runner {
             epoch: holding.record.epoch.0,
             since,
             dry_run: request.dry_run,
+            resumes: true,
+            expected_blackout_ms: u64::try_from(expected.as_millis()).ok(),
+            protected: self.told_of_protection(),
             machine: serde_json::Value::Null,
         };
         let authority = SourceAuthority::new(SourceParts {
             holding,
             to: peer.clone(),
             attempt,
+            view: self.term_view(),
             terms: Terms::default(),
             nonces: super::nonces(),
         });
@@ -213,17 +306,20 @@ impl Runner {
             mode: request.mode,
             budgets: request.budgets,
             request: prepare,
-            can_track: body.tracking == Tracking::WriteProtect,
+            can_track,
+            last_blackout,
         };
         Ok((plan, authority))
     }
 
     /// The machine has left: keeps its content as a stay, within the limit.
     fn retire(&self, mut body: Box<Hosted>, id: StayId, detail: &str) {
-        super::take_over::forget(&self.dir);
+        take_over::forget(&self.dir);
         self.leave_stores();
         body.leave();
-        let keep = body.content.memory.resident_bytes() <= self.config.keep_stay_bytes
+        // A copy's memory was its monitor's, in part.
+        let keep = !body.content.memory.is_copy()
+            && body.content.memory.resident_bytes() <= self.config.keep_stay_bytes
             && self.config.listen.is_some();
         {
             let mut inner = self.lock();

@@ -2,15 +2,18 @@
 
 use super::{
     Runner, State,
+    guard::Guard,
     hosted::{self, Content, Hosted},
+    protected_move::{Arrived, Arriving},
+    take_over::{MoveNote, Noted},
 };
 use crate::{
     driver::Start,
     lease::AttemptId,
     migrate::{
-        destination::{self, Arrival, Ended, Fate},
+        destination::{self, Arrival, Door, Ended, Fate},
         link::{CONNECT_LIMIT, Channel, session_hex},
-        messages::{PrepareRequest, StayId, Verdict},
+        messages::{PrepareRequest, ResumeAnswer, ResumeRequest, Standing, StayId, Verdict},
         protocol::{Frame, Role, SessionId},
         switchover::{DestinationParts, Terms},
     },
@@ -26,6 +29,15 @@ use std::{
 /// How long a guest that has just arrived has its processor to itself: until its clients have
 /// their answers the agent need not be asked to refresh the clock (off by one blackout) and entropy.
 const GUEST_PAUSE: Duration = Duration::from_millis(250);
+
+/// How long a source that asks for its move waits for a runner that has just come back.
+const LOOK_LIMIT: Duration = Duration::from_secs(4);
+
+/// Moves to this runner of which a source may ask how they ended.
+const DOORS: usize = 8;
+
+/// A machine that arrives, and what holds it to its term if it is protected.
+type Built = (Box<Hosted>, Option<Arriving>);
 
 /// Connections of sessions whose other connection has not come yet.
 type Halves = Mutex<HashMap<[u8; 16], mpsc::Sender<Channel>>>;
@@ -107,6 +119,7 @@ impl Runner {
         main.control.set_read_timeout(Some(CONNECT_LIMIT));
         let request = match main.incoming.read() {
             Ok(Frame::Prepare(json)) => serde_json::from_slice::<PrepareRequest>(&json),
+            Ok(Frame::Resume(json)) => return self.readmit(&json, peer.as_ref(), main, fault),
             _ => {
                 tracing::warn!("a peer did not begin with a request");
                 return;
@@ -118,14 +131,16 @@ impl Runner {
             host: self.config.host.clone(),
             boot_id: super::state::boot_id(),
             endpoint: Some(self.path.endpoint()),
+            resumes: true,
             ..Verdict::default()
         };
         let built = request.map_err(|e| format!("the request cannot be read: {e}")).and_then(|r| {
             let from = self.who_asks(&r, peer)?;
+            self.config.accepts(&from)?;
             Ok((self.prepare(&r, &mut verdict)?, r, from))
         });
         verdict.prepared_ms = started.elapsed().as_millis() as u64;
-        let (body, request, from) = match built {
+        let (built, request, from) = match built {
             Ok(built) => built,
             Err(why) => {
                 verdict.refusals.push(why);
@@ -134,13 +149,53 @@ impl Runner {
                 return;
             }
         };
-        let Some(body) = body else {
+        let Some((body, arriving)) = built else {
             send_verdict(&mut main, &verdict);
             answer_pings(&mut main);
             return; // a dry run
         };
         send_verdict(&mut main, &verdict);
-        self.arrive(main, fault, session, body, &request, from);
+        self.arrive(main, fault, session, body, arriving, &request, from);
+    }
+
+    /// A source takes a move up again.
+    fn readmit(&self, json: &[u8], peer: Option<&HostName>, main: Channel, fault: Channel) {
+        main.control.set_read_timeout(None);
+        let unknown = |why: &str| ResumeAnswer::of(Standing::Unknown, why);
+        let Ok(request) = serde_json::from_slice::<ResumeRequest>(json) else {
+            return destination::turn_away(main, &unknown("the greeting cannot be read"));
+        };
+        match self.door_for(&request) {
+            Some(door) => door.knock(&request, peer, main, fault),
+            None => destination::turn_away(
+                main,
+                &unknown(
+                    "nothing is known here of this move; if its runner was restarted, it must take its machine over",
+                ),
+            ),
+        }
+    }
+
+    /// The door of that move. A runner that has just come back may still be looking at what there is.
+    fn door_for(&self, request: &ResumeRequest) -> Option<Arc<Door>> {
+        let find =
+            |doors: &[Arc<Door>]| doors.iter().rev().find(|door| door.knows(request)).cloned();
+        let looks = |inner: &mut super::Inner| {
+            inner.state == State::Booting && find(&inner.doors).is_none()
+        };
+        let waited = self.changed.wait_timeout_while(self.lock(), LOOK_LIMIT, looks);
+        find(&waited.unwrap_or_else(PoisonError::into_inner).0.doors)
+    }
+
+    /// Keeps a door for sources that come back, even after its move has ended.
+    pub(super) fn keep_door(&self, door: &Arc<Door>) {
+        let mut inner = self.lock();
+        if inner.doors.len() == DOORS {
+            inner.doors.remove(0);
+        }
+        inner.doors.push(Arc::clone(door));
+        drop(inner);
+        self.changed.notify_all();
     }
 
     /// The name that the peer has proved; in plaintext, the one it claims.
@@ -164,7 +219,7 @@ impl Runner {
         self: &Arc<Self>,
         request: &PrepareRequest,
         verdict: &mut Verdict,
-    ) -> Result<Option<Box<Hosted>>, String> {
+    ) -> Result<Option<Built>, String> {
         let state = self.lock().state;
         if state != State::Standby {
             return Err(format!("this runner is {}, not waiting for a machine", state.word()));
@@ -173,6 +228,7 @@ impl Runner {
         let package = self.find_package(&request.package);
         verdict.refusals =
             hosted::objections(request, &self.config.machine, &facts, package.as_ref());
+        verdict.refusals.extend(self.objects_to_protected(request));
         let Some(package) = package.filter(|_| verdict.refusals.is_empty()) else {
             return Err("this host cannot take it".into());
         };
@@ -188,11 +244,19 @@ impl Runner {
             return Ok(None);
         }
         self.set_state(State::Receiving, format!("from {}", request.host));
-        let built = self.build_for(request, package, holds);
+        let built = self.build_for(request, package, holds).and_then(|mut body| {
+            match self.expect_protected(request, &mut body) {
+                Ok(arriving) => Ok((Box::new(body), arriving)),
+                Err(why) => {
+                    body.give_up(request.epoch);
+                    Err(why)
+                }
+            }
+        });
         if built.is_err() {
             self.set_state(State::Standby, "");
         }
-        built.map(|body| Some(Box::new(body)))
+        built.map(Some)
     }
 
     fn build_for(
@@ -209,23 +273,36 @@ impl Runner {
                 .map_err(|e| e.to_string())?,
         };
         let site = paths.site(&*self.driver, &self.path);
-        Hosted::build(
+        // Its process starts beside the monitor's.
+        let guard = Guard::begin(site.run_dir)
+            .map_err(|error| format!("no guard for an unconfirmed machine: {error}"))?;
+        let mut body = Hosted::build(
             request.shape.clone(),
             package,
             request.network.clone(),
             content,
             &site,
             Start::Incoming,
+            request.expected_blackout_ms.map(Duration::from_millis),
         )
-        .map_err(|e| e.to_string())
+        .map_err(|e| e.to_string())?;
+        let guard = Arc::new(guard);
+        if let Err(error) = body.guarded(&guard) {
+            body.give_up(request.epoch);
+            return Err(error.to_string());
+        }
+        self.lock().guard = Arc::downgrade(&guard);
+        Ok(body)
     }
 
+    #[expect(clippy::too_many_arguments, reason = "the pieces of one session")]
     fn arrive(
         self: &Arc<Self>,
         main: Channel,
         fault: Channel,
         session: SessionId,
         body: Box<Hosted>,
+        arriving: Option<Arriving>,
         request: &PrepareRequest,
         from: HostName,
     ) {
@@ -234,31 +311,69 @@ impl Runner {
             let mut inner = self.lock();
             inner.monitor_pid = Some(body.monitor_pid());
             inner.devices = body.content.devices();
+            inner.arrived = arriving.as_ref().map(|_| Arrived::Expected);
         }
-        let noted = super::take_over::Noted::of(&body, true);
-        super::take_over::forget(&self.dir);
+        let life = arriving.as_ref().map(|arriving| arriving.life.clone());
+        let arriving = Arc::new(arriving);
+        let noted = Noted::of(&body, true);
+        let by = MoveNote {
+            attempt: request.attempt,
+            session: session_hex(session),
+            peer: from.as_str().to_owned(),
+            to: None,
+            offers_hold_ms: 0,
+        };
+        // Before it can become this host's: whoever comes after this runner asks the lease.
+        if let Err(error) = noted.arriving(by.clone()).write(&self.dir) {
+            tracing::error!(%error, "a later runner could not go on with this arrival");
+        }
+        let door = match self.open_door(&by) {
+            Ok(door) => door,
+            Err(error) => return tracing::error!(error, "no way back for the source"),
+        };
         let arrival = Arrival {
             main,
             fault,
             machine: body,
+            door,
             parts: DestinationParts {
                 machine: self.name.clone(),
                 here: self.host.clone(),
-                from,
+                from: from.clone(),
                 attempt: AttemptId(request.attempt),
+                beat: life,
                 terms: Terms::default(),
                 nonces: super::nonces(),
             },
             store: Arc::clone(&self.store),
             on_report: Box::new(|_| {}),
-            on_owner: {
+            on_token: {
+                let (runner, arriving) = (Arc::clone(self), Arc::clone(&arriving));
+                Box::new(move |handed| {
+                    arriving.as_ref().as_ref().map_or(Ok(()), |it| it.hold(&runner, handed))
+                })
+            },
+            on_history: {
                 let runner = Arc::clone(self);
+                Box::new(move |told| runner.history_told(told))
+            },
+            on_complete: {
+                let (runner, noted) = (Arc::clone(self), noted.settled(Some(by)));
+                Box::new(move || runner.complete(&noted))
+            },
+            on_owner: {
+                let (runner, source) = (Arc::clone(self), from);
                 Box::new(move |body: Box<Hosted>, holding| {
                     let since = since(holding.record.epoch.0);
+                    let record = holding.record.clone();
                     if let Some(guest) = &body.guest {
                         guest.speak_in(GUEST_PAUSE);
                     }
                     runner.install(body, holding, Some(since));
+                    if let Some(arriving) = arriving.as_ref() {
+                        arriving.own(&record);
+                        runner.watch_source(&source);
+                    }
                     // The guest's clock and entropy, once it has answered its clients.
                     runner.refresh();
                 })
@@ -266,7 +381,7 @@ impl Runner {
         };
         let Ended { machine, fate } = destination::run(arrival);
         match (fate, machine) {
-            (Fate::Settled(_), None) => self.complete(&noted),
+            (Fate::Settled(_), None) => {}
             (Fate::Incomplete { missing, reason, .. }, None) => {
                 let mut inner = self.lock();
                 inner.detail =
@@ -274,7 +389,11 @@ impl Runner {
                 tracing::error!("{}", inner.detail);
             }
             (Fate::Discard { reason, touched }, Some(mut body)) => {
+                self.leave_protection();
+                let tenure = self.lock().tenure.take();
+                drop(tenure);
                 body.give_up(request.epoch);
+                super::take_over::forget(&self.dir);
                 tracing::info!(touched, "an arrival ended: {reason}");
                 {
                     let mut inner = self.lock();

@@ -11,20 +11,24 @@ use super::{
     Runner, State,
     config::RestoreFrom,
     hosted::{self, Content},
-    saved::{Claim, Elsewhere},
+    saved::{Claim, Early, Elsewhere},
+    sleep::beginning,
 };
 use crate::{
     checkpoint::{
-        MACHINE, MEMORY, description, disk_device,
+        MACHINE, MEMORY,
+        description::{self, Description},
         fill::StoreFill,
         restore::{DiskTarget, MemoryTarget},
     },
     driver::qemu,
+    lease::Record,
 };
 use identity::HostName;
 use silo::{
     block::BlockSet,
     device::Device,
+    disk::Disk,
     io::BlockDevice,
     store::{
         Access, Environment, Generation, GenerationDevice, KeyRing, Limits, LineName,
@@ -38,11 +42,11 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// Memory for what is read of a generation.
-const CACHE: usize = 64 << 20;
+pub(super) const CACHE: usize = 64 << 20;
 /// The variable with the keys themselves, as silo has it.
 const KEYS: &str = "SILO_KEYS";
 /// How often it is told how far a restore is.
@@ -52,18 +56,52 @@ fn text(error: impl std::fmt::Display) -> String {
     error.to_string()
 }
 
-/// Opens a generation as the command's flags say.
-fn open(from: &RestoreFrom) -> Result<Arc<Generation>, String> {
-    let url: StoreUrl = from.store.parse().map_err(text)?;
-    let line = LineName::parse(&from.line).map_err(text)?;
-    let keys = match &from.keys {
-        Some(path) => KeyRing::from_file(path),
-        None => KeyRing::from_env(KEYS),
+/// The history that generations are in.
+struct History {
+    store: Arc<Store>,
+    keys: KeyRing,
+    line: LineName,
+}
+
+impl History {
+    /// As the command's flags say.
+    fn of(from: &RestoreFrom) -> Result<Self, String> {
+        let url: StoreUrl = from.store.parse().map_err(text)?;
+        let line = LineName::parse(&from.line).map_err(text)?;
+        let keys = match &from.keys {
+            Some(path) => KeyRing::from_file(path),
+            None => KeyRing::from_env(KEYS),
+        };
+        let environment = Environment::of_process();
+        let store =
+            Store::open(&url, Access::Read, &environment, Limits::default()).map_err(text)?;
+        Ok(Self { store, keys: keys.map_err(text)?, line })
+    }
+
+    fn open(&self, which: Which) -> Result<Arc<Generation>, String> {
+        Generation::open(&self.store, &self.keys, &self.line, which, CACHE).map_err(text)
+    }
+
+    /// The newest generation but `than`, if that is an older one.
+    fn newer(&self, than: &Generation) -> Result<Option<Arc<Generation>>, String> {
+        let newest = self.open(Which::Newest)?;
+        Ok((newest.number() > than.number()).then_some(newest))
+    }
+}
+
+/// What a generation says that the machine is, and the driver's state.
+fn described(generation: &Arc<Generation>) -> Result<(Description, Vec<u8>), String> {
+    let of = |error: String| {
+        format!("generation {} of {}: {error}", generation.number(), generation.line())
     };
-    let environment = Environment::of_process();
-    let store = Store::open(&url, Access::Read, &environment, Limits::default()).map_err(text)?;
-    let which = from.generation.map_or(Which::Newest, Which::Number);
-    Generation::open(&store, &keys.map_err(text)?, &line, which, CACHE).map_err(text)
+    let device = GenerationDevice::new(generation, MACHINE, 0)
+        .map_err(|error| of(format!("it is no machine's: {error}")))?;
+    description::decode(&device).map_err(|error| of(text(error)))
+}
+
+/// The record under which the machine was suspended as this, if it was.
+fn asleep(saved: &Description) -> Option<Record> {
+    saved.suspended.then(|| Record::decode(saved.lease.as_bytes()).ok()).flatten()
 }
 
 impl Runner {
@@ -75,16 +113,41 @@ impl Runner {
                  `drafter run --take-over`, or end it with `drafter stop`"
             ));
         }
+        let began = Instant::now();
         let take_from = from.take_from.as_deref().map(HostName::new).transpose().map_err(text)?;
-        let generation = open(from)?;
+        // Asks QEMU for its version, meanwhile.
+        let driver = Arc::clone(&self.driver);
+        let asking = std::thread::Builder::new().name("facts".into());
+        let _ = asking.spawn(move || driver.facts().map(drop));
+        let history = History::of(from)?;
+        let generation = history.open(from.generation.map_or(Which::Newest, Which::Number))?;
         let number = generation.number();
         let of = |error: String| format!("generation {number} of {}: {error}", from.line);
-        let device = GenerationDevice::new(&generation, MACHINE, 0)
-            .map_err(|error| of(format!("it is no machine's: {error}")))?;
-        let (saved, state) = description::decode(&device).map_err(|error| of(text(error)))?;
-        drop(device);
+        let (saved, state) = described(&generation)?;
+        if from.suspended && !saved.suspended {
+            return Err(
+                of("the machine ran on after it; `drafter restore` goes back to it".into()),
+            );
+        }
         let (package, lease) = self.check_saved(&saved).map_err(of)?;
-        let claim = Claim::Restored { made_under: &lease, take_from: take_from.as_ref() };
+        // Whoever names a generation may go back.
+        let newer = match from.generation {
+            Some(_) => history.newer(&generation)?,
+            None => None,
+        };
+        let newest = match &newer {
+            Some(newer) => asleep(&described(newer)?.0),
+            None => asleep(&saved),
+        };
+        let claim = match from.suspended {
+            true => Claim::Asleep(&lease),
+            false => Claim::Restored {
+                made_under: &lease,
+                take_from: take_from.as_ref(),
+                asleep: newest.as_ref(),
+            },
+        };
+        tracing::info!(took = ?began.elapsed(), number, "its generation is open");
         // Now rather than after the download.
         self.may_claim(claim)?;
 
@@ -95,10 +158,10 @@ impl Runner {
             .map_err(text)
             .and_then(|content| {
                 if !from.lazy {
-                    self.fetch(&generation, &content).map_err(of)?;
+                    self.fetch(&generation, &content, &saved).map_err(of)?;
                     return self.start_saved(saved, package, content, &state, claim, None);
                 }
-                let elsewhere = Self::leave(&generation, &content).map_err(of)?;
+                let elsewhere = Self::leave(&generation, &content, &saved).map_err(of)?;
                 let fill = Arc::clone(&elsewhere.fill);
                 let started =
                     self.start_saved(saved, package, content, &state, claim, Some(elsewhere));
@@ -109,6 +172,9 @@ impl Runner {
             Ok(()) => {
                 aside.keep();
                 tracing::info!(machine = %self.name.as_str(), number, "restored");
+                if let Some(newer) = newer {
+                    self.say_what_is_forgotten(&generation, &newer);
+                }
                 Ok(())
             }
             Err(why) => {
@@ -118,39 +184,65 @@ impl Runner {
         }
     }
 
+    /// It went back.
+    fn say_what_is_forgotten(&self, to: &Generation, newest: &Generation) {
+        let time = newest.made().duration_since(to.made()).unwrap_or_default();
+        let said = format!(
+            "it went back to generation {}: what it did in the {} s until generation {} and after it is \
+             forgotten here; those generations stay in {}",
+            to.number(),
+            time.as_secs(),
+            newest.number(),
+            to.line(),
+        );
+        tracing::warn!("{said}");
+        let mut inner = self.lock();
+        if inner.detail.is_empty() {
+            inner.detail = said;
+        }
+    }
+
     /// Leaves memory and disks in the store, to be brought while the machine runs. What the generation
     /// has as zeros is made so now.
-    fn leave(generation: &Arc<Generation>, content: &Content) -> Result<Elsewhere, String> {
+    fn leave(
+        generation: &Arc<Generation>,
+        content: &Content,
+        saved: &Description,
+    ) -> Result<Elsewhere, String> {
         let mut devices: Vec<(String, Arc<dyn Device>)> =
             vec![(MEMORY.to_owned(), content.memory.clone())];
         for disk in &content.disks {
-            devices.push((disk_device(disk.name().as_str()), disk.clone()));
+            devices.push((saved.disk_device(disk.name().as_str()), disk.clone()));
         }
-        let fill = StoreFill::new(Arc::clone(generation), devices).map_err(text)?;
+        let touches = saved.first_touches();
+        let fill = StoreFill::new(Arc::clone(generation), devices, &touches).map_err(text)?;
         let mut missing = Vec::new();
         for at in 0..=content.disks.len() {
             let data = fill.missing(at).map_err(text)?;
             if let Some(disk) = at.checked_sub(1).map(|at| &content.disks[at]) {
-                let target = DiskTarget(Arc::clone(disk));
-                let mut zeros = BlockSet::full(data.device_blocks());
-                zeros.subtract(&data);
-                for range in zeros.ranges() {
-                    target.zero(range.start.offset(), range.bytes(), false).map_err(text)?;
-                }
+                zero_the_rest(disk, &data, saved)?;
             }
             missing.push(data);
         }
-        fill.serve().map_err(|error| format!("no threads to bring it: {error}"))?;
-        Ok(Elsewhere { fill, missing })
+        let no_thread = |error| format!("no threads to bring it: {error}");
+        fill.serve().map_err(no_thread)?;
+        let early = early(generation, content, saved, &missing[0]).map_err(no_thread)?;
+        Ok(Elsewhere { fill, missing, early })
     }
 
     /// Brings memory and disks.
-    fn fetch(&self, generation: &Generation, content: &Content) -> Result<(), String> {
+    fn fetch(
+        &self,
+        generation: &Generation,
+        content: &Content,
+        saved: &Description,
+    ) -> Result<(), String> {
         let memory = MemoryTarget(Arc::clone(&content.memory));
-        self.fetch_device(generation, MEMORY, &memory, true)?;
+        self.fetch_device(generation, MEMORY, &memory)?;
         for disk in &content.disks {
-            let name = disk_device(disk.name().as_str());
-            self.fetch_device(generation, &name, &DiskTarget(Arc::clone(disk)), false)?;
+            let name = saved.disk_device(disk.name().as_str());
+            self.fetch_device(generation, &name, &DiskTarget(Arc::clone(disk)))?;
+            zero_the_rest(disk, &generation.data_blocks(&name).map_err(text)?, saved)?;
         }
         Ok(())
     }
@@ -160,7 +252,6 @@ impl Runner {
         generation: &Generation,
         name: &str,
         target: &dyn BlockDevice,
-        target_is_zero: bool,
     ) -> Result<(), String> {
         let found = generation.devices().into_iter().find(|device| device.name == name);
         let bytes = found.map_or(0, |device| device.geometry.bytes());
@@ -170,7 +261,8 @@ impl Runner {
                 target.size()
             ));
         }
-        let options = RestoreOptions { target_is_zero, ..RestoreOptions::default() };
+        // Of memory that is so, of a disk it is seen to.
+        let options = RestoreOptions { target_is_zero: true, ..RestoreOptions::default() };
         let (done, stop) = (AtomicU64::new(0), AtomicBool::new(false));
         let tell = || {
             let done = done.load(Ordering::Relaxed);
@@ -179,11 +271,11 @@ impl Runner {
         };
         std::thread::scope(|scope| {
             let work = scope.spawn(|| generation.restore(name, target, options, &done, &stop));
-            let mut told = std::time::Instant::now();
+            let mut told = Instant::now();
             while !work.is_finished() {
                 std::thread::park_timeout(Duration::from_millis(5));
                 if told.elapsed() >= TELL {
-                    told = std::time::Instant::now();
+                    told = Instant::now();
                     tell();
                 }
             }
@@ -194,15 +286,51 @@ impl Runner {
     }
 }
 
+/// Begins to bring what of memory will be touched first.
+fn early(
+    generation: &Arc<Generation>,
+    content: &Content,
+    saved: &Description,
+    missing: &BlockSet,
+) -> io::Result<Option<Early>> {
+    let touches = saved.first_touches();
+    let known = touches.get(MEMORY).filter(|known| known.blocks == content.memory.blocks());
+    let Some(known) = known else { return Ok(None) };
+    let mut blocks = BlockSet::new(content.memory.blocks());
+    for range in beginning(&known.order) {
+        missing.ranges_in(range).for_each(|range| blocks.insert_range(range));
+    }
+    let (generation, memory) = (Arc::clone(generation), Arc::clone(&content.memory));
+    let only = blocks.clone();
+    let bringing = std::thread::Builder::new().name("early".into()).spawn(move || {
+        let (options, stop) = (RestoreOptions::default(), AtomicBool::new(false));
+        let target = MemoryTarget(memory);
+        generation.restore_some(MEMORY, &only, &target, options, &stop).map_err(text)
+    })?;
+    Ok(Some(Early { blocks, bringing }))
+}
+
+/// Makes those blocks of a new disk zeros that the generation has as such; `data` are those that it has
+/// otherwise.
+fn zero_the_rest(disk: &Arc<Disk>, data: &BlockSet, saved: &Description) -> Result<(), String> {
+    let mut zeros = saved.held(disk.name().as_str(), disk.blocks()).map_err(text)?;
+    zeros.subtract(data);
+    let target = DiskTarget(Arc::clone(disk));
+    for range in zeros.ranges() {
+        target.zero(range.start.offset(), range.bytes(), false).map_err(text)?;
+    }
+    Ok(())
+}
+
 /// The disks that this host had of the machine, out of the way.
-struct Aside {
+pub(super) struct Aside {
     disks: PathBuf,
     kept: Option<PathBuf>,
 }
 
 impl Aside {
     /// Puts them from `disks` to `kept`, if there are any; what was there of an earlier restore goes.
-    fn put(disks: &Path, kept: &Path) -> io::Result<Self> {
+    pub(super) fn put(disks: &Path, kept: &Path) -> io::Result<Self> {
         let any = match fs::read_dir(disks) {
             Ok(mut entries) => entries.next().is_some(),
             Err(error) if error.kind() == io::ErrorKind::NotFound => false,
@@ -219,7 +347,7 @@ impl Aside {
     }
 
     /// The restored ones are the machine's.
-    fn keep(self) {
+    pub(super) fn keep(self) {
         if let Some(kept) = &self.kept {
             tracing::info!("the disks that this host had before are in {}", kept.display());
         }

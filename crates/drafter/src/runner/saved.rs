@@ -9,7 +9,7 @@ use super::{
 use crate::{
     checkpoint::{description::Description, fill::StoreFill},
     driver::Start,
-    lease::{AttemptId, HostName, Nonce, Outcome, Record},
+    lease::{AttemptId, BootClock, Clock as _, HostName, Nonce, Outcome, Record},
     migrate::{
         destination::DestinationMachine,
         switchover::{FlipEpoch, Holding, Terms},
@@ -18,7 +18,9 @@ use crate::{
 };
 use silo::block::BlockSet;
 use std::{
+    collections::BTreeMap,
     sync::Arc,
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -27,6 +29,8 @@ use std::{
 pub(super) enum Claim<'a> {
     /// It was suspended under this record, which must still be the newest.
     Suspended(&'a Record),
+    /// The same, and it must not have run since, here or anywhere.
+    Asleep(&'a Record),
     /// It is restored from a generation that was made under this record. Whoever owns the machine now
     /// must be this host, or the one of which somebody says that it will not run it again.
     Restored {
@@ -34,6 +38,9 @@ pub(super) enum Claim<'a> {
         made_under: &'a Record,
         /// The host that will not run it again.
         take_from: Option<&'a HostName>,
+        /// The record under which the machine was suspended, if it was: if that is still the newest, it
+        /// runs nowhere.
+        asleep: Option<&'a Record>,
     },
 }
 
@@ -43,6 +50,35 @@ pub(super) struct Elsewhere {
     pub fill: Arc<StoreFill>,
     /// The blocks, for each device of the group.
     pub missing: Vec<BlockSet>,
+    /// Memory that is brought while everything is built, before the machine runs.
+    pub early: Option<Early>,
+}
+
+/// Blocks of memory that are on their way.
+pub(super) struct Early {
+    /// Which.
+    pub blocks: BlockSet,
+    /// Brings them.
+    pub bringing: JoinHandle<Result<(), String>>,
+}
+
+impl Elsewhere {
+    /// Waits for what is brought before the machine runs.
+    fn await_early(&mut self) -> Result<(), String> {
+        let Some(Early { blocks, bringing }) = self.early.take() else { return Ok(()) };
+        match bringing.join() {
+            Ok(Ok(())) => {
+                self.missing[0].subtract(&blocks);
+                Ok(())
+            }
+            Ok(Err(error)) => {
+                // It is asked for when it is touched, as everything else.
+                tracing::warn!(error, "what is touched first could not be brought before");
+                Ok(())
+            }
+            Err(_) => Err("the thread that brings what is touched first has panicked".into()),
+        }
+    }
 }
 
 fn text(error: impl std::fmt::Display) -> String {
@@ -61,23 +97,46 @@ fn next_record(
     nonce: Nonce,
 ) -> Result<Record, String> {
     let (saved, take_from) = match claim {
-        Claim::Suspended(record) => (record, None),
-        Claim::Restored { made_under, take_from } => (made_under, take_from),
+        Claim::Suspended(record) | Claim::Asleep(record) => (record, None),
+        Claim::Restored { made_under, take_from, .. } => (made_under, take_from),
     };
     let Some(found) = found else {
         // Nobody owns it here; its epochs go on, so that the network believes the newer one.
         return Ok(saved.taken(here.clone(), attempt, nonce));
     };
+    if let (Some(beat), true) = (&found.beat, found.owner != *here) {
+        // Its owner must have stood still for its whole term, which no person can know.
+        return Err(format!(
+            "host \"{}\" owns it ({}) and protects it ({beat}): run a stand-in here (`drafter stand-in`), \
+             which takes it when that host is lost",
+            found.owner, found.epoch
+        ));
+    }
     let is_ours = match claim {
         Claim::Suspended(record) => found == record || found.owner == *here,
-        Claim::Restored { .. } => found.owner == *here || Some(&found.owner) == take_from,
+        Claim::Asleep(record) => found == record,
+        Claim::Restored { asleep, .. } => {
+            found.owner == *here || Some(&found.owner) == take_from || Some(found) == asleep
+        }
     };
     if is_ours {
         let newer = if saved.epoch > found.epoch { saved } else { found };
         return Ok(newer.taken(here.clone(), attempt, nonce));
     }
+    if matches!(claim, Claim::Asleep(_)) {
+        let from = match found.owner == *here {
+            true => String::new(),
+            false => format!(", and by --take-from {} if it was stopped there", found.owner),
+        };
+        return Err(format!(
+            "it has run at host \"{}\" since it was suspended ({}, then {}): this generation is not its \
+             last state; to go back to it, and forget what the machine did since, name it by \
+             --generation{from}",
+            found.owner, found.epoch, saved.epoch
+        ));
+    }
     let advice = match claim {
-        Claim::Suspended(_) => {
+        Claim::Suspended(_) | Claim::Asleep(_) => {
             "stop it there, or remove its lease if that host will never come back".to_owned()
         }
         Claim::Restored { .. } => format!(
@@ -98,14 +157,25 @@ impl Runner {
                 inner.holding.as_ref().ok_or("this host holds no lease of the machine")?;
             holding.record.encode()
         };
-        Ok(Description {
+        let mut description = Description {
             shape: body.shape.clone(),
             facts: self.driver.facts().map_err(text)?,
             package: body.package.id().to_string(),
             package_name: body.package.manifest().name.clone(),
             network: body.net.clone(),
             lease: String::from_utf8_lossy(&lease).into_owned(),
-        })
+            beat: self.life_sign(),
+            paused_at_ns: BootClock.now().0.as_nanos() as u64,
+            first_touch: BTreeMap::new(),
+            overlays: BTreeMap::new(),
+            suspended: false,
+        };
+        let inner = self.lock();
+        description.set_first_touches(&match &inner.filling {
+            Some(filling) => filling.first_touches(),
+            None => inner.first_touches.clone(),
+        });
+        Ok(description)
     }
 
     /// Whether a saved machine is the one that this runner is for, and can go on here: its package,
@@ -177,14 +247,23 @@ impl Runner {
         content: Content,
         state: &[u8],
         claim: Claim<'_>,
-        elsewhere: Option<Elsewhere>,
+        mut elsewhere: Option<Elsewhere>,
     ) -> Result<(), String> {
+        let began = Instant::now();
+        self.lock().first_touches = saved.first_touches();
         let paths = self.site();
         let site = paths.site(&*self.driver, &self.path);
-        let mut body =
-            Hosted::build(saved.shape, package, saved.network, content, &site, Start::Incoming)
-                .map_err(text)?;
-        let started = self.start_loaded(&mut body, state, claim, elsewhere.as_ref());
+        // It has stood still since it was saved: long, however long.
+        let (net, expected) = (saved.network, Some(Duration::MAX));
+        let start = Start::Incoming;
+        let mut body = Hosted::build(saved.shape, package, net, content, &site, start, expected)
+            .map_err(text)?;
+        let built = began.elapsed();
+        let early = elsewhere.as_mut().map_or(Ok(()), Elsewhere::await_early);
+        let brought = began.elapsed();
+        let started =
+            early.and_then(|()| self.start_loaded(&mut body, state, claim, elsewhere.as_ref()));
+        tracing::info!(?built, ?brought, runs = ?began.elapsed(), "a saved machine was started");
         let holding = match started {
             Ok(holding) => holding,
             Err(why) => {
@@ -208,7 +287,7 @@ impl Runner {
     }
 
     /// Brings the rest of a machine that runs, on a thread of its own.
-    fn fill(self: &Arc<Self>, fill: Arc<StoreFill>, noted: Noted) -> Result<(), String> {
+    pub(super) fn fill(self: &Arc<Self>, fill: Arc<StoreFill>, noted: Noted) -> Result<(), String> {
         self.lock().filling = Some(Arc::clone(&fill));
         let runner = Arc::clone(self);
         let filling = std::thread::Builder::new().name("fill".into()).spawn(move || {
@@ -216,7 +295,13 @@ impl Runner {
                 return;
             }
             fill.end();
-            runner.lock().filling = None;
+            {
+                let mut inner = runner.lock();
+                // Of a machine that has left it is nobody's.
+                if inner.filling.take().is_some() {
+                    inner.first_touches = fill.first_touches();
+                }
+            }
             runner.complete(&noted);
             tracing::info!(machine = %runner.name.as_str(), "everything has come from the store");
         });
@@ -230,6 +315,20 @@ impl Runner {
         claim: Claim<'_>,
         elsewhere: Option<&Elsewhere>,
     ) -> Result<Holding, String> {
+        Self::load_saved(body, state, elsewhere)?;
+        // From here on nobody else starts it.
+        let holding = self.claim(claim)?;
+        Self::run_saved(body, &holding)?;
+        body.release_output().map_err(text)?;
+        Ok(holding)
+    }
+
+    /// Loads a machine's state; what is `elsewhere` comes when it is touched.
+    pub(super) fn load_saved(
+        body: &mut Hosted,
+        state: &[u8],
+        elsewhere: Option<&Elsewhere>,
+    ) -> Result<(), String> {
         for (at, device) in body.content.devices().into_iter().enumerate() {
             match elsewhere {
                 Some(elsewhere) => {
@@ -242,18 +341,18 @@ impl Runner {
                 }
             }
         }
-        body.load(state).map_err(text)?;
-        // From here on nobody else starts it.
-        let holding = self.claim(claim)?;
+        body.load(state).map_err(text)
+    }
+
+    /// Runs a loaded machine whose lease this host has; what it sends is still held.
+    pub(super) fn run_saved(body: &mut Hosted, holding: &Holding) -> Result<(), String> {
         let flip = FlipEpoch::of(holding.record.epoch, 0).0;
         body.own(holding.record.epoch.0, flip).map_err(text)?;
-        body.run().map_err(text)?;
-        body.release_output().map_err(text)?;
-        Ok(holding)
+        body.run().map_err(text)
     }
 }
 
-fn fresh() -> Result<(AttemptId, Nonce), String> {
+pub(super) fn fresh() -> Result<(AttemptId, Nonce), String> {
     Ok((AttemptId::random().map_err(text)?, Nonce::random().map_err(text)?))
 }
 
@@ -292,7 +391,8 @@ mod tests {
     #[test]
     fn a_generation_is_restored_where_the_machine_was_or_from_a_host_that_is_named_as_gone() {
         let made_under = record("there", 4);
-        let claim = |take_from| Claim::Restored { made_under: &made_under, take_from };
+        let claim =
+            |take_from| Claim::Restored { made_under: &made_under, take_from, asleep: None };
         let (there, other) = (host("there"), host("other"));
         // Even under the very record: the machine may run there.
         let refused = next(Some(&made_under), claim(None)).unwrap_err();
@@ -306,9 +406,41 @@ mod tests {
     }
 
     #[test]
+    fn a_protected_machine_is_never_taken_by_a_persons_word() {
+        use crate::lease::{BeatName, BeatRef};
+        let name = BeatName::of_host(host("there"));
+        let found = record("there", 4).bound(Some(BeatRef { name, incarnation: 1 }));
+        let there = host("there");
+        let claim = Claim::Restored { made_under: &found, take_from: Some(&there), asleep: None };
+        let refused = next(Some(&found), claim).unwrap_err();
+        assert!(refused.contains("drafter stand-in"), "{refused}");
+        let ours = record("here", 4).bound(found.beat.clone());
+        assert_eq!(next(Some(&ours), claim).unwrap(), ("here".into(), 5));
+    }
+
+    #[test]
+    fn what_was_suspended_to_a_store_is_resumed_once_and_gone_back_to_when_it_runs_nowhere() {
+        let suspended = record("there", 4);
+        let claim = Claim::Asleep(&suspended);
+        assert_eq!(next(Some(&suspended), claim).unwrap(), ("here".into(), 5));
+        assert_eq!(next(None, claim).unwrap(), ("here".into(), 5));
+        // Resumed by others, by this host, or taken anew by the one that suspended it.
+        for since in [record("other", 5), record("here", 5), record("there", 5)] {
+            let refused = next(Some(&since), claim).unwrap_err();
+            assert!(refused.contains("has run at host") && refused.contains("--generation"));
+        }
+        let older = record("before", 2);
+        let back =
+            Claim::Restored { made_under: &older, take_from: None, asleep: Some(&suspended) };
+        assert_eq!(next(Some(&suspended), back).unwrap(), ("here".into(), 5));
+        let refused = next(Some(&record("there", 5)), back).unwrap_err();
+        assert!(refused.contains("--take-from there"), "it runs again: {refused}");
+    }
+
+    #[test]
     fn epochs_go_on_where_the_lease_was_lost() {
         let made_under = record("there", 40);
-        let claim = Claim::Restored { made_under: &made_under, take_from: None };
+        let claim = Claim::Restored { made_under: &made_under, take_from: None, asleep: None };
         assert_eq!(next(None, claim).unwrap(), ("here".into(), 41));
         assert_eq!(next(Some(&record("here", 2)), claim).unwrap(), ("here".into(), 41));
     }

@@ -3,6 +3,7 @@
 use super::{
     Runner,
     api::{self, OutputStream, Reply, Request},
+    fork::Image,
 };
 use drafter_guest::protocol::{ExecRequest, ExitStatus, Stream};
 use std::{
@@ -57,6 +58,8 @@ pub(super) fn listen(runner: &Arc<Runner>) -> Result<ApiSocket, String> {
 
 fn serve(runner: &Arc<Runner>, stream: UnixStream) {
     let mut reader = BufReader::new(stream);
+    // What the last request made, if it made an image.
+    let mut image: Option<Image> = None;
     loop {
         let line = match api::read_line(&mut reader) {
             Ok(Some(line)) => line,
@@ -69,7 +72,17 @@ fn serve(runner: &Arc<Runner>, stream: UnixStream) {
         let out = reader.get_mut();
         let _answering = Answering::begin(runner);
         let answer = match serde_json::from_str::<Request>(&line) {
-            Ok(request) => answer(runner, request, out),
+            Ok(request) => {
+                // Of a request before; before another is made.
+                drop(image.take());
+                match request {
+                    Request::Fork => runner.fork().and_then(|(report, made)| {
+                        image = Some(made);
+                        json(report)
+                    }),
+                    request => answer(runner, request, out),
+                }
+            }
             Err(error) => Err(format!("the request cannot be read: {error}")),
         };
         let reply = match answer {
@@ -128,10 +141,16 @@ fn answer(
             ))
         }
         Request::Suspend { directory } => runner.suspend(&directory),
+        Request::SuspendToStore(request) => json(runner.suspend_to_store(&request)?),
         Request::Backup(request) => json(runner.backup(&request)?),
         Request::EndBackup => json(runner.end_backup()?),
+        Request::Protect(request) => json(runner.protect(&request)?),
+        Request::EndProtect => json(runner.end_protect()?),
         Request::Stop { grace_s } => json(runner.stop(Duration::from_secs(grace_s))?),
+        // Whoever has the connection keeps the image.
+        Request::Fork => Err("an image is made by the connection that asks for it".into()),
         Request::DropStay => json(runner.drop_stay()),
+        Request::Load { sample_ms } => json(runner.load(Duration::from_millis(sample_ms))?),
     }
 }
 

@@ -6,9 +6,11 @@
 //!                     disks/        overlays
 //!                     run/          the monitor's sockets, logs and facts
 //!                     console.log
+//! STATE/forks/ID/                   an image of a machine, while it is forked
 //! STATE/packages/                   packages unpacked or linked here, found by identity
 //! ```
 
+use conduit::{AgentDataPath, DataPath, MachineNet};
 use serde::{Deserialize, Serialize};
 use std::{
     fs, io,
@@ -17,6 +19,9 @@ use std::{
 
 /// The default root of a host's state.
 pub const DEFAULT_STATE: &str = "/var/lib/drafter";
+
+/// Where images of machines are while they are forked, below a host's state.
+pub(super) const FORKS: &str = "forks";
 
 /// Folders of one machine on one host.
 #[derive(Clone, Debug)]
@@ -43,6 +48,36 @@ pub struct RunnerRecord {
     pub detail: String,
     /// What is needed to start the machine again from its disks.
     pub launch: serde_json::Value,
+    /// What the runner was started with, for one that comes after it.
+    #[serde(default)]
+    pub config: Option<super::config::RunnerConfig>,
+    /// Where it is known on the network, if it ran here and nobody else has its address now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<OnNetwork>,
+}
+
+/// A machine that a network agent knows.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct OnNetwork {
+    /// The agent's socket.
+    pub agent: PathBuf,
+    /// The machine.
+    pub net: MachineNet,
+}
+
+impl OnNetwork {
+    /// The machine is gone for good: its tap goes, and its address and ports are free for others.
+    ///
+    /// # Errors
+    /// The agent does not answer, or refuses.
+    pub fn forget(&self) -> io::Result<()> {
+        let Self { agent, net } = self;
+        let same = |other: &MachineNet| other.key() == net.key() && other.machine == net.machine;
+        let known = conduit::status(agent)?.machines.into_iter().find(|m| same(&m.net));
+        let Some(known) = known else { return Ok(()) };
+        let path = AgentDataPath::connect(agent)?;
+        path.forget(&known.net, known.epoch).map_err(io::Error::other)
+    }
 }
 
 impl MachineDir {
@@ -179,6 +214,8 @@ mod tests {
             state: "running".into(),
             detail: String::new(),
             launch: serde_json::Value::Null,
+            config: None,
+            network: None,
         };
         assert!(record.alive());
         record.started += 1;

@@ -10,6 +10,7 @@
 
 use super::{
     Runner, State,
+    disks::unless_full,
     hosted::{self, Content, Hosted},
     saved::Claim,
 };
@@ -29,7 +30,7 @@ use std::{
     os::unix::fs::FileExt,
     path::Path,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 const FORMAT: &str = "drafter-suspended";
@@ -37,6 +38,8 @@ const VERSION: u32 = 2;
 /// Version 1 knew machines with NBD disks only, and did not say so.
 const OLDEST: u32 = 1;
 const INDEX: &str = "suspended.json";
+/// How long the disks may take to make durable what was answered at the pause.
+const FLUSH_LIMIT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Suspended {
@@ -109,6 +112,11 @@ impl Runner {
         if !empty {
             return Err(format!("{} is not empty", directory.display()));
         }
+        if self.protection().is_some() {
+            return Err(
+                "the machine is protected; end that first (`drafter protect NAME --end`)".into()
+            );
+        }
         let mut body = self.borrow(State::Running, State::Paused)?;
         let missing: u64 = body.content.devices().iter().map(|d| d.missing_blocks()).sum();
         if missing > 0 {
@@ -120,6 +128,8 @@ impl Runner {
             Ok(()) => {
                 body.tear_down();
                 drop(body);
+                // Whoever resumes it has its address.
+                self.lock().net = None;
                 self.set_state(State::Stopped, format!("suspended in {}", directory.display()));
                 Ok(serde_json::json!({ "directory": directory }))
             }
@@ -151,7 +161,10 @@ impl Runner {
         body.before_pause().map_err(text)?;
         body.pause(None, 0).map_err(text)?;
         let state = body.save().map_err(text)?;
-        body.wait_flushed(Duration::from_secs(60)).map_err(text)?;
+        let deadline = Instant::now() + FLUSH_LIMIT;
+        for disk in &body.content.disks {
+            unless_full(disk, disk.wait_durable(deadline)).map_err(text)?;
+        }
         fs::write(directory.join("state"), &state).map_err(text)?;
         let memory = &body.content.memory;
         save_device(&**memory, &memory.allocated().map_err(text)?, &directory.join("memory"))?;

@@ -42,7 +42,7 @@ pub enum PeerCheck {
 /// The server's end of TLS inside another protocol. Cheap to clone.
 #[derive(Clone)]
 pub struct TlsServer {
-    config: Arc<ServerConfig>,
+    config: Server,
     authority: PathBuf,
     /// The client must prove a host name, and the stream tells it.
     names: bool,
@@ -51,10 +51,42 @@ pub struct TlsServer {
 /// The client's end of TLS inside another protocol. Cheap to clone.
 #[derive(Clone)]
 pub struct TlsClient {
-    config: Arc<ClientConfig>,
+    config: Client,
     authority: PathBuf,
     server: ServerName<'static>,
     peer: Option<HostName>,
+}
+
+/// Settings of a server: read once, or as an identity's files are when they are needed.
+#[derive(Clone)]
+enum Server {
+    Fixed(Arc<ServerConfig>),
+    Of(Identity),
+}
+
+/// The same of a client.
+#[derive(Clone)]
+enum Client {
+    Fixed(Arc<ClientConfig>),
+    Of(Identity),
+}
+
+impl Server {
+    fn now(&self) -> Arc<ServerConfig> {
+        match self {
+            Self::Fixed(config) => config.clone(),
+            Self::Of(identity) => identity.server(),
+        }
+    }
+}
+
+impl Client {
+    fn now(&self) -> Arc<ClientConfig> {
+        match self {
+            Self::Fixed(config) => config.clone(),
+            Self::Of(identity) => identity.client(),
+        }
+    }
 }
 
 impl std::fmt::Debug for TlsServer {
@@ -73,7 +105,11 @@ impl TlsServer {
     /// Clients must be hosts of the same authority; [`Stream::peer_name`] says which.
     #[must_use]
     pub fn new(identity: &Identity) -> Self {
-        Self { config: identity.server(), authority: identity.authority().into(), names: true }
+        Self {
+            config: Server::Of(identity.clone()),
+            authority: identity.authority().into(),
+            names: true,
+        }
     }
 
     /// Reads `server-cert.pem` and `server-key.pem` from `dir`, and `ca-cert.pem` where clients
@@ -83,7 +119,11 @@ impl TlsServer {
     /// Says which file is missing or damaged.
     pub fn load_pem(dir: &Path, clients: PeerCheck) -> Result<Self> {
         let config = Arc::new(tls::pem_server(dir, clients == PeerCheck::Required)?);
-        Ok(Self { config, authority: dir.join(tls::PEM_AUTHORITY), names: false })
+        Ok(Self {
+            config: Server::Fixed(config),
+            authority: dir.join(tls::PEM_AUTHORITY),
+            names: false,
+        })
     }
 
     /// Shakes hands with the client on `socket` within `limit`.
@@ -98,7 +138,7 @@ impl TlsServer {
             deadline: Deadline::new(limit),
             authority: &self.authority,
         };
-        let connection = UnbufferedServerConnection::new(self.config.clone())
+        let connection = UnbufferedServerConnection::new(self.config.now())
             .map_err(|e| attempt.translate(&e))?;
         let secure = Secure::new(Engine::new(Connection::Server(Box::new(connection))));
         let mut spill = Spill::default();
@@ -121,7 +161,7 @@ impl TlsClient {
     #[must_use]
     pub fn new(identity: &Identity, peer: &HostName) -> Self {
         Self {
-            config: identity.client(),
+            config: Client::Of(identity.clone()),
             authority: identity.authority().into(),
             server: tls::server_name(peer),
             peer: Some(peer.clone()),
@@ -138,7 +178,7 @@ impl TlsClient {
             name: server.to_owned(),
             rule: "a server's certificate is for a host name or an address",
         })?;
-        let config = Arc::new(tls::pem_client(dir)?);
+        let config = Client::Fixed(Arc::new(tls::pem_client(dir)?));
         let authority = dir.join(tls::PEM_AUTHORITY);
         Ok(Self { config, authority, server: name, peer: None })
     }
@@ -155,7 +195,7 @@ impl TlsClient {
             deadline: Deadline::new(limit),
             authority: &self.authority,
         };
-        let connection = UnbufferedClientConnection::new(self.config.clone(), self.server.clone())
+        let connection = UnbufferedClientConnection::new(self.config.now(), self.server.clone())
             .map_err(|e| attempt.translate(&e))?;
         let secure = Secure::new(Engine::new(Connection::Client(Box::new(connection))));
         let mut spill = Spill::default();

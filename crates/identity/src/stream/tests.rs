@@ -265,7 +265,7 @@ fn a_stalled_or_dripping_handshake_ends_at_its_deadline() {
         let e = result.unwrap_err();
         let took = started.elapsed();
         assert!(matches!(e, Error::HandshakeTimeout { .. }), "{e}");
-        assert!(took >= limit && took < Duration::from_secs(3), "{took:?}");
+        assert!(took >= limit && took < LIMIT * 2, "{took:?}");
     }
     // The client's side of it: a server that never answers.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -167,6 +167,58 @@ fn loom_finds_a_gate_that_does_not_look_twice() {
     });
 }
 
+/// A device that is about to leave: writers are told to stop, then its last round ends, and its list is
+/// all that anybody will ever hear of. `looks_first` is what `Rounds::write_if` does; the other order
+/// stamps and then looks.
+fn the_last_list_has_every_write(looks_first: bool) {
+    explore(move || {
+        let device = Device::new();
+        let stopped = Arc::new(AtomicU32::new(0));
+        let writer = {
+            let (device, stopped) = (Arc::clone(&device), Arc::clone(&stopped));
+            loom::thread::spawn(move || {
+                let mut done = 0;
+                for _ in 0..2 {
+                    let (epoch, place) = device.core.gate.enter(0);
+                    let stamp = || device.core.stamp(BlockRange::new(0, 1), epoch);
+                    if !looks_first {
+                        stamp();
+                    }
+                    // The volume's mode is read with SeqCst, which loom takes for less.
+                    fence(Ordering::SeqCst);
+                    if stopped.load(Ordering::SeqCst) == 0 {
+                        if looks_first {
+                            stamp();
+                        }
+                        device.content.fetch_add(1, Ordering::Relaxed);
+                        done += 1;
+                    }
+                    device.core.gate.leave(epoch, place);
+                }
+                done
+            })
+        };
+        stopped.store(1, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        let last = device.close();
+        let copy = device.content.load(Ordering::Relaxed);
+        let done = writer.join().unwrap();
+        assert_eq!(copy, done, "a write after the last round");
+        assert_eq!(device.dirty(0, last), done > 0, "the last list is not what was written");
+    });
+}
+
+#[test]
+fn a_writer_that_is_stopped_leaves_no_mark_and_the_last_list_is_exact() {
+    the_last_list_has_every_write(true);
+}
+
+#[test]
+#[should_panic(expected = "the last list is not what was written")]
+fn loom_finds_the_write_that_a_mark_of_a_stopped_writer_hides() {
+    the_last_list_has_every_write(false);
+}
+
 impl Gate<AtomicU32> {
     fn enter_unchecked(&self, clock: u32) -> usize {
         self.count_in(clock, 0);

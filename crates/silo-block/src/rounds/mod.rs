@@ -162,6 +162,28 @@ impl Rounds {
         WriteGuard { rounds: self, epoch, place }
     }
 
+    /// As [`Rounds::write`], if `may` says inside the round that the write may be done. If not, the
+    /// blocks keep their epochs: whoever stops writers (by what `may` looks at) and then ends the round
+    /// finds every write in it, and finds no block newer than that round.
+    ///
+    /// A look before [`Rounds::write`] would not do: the round can end in between, the block would get an
+    /// epoch without a write, and a list of rounds up to the last one would leave it out, for the
+    /// sake of a newer round that never comes.
+    #[inline]
+    pub fn write_if(
+        &self,
+        range: BlockRange,
+        may: impl FnOnce() -> bool,
+    ) -> Option<WriteGuard<'_>> {
+        let (epoch, place) = self.core.gate.enter(thread_number());
+        // From here on the guard leaves the gate, also if `may` panics.
+        let guard = WriteGuard { rounds: self, epoch, place };
+        may().then(|| {
+            self.core.stamp(range, epoch);
+            guard
+        })
+    }
+
     /// As [`Rounds::write`], with a guard that can be kept anywhere.
     pub fn write_owned(self: &Arc<Self>, range: BlockRange) -> OwnedWriteGuard {
         let (epoch, place) = self.core.gate.enter(thread_number());

@@ -6,7 +6,7 @@ use std::{
     thread,
 };
 
-const WAIT: Duration = Duration::from_secs(10);
+const WAIT: Duration = Duration::from_secs(60);
 
 fn listed(set: &BlockSet) -> Vec<u64> {
     set.ranges().flat_map(|r| r.start.0..r.end()).collect()
@@ -195,4 +195,21 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn a_write_that_may_not_be_done_leaves_no_mark_and_holds_up_no_round() {
+    let rounds = Rounds::new(8);
+    let range = BlockRange::new(2, 3);
+    assert!(rounds.write_if(range, || false).is_none());
+    assert_eq!(rounds.epoch(BlockIndex(2)), Epoch::BASE);
+    let guard = rounds.write_if(range, || true).unwrap();
+    assert_eq!((guard.epoch(), rounds.epoch(BlockIndex(4))), (Epoch(1), Epoch(1)));
+    assert!(rounds.advance(Duration::ZERO).is_err(), "the write is under way");
+    drop(guard);
+    assert_eq!(
+        rounds.advance(Duration::ZERO),
+        Ok(Epoch(2)),
+        "the call before has closed the first"
+    );
 }

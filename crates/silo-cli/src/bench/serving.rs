@@ -334,8 +334,8 @@ fn bars() -> Vec<Bar> {
         latency("write 4 KiB, 1 at a time, two processors", WRITE, Places::Two),
         bar("read 4 KiB, 16 at a time", small(READ, 16), 30_000, Figure::Rate, Places::Any),
         bar("write 4 KiB, 16 at a time", small(WRITE, 16), 30_000, Figure::Rate, Places::Any),
-        bar("read 1 MiB", large(READ), 512, Figure::Throughput, Places::Any),
-        bar("write 1 MiB", large(WRITE), 256, Figure::Throughput, Places::Any),
+        bar("read 1 MiB", large(READ), 1536, Figure::Throughput, Places::Any),
+        bar("write 1 MiB", large(WRITE), 768, Figure::Throughput, Places::Any),
     ]
 }
 

@@ -253,8 +253,8 @@ fn bars() -> Vec<Bar> {
         bar("read 4 KiB, 16 at a time", small(Ask::Read, 16), 30_000, Figure::Rate),
         bar("read 4 KiB, 32 at a time", small(Ask::Read, 32), 30_000, Figure::Rate),
         bar("write 4 KiB, 32 at a time", small(Ask::Write, 32), 30_000, Figure::Rate),
-        bar("read 1 MiB", large(Ask::Read), 768, Figure::Throughput),
-        bar("write 1 MiB", large(Ask::Write), 256, Figure::Throughput),
+        bar("read 1 MiB", large(Ask::Read), 2304, Figure::Throughput),
+        bar("write 1 MiB", large(Ask::Write), 768, Figure::Throughput),
     ]
 }
 

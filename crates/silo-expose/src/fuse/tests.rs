@@ -212,7 +212,7 @@ fn check_39_stopping_a_mount_in_use_ends_its_requests_and_says_so() {
         let began = Instant::now();
         let error = mount.stop(Duration::from_millis(100)).unwrap_err();
         assert!(matches!(error, FuseError::InUse { .. }), "{error}");
-        assert!(began.elapsed() < Duration::from_secs(1));
+        assert!(began.elapsed() < LIMIT);
         assert_eq!(waiting.join().unwrap().unwrap_err().raw_os_error(), Some(libc::EIO));
     });
     let late = file.read_exact_at(&mut [0; 512], 600 << 10).unwrap_err();

@@ -1,7 +1,7 @@
 //! The kernel's own NBD client, through Debian's `nbd-client`: an export as `/dev/nbdN`.
 //!
 //! The kernels that this is developed on have no NBD: the refusal is tested, and the arguments
-//! against the program's own parser. `scripts/kernel-fronts.sh` makes a device node in a virtual
+//! against the program's own parser. `scripts/kernel-vm.sh` makes a device node in a virtual
 //! machine.
 
 use super::{Endpoint, NbdError};

@@ -28,7 +28,7 @@ use std::{
     os::fd::BorrowedFd,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -55,8 +55,8 @@ pub(super) struct Connection {
     status: bool,
     receiver: Mutex<Receiver>,
     sender: Mutex<Output>,
-    /// Reads can be sent from a file.
-    takes_files: bool,
+    /// Reads can be sent from a file or from memory, and writes received into memory.
+    direct: bool,
     /// Nothing is received any more; requests in hand are still answered.
     ended: AtomicBool,
     workers: AtomicUsize,
@@ -117,7 +117,7 @@ impl Connection {
             structured: agreement.structured,
             status: agreement.status,
             receiver: Mutex::new(Receiver::new(input, poll)),
-            takes_files: output.takes_files(),
+            direct: output.is_direct(),
             sender: Mutex::new(output),
             ended: AtomicBool::new(false),
             workers: AtomicUsize::new(1),
@@ -249,6 +249,11 @@ impl Connection {
                     self.send_file(request, file, at)?;
                     return Ok(Quick::Answered);
                 }
+                if let Some(place) = self.memory(request, device, false) {
+                    self.send_batch(desk)?;
+                    self.send_memory(request, place)?;
+                    return Ok(Quick::Answered);
+                }
                 // Long ones are copied by several threads at a time, if there are several.
                 if length > MEDIUM && !receiver.is_empty() {
                     return Ok(Quick::Later);
@@ -270,6 +275,13 @@ impl Connection {
                 });
                 let written = match written {
                     Some(written) => written,
+                    None if quick
+                        && length > SMALL
+                        && let Some(place) = self.memory(request, device, true) =>
+                    {
+                        receiver.payload_into(place)?;
+                        Ok(())
+                    }
                     None => {
                         let data = desk.data(length);
                         receiver.payload(data)?;
@@ -400,12 +412,24 @@ impl Connection {
         request: &Request,
         device: &'a dyn BlockDevice,
     ) -> Option<(BorrowedFd<'a>, u64)> {
-        if !self.takes_files {
+        if !self.direct {
             return None;
         }
         let length = u64::from(request.length);
         let (file, at) = device.file_range(request.offset, length, false)?;
         sys::is_cached(file, at, length).then_some((file, at))
+    }
+
+    /// Where a request's bytes lie in memory, if it can be done there. What stands against it is told
+    /// by the way that is gone instead.
+    fn memory<'a>(
+        &self,
+        request: &Request,
+        device: &'a dyn BlockDevice,
+        write: bool,
+    ) -> Option<&'a [AtomicU8]> {
+        let length = u64::from(request.length);
+        self.direct.then(|| device.mapped(request.offset, length, write).ok()?)?
     }
 
     /// Sees to it that somebody receives while this thread works.

@@ -26,7 +26,7 @@ use std::{
         unix::net::UnixStream,
     },
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, atomic::AtomicU8},
     time::{Duration, Instant},
 };
 
@@ -310,6 +310,42 @@ impl Input {
         }
         Ok(None)
     }
+
+    /// Reads into memory that others may read and write meanwhile, without a copy on the way. Looks
+    /// for `span` whether something has come before it sleeps, as [`Input::look`]; also says how long
+    /// it slept, if it did. Not under TLS.
+    pub(super) fn read_into(
+        &mut self,
+        place: &[AtomicU8],
+        span: Duration,
+    ) -> io::Result<(usize, Option<Duration>)> {
+        let Self::Plain(socket) = self else { return Err(io::ErrorKind::Unsupported.into()) };
+        let began = Instant::now();
+        loop {
+            match sys::receive_into(socket.0.as_fd(), place, false) {
+                Ok(count) => return Ok((count, None)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if began.elapsed() >= span {
+                        break;
+                    }
+                    std::thread::yield_now();
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let began = Instant::now();
+        loop {
+            match sys::receive_into(socket.0.as_fd(), place, true) {
+                Ok(count) => return Ok((count, Some(began.elapsed()))),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
 }
 
 impl Read for Input {
@@ -347,8 +383,8 @@ impl Output {
         }
     }
 
-    /// Whether [`Output::send_file`] works.
-    pub(super) const fn takes_files(&self) -> bool {
+    /// Whether [`Output::send_file`] and [`Output::send_memory`] work.
+    pub(super) const fn is_direct(&self) -> bool {
         matches!(self, Self::Plain(_))
     }
 
@@ -375,6 +411,31 @@ impl Output {
                 Ok(count) => {
                     offset += count as u64;
                     left -= count;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends `head` and then memory that others may read and write meanwhile, which is not copied on
+    /// the way.
+    pub(super) fn send_memory(
+        &mut self,
+        mut head: &[u8],
+        mut place: &[AtomicU8],
+    ) -> io::Result<()> {
+        let Self::Plain(socket) = self else { return Err(io::ErrorKind::Unsupported.into()) };
+        while !head.is_empty() || !place.is_empty() {
+            match sys::send_from(socket.0.as_fd(), head, place) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => {
+                    let of_head = count.min(head.len());
+                    (head, place) = (&head[of_head..], &place[count - of_head..]);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {

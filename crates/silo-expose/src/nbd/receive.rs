@@ -3,10 +3,12 @@
 use super::{
     line::{Input, is_gone},
     protocol::{REQUEST_BYTES, Request},
+    sys,
 };
 use crate::polling::Polling;
 use std::{
     io::{self, Read},
+    sync::atomic::AtomicU8,
     time::{Duration, Instant},
 };
 
@@ -49,13 +51,19 @@ pub(super) struct Receiver {
     start: usize,
     end: usize,
     polling: Polling,
+    /// The same in the middle of what is received into place.
+    within: Polling,
+    /// The last request was long and went into place: only the head of the next one is taken, because
+    /// what follows it would be copied once more.
+    long_ones: bool,
 }
 
 impl Receiver {
     /// `poll`: the longest that it looks for a request before it sleeps.
     pub(super) fn new(input: Input, poll: Duration) -> Self {
         let buf = vec![0; RECEIVE_BYTES].into_boxed_slice();
-        Self { input, buf, start: 0, end: 0, polling: Polling::new(poll) }
+        let (polling, within) = (Polling::new(poll), Polling::new(poll));
+        Self { input, buf, start: 0, end: 0, polling, within, long_ones: false }
     }
 
     fn available(&self) -> &[u8] {
@@ -100,7 +108,9 @@ impl Receiver {
 
     /// Reads what comes next; between requests it looks for a while before it sleeps.
     fn read(&mut self, idle: bool) -> io::Result<usize> {
-        let room = &mut self.buf[self.end..];
+        let end = if self.long_ones { REQUEST_BYTES } else { self.buf.len() };
+        self.long_ones = false;
+        let room = &mut self.buf[self.end..end];
         if let Some(span) = self.polling.span().filter(|_| idle)
             && let Some(count) = self.input.look(room, span)?
         {
@@ -141,6 +151,28 @@ impl Receiver {
         self.input
             .read_exact(&mut buf[ready..])
             .map_err(|error| stalled(error, "inside a write's data"))
+    }
+
+    /// The bytes that follow a request's header, to where they belong; not under TLS.
+    pub(super) fn payload_into(&mut self, mut place: &[AtomicU8]) -> Result<(), End> {
+        self.long_ones = place.len() > RECEIVE_BYTES;
+        let ready = self.available().len().min(place.len());
+        sys::copy_in(place, &self.available()[..ready]);
+        self.take(ready);
+        place = &place[ready..];
+        while !place.is_empty() {
+            let span = self.within.span().unwrap_or(Duration::ZERO);
+            let read = self.input.read_into(place, span);
+            let (count, slept) = read.map_err(|error| stalled(error, "inside a write's data"))?;
+            if count == 0 {
+                return Err(stalled(io::ErrorKind::UnexpectedEof.into(), "inside a write's data"));
+            }
+            if let Some(slept) = slept {
+                self.within.slept(slept);
+            }
+            place = &place[count..];
+        }
+        Ok(())
     }
 
     pub(super) fn skip(&mut self, mut length: usize) -> Result<(), End> {

@@ -22,7 +22,7 @@
 //!
 //! The kernels that this is developed on do not have the driver. What is said to it is tested byte
 //! by byte ([`abi`]), what is done for it against real devices ([`request`]), and the life of a
-//! server against a driver made for that (`fake`). `scripts/kernel-fronts.sh` runs all of it in a
+//! server against a driver made for that (`fake`). `scripts/kernel-vm.sh` runs all of it in a
 //! virtual machine whose kernel has it.
 
 mod abi;

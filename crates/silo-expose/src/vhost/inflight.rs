@@ -129,6 +129,11 @@ impl InflightQueue {
         self.span.u8_at(self.entry(head)).store(1, Ordering::Release);
     }
 
+    /// A request stands in the available ring again, behind those that are still marked.
+    pub(super) fn put_back(&self, head: u16) {
+        self.span.u8_at(self.entry(head)).store(0, Ordering::Release);
+    }
+
     /// Before the index of the used ring includes the request.
     pub(super) fn completing(&self, head: u16) {
         let last = self.span.u16_at(12);
@@ -234,6 +239,33 @@ mod tests {
                 // And the successor's own order goes on from there.
                 next.taken(0);
                 assert_eq!(region(&file).recover(used).heads, [expected, vec![0]].concat());
+            }
+        }
+    }
+
+    #[test]
+    fn a_daemon_that_dies_while_it_puts_requests_back_leaves_what_its_successor_takes_in_order() {
+        for start in [0u16, u16::MAX - 2] {
+            for cleared in 0..=3usize {
+                let file = file();
+                let queue = region(&file);
+                let mut used = start;
+                queue.recover(used);
+                for head in [4, 1, 6, 2, 3] {
+                    queue.taken(head);
+                }
+                complete(&queue, &mut used, 1, 3);
+                complete(&queue, &mut used, 2, 3);
+                // The ring's last three places hold 4, 6, 3 by now.
+                let next = start.wrapping_add(5);
+                for &head in [3, 6, 4].iter().take(cleared) {
+                    queue.put_back(head);
+                }
+                let left = region(&file).recover(used).heads;
+                assert_eq!(left, [4, 6, 3][..3 - cleared]);
+                // Where a successor goes on is before the first that is not marked any more.
+                let goes_on = used.wrapping_add(left.len() as u16);
+                assert_eq!(goes_on, next.wrapping_sub(cleared as u16));
             }
         }
     }

@@ -13,6 +13,8 @@
 //! - Requests in hand are recorded in memory that the front end keeps (`INFLIGHT_SHMFD`). After
 //!   `kill -9` and a new start on the same path, a front end that connects again (QEMU's
 //!   `reconnect`) has them run once more, in their order; the guest sees a pause, no error.
+//! - Where it is asked for ([`VhostOptions::put_back_after`]), a front end can stop its rings while
+//!   requests wait for room: they are put back into the ring, and done by whoever starts it next.
 //! - [`VhostServer::resize`] tells the guest of a new size while it runs.
 //! - Every guest page is made present through [`GuestPages`] before it is touched, and every write
 //!   is reported to it and to QEMU's own dirty log: post-copy, onward moves and QEMU's `migrate`
@@ -30,6 +32,8 @@ mod memory;
 mod pages;
 #[cfg(test)]
 mod pages_tests;
+#[cfg(test)]
+mod put_back_tests;
 mod queue;
 mod request;
 mod ring;

@@ -3,8 +3,15 @@
 //!
 //! ```text
 //! running ──pause──> paused (thread ended; requests in hand go on) ──drain──> nothing in hand
+//!    │                  └──call off──> waits end; such requests are set aside ──put back──┘
 //!    └──── the guest broke the rules ──> broken (nothing is taken or handed back any more)
 //! ```
+//!
+//! Putting back: a request that was not answered may be done again from its beginning, so a ring can
+//! be stopped while requests wait for room. Their heads go into the last places of the available ring
+//! that were taken (whose content nobody reads any more: what is in hand has at most so many), and the
+//! ring's base is said to be that much less. Whoever starts the ring next, here or on another host,
+//! takes them first. The guest sees nothing of it.
 
 use super::{
     inflight::InflightQueue,
@@ -26,7 +33,7 @@ use std::{
     os::fd::AsFd,
     sync::{
         Arc, Condvar, Mutex, PoisonError, RwLock,
-        atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -40,12 +47,17 @@ const TELL_REQUESTS: u32 = 8;
 /// longer than handing over, and several processors copy at a time.
 const LONG: u64 = 256 << 10;
 
+/// How often waits are ended while a queue is stopped without its requests.
+const CALL_OFF_AGAIN: Duration = Duration::from_millis(10);
+
 /// What the queues of all sessions share.
 pub(super) struct Work {
     pub(super) device: RwLock<Arc<dyn BlockDevice>>,
     pub(super) pool: Pool,
     /// Requests that fail now are left for a successor, where there can be one.
     pub(super) stopping: AtomicBool,
+    /// How often waits at the device were ended for the sake of one queue.
+    pub(super) called_off: AtomicU64,
     /// Longest time to look for requests before sleeping.
     pub(super) poll: Duration,
 }
@@ -54,7 +66,16 @@ impl Work {
     pub(super) fn device(&self) -> Arc<dyn BlockDevice> {
         self.device.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
+
+    /// Ends all waits at the device. Requests of queues that go on are tried again.
+    fn call_off(&self) {
+        self.called_off.fetch_add(1, Ordering::SeqCst);
+        self.device().interrupt();
+    }
 }
+
+/// A request in the order in which requests were taken.
+type Turn = (u64, u16);
 
 /// A descriptor that the other side listens to; it may be replaced at any time.
 #[derive(Default)]
@@ -119,6 +140,10 @@ struct Shared {
     used: Mutex<Used>,
     in_hand: AtomicU32,
     next: AtomicU16,
+    /// The queue is stopped without waiting any longer for what is in hand.
+    calling_off: AtomicBool,
+    /// What was in hand and is not any more, without an answer.
+    aside: Mutex<Vec<Turn>>,
     draining: Mutex<bool>,
     drained: Condvar,
 }
@@ -152,6 +177,8 @@ impl Queue {
             used: Mutex::new(Used::new(used)),
             in_hand: AtomicU32::new(0),
             next: AtomicU16::new(next),
+            calling_off: AtomicBool::new(false),
+            aside: Mutex::default(),
             draining: Mutex::new(false),
             drained: Condvar::new(),
         });
@@ -189,6 +216,50 @@ impl Queue {
         true
     }
 
+    /// As [`Queue::drain`], but ends waits once `grace` is over: what is not done by then is set
+    /// aside as soon as its wait ends, and counts as no longer in hand.
+    pub(super) fn drain_or_call_off(&self, grace: Duration, deadline: Instant) -> bool {
+        let began = Instant::now();
+        if self.drain(deadline.min(began + grace)) {
+            return true;
+        }
+        self.shared.calling_off.store(true, Ordering::SeqCst);
+        loop {
+            // Again after a moment: a worker may begin to wait just after this.
+            self.shared.setup.work.call_off();
+            if self.drain(deadline.min(Instant::now() + CALL_OFF_AGAIN)) {
+                return true;
+            }
+            if Instant::now() >= deadline {
+                return false;
+            }
+        }
+    }
+
+    /// Once it is drained: puts what was set aside back into the available ring. Gives where to go
+    /// on. A daemon that dies at any step of this leaves a record that fits the ring.
+    pub(super) fn put_back(&self) -> u16 {
+        let shared = &self.shared;
+        let Setup { index, place, memory, inflight, .. } = &shared.setup;
+        let next = shared.next.load(Ordering::SeqCst);
+        let mut aside = std::mem::take(&mut *shared.lock_aside());
+        if aside.is_empty() {
+            return next;
+        }
+        aside.sort_unstable();
+        let base = next.wrapping_sub(aside.len() as u16);
+        for (at, &(_, head)) in (0u16..).zip(&aside) {
+            place.put_head(memory, base.wrapping_add(at), head);
+        }
+        if let Some(inflight) = inflight {
+            // The newest first: those that are still marked are always the ones before the rest.
+            aside.iter().rev().for_each(|&(_, head)| inflight.put_back(head));
+        }
+        shared.next.store(base, Ordering::SeqCst);
+        tracing::info!(queue = index, requests = aside.len(), "requests that waited are put back");
+        base
+    }
+
     /// Requests taken and not handed back.
     pub(super) fn in_hand(&self) -> u32 {
         self.shared.in_hand.load(Ordering::SeqCst)
@@ -211,6 +282,11 @@ impl Drop for Queue {
 impl Shared {
     fn lock_draining(&self) -> std::sync::MutexGuard<'_, bool> {
         self.draining.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_aside(&self) -> std::sync::MutexGuard<'_, Vec<Turn>> {
+        // Pushed to and taken as a whole.
+        self.aside.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn is(&self, state: State) -> bool {
@@ -266,34 +342,60 @@ impl Shared {
         self.complete(head, request, status, 0);
     }
 
-    /// A worker's part: everything that may wait.
-    fn work(&self, head: u16, request: Option<Request>, buffer: &mut Vec<u8>) {
+    /// A worker's part: everything that may wait. Gives the request back if it has to be tried again.
+    fn work(&self, turn: Turn, request: Option<Request>, buffer: &mut Vec<u8>) -> Option<Request> {
+        if self.sets_aside(turn) {
+            return None;
+        }
+        let head = turn.1;
         let request = match request {
             Some(request) => request,
-            None => match self.await_pages(head) {
-                Ok(Some(request)) => request,
-                Ok(None) => return,
-                Err(error) => return self.break_down(error),
+            None => match self.await_pages(turn) {
+                Ok(request) => request?,
+                Err(error) => {
+                    self.break_down(error);
+                    return None;
+                }
             },
         };
         let Setup { work, memory, manner, .. } = &self.setup;
+        let before = work.called_off.load(Ordering::SeqCst);
         let device = work.device();
         match request.run(&*device, memory, manner, By::Worker, buffer) {
             Tried::Done(status, written) => self.complete(head, &request, status, written),
+            Tried::Failed(_) if self.sets_aside(turn) => return None,
+            // Another queue's waits were ended, and with them this one.
+            Tried::Failed(_) if work.called_off.load(Ordering::SeqCst) != before => {
+                return Some(request);
+            }
             Tried::Failed(error) => self.failed(head, &request, &error),
             Tried::WouldWait => self.failed(head, &request, &io::Error::other("nobody may wait")),
         }
         self.tell();
+        None
+    }
+
+    /// Whether the queue is being stopped without this request, which then is set aside.
+    fn sets_aside(&self, turn: Turn) -> bool {
+        let aside = self.calling_off.load(Ordering::SeqCst);
+        if aside {
+            self.lock_aside().push(turn);
+        }
+        aside
     }
 
     /// Reads a request whose pages may be absent. `None`: it failed, and the guest knows.
-    fn await_pages(&self, head: u16) -> Result<Option<Request>, RingError> {
+    fn await_pages(&self, turn: Turn) -> Result<Option<Request>, RingError> {
+        let head = turn.1;
         let (place, memory) = (&self.setup.place, &self.setup.memory);
         let mut chain = Chain::default();
         ring::walk(place, memory, head, Absent::Wait, &mut chain)?;
         let Err(error) = ring::present(memory, &chain, Absent::Wait) else {
             return Request::parse(&mut chain).map(Some);
         };
+        if self.sets_aside(turn) {
+            return Ok(None);
+        }
         // That it failed can still be said.
         let request = Request::unread(&mut chain)?;
         memory.make_present(&[request.status()]).map_err(|_| RingError::Page)?;
@@ -314,12 +416,31 @@ impl Drop for InHand {
     }
 }
 
+/// Has a request done by the pool, behind what that has to do already: those who wait must not keep
+/// out those of a queue that is being stopped.
+fn submit(in_hand: InHand, turn: Turn, request: Option<Request>) -> Result<(), RingError> {
+    let shared = in_hand.0.clone();
+    let job = Box::new(move |buffer: &mut Vec<u8>| {
+        let Some(again) = in_hand.0.work(turn, request, buffer) else { return };
+        let shared = in_hand.0.clone();
+        if let Err(error) = submit(in_hand, turn, Some(again)) {
+            shared.break_down(error);
+        }
+    });
+    shared.setup.work.pool.submit(job).map_err(|error| {
+        tracing::error!(%error, "no thread for a block request");
+        RingError::Page
+    })
+}
+
 /// The queue's thread.
 struct Runner {
     shared: Arc<Shared>,
     chain: Chain,
     buffer: Vec<u8>,
     next: u16,
+    /// Requests taken so far.
+    taken: u64,
     /// Handed back and not told yet.
     bytes: u64,
     requests: u32,
@@ -331,7 +452,7 @@ impl Runner {
         let next = shared.next.load(Ordering::SeqCst);
         let (chain, buffer) = (Chain::default(), Vec::new());
         let polling = Polling::new(shared.setup.work.poll);
-        Self { shared, chain, buffer, next, bytes: 0, requests: 0, polling }
+        Self { shared, chain, buffer, next, taken: 0, bytes: 0, requests: 0, polling }
     }
 
     fn run(mut self, left: &[u16]) {
@@ -398,6 +519,7 @@ impl Runner {
 
     fn handle(&mut self, head: u16) -> Result<(), RingError> {
         let in_hand = InHand(self.shared.clone());
+        self.taken += 1;
         let Setup { work, memory, manner, place, .. } = &self.shared.setup;
         if !ring::walk(place, memory, head, Absent::Tell, &mut self.chain)? {
             return self.give(head, None, in_hand);
@@ -430,14 +552,7 @@ impl Runner {
         request: Option<Request>,
         in_hand: InHand,
     ) -> Result<(), RingError> {
-        let job = Box::new(move |buffer: &mut Vec<u8>| {
-            in_hand.0.work(head, request, buffer);
-            drop(in_hand);
-        });
-        self.shared.setup.work.pool.submit(job).map_err(|error| {
-            tracing::error!(%error, "no thread for a block request");
-            RingError::Page
-        })
+        submit(in_hand, (self.taken, head), request)
     }
 
     /// Looks for requests for a while. True if there is something.

@@ -246,6 +246,13 @@ impl Request {
         by: By,
         buffer: &mut Vec<u8>,
     ) -> io::Result<Option<u64>> {
+        if let Some(mut place) = device.mapped(offset, self.length, false)? {
+            for span in &self.data {
+                place = &place[span.copy_from_device(place)..];
+            }
+            memory.wrote_many(&self.data, self.length as usize);
+            return Ok(Some(self.length));
+        }
         if let Some((file, at)) = device.file_range(offset, self.length, false) {
             let (mut done, mut rest) = (0, None::<Vec<Span>>);
             while done < self.length {
@@ -315,7 +322,11 @@ impl Request {
             return Ok(None);
         }
         let mut done = 0;
-        if let Some((file, at)) = device.file_range(offset, self.length, true) {
+        if let Some(mut place) = device.mapped(offset, self.length, true)? {
+            for span in &self.data {
+                place = &place[span.copy_to_device(place)..];
+            }
+        } else if let Some((file, at)) = device.file_range(offset, self.length, true) {
             let mut rest = None::<Vec<Span>>;
             while done < self.length {
                 let spans: &[Span] = rest.as_deref().unwrap_or(&self.data);

@@ -102,6 +102,14 @@ impl Place {
         if head < self.size { Ok(head) } else { Err(RingError::Index(head, self.size.into())) }
     }
 
+    /// Puts `head` at `index` of the available ring, where a head stood that was taken: the driver
+    /// does not read there, and writes there only once what is in hand was handed back.
+    pub(super) fn put_head(&self, memory: &GuestMemory, index: u16, head: u16) {
+        let slot = 4 + 2 * usize::from(index % self.size);
+        self.available.u16_at(slot).store(head.to_le(), Ordering::SeqCst);
+        memory.wrote(self.available.part(slot, 2));
+    }
+
     /// Asks the driver for a kick when something is available beyond `next`, or for none.
     pub(super) fn want_kicks(&self, memory: &GuestMemory, next: Option<u16>) {
         let size = usize::from(self.size);

@@ -21,7 +21,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -49,6 +49,11 @@ pub struct VhostOptions {
     pub poll: Duration,
     /// How long stopping a queue may wait for requests in hand.
     pub drain_limit: Duration,
+    /// How long it waits before it ends waits at the device ([`BlockDevice::interrupt`]) and puts
+    /// requests that fail because of that back into the driver's ring: they are done once more when
+    /// the ring starts again, here or where the machine has moved to. `None`: it waits until all are
+    /// done. Only for a device that nobody but this server waits at, since all waits end.
+    pub put_back_after: Option<Duration>,
     /// Most front ends at a time; more are turned away.
     pub max_connections: usize,
     /// The pager and tracker of the guest's memory; none if it is ordinary memory.
@@ -64,6 +69,7 @@ impl Default for VhostOptions {
             workers: 32,
             poll: Duration::from_micros(32),
             drain_limit: Duration::from_secs(60),
+            put_back_after: None,
             max_connections: 4,
             pages: None,
         }
@@ -79,6 +85,7 @@ impl fmt::Debug for VhostOptions {
             .field("workers", &self.workers)
             .field("poll", &self.poll)
             .field("drain_limit", &self.drain_limit)
+            .field("put_back_after", &self.put_back_after)
             .field("max_connections", &self.max_connections)
             .field("pages", &self.pages.is_some())
             .finish()
@@ -175,6 +182,7 @@ impl VhostServer {
             device: RwLock::new(device),
             pool: Pool::new(options.workers),
             stopping: AtomicBool::new(false),
+            called_off: AtomicU64::new(0),
             poll: options.poll,
         };
         let server = Arc::new(Server {

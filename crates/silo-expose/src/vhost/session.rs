@@ -122,18 +122,20 @@ impl Session {
         Ok(())
     }
 
-    /// Stops a ring once its requests are done.
+    /// Stops a ring once its requests are done, or put back.
     fn stop(&mut self, index: usize) -> Result<()> {
         let limit = self.options.drain_limit;
+        let put_back_after = self.options.put_back_after;
         let vring = &mut self.vrings[index];
         let Some(queue) = &mut vring.queue else { return Ok(()) };
         vring.base = queue.pause();
-        if !queue.drain(Instant::now() + limit) {
+        if !drained(queue, put_back_after, Instant::now() + limit) {
             return Err(broken(format!(
                 "queue {index}: {} requests were still in hand after {limit:?}",
                 queue.in_hand()
             )));
         }
+        vring.base = queue.put_back();
         vring.queue = None;
         Ok(())
     }
@@ -171,13 +173,14 @@ impl Session {
         self.vrings.iter().filter_map(|vring| vring.queue.as_ref()).map(Queue::in_hand).sum()
     }
 
-    /// After [`Session::pause`]: waits a while; true when nothing is in hand any more.
+    /// After [`Session::pause`]: waits a while; true when nothing is in hand any more. What was set
+    /// aside stays in the record for the front end's next session.
     pub(super) fn drain(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
         self.vrings
             .iter()
             .filter_map(|vring| vring.queue.as_ref())
-            .all(|queue| queue.drain(deadline))
+            .all(|queue| drained(queue, self.options.put_back_after, deadline))
     }
 
     /// What is still in hand does not reach the guest any more.
@@ -190,6 +193,14 @@ impl Session {
     fn add_region(&mut self, region: &VhostUserMemoryRegion, file: File) -> Result<GuestMemory> {
         let place = place_of(region);
         self.memory.with(place, file).map_err(Error::ReqHandlerError)
+    }
+}
+
+/// Waits until nothing of a queue is in hand, if need be by ending waits.
+fn drained(queue: &Queue, put_back_after: Option<Duration>, deadline: Instant) -> bool {
+    match put_back_after {
+        None => queue.drain(deadline),
+        Some(grace) => queue.drain_or_call_off(grace, deadline),
     }
 }
 

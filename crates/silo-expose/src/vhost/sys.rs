@@ -71,6 +71,23 @@ impl Span {
         count
     }
 
+    /// Copies from a device's memory into its beginning; gives how many bytes that were.
+    pub(super) fn copy_from_device(self, place: &[AtomicU8]) -> usize {
+        let count = self.len.min(place.len());
+        // SAFETY: both are mapped for so long, atomic bytes may change under a reference, and a copy
+        // of this kind may overlap.
+        unsafe { ptr::copy(place.as_ptr().cast(), self.ptr, count) };
+        count
+    }
+
+    /// Copies its beginning into a device's memory; gives how many bytes that were.
+    pub(super) fn copy_to_device(self, place: &[AtomicU8]) -> usize {
+        let count = self.len.min(place.len());
+        // SAFETY: as `copy_from_device`; atomic bytes may be written through a shared reference.
+        unsafe { ptr::copy(self.ptr.cast_const(), place.as_ptr().cast_mut().cast(), count) };
+        count
+    }
+
     /// 16 bytes at `at`, read once.
     pub(super) fn sixteen(self, at: usize) -> [u8; 16] {
         assert!(at + 16 <= self.len, "the caller checked the length");

@@ -37,6 +37,7 @@ pub struct Ram {
     pub flushes: AtomicU64,
     pub reads: AtomicU64,
     stuck: Mutex<bool>,
+    waiting: AtomicU64,
     freed: Condvar,
     interruptible: AtomicBool,
     interrupts: AtomicU64,
@@ -55,6 +56,7 @@ impl Ram {
             flushes: AtomicU64::new(0),
             reads: AtomicU64::new(0),
             stuck: Mutex::new(false),
+            waiting: AtomicU64::new(0),
             freed: Condvar::new(),
             interruptible: AtomicBool::new(true),
             interrupts: AtomicU64::new(0),
@@ -74,6 +76,15 @@ impl Ram {
     pub fn stick(&self, interruptible: bool) {
         self.interruptible.store(interruptible, Ordering::SeqCst);
         *self.stuck.lock().unwrap() = true;
+    }
+
+    /// Waits until a request waits.
+    pub fn await_waiting(&self) {
+        let start = Instant::now();
+        while self.waiting.load(Ordering::SeqCst) == 0 {
+            assert!(start.elapsed() < LIMIT, "no request waits");
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 
     pub fn free(&self) {
@@ -99,6 +110,7 @@ impl Ram {
         let before = self.interrupts.load(Ordering::SeqCst);
         let mut stuck = self.stuck.lock().unwrap();
         while *stuck {
+            self.waiting.fetch_add(1, Ordering::SeqCst);
             stuck = self.freed.wait_timeout(stuck, Duration::from_millis(5)).unwrap().0;
             let interrupted = self.interrupts.load(Ordering::SeqCst) != before;
             if interrupted && self.interruptible.load(Ordering::SeqCst) {

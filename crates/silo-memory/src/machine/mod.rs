@@ -14,17 +14,22 @@
 //! guest waits and `demand` is called) or *zero* (served at once, here). Zero memory therefore
 //! costs neither transfer nor room.
 //!
+//! A copy of a running machine has its memory mapped privately over a file that all copies share:
+//! the part [`copy`] says what is different then.
+//!
 //! A third party, such as the server of a vhost-user disk, may touch the memory through a mapping
 //! of its own, beside the guest: the part [`beside`] says what it has to call.
 
 mod arrival;
 mod beside;
+mod copy;
 mod faults;
 #[cfg(test)]
 mod tests;
 mod watch;
 
 pub use crate::sys;
+pub use copy::seal_content;
 pub use faults::{FaultStats, FaultSummary};
 pub use watch::Watcher;
 
@@ -84,11 +89,6 @@ pub fn probe_tracking() -> io::Result<Tracking> {
     }
 }
 
-/// Threads that look for written pages, at most.
-const SCAN_THREADS: u64 = 4;
-/// Blocks that are worth a thread (512 MiB): starting one costs about what looking at them does.
-const SCAN_SHARE: u64 = 128 << 10;
-
 /// A machine's memory on this host.
 pub struct Memory {
     name: DeviceName,
@@ -102,6 +102,8 @@ pub struct Memory {
     attached: RwLock<Option<Attached>>,
     beside: Beside,
     watchers: Mutex<Watchers>,
+    /// Blocks that are pages of the monitor alone, if the file is shared by several machines.
+    own: Option<Mutex<BlockSet>>,
 }
 
 /// What the fault thread shares with the rest.
@@ -130,6 +132,8 @@ struct Attached {
     address: u64,
     tracking: Tracking,
     incoming: bool,
+    /// The monitor's memory, where the file does not have it.
+    pages: Option<File>,
     _faults: Option<faults::FaultThread>,
 }
 
@@ -182,8 +186,17 @@ impl Memory {
             attached: RwLock::new(None),
             beside: Beside::new(blocks),
             watchers: Mutex::default(),
+            own: None,
             name,
         }
+    }
+
+    /// Of adopted memory, before [`Memory::attach`]: these blocks are missing, as if it had been armed
+    /// here. Whoever touches one waits, and `demand` is called for it.
+    pub fn expect(&self, missing: BlockSet, demand: Demand) {
+        let mut holes = self.holes();
+        holes.missing = missing;
+        holes.demand = Some(Arc::new(demand));
     }
 
     /// The memfd, for the monitor.
@@ -223,6 +236,8 @@ impl Memory {
                 Err(other) => return Err(error("UFFDIO_API", other)),
             }
         };
+        let (pid, incoming, adopted) = (mapping.pid, mapping.incoming, mapping.adopted);
+        let pages = self.begin_copy(pid, incoming, adopted, tracking)?;
         let userfault = Arc::new(userfault);
         let pagemap = File::open(format!("/proc/{}/pagemap", mapping.pid))
             .map_err(|e| error("open pagemap", e))?;
@@ -263,7 +278,11 @@ impl Memory {
             (true, false) => Stage::Receiving,
             (true, true) => Stage::Armed,
         };
-        let protected = tracking == Tracking::WriteProtect && mapping.incoming;
+        if pages.is_some() && !mapping.adopted {
+            let protected = userfault.write_protect(mapping.address, length);
+            protected.map_err(|e| error("write-protect", e))?;
+        }
+        let protected = tracking == Tracking::WriteProtect && (mapping.incoming || pages.is_some());
         let mut watchers = self.watchers();
         let mut place = self.attached.write().unwrap_or_else(PoisonError::into_inner);
         self.beside.enter(stage);
@@ -274,6 +293,7 @@ impl Memory {
             address: mapping.address,
             tracking,
             incoming: mapping.incoming,
+            pages,
             _faults: thread,
         });
         Ok(tracking)
@@ -293,8 +313,11 @@ impl Memory {
         self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner).summary()
     }
 
-    /// Bytes that the content takes on this host.
+    /// Bytes that the content takes on this host, without what it shares with other machines.
     pub fn resident_bytes(&self) -> u64 {
+        if let Some(own) = self.own_blocks() {
+            return own.bytes();
+        }
         use std::os::unix::fs::MetadataExt;
         self.file.metadata().map_or(0, |m| m.blocks() * 512)
     }
@@ -305,52 +328,6 @@ impl Memory {
 
     fn discarded(&self) -> std::sync::MutexGuard<'_, Option<BlockSet>> {
         self.discarded.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Adds what the monitor wrote since the last look. Looking is the part of a blackout that
-    /// grows with the memory (0.6 ms a GiB here), so large memory is looked at by several threads.
-    fn scan(&self, attached: &Attached, dirty: &mut BlockSet) -> io::Result<()> {
-        let page = BLOCK_SIZE as u64;
-        let base = attached.address;
-        let look = |blocks: std::ops::Range<u64>| {
-            let mut found = Vec::new();
-            let (start, end) = (base + blocks.start * page, base + blocks.end * page);
-            sys::scan_written(&attached.pagemap, start, end, |start, end| {
-                found.push(BlockRange::new((start - base) / page, (end - start) / page));
-            })?;
-            io::Result::Ok(found)
-        };
-        let threads = std::thread::available_parallelism().map_or(1, usize::from) as u64;
-        let threads = threads.min(SCAN_THREADS).min(self.blocks / SCAN_SHARE).max(1);
-        let share = self.blocks.div_ceil(threads);
-        let part = |number: u64| number * share..((number + 1) * share).min(self.blocks);
-        std::thread::scope(|scope| {
-            let look = &look;
-            let others: Vec<_> = (1..threads)
-                .map(|number| {
-                    // Without a thread the part is looked at here.
-                    let spawned = std::thread::Builder::new()
-                        .name("scan".into())
-                        .spawn_scoped(scope, move || look(part(number)));
-                    (number, spawned)
-                })
-                .collect();
-            let mut add = |found: Vec<BlockRange>| {
-                found.into_iter().for_each(|range| dirty.insert_range(range));
-            };
-            let mut result = look(part(0)).map(&mut add);
-            for (number, spawned) in others {
-                let looked = match spawned {
-                    Ok(thread) => thread
-                        .join()
-                        .unwrap_or_else(|_| Err(io::Error::other("a scanning thread panicked"))),
-                    Err(_) => look(part(number)),
-                };
-                // What one part found is kept even if another failed: it is protected again.
-                result = result.and(looked.map(&mut add));
-            }
-            result
-        })
     }
 
     /// These blocks get content (again).
@@ -416,7 +393,7 @@ impl Device for Memory {
 
     fn start_tracking(&self) -> Result<()> {
         let mut watchers = self.watchers();
-        if watchers.tracking && watchers.any() {
+        if watchers.tracking && (watchers.any() || self.is_copy()) {
             // Others are told what was written before.
             self.look(&mut watchers)?;
         } else {
@@ -449,6 +426,7 @@ impl Device for Memory {
     }
 
     fn allocated(&self) -> Result<BlockSet> {
+        let own = self.look_for_own()?;
         use nix::unistd::{Whence, lseek64};
         let mut set = BlockSet::new(self.blocks);
         let end = (self.blocks * BLOCK_SIZE as u64) as i64;
@@ -466,6 +444,9 @@ impl Device for Memory {
             set.insert_range(BlockRange::new(first, last - first));
             at = hole;
         }
+        if let Some(own) = own {
+            set.union_with(&own);
+        }
         Ok(set)
     }
 
@@ -482,6 +463,7 @@ impl Device for Memory {
         }
         self.file
             .read_exact_at(buf, start.offset())
+            .and_then(|()| self.read_own(range, buf))
             .map_err(|e| self.error("read", start.to_string(), e))
     }
 

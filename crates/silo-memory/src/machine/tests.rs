@@ -1,6 +1,7 @@
 //! Against the running kernel: this process plays the monitor and the guest.
 
 mod beside;
+mod copy;
 mod watch;
 
 use super::*;
@@ -28,13 +29,14 @@ impl Guest {
 
     fn over(memory: Arc<Memory>, incoming: bool) -> Self {
         use nix::sys::mman::{MapFlags, ProtFlags, mmap};
-        // SAFETY: a fresh shared mapping of a file that outlives it.
+        let sharing = if memory.is_copy() { MapFlags::MAP_PRIVATE } else { MapFlags::MAP_SHARED };
+        // SAFETY: a fresh mapping of a file that outlives it.
         let base = unsafe {
             mmap(
                 None,
                 NonZeroUsize::new(BLOCKS as usize * BLOCK_SIZE).unwrap(),
                 ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
-                MapFlags::MAP_SHARED,
+                sharing,
                 memory.file(),
                 0,
             )
@@ -129,7 +131,7 @@ fn a_missing_block_stops_its_reader_until_it_is_filled_and_others_go_on() {
         let guest = Arc::clone(&guest);
         move || guest.read(2)
     });
-    assert_eq!(asks.recv_timeout(Duration::from_secs(5)).unwrap(), BlockRange::new(2, 1));
+    assert_eq!(asks.recv_timeout(Duration::from_secs(60)).unwrap(), BlockRange::new(2, 1));
     assert_eq!(guest.read(1), 5, "what arrived before is there");
     assert_eq!(guest.read(100), 0, "a hole that is not missing is zero");
     assert!(guest.memory.read(BlockIndex(2), &mut [0; BLOCK_SIZE]).is_err());
@@ -164,7 +166,7 @@ fn what_is_discarded_early_is_missing_all_the_same_and_so_is_what_was_stored_aga
             let guest = Arc::clone(&guest);
             move || guest.read(block)
         });
-        assert_eq!(asks.recv_timeout(Duration::from_secs(5)).unwrap().start, BlockIndex(block));
+        assert_eq!(asks.recv_timeout(Duration::from_secs(60)).unwrap().start, BlockIndex(block));
         guest.memory.fill(BlockIndex(block), &[9; BLOCK_SIZE]).unwrap();
         assert_eq!(reader.join().unwrap(), 9);
     }
@@ -180,7 +182,7 @@ fn zero_content_for_a_block_that_somebody_waits_for_arrives() {
         let guest = Arc::clone(&guest);
         move || guest.read(9)
     });
-    asks.recv_timeout(Duration::from_secs(5)).unwrap();
+    asks.recv_timeout(Duration::from_secs(60)).unwrap();
     guest.memory.fill_zero(BlockRange::new(0, 64)).unwrap();
     assert_eq!(reader.join().unwrap(), 0);
 }
@@ -214,7 +216,7 @@ fn a_block_written_on_arrival_is_dirty_once_it_has_arrived() {
         let guest = Arc::clone(&guest);
         move || guest.write(4, 9)
     });
-    asks.recv_timeout(Duration::from_secs(5)).unwrap();
+    asks.recv_timeout(Duration::from_secs(60)).unwrap();
     assert_eq!(guest.memory.take_dirty().unwrap(), set([]), "nothing has been written yet");
     guest.memory.fill(BlockIndex(4), &[1; BLOCK_SIZE * 2]).unwrap();
     writer.join().unwrap();
@@ -297,7 +299,7 @@ fn a_memory_whose_owner_is_gone_is_adopted_with_its_waiting_guest() {
         let guest = Arc::clone(&guest);
         move || guest.read(2)
     });
-    asks.recv_timeout(Duration::from_secs(5)).unwrap();
+    asks.recv_timeout(Duration::from_secs(60)).unwrap();
     let userfaultfd = {
         let attached = guest.memory.attached.read().unwrap();
         attached.as_ref().unwrap().userfault.as_fd().try_clone_to_owned().unwrap()

@@ -144,6 +144,27 @@ impl Shared {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Of a set of all blocks: those that have to be copied, and those that are zeros, as the area is
+    /// before a round.
+    fn without_holes(&self, all: BlockSet) -> (BlockSet, BlockSet) {
+        let none = BlockSet::new(all.device_blocks());
+        if all.len() < all.device_blocks() {
+            return (all, none);
+        }
+        match self.memory.populated() {
+            Ok(Some(populated)) => {
+                let mut holes = all;
+                holes.subtract(&populated);
+                (populated, holes)
+            }
+            Ok(None) => (all, none),
+            Err(error) => {
+                tracing::debug!(%error, "holes are read, too");
+                (all, none)
+            }
+        }
+    }
+
     fn take_written(&self) -> Result<BlockSet, StagingError> {
         self.memory.take_written().map_err(StagingError::system("look for written pages"))
     }
@@ -219,6 +240,20 @@ impl Staging {
         self.shared.pending().blocks = BlockSet::full(blocks);
     }
 
+    /// What is stored differs from the memory in `blocks` at most, and in what was written since the
+    /// tracking began: the next round holds that, not all of it.
+    ///
+    /// # Errors
+    /// If a round is frozen.
+    pub fn know(&self, blocks: BlockSet) -> Result<(), StagingError> {
+        let mut pending = self.shared.pending();
+        if pending.frozen {
+            return Err(StagingError::Frozen);
+        }
+        pending.blocks = blocks;
+        Ok(())
+    }
+
     /// What a round taken now would hold at least.
     ///
     /// # Errors
@@ -244,7 +279,7 @@ impl Staging {
             let none = BlockSet::new(pending.blocks.device_blocks());
             std::mem::replace(&mut pending.blocks, none)
         };
-        let staged = BlockSet::new(left.device_blocks());
+        let (left, staged) = self.shared.without_holes(left);
         let round = Some(Round { shared: Arc::clone(&self.shared), staged });
         let mut prepared = Prepared { round, left, options: self.options };
         prepared.again()?;
@@ -330,6 +365,18 @@ impl Staged {
                 format!("blocks {}..{} are not part of this round", range.start.0, range.end()),
             )),
         }
+    }
+
+    /// Gives the staging area away: a file with all of the memory as it was at the instant, of which the
+    /// round must hold everything ([`Staging::forget`]). The staging it is of makes no further round.
+    ///
+    /// # Errors
+    /// If the round holds a part only, or the file cannot be had.
+    pub fn into_area(mut self) -> io::Result<File> {
+        let round = self.round.take_if(|round| round.staged.len() == round.staged.device_blocks());
+        // Without its end the staging stays frozen, and its area as it is.
+        let round = round.ok_or_else(|| io::Error::other("the round holds a part only"))?;
+        round.shared.area.try_clone()
     }
 
     /// What this round holds is stored: the next one lists only what changed after it.

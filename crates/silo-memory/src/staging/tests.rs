@@ -174,7 +174,7 @@ fn a_frozen_image_is_of_one_instant_and_the_next_round_is_the_difference() {
         } else {
             assert!(changed <= PAGES, "round {round} holds {changed} blocks");
         }
-        assert!(held < Duration::from_secs(1), "paused for {held:?}");
+        assert!(held < Duration::from_secs(20), "paused for {held:?}");
         apply(&mut image, &staged);
         let last = assert_one_instant(&image, &writer);
         assert!(last > before, "the writer goes on between rounds");

@@ -27,6 +27,15 @@ pub trait Tracked: Send + Sync {
     /// If the kernel cannot tell; nothing is lost then.
     fn take_written(&self) -> io::Result<BlockSet>;
 
+    /// The blocks that may be anything but zeros, if that can be told: the rest need not be read when all
+    /// of it is wanted. Asked once writes are tracked.
+    ///
+    /// # Errors
+    /// If it could be told and was not.
+    fn populated(&self) -> io::Result<Option<BlockSet>> {
+        Ok(None)
+    }
+
     /// Reads whole blocks; content that is elsewhere comes here first, the way a fault brings it.
     ///
     /// # Errors

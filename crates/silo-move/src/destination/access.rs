@@ -129,8 +129,12 @@ impl Hub for Shared {
         self.tell(Event::Want(DeviceIndex(device), range, class));
     }
 
-    fn note(&self) -> io::Result<()> {
-        self.note_all()
+    fn note(&self, device: u16) -> io::Result<()> {
+        let late = self.note_all()?;
+        match late.iter().find(|late| late.device == device) {
+            Some(late) => Err(io::Error::new(io::ErrorKind::TimedOut, late.text.clone())),
+            None => Ok(()),
+        }
     }
 
     fn with_replica(&self, device: u16, look: &mut dyn FnMut(&mut Replica)) {

@@ -1,7 +1,13 @@
 //! What the machine wants from the host and from disks: on a thread of its own, in order.
+//!
+//! A disk may never answer. What is decided then: a device whose flush hangs is in the note as it was
+//! before, and holds up neither the others nor what comes; the session is not durable, and the source
+//! keeps everything, until it does answer. A note that hangs fails, and with it what needs it. When all
+//! has come and that cannot be noted, the session ends with an error; flushes still make notes.
 
 use super::Shared;
 use crate::{
+    bounded::is_late,
     lane::lock,
     ledger::{DeviceNote, Note, Standing},
 };
@@ -40,6 +46,15 @@ pub(super) struct Made {
     upto: u64,
     /// No block is absent in it.
     whole: bool,
+    /// Devices whose flush it could not wait for.
+    late: Arc<[Late]>,
+}
+
+/// A device whose flush hangs.
+pub(super) struct Late {
+    pub(super) device: u16,
+    /// What hangs, for people.
+    pub(super) text: String,
 }
 
 impl Notes {
@@ -64,12 +79,13 @@ pub(super) enum Job {
     Custom(Custom),
     Trouble(String),
     Overdue(String),
-    /// No more; everything before is done when this is dropped.
-    Stop(Sender<()>),
+    /// No more; everything before is done when this is answered: by why [`Job::Settle`] was not.
+    Stop(Sender<Option<String>>),
 }
 
 impl Shared {
     pub(super) fn do_chores(self: &Arc<Self>, jobs: &Receiver<Job>) {
+        let (mut told, mut unsettled) = (false, None);
         while let Ok(job) = jobs.recv() {
             match job {
                 Job::Run { attempt, state, flushes } => match self.run(attempt, state, flushes) {
@@ -79,23 +95,33 @@ impl Shared {
                 Job::Note(count) => {
                     let result = self.note_all();
                     self.noted(count, result.as_ref().err());
-                    if let Err(error) = result {
-                        let text = format!("cannot note what is missing here: {error}");
-                        self.tell(Event::Cancel(text));
+                    match result {
+                        Ok(late) => {
+                            if let (Some(late), false) = (late.first(), told) {
+                                self.host.trouble(&late.text);
+                            }
+                            told = !late.is_empty();
+                        }
+                        Err(error) => {
+                            let text = format!("cannot note what is missing here: {error}");
+                            self.tell(Event::Cancel(text));
+                        }
                     }
                 }
                 Job::MakeDurable => {
                     // Not answered before: the source keeps everything, and says that it waits.
-                    self.note_at_last("what came cannot be made durable");
-                    self.tell(Event::MadeDurable);
-                    self.host.durable();
+                    if self.note_at_last("what came cannot be made durable").is_ok() {
+                        self.tell(Event::MadeDurable);
+                        self.host.durable();
+                    }
                 }
                 Job::Settle => {
                     // Blocks that a store had promised have come since the last note. A flush of a
                     // volume on its own makes no note, and a restart would fetch them once more,
                     // over what was written here since.
                     if self.options.ledger.is_some() && !self.notes.hold().whole {
-                        self.note_at_last("that all has come cannot be noted");
+                        let noted = self.note_at_last("that all has come cannot be noted");
+                        unsettled = noted.err().map(|error| error.to_string());
                     }
                 }
                 Job::Custom(custom) => {
@@ -108,7 +134,11 @@ impl Shared {
                     let lacking = lacking.iter().map(|lacking| format!("; {lacking}"));
                     self.host.overdue(&(what + &lacking.collect::<String>()));
                 }
-                Job::Stop(done) => return drop(done),
+                Job::Stop(done) => {
+                    // Nobody waits for a thread that was too late.
+                    let _ = done.send(unsettled);
+                    return;
+                }
             }
         }
     }
@@ -120,7 +150,10 @@ impl Shared {
         if self.options.ledger.is_some() {
             self.noted(1, noted.as_ref().err());
         }
-        noted.map_err(|error| format!("cannot note that the devices are here: {error}"))?;
+        if let Err(error) = noted {
+            self.give_token_back();
+            return Err(format!("cannot note that the devices are here: {error}"));
+        }
         for (at, volume) in self.volumes.iter().enumerate() {
             self.with_machine(None, |machine, _| {
                 if let Some(replica) = machine.replica(DeviceIndex(at as u16)) {
@@ -130,12 +163,35 @@ impl Shared {
         }
         self.host.run(attempt, state, flushes).inspect_err(|_| {
             self.volumes.iter().for_each(|volume| volume.close());
-            self.attempt.store(0, Ordering::Release);
-            if let Err(error) = self.note_all() {
-                // The refusal goes out all the same: the source asks its lease, not this note.
-                tracing::error!(session = %self.session, %error, "cannot note a refusal");
-            }
+            self.give_token_back();
         })
+    }
+
+    /// Nobody runs here by the token. The refusal goes out when this returns: when no restart finds a
+    /// note, not even one whose save hangs and is done late, that the token was taken. Until then
+    /// the source asks its lease.
+    fn give_token_back(&self) {
+        self.attempt.store(0, Ordering::Release);
+        let Some(ledger) = &self.options.ledger else { return };
+        let mut told = false;
+        while let Err(error) = self.note_all() {
+            let taken = |note: &Note| matches!(note.standing, Standing::Owner { session, .. } if session == self.session);
+            let safe = || ledger.load().is_ok_and(|note| !note.as_ref().is_some_and(taken));
+            if !is_late(&error) && safe() {
+                return;
+            }
+            if !told {
+                let text =
+                    format!("that a token is refused cannot be noted, it is tried again: {error}");
+                tracing::error!(session = %self.session, text);
+                self.host.trouble(&text);
+            }
+            told = true;
+            if self.ending.load(Ordering::Acquire) {
+                return;
+            }
+            std::thread::sleep(AGAIN);
+        }
     }
 
     fn noted(&self, count: usize, error: Option<&io::Error>) {
@@ -147,16 +203,30 @@ impl Shared {
         self.noted.notify_all();
     }
 
-    /// Makes a note without which the session cannot go on, however often that takes.
-    fn note_at_last(&self, what: &str) {
+    /// Makes a note without which the session cannot go on, and by which all is durable, however
+    /// often that takes; once the session is ending, tries once.
+    ///
+    /// # Errors
+    /// Why the last try failed.
+    fn note_at_last(&self, what: &str) -> io::Result<()> {
         let mut told = false;
-        while let Err(error) = self.note_all() {
+        loop {
+            let error = match self.note_all() {
+                Ok(late) => match late.first() {
+                    None => return Ok(()),
+                    Some(late) => io::Error::new(io::ErrorKind::TimedOut, late.text.clone()),
+                },
+                Err(error) => error,
+            };
             if !told {
                 let text = format!("{what}, it is tried again: {error}");
                 tracing::error!(session = %self.session, text);
                 self.host.trouble(&text);
             }
             told = true;
+            if self.ending.load(Ordering::Acquire) {
+                return Err(error);
+            }
             std::thread::sleep(AGAIN);
         }
     }
@@ -166,34 +236,47 @@ impl Shared {
     ///
     /// One note at a time, or an older one could replace a newer one. Whoever waits here for a note
     /// that began after he asked has what he wants.
-    pub(super) fn note_all(&self) -> io::Result<()> {
+    ///
+    /// Gives the devices whose flush hangs: of those the note says what was durable before.
+    pub(super) fn note_all(&self) -> io::Result<Arc<[Late]>> {
         let mine = self.notes.asked.fetch_add(1, Ordering::AcqRel) + 1;
         let mut made = self.notes.hold();
         if made.upto >= mine {
-            return Ok(());
+            return Ok(made.late.clone());
         }
         let upto = self.notes.asked.load(Ordering::Acquire);
-        let whole = self.note_now()?;
-        *made = Made { upto, whole };
-        Ok(())
+        let (whole, late) = self.note_now()?;
+        *made = Made { upto, whole, late: late.clone() };
+        Ok(late)
     }
 
-    /// Gives whether the note says that nothing is absent.
-    fn note_now(&self) -> io::Result<bool> {
+    /// Gives whether the note says that nothing is absent, and whose flush hangs.
+    fn note_now(&self) -> io::Result<(bool, Arc<[Late]>)> {
         let numbers = || (0..self.volumes.len()).map(|at| DeviceIndex(at as u16));
         if let Some(machine) = &mut lock(&self.core).machine {
             numbers().filter_map(|at| machine.replica_mut(at).map(Replica::sync_begins)).count();
         }
-        let flushed = self.volumes.iter().try_for_each(|volume| volume.raw().flush());
+        let flushed = self.disks.flush(&self.volumes, |volume| volume.raw().flush());
+        let well: Vec<bool> = flushed.iter().map(Result::is_ok).collect();
+        let late: Arc<[Late]> = (0u16..)
+            .zip(&flushed)
+            .filter_map(|(device, flushed)| {
+                let error = flushed.as_ref().err().filter(|error| is_late(error))?;
+                Some(Late { device, text: error.to_string() })
+            })
+            .collect();
+        let failed = flushed.into_iter().find_map(|flushed| flushed.err().filter(|e| !is_late(e)));
         let (attempt, devices) = {
             let mut core = lock(&self.core);
             // Volumes whose session is over know for themselves what is here.
-            let Some(machine) = &mut core.machine else { return flushed.map(|()| false) };
+            let Some(machine) = &mut core.machine else {
+                return failed.map_or(Ok((false, late)), Err);
+            };
             let mut devices = Vec::with_capacity(self.volumes.len());
             let relies = machine.relies_on_stores();
-            for (at, volume) in numbers().zip(&self.volumes) {
+            for ((at, volume), well) in numbers().zip(&self.volumes).zip(well) {
                 let Some(replica) = machine.replica_mut(at) else { continue };
-                replica.sync_ends(flushed.is_ok());
+                replica.sync_ends(well);
                 if self.options.ledger.is_some() {
                     let mut note = DeviceNote::of(volume.name().clone(), replica);
                     if relies {
@@ -204,8 +287,10 @@ impl Shared {
             }
             (self.attempt.load(Ordering::Acquire) as u32, devices)
         };
-        flushed?;
-        let Some(ledger) = &self.options.ledger else { return Ok(false) };
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        let Some(ledger) = &self.options.ledger else { return Ok((false, late)) };
         let mut devices = devices;
         if attempt == 0 {
             // A token that was taken counts from the note that says so, and no more once it is
@@ -218,8 +303,8 @@ impl Shared {
         } else {
             Standing::Receiving { session: self.session }
         };
-        ledger.save(&Note { standing, devices })?;
-        Ok(whole)
+        self.disks.save(ledger, Note { standing, devices })?;
+        Ok((whole, late))
     }
 
     /// Bytes of a range of a device.

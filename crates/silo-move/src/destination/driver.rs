@@ -1,7 +1,7 @@
 //! The driver's thread: asks the machine what is to be done, does it or has it done, and ends the
 //! session.
 
-use super::{Core, DestinationReport, Shared, chores, give_back};
+use super::{Core, DestinationReport, NOTES, Shared, chores, farewell::Outcome, give_back};
 use crate::{
     destination::backlog::Backlog,
     lane::lock,
@@ -10,7 +10,7 @@ use crate::{
 };
 use silo_block::session::{
     LinkId,
-    destination::{Action, Destination, Event, Phase as Step, WaiterId},
+    destination::{Action, Destination, Phase as Step, WaiterId},
     messages::{Reason, ToSource},
 };
 use std::{
@@ -64,14 +64,62 @@ impl Shared {
                 break end;
             }
         };
+        self.remember(&end);
+        self.ending.store(true, Ordering::Release);
         if end.is_ok() {
             let _ = chores.send(chores::Job::Settle);
         }
         let (done, waited) = mpsc::channel();
         let _ = chores.send(chores::Job::Stop(done));
-        let _ = waited.recv();
-        self.quiet.store(true, Ordering::Release);
-        self.finish(end)
+        let limit = self.disks.limit * NOTES;
+        let unsettled = match waited.recv_timeout(limit) {
+            Ok(unsettled) => {
+                self.quiet.store(true, Ordering::Release);
+                unsettled
+            }
+            Err(_) => Some(format!("the last work of the session has not ended within {limit:?}")),
+        };
+        match (end, unsettled) {
+            (Ok(()), Some(why)) => Err(self.end_unsettled(&why)),
+            (end, _) => self.finish(end),
+        }
+    }
+
+    /// From here on whoever comes is told how it ended. What a link was still to be told that came a
+    /// moment earlier is said; after that moment no link is put to use.
+    fn remember(&self, end: &Result<(), Reason>) {
+        let outcome = match end {
+            Err(reason) => Outcome::Never(reason.clone()),
+            Ok(()) => Outcome::Arrived {
+                attempt: self.attempt.load(Ordering::Acquire) as u32,
+                epochs: self
+                    .with_machine(None, |machine, _| machine.last_epochs())
+                    .0
+                    .unwrap_or_default(),
+            },
+        };
+        *lock(&self.outcome) = Some(outcome);
+        let late: Vec<Action> = lock(&self.core).pending.drain(..).collect();
+        for action in late {
+            if let Action::Send(link, message) = action {
+                self.send(link, &message);
+            }
+        }
+        self.flush();
+    }
+
+    /// All has come, but a restart would not know it. The volumes stay with this session, so that
+    /// every flush makes a note of them: one that succeeds says all.
+    fn end_unsettled(&self, why: &str) -> MoveError {
+        self.lanes.set_over();
+        self.backlogs.iter().for_each(Backlog::close);
+        drop(lock(&self.assist).take());
+        self.lanes.end();
+        let text = format!(
+            "all has come, but that cannot be noted: {why}; the devices can be used, and are to be \
+             flushed before this process ends"
+        );
+        self.error(Reason::Cancelled(text), self.clock.phase())
     }
 
     /// Has it noted from time to time what has come, so that a crash costs no more than that.
@@ -128,22 +176,17 @@ impl Shared {
         None
     }
 
+    // Of a link that is cut by these, the machine is told by who listens, when all is heard.
     fn send(&self, link: LinkId, message: &ToSource) {
-        if self.lanes.send(link, |control| wire::write_to_source(control, message)) {
-            self.tell(Event::Cut(link));
-        }
+        self.lanes.send(link, |control| wire::write_to_source(control, message));
     }
 
     fn flush(&self) {
-        if let Some(link) = self.lanes.flush() {
-            self.tell(Event::Cut(link));
-        }
+        self.lanes.flush();
     }
 
     pub(super) fn hang_up(&self, link: LinkId, trouble: Option<String>) {
-        if self.lanes.hang_up(link, trouble) {
-            self.tell(Event::Cut(link));
-        }
+        self.lanes.hang_up(link, trouble);
     }
 
     fn note_phase(&self, step: &Step) {

@@ -17,6 +17,7 @@ mod access;
 mod backlog;
 mod chores;
 mod driver;
+mod farewell;
 mod fetch;
 mod lines;
 mod receive;
@@ -26,6 +27,7 @@ pub use server::{Accepted, Offer, Reception, Server};
 
 use crate::{
     assist::{Assist, Counts, Fetch, Lookup, Policy},
+    bounded::{self, Disks},
     clock::Clock,
     codec::Naming,
     lane::{Lanes, LastWords, lock},
@@ -37,17 +39,17 @@ use crate::{
 };
 use access::Parker;
 use backlog::Backlog;
+use farewell::Outcome;
 use fetch::Fetches;
 use silo_block::{
     block::BlockRange,
     device::DeviceName,
-    rounds::Epoch,
     session::{
         destination::{
             Action, Config, Counters, Destination, DestinationDevice, Event, Phase as Step,
             WaiterId,
         },
-        messages::{DeviceIndex, Held, Reason, SessionId, ToSource, Token, VERSION},
+        messages::{DeviceIndex, Reason, SessionId},
     },
     times::Histogram,
 };
@@ -111,6 +113,9 @@ pub struct Options {
     pub local: Option<Arc<dyn Lookup>>,
     /// Where what must survive this process is noted; nothing survives without.
     pub ledger: Option<Arc<dyn Ledger>>,
+    /// How long a device may take for a flush, and the ledger for a note, before the session goes on
+    /// without; 30 s if none is given.
+    pub disk_limit: Option<Duration>,
 }
 
 /// A move that went well, as the destination saw it.
@@ -133,6 +138,10 @@ pub struct DestinationReport {
     /// How long accesses waited for blocks.
     pub waits: WaitSummary,
 }
+
+/// Two notes, the one under way and the next: a flush and a save each, each of which may have to wait
+/// for one before it.
+const NOTES: u32 = 8;
 
 struct Core {
     /// None when the session is over and its devices have been given back.
@@ -168,7 +177,14 @@ pub(crate) struct Shared {
     stored: AtomicU64,
     rate: Mutex<Rate>,
     attempt: AtomicU64,
+    /// How it ended, for a source that comes back.
+    outcome: Mutex<Option<Outcome>>,
+    /// The driver's thread has ended.
+    over: AtomicBool,
     notes: chores::Notes,
+    disks: Disks,
+    /// What cannot be done now is not tried again.
+    ending: AtomicBool,
     /// It makes no notes any more.
     quiet: AtomicBool,
 }
@@ -238,10 +254,11 @@ impl Inbound {
             noted: Condvar::new(),
             clock: Clock::new(session, Instant::now(), phase),
             backlogs: volumes.iter().map(|_| Backlog::default()).collect(),
+            disks: Disks::of(&volumes, options.disk_limit.unwrap_or(bounded::LIMIT)),
             volumes,
             host,
             options,
-            lanes: Lanes::new(session, LastWords::Said),
+            lanes: Lanes::new(session, LastWords::Kept),
             slots: AtomicU64::new(1),
             waiters: Mutex::default(),
             next_waiter: AtomicU64::new(1),
@@ -252,7 +269,10 @@ impl Inbound {
             stored: AtomicU64::new(0),
             rate: Mutex::default(),
             attempt: AtomicU64::new(0),
+            outcome: Mutex::default(),
+            over: AtomicBool::new(false),
             notes: chores::Notes::default(),
+            ending: AtomicBool::new(false),
             quiet: AtomicBool::new(false),
         });
         let mut devices = Vec::with_capacity(shared.volumes.len());
@@ -381,7 +401,7 @@ impl Inbound {
     /// Whether it is over.
     #[must_use]
     pub fn is_over(&self) -> bool {
-        lock(&self.driver).as_ref().is_none_or(JoinHandle::is_finished)
+        self.shared.over.load(Ordering::Acquire)
     }
 
     /// Waits for the end: everything here, or a failure. For one caller.
@@ -406,6 +426,15 @@ impl Drop for Inbound {
     }
 }
 
+/// Says that the driver's thread has ended, also after a panic.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
 fn give_back(volumes: &[Arc<Volume>], devices: Vec<DestinationDevice>) {
     for device in devices {
         let name: &DeviceName = &device.name;
@@ -424,7 +453,10 @@ impl Shared {
         let for_chores = self.clone();
         Builder::new().name("silo-chores".to_owned()).spawn(move || for_chores.do_chores(&jobs))?;
         let for_driver = self.clone();
-        Builder::new().name("silo-destination".to_owned()).spawn(move || for_driver.drive(&chores))
+        Builder::new().name("silo-destination".to_owned()).spawn(move || {
+            let _over = Over(&for_driver.over);
+            for_driver.drive(&chores)
+        })
     }
 
     fn now(&self) -> Duration {
@@ -460,7 +492,12 @@ impl Shared {
                 Action::Store { slot: of, .. } | Action::Discard(of) if Some(*of) == slot => {
                     own = Some(action);
                 }
-                Action::Here(..) | Action::Wake(_) | Action::Fail(..) => local.push(action),
+                Action::Here(device, ranges) => {
+                    let volume = &self.volumes[usize::from(device.0)];
+                    ranges.iter().for_each(|range| volume.arrived(*range));
+                    local.push(action);
+                }
+                Action::Wake(_) | Action::Fail(..) => local.push(action),
                 _ => {
                     let note = matches!(action, Action::Note(_) | Action::Run { .. });
                     *notes += usize::from(note && noting);
@@ -483,7 +520,12 @@ impl Shared {
     fn wait_for_notes(&self) -> Result<(), String> {
         let core = lock(&self.core);
         let open = |core: &mut Core| core.notes > 0;
-        let core = self.noted.wait_while(core, open).unwrap_or_else(PoisonError::into_inner);
+        let limit = self.disks.limit * NOTES;
+        let waited = self.noted.wait_timeout_while(core, limit, open);
+        let (core, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            return Err(format!("what is here could not be noted within {limit:?}"));
+        }
         core.note_failed.clone().map_or(Ok(()), Err)
     }
 
@@ -551,29 +593,9 @@ impl Shared {
         self.volumes.iter().enumerate().map(of).filter(some).collect()
     }
 
-    /// What a source is told that comes back after this session has ended well: it may go.
-    fn last_words(&self) -> Option<[ToSource; 3]> {
-        let attempt = u32::try_from(self.attempt.load(Ordering::Acquire)).ok()?;
-        if attempt == 0 || !self.lanes.is_over() {
-            return None;
-        }
-        let epoch = |volume: &Arc<Volume>| {
-            volume.with_replica(|replica| {
-                let terms = replica.history().terms();
-                let own = terms.iter().find(|term| term.id == self.session)?;
-                replica.absent().is_empty().then(|| Epoch(own.first.0.saturating_sub(1)))
-            })
-        };
-        let epochs: Vec<Epoch> = self.volumes.iter().map(epoch).collect::<Option<_>>()?;
-        let held = |epoch: &Epoch| Held { clock: *epoch, missing: Vec::new() };
-        Some([
-            ToSource::Hello { version: VERSION, session: self.session },
-            ToSource::Have {
-                devices: epochs.iter().map(held).collect(),
-                token: Token::Runs(attempt),
-            },
-            ToSource::Durable { epochs },
-        ])
+    /// How it ended, once that is certain.
+    fn outcome(&self) -> Option<Outcome> {
+        lock(&self.outcome).clone()
     }
 
     /// Another session of the same source has some of these devices: this one ends if it has not

@@ -1,7 +1,7 @@
 //! What comes over the connections of a link: messages, and runs of blocks, which are stored by the
 //! thread that received them.
 
-use super::{Shared, backlog::Waiting, lines::Line};
+use super::{Shared, backlog::Waiting, farewell::LINGER, lines::Line};
 use crate::{
     codec::{CodecError, Decoder, Naming, Piece, refers, xor},
     lane::{Lane, Track, Work, lock},
@@ -61,6 +61,13 @@ impl Shared {
         }
         self.tell(Event::Connected(id));
         first.into_iter().for_each(|message| self.hear(id, message));
+        if self.outcome().is_some() {
+            // It has just ended, and nobody does what the machine says: on the next link the source
+            // is told.
+            self.hang_up(id, None);
+            hangup.hang_up();
+            return;
+        }
         let spawn = |name: &str, run: Run<Self>| {
             let shared = self.clone();
             Builder::new().name(name.to_owned()).spawn(move || run(&shared)).map(drop)
@@ -91,6 +98,7 @@ impl Shared {
         }
         if let Some(error) = started.into_iter().find_map(Result::err) {
             self.hang_up(id, Some(format!("no thread for a connection: {error}")));
+            self.tell(Event::Cut(id));
         }
     }
 
@@ -102,8 +110,11 @@ impl Shared {
         }
     }
 
+    /// Hears all that the source says on a link, to its end, also when another thread has given the
+    /// link up: the machine is told of the cut after the last word.
     fn listen(&self, id: LinkId, mut incoming: Incoming, ended: &Hangup) {
         let mut counted = 0;
+        let mut given_up: Option<Instant> = None;
         let trouble = loop {
             let message = match incoming.read() {
                 Ok(frame) => wire::read_to_destination(&frame),
@@ -117,8 +128,15 @@ impl Shared {
                 Ok(None) => {}
                 Err(error) => break error,
             }
+            if !self.lanes.uses(id) {
+                // It was told so, and has as long to come to an end.
+                if given_up.get_or_insert_with(Instant::now).elapsed() > LINGER {
+                    break io::Error::from(io::ErrorKind::TimedOut).into();
+                }
+            }
         };
         self.hang_up(id, Some(format!("the control connection: {trouble}")));
+        self.tell(Event::Cut(id));
         // Whoever ends the session waits for this.
         ended.hang_up();
     }

@@ -4,7 +4,10 @@
 //! nothing else is taken from it; which device of this host that is, whoever runs this says. A
 //! session belongs to the name that began it.
 
-use super::{DestinationHost, Inbound, Options};
+use super::{
+    DestinationHost, Inbound, Options,
+    farewell::{LINGER, Outcome, Remembered},
+};
 use crate::{
     assist::{Lookup, serve_fetch},
     lane::lock,
@@ -29,8 +32,6 @@ use std::{
 const FIRST: usize = 2;
 /// Messages of unknown kinds that are skipped before these.
 const SKIPPED: usize = 16;
-/// How long a peer has to close a link when all is said.
-const LINGER: Duration = Duration::from_secs(2);
 /// How often it is looked whether to stop.
 const LOOK: Duration = Duration::from_millis(100);
 /// How long a peer that fetches may think between two questions.
@@ -80,11 +81,23 @@ struct Session {
     owner: Option<HostName>,
 }
 
+#[derive(Default)]
+struct Sessions {
+    live: HashMap<SessionId, Session>,
+    over: Remembered,
+}
+
+/// Whom a link is for.
+enum Found {
+    Live(Arc<Inbound>),
+    Over(Outcome),
+}
+
 struct Shared {
     listener: Listener,
     reception: Arc<dyn Reception>,
     lookup: Option<Arc<dyn Lookup>>,
-    sessions: Mutex<HashMap<SessionId, Session>>,
+    sessions: Mutex<Sessions>,
     fetchers: Mutex<usize>,
     stop: AtomicBool,
 }
@@ -134,13 +147,13 @@ impl Server {
     /// A session that it knows.
     #[must_use]
     pub fn session(&self, id: SessionId) -> Option<Arc<Inbound>> {
-        lock(&self.shared.sessions).get(&id).map(|session| session.inbound.clone())
+        lock(&self.shared.sessions).live.get(&id).map(|session| session.inbound.clone())
     }
 
     /// Makes a session known that began before this process did, so that its source finds it.
     pub fn adopt(&self, inbound: Arc<Inbound>, owner: Option<HostName>) {
         let session = inbound.session();
-        lock(&self.shared.sessions).insert(session, Session { inbound, owner });
+        lock(&self.shared.sessions).live.insert(session, Session { inbound, owner });
     }
 }
 
@@ -150,6 +163,17 @@ impl Drop for Server {
         if let Some(thread) = self.thread.take() {
             // It looks ten times a second; what it panicked with was printed there.
             let _ = thread.join();
+        }
+    }
+}
+
+impl Sessions {
+    /// Of those that are over, no more is kept than what their sources are to be told.
+    fn retire(&mut self) {
+        for (id, session) in self.live.extract_if(|_, session| session.inbound.is_over()) {
+            if let Some(outcome) = session.inbound.shared.outcome() {
+                self.over.add(id, session.owner, outcome);
+            }
         }
     }
 }
@@ -187,10 +211,14 @@ impl Shared {
     /// Brings a link to its session, or says why not.
     fn greet(&self, mut link: Link) {
         let reason = match self.try_greet(&mut link) {
-            Ok((inbound, first)) => match inbound.shared.last_words() {
-                Some(words) => return dismiss(link, &words),
-                None => return inbound.shared.attach(link, first),
-            },
+            Ok((Found::Live(inbound), first)) => return inbound.shared.attach(link, first),
+            Ok((Found::Over(outcome), first)) => {
+                let group = first.iter().find_map(|message| match message {
+                    ToDestination::Group(devices) => Some(&devices[..]),
+                    _ => None,
+                });
+                return outcome.tell(link, group.unwrap_or_default());
+            }
             Err(reason) => reason,
         };
         tracing::warn!(peer = link.peer, %reason, "a session was not taken");
@@ -201,7 +229,7 @@ impl Shared {
         wait_for_end(&mut link);
     }
 
-    fn try_greet(&self, link: &mut Link) -> Result<(Arc<Inbound>, Vec<ToDestination>), Reason> {
+    fn try_greet(&self, link: &mut Link) -> Result<(Found, Vec<ToDestination>), Reason> {
         let mut first = Vec::with_capacity(FIRST);
         for _ in 0..FIRST + SKIPPED {
             if first.len() == FIRST {
@@ -226,16 +254,26 @@ impl Shared {
         }
         let peer = link.peer_name().cloned();
         let mut sessions = lock(&self.sessions);
-        if let Some(known) = sessions.get(&session) {
+        if let Some(known) = sessions.live.get(&session) {
             if known.owner != peer {
                 return Err(Reason::UnknownSession(session));
             }
-            return Ok((known.inbound.clone(), first));
+            let found = match known.inbound.shared.outcome() {
+                Some(outcome) => Found::Over(outcome),
+                None => Found::Live(known.inbound.clone()),
+            };
+            return Ok((found, first));
         }
-        sessions.retain(|_, session| !session.inbound.is_over());
+        if let Some((owner, outcome)) = sessions.over.find(session) {
+            if *owner != peer {
+                return Err(Reason::UnknownSession(session));
+            }
+            return Ok((Found::Over(outcome.clone()), first));
+        }
+        sessions.retire();
         // A source that was started again knows its old session no more. What has come by that is
         // kept, and counts in the new one.
-        for old in sessions.values().filter(|old| old.owner == peer) {
+        for old in sessions.live.values().filter(|old| old.owner == peer) {
             old.inbound.shared.make_way(devices);
         }
         let offer = Offer { session, peer: peer.as_ref(), devices };
@@ -251,21 +289,11 @@ impl Shared {
             Some(attempt) => Inbound::running(session, attempt, volumes, host, options),
         };
         let inbound = Arc::new(inbound.map_err(|error| Reason::Cancelled(error.to_string()))?);
-        sessions.insert(session, Session { inbound: inbound.clone(), owner: peer });
+        sessions.live.insert(session, Session { inbound: inbound.clone(), owner: peer });
         drop(sessions);
         self.reception.began(&inbound);
-        Ok((inbound, first))
+        Ok((Found::Live(inbound), first))
     }
-}
-
-/// Tells a source that came back too late that all is well here.
-fn dismiss(mut link: Link, words: &[ToSource]) {
-    let outgoing = &mut link.control.outgoing;
-    let said = words.iter().try_for_each(|word| wire::write_to_source(outgoing, word));
-    let said = said.and_then(|()| outgoing.flush());
-    tracing::info!(peer = link.peer, session = %link.session, ?said, "a source may go");
-    // Until it has heard; whoever has not comes again.
-    wait_for_end(&mut link);
 }
 
 /// Waits for the peer to close a link over which nothing more is said.

@@ -40,16 +40,20 @@ impl Link {
     /// Ends all connections, from any thread.
     #[must_use]
     pub fn hangup(&self) -> Hangup {
-        let data = self.data.iter().map(|connection| connection.control.clone());
-        let all = data.chain([self.control.control.clone(), self.demand.control.clone()]);
-        Hangup { controls: all.collect(), done: Arc::new(AtomicBool::new(false)) }
+        let blocks = self.data.iter().chain([&self.demand]);
+        Hangup {
+            control: self.control.control.clone(),
+            blocks: blocks.map(|connection| connection.control.clone()).collect(),
+            done: Arc::new(AtomicBool::new(false)),
+        }
     }
 }
 
 /// Ends all connections of a link.
 #[derive(Clone)]
 pub struct Hangup {
-    controls: Arc<[Control]>,
+    control: Control,
+    blocks: Arc<[Control]>,
     done: Arc<AtomicBool>,
 }
 
@@ -57,7 +61,13 @@ impl Hangup {
     /// Now; whoever reads or writes gets an error.
     pub fn hang_up(&self) {
         self.done.store(true, Ordering::Release);
-        self.controls.iter().for_each(Control::shutdown);
+        self.hang_up_blocks();
+        self.control.shutdown();
+    }
+
+    /// Ends those for blocks now: what was said on the control connection can be heard still.
+    pub(crate) fn hang_up_blocks(&self) {
+        self.blocks.iter().for_each(Control::shutdown);
     }
 
     /// Whether somebody did.

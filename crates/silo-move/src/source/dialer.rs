@@ -28,13 +28,18 @@ impl Shared {
         let (first, mut pause) = (self.first_link, PAUSES.0);
         let mut number = first;
         while self.lanes.wait_for_none() {
+            if number > first {
+                if self.lanes.has_heard(LinkId(number)) {
+                    pause = PAUSES.0;
+                } else {
+                    // There was none, or one that was hung up without a word.
+                    self.lanes.rest(pause);
+                    pause = (pause * 2).min(PAUSES.1);
+                }
+            }
             number += 1;
             match self.dial.link(self.session, number) {
-                Ok(link) => {
-                    pause = PAUSES.0;
-                    self.install(link);
-                    continue;
-                }
+                Ok(link) => self.install(link),
                 Err(error) => {
                     tracing::debug!(session = %self.session, %error, "no link");
                     self.lanes.note_trouble(error.to_string());
@@ -44,8 +49,6 @@ impl Shared {
                     }
                 }
             }
-            self.lanes.rest(pause);
-            pause = (pause * 2).min(PAUSES.1);
         }
     }
 
@@ -88,6 +91,7 @@ impl Shared {
             let received = incoming.received();
             self.lanes.wire.control_received.fetch_add(received - counted, Ordering::Relaxed);
             counted = received;
+            self.lanes.note_heard(id);
             match message {
                 Ok(Some(message)) => {
                     if !heard && matches!(message, ToSource::Have { .. }) {

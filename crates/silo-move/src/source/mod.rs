@@ -20,6 +20,7 @@ mod send;
 pub use promise::Stored;
 
 use crate::{
+    bounded::{self, Disks},
     clock::Clock,
     codec::{Method, Naming, Tally, Versions},
     lane::{Lanes, LastWords, Track, lock},
@@ -131,6 +132,9 @@ pub struct Options {
     /// still arrives has the note of that session: this one needs another. After a restart the
     /// devices are this host's only if no note says that they leave.
     pub ledger: Option<Arc<dyn Ledger>>,
+    /// How long a device may take for a flush, and the ledger for a note: after that a handover is
+    /// given up, and the devices are used on here.
+    pub disk_limit: Duration,
 }
 
 impl Default for Options {
@@ -145,6 +149,7 @@ impl Default for Options {
             advertised: None,
             stored: None,
             ledger: None,
+            disk_limit: bounded::LIMIT,
         }
     }
 }
@@ -154,6 +159,7 @@ struct Shared {
     changed: Condvar,
     clock: Clock,
     volumes: Vec<Arc<Volume>>,
+    disks: Disks,
     versions: Vec<Versions>,
     /// Blocks that came to nothing as a reference: they are sent as they are.
     refused: Vec<Mutex<BlockSet>>,
@@ -252,6 +258,7 @@ impl Outbound {
                 .iter()
                 .map(|volume| Mutex::new(BlockSet::new(volume.geometry().blocks())))
                 .collect(),
+            disks: Disks::of(&volumes, options.disk_limit),
             volumes,
             throttle: Throttle::new(dial.limits().bandwidth),
             options,
@@ -536,9 +543,12 @@ impl Shared {
             volume.with_replica(|replica| DeviceNote::of(volume.name().clone(), replica))
         };
         // First, or what came here but is not known to be durable would be noted as absent.
-        self.volumes.iter().try_for_each(|volume| volume.make_durable())?;
+        self.disks
+            .flush(&self.volumes, Volume::make_durable)
+            .into_iter()
+            .collect::<io::Result<()>>()?;
         let devices = self.volumes.iter().map(device).collect();
-        ledger.save(&Note { standing, devices })
+        self.disks.save(ledger, Note { standing, devices })
     }
 
     fn finish(&self, end: Result<(), Reason>) -> Result<SourceReport, MoveError> {

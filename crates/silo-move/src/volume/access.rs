@@ -64,11 +64,11 @@ impl Volume {
             }
             let rounds = self.rounds();
             if self.here.has(touched) {
-                let guard = rounds.write(touched);
                 // Looked at again inside the round: whoever pauses the volume and then closes the
-                // round waits for this write, or this write sees that it is paused. The mark that
-                // it leaves then is a block sent in vain at worst.
-                if self.mode() == Mode::Open {
+                // round waits for this write, or this write sees that it is paused, and leaves no
+                // mark: the last list would leave a block out that is newer than its round.
+                let open = || self.mode() == Mode::Open;
+                if let Some(guard) = rounds.write_if(touched, open) {
                     let result = write();
                     drop(guard);
                     return result;
@@ -170,7 +170,7 @@ impl BlockDevice for Volume {
             }
             match self.hub() {
                 // Notes what is here after it was made durable, and what is not.
-                Some((hub, _)) => hub.note()?,
+                Some((hub, device)) => hub.note(device)?,
                 None => self.device.flush()?,
             }
             drop(guard);

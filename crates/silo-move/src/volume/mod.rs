@@ -106,8 +106,8 @@ pub(crate) trait Hub: Send + Sync {
     fn wrote(&self, device: u16, range: BlockRange, well: bool);
     /// Somebody will need blocks.
     fn want(&self, device: u16, range: BlockRange, class: Class);
-    /// Makes what is known of the volumes durable, on behalf of a flush.
-    fn note(&self) -> io::Result<()>;
+    /// Makes what is known of the volumes durable, on behalf of a flush of one.
+    fn note(&self, device: u16) -> io::Result<()>;
     /// What is known of the device.
     fn with_replica(&self, device: u16, look: &mut dyn FnMut(&mut Replica));
 }
@@ -342,8 +342,8 @@ impl Volume {
     /// Makes what is here durable, and known to be so: a record made from now on has it.
     pub(crate) fn make_durable(&self) -> io::Result<()> {
         // The session knows what came while it was flushed.
-        if let Some((hub, _)) = self.hub() {
-            return hub.note();
+        if let Some((hub, device)) = self.hub() {
+            return hub.note(device);
         }
         self.with_replica(Replica::sync_begins);
         let flushed = self.device.flush();
@@ -496,10 +496,23 @@ impl Volume {
         self.device.zero(offset, length, false)
     }
 
-    /// Blocks have come.
-    pub(crate) fn tell_arrived(&self, range: BlockRange) {
+    /// Blocks have come. Called under the lock of the machine that says so: said later, it could be
+    /// of a block that a list has made absent since, and what was there before would be read, and
+    /// written to, as if it were the newest.
+    pub(crate) fn arrived(&self, range: BlockRange) {
         self.here.insert(range);
-        lock(&self.listeners).retain(|listener| listener(range));
+    }
+
+    /// Tells those who wait for blocks that these have come, less those that are absent again.
+    pub(crate) fn tell_arrived(&self, range: BlockRange) {
+        let mut listeners = lock(&self.listeners);
+        if self.here.has(range) {
+            listeners.retain(|listener| listener(range));
+            return;
+        }
+        for block in range.chunks(1).filter(|block| self.here.has(*block)) {
+            listeners.retain(|listener| listener(block));
+        }
     }
 
     pub(crate) fn raw(&self) -> &dyn BlockDevice {

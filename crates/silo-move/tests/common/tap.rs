@@ -26,6 +26,8 @@ pub mod kind {
     pub const TOKEN: u8 = 37;
     /// The source has gone.
     pub const RELEASED: u8 = 40;
+    /// The token is refused.
+    pub const REFUSED: u8 = 72;
     /// Somebody waits.
     pub const NEED: u8 = 69;
 }

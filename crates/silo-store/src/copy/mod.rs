@@ -158,6 +158,29 @@ impl CopyGroup {
         self.known.store(true, Ordering::Release);
     }
 
+    /// As [`CopyGroup::set_known`], of a store that differs in these blocks too, one set for each
+    /// device; and in what was written since this group was made.
+    ///
+    /// # Panics
+    /// If there are not as many sets as devices.
+    pub fn set_known_but(&self, changed: &[BlockSet]) {
+        assert_eq!(changed.len(), self.parts.len(), "a set for each device");
+        let gate = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+        for (bits, set) in gate.iter().zip(changed) {
+            set.ranges().for_each(|range| bits.insert(range));
+        }
+        drop(gate);
+        self.set_known();
+    }
+
+    /// What a round taken now would list of each device; `None` before anything is known of the store.
+    #[must_use]
+    pub fn changed(&self) -> Option<Vec<BlockSet>> {
+        let gate = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+        let known = self.known.load(Ordering::Acquire);
+        known.then(|| gate.iter().map(|bits| bits.to_set()).collect())
+    }
+
     /// Waits until no write of `round` is under way, or what it is waited for is `over`.
     fn drain(&self, device: usize, round: u64, over: impl Fn() -> bool) -> io::Result<()> {
         let (inside, begun) = (&self.parts[device].inside[(round & 1) as usize], Instant::now());

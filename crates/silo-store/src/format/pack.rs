@@ -21,16 +21,17 @@ use crate::{
     keys::{BlockName, DataKey, DataKeyId, ObjectKey, TAG},
     layout::ObjectId,
     wire::{Malformed, Reader, put_varint, unzstd},
+    writer::{PackKey, Sealed, Sealers, Squeezer},
 };
 use bytes::Bytes;
-use std::ops::Range;
+use std::{collections::VecDeque, ops::Range, sync::Arc};
 
 const MAGIC: &[u8; 8] = b"SILOPACK";
 const END: &[u8; 8] = b"SILOPEND";
 const VERSION: u16 = 1;
 const HEADER: usize = 16;
 const TRAILER: usize = 48;
-const BOUND: usize = HEADER + 32;
+pub(crate) const BOUND: usize = HEADER + 32;
 const INDEX_NONCE: u64 = u64::MAX;
 const KEY_USE: &str = "silo-store 1 pack";
 /// Blocks are grouped up to this many bytes, to compress well and to read little for one block.
@@ -110,59 +111,58 @@ fn bound(shift: u8, key: DataKeyId, salt: &[u8; 16]) -> [u8; BOUND] {
 
 /// Blocks on their way into a pack.
 pub(crate) struct Builder {
-    key: ObjectKey,
+    key: Arc<PackKey>,
     data_key: DataKeyId,
     salt: [u8; 16],
     shift: u8,
-    bound: [u8; BOUND],
     out: Vec<u8>,
     chunk: Vec<u8>,
     chunks: Vec<(u32, u32, bool)>,
+    /// Chunks behind those in `out`, with their blocks.
+    coming: VecDeque<(u32, Sealed)>,
     names: Vec<BlockName>,
     content: usize,
-    compressor: zstd::bulk::Compressor<'static>,
-    /// Chunks to leave uncompressed before trying again.
-    skip: u32,
-    /// Chunks in a row that did not get smaller.
-    stubborn: u32,
+    squeezer: Squeezer,
 }
 
 impl Builder {
-    pub(crate) fn new(key: &DataKey, shift: u8) -> Result<Self> {
-        Self::with_salt(key, shift, crate::keys::random()?)
+    pub(crate) fn new(key: &DataKey, shift: u8, level: i32) -> Result<Self> {
+        Self::with_salt(key, shift, level, crate::keys::random()?)
     }
 
-    fn with_salt(key: &DataKey, shift: u8, salt: [u8; 16]) -> Result<Self> {
-        let compressor = zstd::bulk::Compressor::new(1)
-            .map_err(|source| StoreError::Local { operation: "start zstd", source })?;
+    fn with_salt(key: &DataKey, shift: u8, level: i32, salt: [u8; 16]) -> Result<Self> {
+        let bound = bound(shift, key.id, &salt);
         Ok(Self {
-            key: key.object_key(KEY_USE, &salt),
+            key: Arc::new(PackKey { key: key.object_key(KEY_USE, &salt), bound }),
             data_key: key.id,
             salt,
             shift,
-            bound: bound(shift, key.id, &salt),
             out: header(shift).to_vec(),
             chunk: Vec::with_capacity(CHUNK.max(1 << shift)),
             chunks: Vec::new(),
+            coming: VecDeque::new(),
             names: Vec::new(),
             content: 0,
-            compressor,
-            skip: 0,
-            stubborn: 0,
+            squeezer: Squeezer::new(level)?,
         })
     }
 
-    /// Adds a block; gives its slot.
-    pub(crate) fn push(&mut self, name: BlockName, block: &[u8]) -> u32 {
+    /// Adds a block; gives its slot. Chunks are sealed by `sealers`, or here.
+    pub(crate) fn push(
+        &mut self,
+        name: BlockName,
+        block: &[u8],
+        sealers: Option<&Sealers>,
+    ) -> Result<u32> {
         debug_assert_eq!(block.len(), 1 << self.shift);
         let slot = self.names.len() as u32;
         self.names.push(name);
         self.chunk.extend_from_slice(block);
         self.content += block.len();
         if self.chunk.len() >= CHUNK {
-            self.seal_chunk();
+            self.seal_chunk(sealers)?;
         }
-        slot
+        Ok(slot)
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -176,42 +176,48 @@ impl Builder {
             || self.names.len() + (CHUNK >> self.shift) + 1 >= MAX_SLOTS as usize
     }
 
-    fn seal_chunk(&mut self) {
+    fn seal_chunk(&mut self, sealers: Option<&Sealers>) -> Result<()> {
         let blocks = (self.chunk.len() >> self.shift) as u32;
-        let from = self.out.len();
-        let mut packed = false;
-        if self.skip > 0 {
-            self.skip -= 1;
-        } else {
-            let room = self.chunk.len();
-            self.out.resize(from + room, 0);
-            // An error means that it does not fit: it did not get smaller.
-            let length = self.compressor.compress_to_buffer(&self.chunk, &mut self.out[from..]);
-            match length {
-                Ok(length) if length + length / 32 < room => {
-                    self.out.truncate(from + length);
-                    (packed, self.stubborn) = (true, 0);
-                }
-                _ => {
-                    self.out.truncate(from);
-                    self.stubborn += 1;
-                    self.skip = (1 << self.stubborn.min(4)) - 1;
-                }
+        let number = (self.chunks.len() + self.coming.len()) as u64;
+        match sealers {
+            Some(sealers) => {
+                let room = Vec::with_capacity(self.chunk.capacity());
+                let chunk = std::mem::replace(&mut self.chunk, room);
+                let sealed = sealers.seal(&self.key, number, chunk, &mut self.squeezer);
+                self.coming.push_back((blocks, sealed));
+            }
+            None => {
+                self.settle(true)?;
+                let from = self.out.len();
+                let packed =
+                    self.key.append(number, &self.chunk, &mut self.squeezer, &mut self.out);
+                self.chunks.push(((self.out.len() - from) as u32, blocks, packed));
+                self.chunk.clear();
             }
         }
-        if !packed {
-            self.out.extend_from_slice(&self.chunk);
+        self.settle(false)
+    }
+
+    /// Puts the chunks that are sealed in their places; `all`: waits for each.
+    fn settle(&mut self, all: bool) -> Result<()> {
+        while let Some((blocks, mut sealed)) = self.coming.pop_front() {
+            if !all && !sealed.look() {
+                self.coming.push_front((blocks, sealed));
+                break;
+            }
+            let (bytes, packed) = sealed.wait()?;
+            self.out.extend_from_slice(&bytes);
+            self.chunks.push((bytes.len() as u32, blocks, packed));
         }
-        self.key.seal(self.chunks.len() as u64, &self.bound, &mut self.out, from);
-        self.chunks.push(((self.out.len() - from) as u32, blocks, packed));
-        self.chunk.clear();
+        Ok(())
     }
 
     /// The object.
-    pub(crate) fn finish(mut self) -> (PackRef, Bytes) {
+    pub(crate) fn finish(mut self) -> Result<(PackRef, Bytes)> {
         if !self.chunk.is_empty() {
-            self.seal_chunk();
+            self.seal_chunk(None)?;
         }
+        self.settle(true)?;
         let from = self.out.len();
         put_varint(&mut self.out, self.chunks.len() as u64);
         for (length, blocks, packed) in &self.chunks {
@@ -221,7 +227,7 @@ impl Builder {
         for name in &self.names {
             self.out.extend_from_slice(&name.0);
         }
-        self.key.seal(INDEX_NONCE, &self.bound, &mut self.out, from);
+        self.key.key.seal(INDEX_NONCE, &self.key.bound, &mut self.out, from);
         let index = (self.out.len() - from) as u32;
         self.out.extend_from_slice(&self.data_key.0);
         self.out.extend_from_slice(&self.salt);
@@ -237,7 +243,7 @@ impl Builder {
             salt: self.salt,
             shift: self.shift,
         };
-        (pack, bytes)
+        Ok((pack, bytes))
     }
 }
 
@@ -430,12 +436,40 @@ mod tests {
 
     fn build(shift: u8, blocks: &[Vec<u8>]) -> (PackRef, Bytes, DataKey) {
         let key = DataKey::fixed(1);
-        let mut builder = Builder::with_salt(&key, shift, [9; 16]).unwrap();
+        let mut builder = Builder::with_salt(&key, shift, 1, [9; 16]).unwrap();
         for (slot, block) in blocks.iter().enumerate() {
-            assert_eq!(builder.push(key.name(block), block), slot as u32);
+            assert_eq!(builder.push(key.name(block), block, None).unwrap(), slot as u32);
         }
-        let (pack, bytes) = builder.finish();
+        let (pack, bytes) = builder.finish().unwrap();
         (pack, bytes, key)
+    }
+
+    #[test]
+    fn chunks_that_threads_seal_are_in_their_places() {
+        let block = |at: usize| {
+            let mut x = at as u64;
+            let noise = std::iter::repeat_with(move || {
+                x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(at as u64 | 1);
+                (x >> 56) as u8
+            });
+            // Every third does not get smaller.
+            let noise = noise.take(if at.is_multiple_of(3) { 4096 } else { 100 });
+            let mut block: Vec<u8> = noise.collect();
+            block.resize(4096, at as u8);
+            block
+        };
+        let blocks: Vec<_> = (0..1000).map(block).collect();
+        let key = DataKey::fixed(1);
+        for threads in [0, 1, 3] {
+            let sealers = Sealers::start(threads, 1).unwrap();
+            let mut builder = Builder::with_salt(&key, 12, 1, [9; 16]).unwrap();
+            for (slot, block) in blocks.iter().enumerate() {
+                let at = builder.push(key.name(block), block, sealers.as_ref()).unwrap();
+                assert_eq!(at, slot as u32);
+            }
+            let (pack, bytes) = builder.finish().unwrap();
+            assert!(read(&pack, &bytes, &key).unwrap() == blocks, "{threads} threads");
+        }
     }
 
     fn read(pack: &PackRef, bytes: &[u8], key: &DataKey) -> Result<Vec<Vec<u8>>> {
@@ -505,9 +539,9 @@ mod tests {
     fn a_whole_other_pack_of_the_same_tenant_is_recognised_by_its_end() {
         let key = DataKey::fixed(1);
         let other = |salt| {
-            let mut builder = Builder::with_salt(&key, 12, [salt; 16]).unwrap();
-            builder.push(key.name(&[salt; 4096]), &[salt; 4096]);
-            builder.finish()
+            let mut builder = Builder::with_salt(&key, 12, 1, [salt; 16]).unwrap();
+            builder.push(key.name(&[salt; 4096]), &[salt; 4096], None).unwrap();
+            builder.finish().unwrap()
         };
         let ((pack, _), (_, bytes)) = (other(1), other(2));
         assert!(matches!(read(&pack, &bytes, &key), Err(StoreError::Corrupt { .. })));

@@ -1,7 +1,7 @@
 //! Restoring a whole device: packs are fetched several at a time and decoded on several threads, each
 //! block checked against its name before it is written.
 
-use super::Generation;
+use super::{Generation, Place};
 use crate::{
     StoreError,
     error::Result,
@@ -15,7 +15,10 @@ use crate::{
     writer::from_word,
 };
 use bytes::Bytes;
-use silo_block::io::BlockDevice;
+use silo_block::{
+    block::{BlockIndex, BlockSet},
+    io::BlockDevice,
+};
 use std::{
     collections::VecDeque,
     ops::Range,
@@ -25,6 +28,11 @@ use std::{
     },
     time::{Duration, Instant},
 };
+
+/// Bytes that nobody asked for between two chunks that are fetched together, at most.
+const GAP: u64 = 64 << 10;
+/// Most bytes of a pack that are fetched by one request, unless all of it is.
+const AT_ONCE: u64 = 4 << 20;
 
 /// How a device is restored.
 #[derive(Clone, Copy, Debug)]
@@ -156,14 +164,71 @@ impl Generation {
             }
         }
         pieces.sort_unstable_by_key(|piece| (piece.pack, piece.slot));
-        let jobs = self.jobs(&pieces);
+        let sum = self.run_jobs(name, device, target, &pieces, options, done, stop)?;
+        self.check_root(device, sum)?;
+        target.flush().map_err(failed("flush", 0))?;
+        Ok(Restored { bytes: geometry.bytes(), zeros, took: start.elapsed() })
+    }
+
+    /// Writes those blocks of a device to `target` that are in `only` and are not zeros, in few requests.
+    /// Does not flush; the whole content is not checked, each block is.
+    ///
+    /// # Errors
+    /// As [`Generation::restore`].
+    pub fn restore_some(
+        &self,
+        name: &str,
+        only: &BlockSet,
+        target: &dyn BlockDevice,
+        options: RestoreOptions,
+        stop: &AtomicBool,
+    ) -> Result<()> {
+        let restored = self.try_restore_some(name, only, target, options, stop);
+        restored.map_err(|error| self.explained(error))
+    }
+
+    fn try_restore_some(
+        &self,
+        name: &str,
+        only: &BlockSet,
+        target: &dyn BlockDevice,
+        options: RestoreOptions,
+        stop: &AtomicBool,
+    ) -> Result<()> {
+        let device = self.find(name)?;
+        let geometry = self.parts[device].entry.geometry;
+        let mut pieces = Vec::<Piece>::new();
+        for range in only.ranges() {
+            for block in range.start.0..range.end().min(geometry.blocks()) {
+                if let Place::At { pack, slot } = self.place(device, BlockIndex(block))? {
+                    pieces.push(Piece { pack, slot, block: block as u32, count: 1 });
+                }
+            }
+        }
+        pieces.sort_unstable_by_key(|piece| (piece.pack, piece.slot));
+        let done = AtomicU64::new(0);
+        self.run_jobs(name, device, target, &pieces, options, &done, stop).map(drop)
+    }
+
+    /// Fetches, decodes and writes pieces, which are in the order of packs and slots. Gives their sum.
+    #[expect(clippy::too_many_arguments, reason = "a step of two functions")]
+    fn run_jobs(
+        &self,
+        name: &str,
+        device: usize,
+        target: &dyn BlockDevice,
+        pieces: &[Piece],
+        options: RestoreOptions,
+        done: &AtomicU64,
+        stop: &AtomicBool,
+    ) -> Result<Sum> {
         let work = Work {
             generation: self,
             name,
             device,
             target,
-            pieces: &pieces,
-            jobs: Mutex::new(jobs),
+            pieces,
+            jobs: Mutex::new(self.jobs(pieces)),
             failed: Mutex::default(),
             sum: Mutex::default(),
             stop,
@@ -174,12 +239,10 @@ impl Generation {
                 scope.spawn(|| work.run(options.in_flight.max(1)));
             }
         });
-        if let Some(error) = work.failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            return Err(error);
+        match work.failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some(error) => Err(error),
+            None => Ok(work.sum.into_inner().unwrap_or_else(PoisonError::into_inner)),
         }
-        self.check_root(device, work.sum.into_inner().unwrap_or_else(PoisonError::into_inner))?;
-        target.flush().map_err(failed("flush", 0))?;
-        Ok(Restored { bytes: geometry.bytes(), zeros, took: start.elapsed() })
     }
 
     /// One job for each pack.
@@ -235,6 +298,41 @@ impl Work<'_> {
         }
     }
 
+    /// The chunks that pieces are in, neighbours by one request, with their offsets.
+    fn fetch(
+        &self,
+        pack: &PackRef,
+        opened: &Opened,
+        pieces: &[Piece],
+    ) -> Result<VecDeque<(u64, Vec<u8>)>> {
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        let mut next = 0;
+        for chunk in &opened.index.chunks {
+            while next < pieces.len() && pieces[next].slot + pieces[next].count <= chunk.first {
+                next += 1;
+            }
+            let Some(piece) = pieces.get(next) else { break };
+            if piece.slot >= chunk.first + chunk.blocks {
+                continue;
+            }
+            let range = chunk.range();
+            match ranges.last_mut() {
+                Some(last)
+                    if range.start <= last.end + GAP && range.end - last.start <= AT_ONCE =>
+                {
+                    last.end = range.end;
+                }
+                _ => ranges.push(range),
+            }
+        }
+        let remote = &self.generation.store.remote;
+        let gets: Vec<_> = ranges
+            .into_iter()
+            .map(|range| (range.start, remote.start_get(&pack.id.pack(), range)))
+            .collect();
+        gets.into_iter().map(|(from, get)| Ok((from, Vec::from(get.wait()?)))).collect()
+    }
+
     fn decode(&self, job: &Job, pack: &PackRef, mut bytes: Vec<u8>) -> Result<()> {
         let (key, namer) = (self.generation.key(pack.key)?, self.generation.namer()?);
         let (known, mut sum) = (key.names_as(namer), Sum::default());
@@ -244,6 +342,8 @@ impl Work<'_> {
         let pieces = &self.pieces[job.pieces.clone()];
         let (mut room, mut next) = (Vec::new(), 0);
         let geometry = self.generation.parts[self.device].entry.geometry;
+        let whole = job.range.start == 0;
+        let mut fetched = if whole { VecDeque::new() } else { self.fetch(pack, &opened, pieces)? };
         for chunk in &opened.index.chunks {
             let end = chunk.first + chunk.blocks;
             // Pieces are in order of slots; one may reach over several chunks, and several blocks of
@@ -257,13 +357,20 @@ impl Work<'_> {
                 continue;
             }
             let range = chunk.range();
-            let mut fetched;
-            let sealed = if job.range.start == 0 {
+            let sealed = if whole {
                 &mut bytes[range.start as usize..range.end as usize]
             } else {
-                fetched =
-                    Vec::from(self.generation.store.remote.get_range(&pack.id.pack(), range)?);
-                &mut fetched[..]
+                while fetched
+                    .front()
+                    .is_some_and(|(from, part)| from + (part.len() as u64) <= range.start)
+                {
+                    fetched.pop_front();
+                }
+                let part = fetched.front_mut().and_then(|(from, part)| {
+                    let at = (range.start.checked_sub(*from)?) as usize;
+                    part.get_mut(at..at + (range.end - range.start) as usize)
+                });
+                part.ok_or_else(|| StoreError::corrupt(pack.id.pack(), "it gave less than it has"))?
             };
             let content = opened.chunk(chunk, sealed, &mut room)?;
             opened.check(chunk, content, key)?;

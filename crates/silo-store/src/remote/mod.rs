@@ -7,6 +7,7 @@
 mod open;
 mod requests;
 
+pub(crate) use open::open;
 pub use open::{Environment, StoreUrl};
 pub use requests::Requests;
 

@@ -22,37 +22,41 @@
 mod names;
 mod open;
 mod places;
+mod round;
+mod sealing;
 mod upload;
 
 pub(crate) use places::{from_word, to_word};
+pub use round::Rest;
+pub(crate) use sealing::{PackKey, Sealed, Sealers, Squeezer};
 pub use upload::PackOptions;
 pub(crate) use upload::{Limiter, wait};
 
 use crate::{
     StoreError,
-    capture::{DeviceInfo, Frozen},
+    capture::DeviceInfo,
     collect::Condemned,
     error::Result,
     format::{
         map::{self, Leaf, MapRef},
-        runs::{Collector, Content, Run},
+        runs::Run,
     },
     keys::{DataKey, DataKeyId},
     layout::{LineName, ObjectId},
     log::{self, Body, DeviceEntry, Head, KeyEntry, Kind},
     remote::Requests,
-    root::{self, Root, Tags},
+    root::{Root, Tags},
     store::{Appended, Store},
 };
 use names::Names;
 use places::Places;
-use silo_block::block::{BlockRange, is_zero};
+use silo_block::block::BlockRange;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
-use upload::{Slot, State, Upload};
+use upload::{Slot, State};
 
 /// How a writer works.
 #[derive(Clone, Copy, Debug)]
@@ -76,6 +80,8 @@ impl Default for WriterOptions {
 pub struct Stored {
     /// Its number.
     pub number: u64,
+    /// The writer that stored it, by the name that it drew when it took the line.
+    pub writer: [u8; 16],
     /// Blocks that the round listed.
     pub blocks: u64,
     /// Of these, zeros.
@@ -137,6 +143,8 @@ pub struct LineWriter {
     /// Newest entry that is known, which is this writer's or a barrier that it has seen.
     head: u64,
     last_commit: u64,
+    /// Whoever wrote that.
+    newest_by: [u8; 16],
     standing: Standing,
     key: DataKey,
     /// Wrapped data keys of everything that is referred to, and of what is new.
@@ -157,6 +165,8 @@ pub struct LineWriter {
     incomplete: bool,
     /// Names of the newest generation's blocks are known.
     seeded: bool,
+    /// The store was asked to commit the last round.
+    asked: bool,
     parent: Option<(LineName, u64)>,
     options: WriterOptions,
     limiter: Limiter,
@@ -176,10 +186,35 @@ impl LineWriter {
         &self.line
     }
 
+    /// The store that it lies in.
+    #[must_use]
+    pub fn store_of(&self) -> &Arc<Store> {
+        &self.store
+    }
+
     /// The number of the newest generation; 0 if there is none.
     #[must_use]
     pub fn newest(&self) -> u64 {
         self.last_commit
+    }
+
+    /// Names of the devices that the line holds; none of a new line.
+    #[must_use]
+    pub fn device_names(&self) -> Vec<&str> {
+        self.devices.iter().map(|held| held.name.as_str()).collect()
+    }
+
+    /// Whether the last round that failed may be in the store all the same, or come to be there: the
+    /// store was asked to commit it.
+    #[must_use]
+    pub fn may_have_committed(&self) -> bool {
+        self.asked
+    }
+
+    /// The writer that stored the newest generation ([`Stored::writer`]).
+    #[must_use]
+    pub fn newest_by(&self) -> [u8; 16] {
+        self.newest_by
     }
 
     /// Whether a round must list all blocks: nothing is known to be stored, or not surely.
@@ -202,65 +237,6 @@ impl LineWriter {
                 Err(StoreError::Fenced { line: self.line.to_string(), number, epoch })
             }
         }
-    }
-
-    /// Stores one frozen round as the next generation: all of it or, on an error, nothing. Does not
-    /// release or put back the round. `everything` says that it lists all blocks; `stop` ends it.
-    ///
-    /// # Errors
-    /// [`StoreError::Fenced`] if another writer took the line, for good; else the round can be put
-    /// back, and a later one tried.
-    pub fn store(
-        &mut self,
-        infos: &[DeviceInfo],
-        frozen: &dyn Frozen,
-        everything: bool,
-        label: &str,
-        stop: &AtomicBool,
-    ) -> Result<Stored> {
-        self.check_owner()?;
-        let _span = tracing::info_span!("generation", line = %self.line).entered();
-        let (start, before) = (Instant::now(), self.store.requests());
-        if everything && !self.seeded {
-            tracing::info_span!("seed").in_scope(|| self.seed())?;
-        }
-        if self.needs_everything() && !everything {
-            let detail = "the round lists changes only, but content stored before is not sure";
-            return Err(StoreError::Group {
-                line: self.line.to_string(),
-                detail: detail.to_owned(),
-            });
-        }
-        self.fit(infos)?;
-        let mut stored = Stored::default();
-        let changes = tracing::info_span!("upload")
-            .in_scope(|| self.upload(infos, frozen, everything, stop, &mut stored))?;
-        for held in &mut self.devices {
-            held.root = held.tags.root(held.places.geometry());
-        }
-        let undo: Vec<Vec<Run>> = changes
-            .iter()
-            .zip(&mut self.devices)
-            .map(|(runs, held)| held.places.apply(runs))
-            .collect();
-        let was_incomplete = self.incomplete;
-        self.incomplete &= !everything;
-        let committed =
-            tracing::info_span!("commit").in_scope(|| self.commit(label, stop, &mut stored));
-        match committed {
-            Ok(number) => stored.number = number,
-            Err(error) => {
-                for (runs, held) in undo.iter().zip(&mut self.devices) {
-                    held.places.apply(runs);
-                }
-                self.incomplete |= was_incomplete;
-                return Err(error);
-            }
-        }
-        stored.requests = self.store.requests().since(&before);
-        stored.held = frozen.held();
-        stored.took = start.elapsed();
-        Ok(stored)
     }
 
     /// Makes the writer's devices those of `infos`.
@@ -307,90 +283,6 @@ impl LineWriter {
         Ok(())
     }
 
-    /// Reads all blocks of the round, and stores those whose content is new.
-    fn upload(
-        &mut self,
-        infos: &[DeviceInfo],
-        frozen: &dyn Frozen,
-        everything: bool,
-        stop: &AtomicBool,
-        stored: &mut Stored,
-    ) -> Result<Vec<Vec<Run>>> {
-        /// Bytes read from a device at a time: how long a writer may be held by the reading.
-        const READ: u64 = 128 << 10;
-        let Self { store, key, options, packs, names, limiter, began, devices, .. } = self;
-        let mut upload =
-            Upload::new(&store.remote, key, options.packs, packs, limiter, *began, stop);
-        let mut buf = Vec::new();
-        let mut changes = Vec::with_capacity(infos.len());
-        let result = infos.iter().enumerate().try_for_each(|(device, info)| {
-            let (geometry, mut collector) = (info.geometry, Collector::default());
-            let tags = &mut devices[device].tags;
-            if everything {
-                tags.begin();
-            }
-            let shift = geometry.block().trailing_zeros() as u8;
-            let size = geometry.block() as usize;
-            for range in frozen.changed(device).ranges() {
-                for part in range.chunks((READ / geometry.block()).max(1)) {
-                    buf.clear();
-                    buf.resize(size * part.count as usize, 0);
-                    let length = geometry.bytes_of(part) as usize;
-                    // What a short last block lacks counts as zeros.
-                    frozen.read(device, part, &mut buf[..length]).map_err(|source| {
-                        let offset = geometry.offset(part.start);
-                        let device = info.name.clone();
-                        StoreError::Device {
-                            operation: "read the frozen content of",
-                            device,
-                            offset,
-                            source,
-                        }
-                    })?;
-                    stored.blocks += part.count;
-                    for (at, block) in buf.chunks(size).enumerate() {
-                        let number = part.start.0 + at as u64;
-                        if is_zero(block) {
-                            stored.zeros += 1;
-                            tags.set(number, 0);
-                            collector.push(number, Content::Zero);
-                            continue;
-                        }
-                        let name = key.name(block);
-                        tags.set(number, root::tag(&name));
-                        let known = names.get(&name).filter(|(pack, _)| upload.usable(*pack));
-                        let (pack, slot) = match known {
-                            Some(place) => {
-                                stored.known += 1;
-                                place
-                            }
-                            None => {
-                                stored.content += size as u64;
-                                let place = upload.push(shift, name, block)?;
-                                names.insert(name, place.0, place.1);
-                                place
-                            }
-                        };
-                        collector.push(number, Content::At { pack, slot });
-                    }
-                }
-            }
-            if everything {
-                tags.complete();
-            }
-            changes.push(collector.runs);
-            Ok(())
-        });
-        let result = result.and_then(|()| upload.finish());
-        (stored.pack_bytes, stored.packs) = (upload.bytes, upload.count);
-        // Packs of which the outcome is unknown hold nothing that may be referred to.
-        let unknown = |pack: u32| packs[pack as usize].state != State::Stored;
-        if result.is_err() {
-            names.forget(unknown);
-        }
-        result.map(|()| changes)
-    }
-
     fn commit(&mut self, label: &str, stop: &AtomicBool, stored: &mut Stored) -> Result<u64> {
         let map_due = self.since_map > self.map.as_ref().map_or(SMALL, |m| m.0.length.max(SMALL));
         let mut map = None;
@@ -404,6 +296,7 @@ impl LineWriter {
             let number = self.head + 1;
             let (entry, used) = self.encode(number, label, map.as_ref())?;
             let length = entry.len() as u64;
+            self.asked = true;
             match self.store.append(&self.line, number, entry)? {
                 Appended::Done => {
                     self.committed(number, length, used, map);
@@ -427,6 +320,7 @@ impl LineWriter {
 
     fn committed(&mut self, number: u64, length: u64, used: BTreeSet<u32>, map: Option<NewMap>) {
         (self.head, self.last_commit, self.referred) = (number, number, used);
+        self.newest_by = self.nonce;
         self.since_map += length;
         self.parent = None;
         if let Some((reference, mut lengths)) = map {
@@ -454,6 +348,7 @@ impl LineWriter {
                 // A create of ours whose answer was lost. What it refers to stays as long as it is
                 // the newest, but the state here is the one before it: exempt nothing.
                 (self.head, self.last_commit) = (number, number);
+                self.newest_by = self.nonce;
                 self.referred.clear();
                 Ok(())
             }

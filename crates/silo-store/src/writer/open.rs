@@ -90,6 +90,7 @@ impl LineWriter {
         if taken.last_commit > 0 {
             let entry = writer.store.read_entry(line, taken.last_commit)?;
             writer.load(line, &entry, keys)?;
+            writer.newest_by = entry.head.writer;
             writer.referred = writer.used();
         }
         Ok(writer)
@@ -150,6 +151,7 @@ impl LineWriter {
             epoch: taken.epoch,
             head: taken.number,
             last_commit: taken.last_commit,
+            newest_by: [0; 16],
             standing: Standing::Owner,
             keys: BTreeMap::from([(key.id, wrapped)]),
             data_keys: HashMap::from([(key.id, key.clone())]),
@@ -164,6 +166,7 @@ impl LineWriter {
             referred: BTreeSet::new(),
             incomplete: false,
             seeded: false,
+            asked: false,
             parent: None,
             options,
             limiter: Limiter::new(options.rate),

@@ -6,6 +6,7 @@ use crate::{
     format::pack::{Builder, PackRef},
     keys::{BlockName, DataKey},
     remote::{Pending, Remote},
+    writer::Sealers,
 };
 use std::{
     collections::{HashMap, VecDeque},
@@ -58,11 +59,16 @@ pub struct PackOptions {
     pub target: usize,
     /// Packs on their way at one time. Memory is bounded by one more than that.
     pub in_flight: usize,
+    /// Threads that compress and seal, beside the one that reads; 0: that one does it. A pack may
+    /// then be longer than `target` by what waits for them.
+    pub sealers: usize,
+    /// How hard zstd tries.
+    pub level: i32,
 }
 
 impl Default for PackOptions {
     fn default() -> Self {
-        Self { target: 8 << 20, in_flight: 3 }
+        Self { target: 8 << 20, in_flight: 3, sealers: 0, level: 1 }
     }
 }
 
@@ -99,7 +105,11 @@ pub(crate) struct Upload<'a> {
     began: Instant,
     stop: &'a AtomicBool,
     open: HashMap<u8, (u32, Builder)>,
+    /// Started with the first pack.
+    sealers: Option<Sealers>,
     sent: VecDeque<(u32, Pending<()>)>,
+    /// The first pack of this round, if it makes one.
+    first: u32,
     pub(crate) bytes: u64,
     pub(crate) count: u64,
 }
@@ -115,7 +125,22 @@ impl<'a> Upload<'a> {
         stop: &'a AtomicBool,
     ) -> Self {
         let (open, sent) = (HashMap::new(), VecDeque::new());
-        Self { remote, key, options, packs, limiter, began, stop, open, sent, bytes: 0, count: 0 }
+        let first = packs.len() as u32;
+        Self {
+            remote,
+            key,
+            options,
+            packs,
+            limiter,
+            began,
+            stop,
+            open,
+            sealers: None,
+            sent,
+            first,
+            bytes: 0,
+            count: 0,
+        }
     }
 
     /// Whether a pack can be referred to from what this round stores.
@@ -125,6 +150,11 @@ impl<'a> Upload<'a> {
             || self.sent.iter().any(|(number, _)| *number == pack)
     }
 
+    /// Whether a pack is of this round.
+    pub(crate) fn is_new(&self, pack: u32) -> bool {
+        pack >= self.first
+    }
+
     /// Stores a block; gives the number of its pack, and its slot.
     pub(crate) fn push(&mut self, shift: u8, name: BlockName, block: &[u8]) -> Result<(u32, u32)> {
         if !self.open.contains_key(&shift) {
@@ -132,13 +162,16 @@ impl<'a> Upload<'a> {
             let id = crate::layout::ObjectId([0; 32]);
             let pack = PackRef { id, length: 0, index: 0, key: self.key.id, salt: [0; 16], shift };
             self.packs.push(Slot { pack, state: State::Unknown });
-            self.open.insert(shift, (number, Builder::new(self.key, shift)?));
+            self.open.insert(shift, (number, Builder::new(self.key, shift, self.options.level)?));
+            if self.sealers.is_none() {
+                self.sealers = Sealers::start(self.options.sealers, self.options.level)?;
+            }
         }
         let target = self.options.target.clamp(PackOptions::LEAST, PackOptions::MOST);
         let Some((number, builder)) = self.open.get_mut(&shift) else {
             return Err(StoreError::Stopped);
         };
-        let place = (*number, builder.push(name, block));
+        let place = (*number, builder.push(name, block, self.sealers.as_ref())?);
         if builder.is_full(target) {
             self.send(shift)?;
         }
@@ -148,7 +181,7 @@ impl<'a> Upload<'a> {
     fn send(&mut self, shift: u8) -> Result<()> {
         let Some((number, builder)) = self.open.remove(&shift) else { return Ok(()) };
         debug_assert!(!builder.is_empty());
-        let (pack, bytes) = builder.finish();
+        let (pack, bytes) = builder.finish()?;
         self.packs[number as usize].pack = pack;
         while self.sent.len() >= self.options.in_flight.max(1) {
             self.settle()?;

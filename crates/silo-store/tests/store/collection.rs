@@ -9,12 +9,13 @@ use object_store::{
 };
 use silo_block::io::BlockDevice;
 use silo_store::{
-    Depth, LineWriter, Reading, Retention, Store, StoreError, Swept, WriterOptions, capture::Want,
+    Depth, Keeper, Keeping, LineWriter, Objects, Reading, Retention, Store, StoreError, Swept,
+    WriterOptions, capture::Want,
 };
 use std::{
     fmt,
     sync::{Arc, Mutex, atomic::AtomicBool},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 type Meanwhile = Box<dyn FnOnce() + Send>;
@@ -236,4 +237,44 @@ fn what_killed_commands_left_goes_when_it_is_old_and_nothing_else_does() {
     stay.retain(|name| !there(name));
     assert!(stay.is_empty(), "{stay:?} went");
     assert_eq!(newest(&store, "vm", "disk").unwrap(), disk.content());
+}
+
+#[test]
+fn a_history_that_is_written_all_the_time_stays_bounded_and_its_newest_generations_whole() {
+    let (backend, store) = in_memory();
+    let disk = Disk::new(noise(1, 200_000));
+    let group = group(&[("disk", 4096, &disk)]);
+    let mut writer = writer(&store, "vm");
+    let keeping = Keeping {
+        retention: Retention { last: 3, ..Retention::default() },
+        every: Duration::from_millis(5),
+        grace: Some(Duration::ZERO),
+    };
+    let keeper = Keeper::start(Arc::clone(&store), line("vm"), keeping).unwrap();
+    let objects = Objects::with_backend(backend, "folder", "the same", limits()).unwrap();
+    let packs = || objects.list("packs").unwrap().len();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let (mut written, mut most) = (0, 0);
+    // Enough was collected, and not all of it at once: the keeper may have had no turn for long.
+    while keeper.kept().collected < 40 || most as u64 >= written {
+        assert!(Instant::now() < deadline, "{:?} after {written} generations", keeper.kept());
+        written += 1;
+        group.device(0).write_at(0, &noise(written, 200_000)).unwrap();
+        // A collection may ask for what this round was to refer to: the next one stores it.
+        match round(&mut writer, &group, Want::Changed) {
+            Ok(_) | Err(StoreError::Busy(_)) => {}
+            Err(error) => panic!("{error}"),
+        }
+        most = most.max(packs());
+    }
+    drop(keeper);
+    // The last collection may be met only now.
+    while let Err(error) = round(&mut writer, &group, Want::Everything) {
+        assert!(matches!(error, StoreError::Busy(_)), "{error}");
+        assert!(Instant::now() < deadline, "{error}");
+    }
+    assert_eq!(newest(&store, "vm", "disk").unwrap(), disk.content());
+    verified(&store);
+    store.prune(&line("vm"), &keeping.retention, SystemTime::now(), false).unwrap();
+    assert_eq!(store.generations(&line("vm")).unwrap().len(), 3);
 }

@@ -12,5 +12,6 @@ mod keys;
 mod lines;
 mod moto;
 mod pins;
+mod rounds;
 mod slow;
 mod support;

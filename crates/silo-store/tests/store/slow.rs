@@ -83,7 +83,7 @@ fn what_comes_slowly_and_no_slower_than_the_limits_allow_is_read_and_listed_in_t
     // Twenty KiB take 600 ms: twice as fast as the slowest that is allowed, and longer than one
     // request without the time for its bytes.
     let limits = Limits {
-        request: Duration::from_millis(250),
+        request: Duration::from_millis(500),
         slowest: 16 << 10,
         attempts: 3,
         pause: Duration::from_millis(1),

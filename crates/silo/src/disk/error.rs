@@ -142,6 +142,8 @@ pub enum DiskError {
     Sync {
         /// The failure.
         cause: String,
+        /// Of what kind it was.
+        kind: io::ErrorKind,
     },
     /// The call does not fit the state of the disk.
     #[error("{operation} does not fit the disk's state: {detail}")]
@@ -158,6 +160,28 @@ impl DiskError {
     pub(super) fn io(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { operation, path, source }
+    }
+
+    /// Of what kind it is, as an error of the system.
+    #[must_use]
+    pub fn kind(&self) -> io::ErrorKind {
+        match self {
+            Self::Io { source, .. } => source.kind(),
+            Self::Sync { kind, .. } => *kind,
+            Self::OutOfRange { .. } | Self::Size { .. } => io::ErrorKind::InvalidInput,
+            Self::Frozen => io::ErrorKind::NotConnected,
+            Self::NotRunningHere => io::ErrorKind::PermissionDenied,
+            Self::ArrivalTimeout { .. } | Self::Timeout { .. } => io::ErrorKind::TimedOut,
+            Self::Interrupted => io::ErrorKind::Interrupted,
+            Self::Corrupt { .. } => io::ErrorKind::InvalidData,
+            _ => io::ErrorKind::Other,
+        }
+    }
+
+    /// Whether it failed for lack of room: the file system, or the quota.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        matches!(self.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
     }
 }
 
@@ -187,16 +211,7 @@ impl From<LockError> for DiskError {
 impl From<DiskError> for io::Error {
     /// Keeps the sentence and gives it the kind that the block server turns into a protocol error.
     fn from(error: DiskError) -> Self {
-        let kind = match &error {
-            DiskError::Io { source, .. } => source.kind(),
-            DiskError::OutOfRange { .. } | DiskError::Size { .. } => io::ErrorKind::InvalidInput,
-            DiskError::Frozen => io::ErrorKind::NotConnected,
-            DiskError::NotRunningHere => io::ErrorKind::PermissionDenied,
-            DiskError::ArrivalTimeout { .. } | DiskError::Timeout { .. } => io::ErrorKind::TimedOut,
-            DiskError::Interrupted => io::ErrorKind::Interrupted,
-            DiskError::Corrupt { .. } => io::ErrorKind::InvalidData,
-            _ => io::ErrorKind::Other,
-        };
+        let kind = error.kind();
         Self::new(kind, error)
     }
 }

@@ -16,6 +16,7 @@
 //! | `runtime` | which block is where right now; survives the death of this process |
 //! | `identity.json` | machine, epoch, hash of the base; silo keeps it, the runner writes it |
 //! | `lock` | held while the disk is open |
+//! | `below`, `below.json` | of a copy of a machine: a layer between base and overlay ([`Layer`]) |
 //!
 //! # What holds
 //!
@@ -44,6 +45,7 @@
 //! first sector as soon as it connects.
 
 mod arrivals;
+mod below;
 mod error;
 mod guest;
 mod identity;
@@ -56,6 +58,7 @@ mod sync;
 mod tests;
 
 pub use crate::map::{BlockState, BootId, DiskStatus};
+pub use below::Layer;
 pub use error::DiskError;
 pub use identity::Identity;
 pub use inspect::{Inspection, inspect};

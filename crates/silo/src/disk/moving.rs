@@ -207,6 +207,9 @@ impl Device for Disk {
         let base = self.store.base_blocks().min(self.blocks());
         set.remove_range(BlockRange::new(base, self.blocks() - base));
         set.union_with(&self.store.states().select(&[BlockState::Data, BlockState::Missing]));
+        if let Some(below) = self.store.below_blocks() {
+            set.union_with(&below);
+        }
         Ok(set)
     }
 

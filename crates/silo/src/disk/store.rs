@@ -1,7 +1,11 @@
 //! The parts that lie on the file system, and the order in which they are written: base, overlay
 //! data, runtime map, journal. See the module documentation of [`disk`](super) for the layout.
 
-use super::{BootId, DiskOptions, MAX_BLOCKS, error::DiskError};
+use super::{
+    BootId, DiskOptions, MAX_BLOCKS,
+    below::{Below, Place},
+    error::DiskError,
+};
 use crate::{
     block::{BLOCK_SIZE, BlockRange, BlockSet},
     files::{Folder, RealFolder, read_cached},
@@ -30,6 +34,7 @@ struct Base {
 pub(super) struct Store {
     dir: PathBuf,
     base: Option<Base>,
+    below: Option<Below>,
     overlay: Overlay,
     cache_reads: AtomicBool,
     /// Held for as long as the disk is open; the kernel lets go of it when the process ends.
@@ -71,6 +76,28 @@ fn size_in_blocks(base_bytes: u64, bytes: u64) -> Result<u64, DiskError> {
     }
 }
 
+/// Calls `read` for each part of an access that lies in one place; false as soon as one is.
+fn pieces(
+    below: &Below,
+    offset: u64,
+    buf: &mut [u8],
+    mut read: impl FnMut(Place, u64, &mut [u8]) -> Result<bool, DiskError>,
+) -> Result<bool, DiskError> {
+    const BLOCK: u64 = BLOCK_SIZE as u64;
+    let end = offset + buf.len() as u64;
+    let mut at = offset;
+    while at < end {
+        let (place, stop) = below.run(at / BLOCK, end.div_ceil(BLOCK));
+        let stop = end.min(stop * BLOCK);
+        let part = &mut buf[(at - offset) as usize..(stop - offset) as usize];
+        if !read(place, at, part)? {
+            return Ok(false);
+        }
+        at = stop;
+    }
+    Ok(true)
+}
+
 impl Store {
     pub(super) fn create(
         dir: &Path,
@@ -94,7 +121,8 @@ impl Store {
         let folder: Arc<dyn Folder> = RealFolder::new(dir);
         let shape = Shape { geometry, base_bytes, instance };
         let overlay = Overlay::create(&folder, names(), shape, &options.boot()?)?;
-        Ok(Self::assemble(dir, base, overlay, held))
+        let below = Below::open(dir, blocks)?;
+        Ok(Self::assemble(dir, base, below, overlay, held))
     }
 
     /// Opens what [`Store::create`] made. The second value: whether the disk was frozen.
@@ -127,12 +155,29 @@ impl Store {
                 given: format!("{base_bytes} bytes"),
             });
         }
-        Ok((Self::assemble(dir, base, overlay, held), frozen))
+        let below = Below::open(dir, geometry.blocks())?;
+        Ok((Self::assemble(dir, base, below, overlay, held), frozen))
     }
 
-    fn assemble(dir: &Path, base: Option<Base>, overlay: Overlay, held: File) -> Self {
+    fn assemble(
+        dir: &Path,
+        base: Option<Base>,
+        below: Option<Below>,
+        overlay: Overlay,
+        held: File,
+    ) -> Self {
         let cache_reads = AtomicBool::new(true);
-        Self { dir: dir.to_owned(), base, overlay, cache_reads, _lock: held }
+        Self { dir: dir.to_owned(), base, below, overlay, cache_reads, _lock: held }
+    }
+
+    /// The layer between base and overlay, while there is one.
+    fn below(&self) -> Option<&Below> {
+        self.below.as_ref().filter(|below| below.is_there())
+    }
+
+    /// Blocks that differ from the base although they are not in the overlay.
+    pub(super) fn below_blocks(&self) -> Option<BlockSet> {
+        self.below().map(Below::blocks)
     }
 
     pub(super) fn dir(&self) -> &Path {
@@ -181,21 +226,36 @@ impl Store {
         offset: u64,
         buf: &mut [u8],
     ) -> Result<(), DiskError> {
-        match (state, &self.base) {
+        match (state, self.below()) {
             (BlockState::Data, _) => Ok(self.overlay.read(offset, buf)?),
-            (BlockState::Base, Some(base)) => {
-                let inside = base.bytes.saturating_sub(offset).min(buf.len() as u64) as usize;
-                let (content, beyond) = buf.split_at_mut(inside);
-                beyond.fill(0);
-                base.file
-                    .read_exact_at(content, offset)
-                    .map_err(DiskError::io("read base", &base.path))
+            (BlockState::Base, None) => self.read_base(offset, buf),
+            (BlockState::Base, Some(below)) => {
+                pieces(below, offset, buf, |place, offset, part| match place {
+                    Place::Layer => below.read(offset, part).map(|()| true),
+                    Place::Zero => {
+                        part.fill(0);
+                        Ok(true)
+                    }
+                    Place::Base => self.read_base(offset, part).map(|()| true),
+                })
+                .map(drop)
             }
             _ => {
                 buf.fill(0);
                 Ok(())
             }
         }
+    }
+
+    fn read_base(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
+        let Some(base) = &self.base else {
+            buf.fill(0);
+            return Ok(());
+        };
+        let inside = base.bytes.saturating_sub(offset).min(buf.len() as u64) as usize;
+        let (content, beyond) = buf.split_at_mut(inside);
+        beyond.fill(0);
+        base.file.read_exact_at(content, offset).map_err(DiskError::io("read base", &base.path))
     }
 
     /// As [`Store::read`], but only what is in the page cache; false if it is not.
@@ -205,10 +265,26 @@ impl Store {
         offset: u64,
         buf: &mut [u8],
     ) -> Result<bool, DiskError> {
-        let base = match (state, &self.base) {
-            (BlockState::Data, _) => return Ok(self.overlay.try_read(offset, buf)?),
-            (BlockState::Base, Some(base)) => base,
-            _ => return self.read(state, offset, buf).map(|()| true),
+        match (state, self.below()) {
+            (BlockState::Data, _) => Ok(self.overlay.try_read(offset, buf)?),
+            (BlockState::Base, None) => self.try_read_base(offset, buf),
+            (BlockState::Base, Some(below)) => {
+                pieces(below, offset, buf, |place, offset, part| match place {
+                    Place::Layer => below.try_read(offset, part),
+                    Place::Zero => {
+                        part.fill(0);
+                        Ok(true)
+                    }
+                    Place::Base => self.try_read_base(offset, part),
+                })
+            }
+            _ => self.read(state, offset, buf).map(|()| true),
+        }
+    }
+
+    fn try_read_base(&self, offset: u64, buf: &mut [u8]) -> Result<bool, DiskError> {
+        let Some(base) = &self.base else {
+            return self.read_base(offset, buf).map(|()| true);
         };
         let length = base.bytes.saturating_sub(offset).min(buf.len() as u64) as usize;
         if length > 0 && self.cache_reads.load(Ordering::Relaxed) {
@@ -222,7 +298,7 @@ impl Store {
                 Err(_) => self.cache_reads.store(false, Ordering::Relaxed),
             }
         }
-        self.read(state, offset, buf).map(|()| true)
+        self.read_base(offset, buf).map(|()| true)
     }
 
     /// Writes bytes into the overlay; no state changes.
@@ -272,6 +348,11 @@ impl Store {
 
     /// Back to a disk of which every block is in the base, and that is being received.
     pub(super) fn reset(&self) -> Result<(), DiskError> {
+        if let Some(below) = self.below() {
+            // First that nobody takes what is left for a disk.
+            self.overlay.sync_status(DiskStatus::Receiving)?;
+            below.remove()?;
+        }
         Ok(self.overlay.reset()?)
     }
 }

@@ -12,6 +12,7 @@
 use super::{error::DiskError, store::Store};
 use crate::map::Tidy;
 use std::{
+    io,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -38,7 +39,7 @@ struct State {
     /// The round that a flush needed which was answered before it was done.
     early: u64,
     /// How the last finished round ended.
-    last: Result<(), String>,
+    last: Result<(), (io::ErrorKind, String)>,
     stop: bool,
 }
 
@@ -77,8 +78,8 @@ impl Shared {
                 FlushPolicy::Switchover => Tidy::No,
             };
             drop(state);
-            let result = self.store.sync(tidy).map_err(|error| error.to_string());
-            if let Err(error) = &result {
+            let result = self.store.sync(tidy).map_err(|error| (error.kind(), error.to_string()));
+            if let Err((_, error)) = &result {
                 tracing::error!(disk = %self.store.dir().display(), error, "a sync failed");
             }
             state = self.state();
@@ -92,14 +93,14 @@ impl Shared {
 impl State {
     /// How a flush that needs `round` ended, if it has.
     fn outcome(&self, round: u64) -> Option<Result<(), DiskError>> {
-        (self.finished >= round)
-            .then(|| self.last.clone().map_err(|cause| DiskError::Sync { cause }))
+        let failed = |(kind, cause)| DiskError::Sync { cause, kind };
+        (self.finished >= round).then(|| self.last.clone().map_err(failed))
     }
 }
 
 impl Flusher {
     /// `limit`: how long a flush may take before it is answered with an error.
-    pub(super) fn new(store: Arc<Store>, limit: Duration) -> std::io::Result<Self> {
+    pub(super) fn new(store: Arc<Store>, limit: Duration) -> io::Result<Self> {
         let state = State {
             policy: FlushPolicy::Normal,
             answer_now: false,

@@ -73,6 +73,8 @@ struct State {
     /// Grows when waiting operations shall give up.
     interrupted: u64,
     waiting: usize,
+    /// Of these, reads.
+    reads: usize,
     stopped: Option<String>,
 }
 
@@ -115,6 +117,12 @@ impl Policied {
     #[must_use]
     pub fn waiting(&self) -> usize {
         self.state().waiting
+    }
+
+    /// How many of them are reads: what they ask for is on no other host, until it can be read here.
+    #[must_use]
+    pub fn waiting_reads(&self) -> usize {
+        self.state().reads
     }
 
     /// Why the device stopped, if it did.
@@ -160,7 +168,7 @@ impl Policied {
             }
             let until = *deadline.get_or_insert_with(|| Instant::now() + self.policy.patience);
             (self.tell)(&trouble);
-            if !self.wait((resumed, interrupted), until) {
+            if !self.wait(operation, (resumed, interrupted), until) {
                 return Err(error);
             }
         }
@@ -183,9 +191,16 @@ impl Policied {
 
     /// Waits for [`Policied::resume`] since `resumed`; false if it did not come or the wait was
     /// called off.
-    fn wait(&self, (resumed, interrupted): (u64, u64), until: Instant) -> bool {
+    fn wait(
+        &self,
+        operation: &'static str,
+        (resumed, interrupted): (u64, u64),
+        until: Instant,
+    ) -> bool {
+        let read = usize::from(operation == "read");
         let mut state = self.state();
         state.waiting += 1;
+        state.reads += read;
         let again = loop {
             if state.interrupted != interrupted {
                 break false;
@@ -198,6 +213,7 @@ impl Policied {
                 self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         };
         state.waiting -= 1;
+        state.reads -= read;
         again
     }
 }

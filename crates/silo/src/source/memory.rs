@@ -23,7 +23,7 @@ use std::{
         fd::{AsFd, BorrowedFd},
         unix::fs::{FileExt, MetadataExt},
     },
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicU8, AtomicU64, Ordering},
 };
 
 /// See the comment of its module.
@@ -103,6 +103,28 @@ impl MemoryDevice {
             .all(|(word, mask)| word.load(Ordering::Relaxed) & mask == mask)
     }
 
+    /// Sees to it that these bytes can be written through the mapping; false: this kernel, one before
+    /// 5.14, cannot say whether there is room.
+    fn make_present(&self, mapping: &Mapping, offset: u64, length: u64) -> io::Result<bool> {
+        if self.is_present(offset, length) {
+            return Ok(true);
+        }
+        match mapping.populate(offset as usize, length as usize) {
+            Ok(()) => {
+                let page = PAGE as u64;
+                for (word, mask) in self.words(offset / page, (offset + length).div_ceil(page)) {
+                    word.fetch_or(mask, Ordering::Relaxed);
+                }
+                Ok(true)
+            }
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(false),
+            Err(error) => {
+                let text = format!("no memory for {length} bytes at {offset}: {error}");
+                Err(io::Error::new(io::ErrorKind::StorageFull, text))
+            }
+        }
+    }
+
     fn punch(&self, offset: u64, length: u64) -> io::Result<()> {
         let page = PAGE as u64;
         // Before the hole: a writer that sees the marks gone populates again.
@@ -144,24 +166,22 @@ impl BlockDevice for MemoryDevice {
         check(self.bytes, offset, length).ok().map(|()| (self.file.as_fd(), offset))
     }
 
+    fn mapped(&self, offset: u64, length: u64, write: bool) -> io::Result<Option<&[AtomicU8]>> {
+        check(self.bytes, offset, length)?;
+        let (Some(mapping), true) = (&self.mapping, length > 0) else { return Ok(None) };
+        let there = if write {
+            self.make_present(mapping, offset, length)?
+        } else {
+            self.is_present(offset, length)
+        };
+        Ok(there.then(|| mapping.bytes(offset as usize, length as usize)))
+    }
+
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         check(self.bytes, offset, data.len() as u64)?;
         let (Some(mapping), false) = (&self.mapping, data.is_empty()) else { return Ok(()) };
-        let (first, end) =
-            (offset / PAGE as u64, (offset + data.len() as u64).div_ceil(PAGE as u64));
-        let marked = |(word, mask): (&AtomicU64, u64)| word.load(Ordering::Relaxed) & mask == mask;
-        if !self.words(first, end).all(marked) {
-            if let Err(error) = mapping.populate(offset as usize, data.len()) {
-                if error.raw_os_error() == Some(libc::EINVAL) {
-                    // A kernel before 5.14.
-                    return self.file.write_all_at(data, offset);
-                }
-                let text = format!("no memory for {} bytes at {offset}: {error}", data.len());
-                return Err(io::Error::new(io::ErrorKind::StorageFull, text));
-            }
-            for (word, mask) in self.words(first, end) {
-                word.fetch_or(mask, Ordering::Relaxed);
-            }
+        if !self.make_present(mapping, offset, data.len() as u64)? {
+            return self.file.write_all_at(data, offset);
         }
         mapping.copy_in(offset as usize, data);
         Ok(())

@@ -1,14 +1,14 @@
 //! The mapping of a memfd: the one unsafe part of [`MemoryDevice`](super::MemoryDevice).
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
-use std::{ffi::c_void, fs::File, io, num::NonZeroUsize, ptr::NonNull};
+use std::{ffi::c_void, fs::File, io, num::NonZeroUsize, ptr::NonNull, sync::atomic::AtomicU8};
 
 /// Size of a page of memory on x86-64 and in silo.
 pub(super) const PAGE: usize = 4096;
 
 /// A file's whole content, mapped shared, to be written by copying.
 ///
-/// No reference into it is ever made. Two copies into the same bytes at once leave a mix of both,
+/// The only references into it are to atomic bytes. Two copies into the same bytes at once leave a mix of both,
 /// as two writes to the same sector of a disk do; nothing in this process takes a decision on those
 /// bytes while it copies.
 pub(super) struct Mapping {
@@ -49,11 +49,21 @@ impl Mapping {
         if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
+    /// These bytes, for whoever copies to or from them himself.
+    pub(super) fn bytes(&self, offset: usize, length: usize) -> &[AtomicU8] {
+        assert!(offset.checked_add(length).is_some_and(|end| end <= self.length));
+        // SAFETY: the range was just checked to lie in the mapping, which lives as long as self; an
+        // atomic byte may be changed by anybody while there is a reference to it.
+        unsafe {
+            std::slice::from_raw_parts(self.start.as_ptr().cast::<AtomicU8>().add(offset), length)
+        }
+    }
+
     /// Copies `data` to `offset`.
     pub(super) fn copy_in(&self, offset: usize, data: &[u8]) {
         assert!(offset.checked_add(data.len()).is_some_and(|end| end <= self.length));
         // SAFETY: the target was just checked to lie in the mapping, which lives as long as self,
-        // and no reference into it exists, so `data` cannot overlap it.
+        // and references into it are to atomic bytes, so `data` cannot overlap it.
         unsafe {
             let to = self.start.as_ptr().cast::<u8>().add(offset);
             std::ptr::copy_nonoverlapping(data.as_ptr(), to, data.len());
@@ -64,7 +74,7 @@ impl Mapping {
     pub(super) fn copy_out(&self, offset: usize, buf: &mut [u8]) {
         assert!(offset.checked_add(buf.len()).is_some_and(|end| end <= self.length));
         // SAFETY: the source was just checked to lie in the mapping, which lives as long as self,
-        // and no reference into it exists, so `buf` cannot overlap it.
+        // and references into it are to atomic bytes, so `buf` cannot overlap it.
         unsafe {
             let from = self.start.as_ptr().cast::<u8>().add(offset);
             std::ptr::copy_nonoverlapping(from, buf.as_mut_ptr(), buf.len());

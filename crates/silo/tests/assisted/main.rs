@@ -32,8 +32,7 @@ fn most_blocks_come_from_the_store_and_both_ends_count_what_came_from_where() {
         for at in 0..40 {
             site.volume.write_at(at * 300_000, &[at as u8 + 1; 5000]).unwrap();
         }
-        let Move { outbound, receiver, .. } =
-            site.start(Plan { rate: 4_000_000, ..Plan::default() });
+        let Move { outbound, receiver, .. } = site.start(Plan::default());
         let report = outbound.wait().unwrap();
         let arrived = receiver.session(1).wait().unwrap();
         same(&*site.device, &*site.target);

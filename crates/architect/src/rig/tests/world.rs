@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub(super) const SETTLE: Duration = Duration::from_secs(5);
+pub(super) const SETTLE: Duration = Duration::from_secs(20);
 
 /// What the network may add to a blackout.
 pub(super) const SLACK: Duration = Duration::from_millis(10);
@@ -152,14 +152,14 @@ impl World {
         Moved { divert, ..moved }
     }
 
-    /// The same without the early step, and with a slow monitor: for `linger`, frames collect in
-    /// the tap that nobody reads any more.
-    pub(super) fn move_late(&mut self, blackout: Duration, linger: Duration) -> Moved {
+    /// The same without the early step, and with a slow monitor: while it `lingers`, frames collect
+    /// in the tap that nobody reads any more.
+    pub(super) fn move_late(&mut self, blackout: Duration, lingers: impl FnOnce()) -> Moved {
         self.prepare(1 - self.at);
         self.epoch += 1;
         let stopped = Instant::now();
         self.vmm.take().unwrap().pause();
-        thread::sleep(linger);
+        lingers();
         self.hand_over(stopped, blackout)
     }
 

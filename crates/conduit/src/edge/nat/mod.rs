@@ -16,8 +16,9 @@ use crate::{
 };
 use serde::Deserialize;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 /// An address that clients use, and the interface that has it.
@@ -39,22 +40,69 @@ pub(crate) enum OutsideV6 {
 }
 
 /// The translation of one edge.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Nat {
     outside: Outside<Ipv4Addr>,
     v6: OutsideV6,
     /// The interface that machines are behind.
     tunnel: &'static str,
     flows_per_network: u32,
+    /// This edge's own home.
+    own: Ipv4Addr,
+    known: Mutex<Known>,
+}
+
+/// What is known of homes.
+#[derive(Debug, Default)]
+struct Known {
+    homes: BTreeMap<Ipv4Addr, Publics>,
+    /// Those that are served here.
+    served: BTreeSet<Ipv4Addr>,
+    /// Those whose connections are on their way here.
+    settling: BTreeSet<Ipv4Addr>,
+}
+
+/// The public addresses of a home.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Publics {
+    pub(crate) v4: Ipv4Addr,
+    pub(crate) v6: Option<Ipv6Addr>,
+    pub(crate) spare: Vec<IpAddr>,
+}
+
+impl Publics {
+    /// As machines without an address of their own are seen, of both families.
+    fn seen(&self) -> [Option<IpAddr>; 2] {
+        [Some(self.v4.into()), self.v6.map(IpAddr::V6)]
+    }
+}
+
+/// A machine, and its home: this edge's own if there is no other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Placed<'a> {
+    net: &'a MachineNet,
+    home: Option<Ipv4Addr>,
+}
+
+impl<'a> From<&'a Entry> for Placed<'a> {
+    fn from(entry: &'a Entry) -> Self {
+        Self { net: &entry.net, home: entry.home.map(|home| home.edge) }
+    }
 }
 
 impl Nat {
-    /// Finds the interfaces of the public addresses.
+    /// Finds the interfaces of the public addresses. With several edges they may be elsewhere, and the
+    /// interface is given.
     pub(crate) fn find(
+        own: Ipv4Addr,
         public: Ipv4Addr,
         options: &EdgeOptions,
         tunnel: &'static str,
     ) -> Result<Self, KernelError> {
+        let interface_of = |address: IpAddr| match &options.beside {
+            Some(beside) => Ok(beside.interface.clone()),
+            None => interface_of(address),
+        };
         let outside = Outside { address: public, interface: interface_of(public.into())? };
         let v6 = match (options.machines_v6, options.public_v6) {
             (None, None) => OutsideV6::None,
@@ -74,7 +122,55 @@ impl Nat {
         for &address in &options.spare {
             interface_of(address)?;
         }
-        Ok(Self { outside, v6, tunnel, flows_per_network: options.flows_per_network })
+        let flows_per_network = options.flows_per_network;
+        let publics = Publics { v4: public, v6: options.public_v6, spare: options.spare.clone() };
+        let homes = BTreeMap::from([(own, publics)]);
+        // The only edge serves its own home, always.
+        let served = if options.beside.is_none() { BTreeSet::from([own]) } else { BTreeSet::new() };
+        let known = Mutex::new(Known { homes, served, settling: BTreeSet::new() });
+        Ok(Self { outside, v6, tunnel, flows_per_network, own, known })
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes the addresses of a home; true if they are news, and the table must be [started](Nat::start)
+    /// again.
+    pub(crate) fn know(&self, home: Ipv4Addr, publics: Publics) -> bool {
+        self.known().homes.insert(home, publics.clone()) != Some(publics)
+    }
+
+    /// Before the table is started: this home was served here, and is.
+    pub(crate) fn note_served(&self, home: Ipv4Addr) {
+        self.known().served.insert(home);
+    }
+
+    /// Connections to a home's addresses begin here from now on, or no more.
+    pub(crate) fn serve(&self, home: Ipv4Addr, served: bool) -> Result<(), KernelError> {
+        let mut known = self.known();
+        if served {
+            known.served.insert(home);
+        } else {
+            known.served.remove(&home);
+        }
+        let text = self.elements_of_home("served", home, known.homes.get(&home), served);
+        drop(known);
+        run(&text).map(drop)
+    }
+
+    /// Connections of a home are on their way here: what is not known of it is dropped, not refused.
+    pub(crate) fn settle(&self, home: Ipv4Addr, settling: bool) -> Result<(), KernelError> {
+        let mut known = self.known();
+        if settling {
+            known.settling.insert(home);
+        } else {
+            known.settling.remove(&home);
+        }
+        let mut text = self.elements_of_home("settling", home, known.homes.get(&home), settling);
+        text += &script::orphan_end(known.settling.is_empty());
+        drop(known);
+        run(&text).map(drop)
     }
 
     /// Makes the table, with these machines and no others.
@@ -84,7 +180,7 @@ impl Nat {
     ) -> Result<(), KernelError> {
         let mut text = self.rules();
         for entry in machines {
-            text += &self.machine(&entry.net);
+            text += &self.machine(entry.into());
         }
         run(&text).map(drop).or_else(|error| {
             tracing::warn!(%error, "the table of another version is replaced whole");
@@ -96,8 +192,8 @@ impl Nat {
     /// A machine is new, or other than it was, or gone.
     pub(crate) fn change(
         &self,
-        before: Option<&MachineNet>,
-        after: Option<&MachineNet>,
+        before: Option<Placed<'_>>,
+        after: Option<Placed<'_>>,
     ) -> Result<(), KernelError> {
         let mut text = String::new();
         if let Some(before) = before {
@@ -179,7 +275,26 @@ mod tests {
         let outside = Outside { address: Ipv4Addr::new(203, 0, 113, 1), interface: "lo".into() };
         let v6 = Outside { address: "fd03::1".parse().unwrap(), interface: "lo".into() };
         let v6 = OutsideV6::Translated(v6);
-        Nat { outside, v6, tunnel: "cd-tunnel", flows_per_network: 1000 }
+        let own = Ipv4Addr::new(100, 64, 0, 1);
+        let homes = BTreeMap::from([
+            (own, publics([203, 0, 113, 1], "fd03::1")),
+            (other_home(), publics([203, 0, 113, 2], "fd03::2")),
+        ]);
+        let served = BTreeSet::from([own]);
+        let known = Mutex::new(Known { homes, served, settling: BTreeSet::new() });
+        Nat { outside, v6, tunnel: "cd-tunnel", flows_per_network: 1000, own, known }
+    }
+
+    fn other_home() -> Ipv4Addr {
+        Ipv4Addr::new(100, 64, 0, 9)
+    }
+
+    fn publics(v4: [u8; 4], v6: &str) -> Publics {
+        Publics { v4: v4.into(), v6: v6.parse().ok(), spare: Vec::new() }
+    }
+
+    fn placed(net: &MachineNet) -> Option<Placed<'_>> {
+        Some(Placed { net, home: None })
     }
 
     fn machine(number: u32) -> MachineNet {
@@ -199,7 +314,15 @@ mod tests {
 
     fn entry(net: MachineNet) -> Entry {
         let owner = Ipv4Addr::new(100, 64, 0, 2);
-        Entry { version: ENTRY_VERSION, net, owner, epoch: 1, released: false, holder: None }
+        Entry {
+            version: ENTRY_VERSION,
+            net,
+            owner,
+            epoch: 1,
+            released: false,
+            holder: None,
+            home: None,
+        }
     }
 
     /// What nft says of the table, without what differs each time.
@@ -226,15 +349,15 @@ mod tests {
                 ..Policy::default()
             };
             let other = MachineNet { policy, ..machine(101) };
-            nat.change(None, Some(&other)).unwrap();
+            nat.change(None, placed(&other)).unwrap();
             let both = listing();
             assert_ne!(both, alone);
             for _ in 0..2 {
-                nat.change(Some(&other), Some(&other)).unwrap();
+                nat.change(placed(&other), placed(&other)).unwrap();
                 assert_eq!(listing(), both);
             }
             for _ in 0..2 {
-                nat.change(Some(&other), None).unwrap();
+                nat.change(placed(&other), None).unwrap();
                 assert_eq!(listing(), alone);
             }
             nat.start([&one].into_iter()).unwrap();
@@ -245,12 +368,40 @@ mod tests {
     }
 
     #[test]
+    fn homes_are_served_and_left_without_a_trace_in_the_rest_of_the_table() {
+        Space::new().unwrap().run(|| {
+            let nat = nat();
+            let net = machine(7);
+            let there = Some(Placed { net: &net, home: Some(other_home()) });
+            nat.start(std::iter::empty()).unwrap();
+            nat.change(None, there).unwrap();
+            let before = listing();
+            assert!(before.contains("203.0.113.2 . 1031 : 10.77.0.7 . 80"), "{before}");
+            assert!(before.contains("reject with tcp reset"), "{before}");
+            for _ in 0..2 {
+                nat.serve(other_home(), true).unwrap();
+                nat.settle(other_home(), true).unwrap();
+            }
+            let during = listing();
+            assert!(!during.contains("reject with tcp reset"), "{during}");
+            for _ in 0..2 {
+                nat.settle(other_home(), false).unwrap();
+                nat.serve(other_home(), false).unwrap();
+            }
+            assert_eq!(listing(), before);
+            assert!(nat.know(other_home(), publics([203, 0, 113, 3], "fd03::3")));
+            assert!(!nat.know(other_home(), publics([203, 0, 113, 3], "fd03::3")));
+            remove().unwrap();
+        });
+    }
+
+    #[test]
     fn with_ten_thousand_machines_one_more_takes_as_long_as_the_first() {
         Space::new().unwrap().run(|| {
             let nat = nat();
             let time = |nat: &Nat, number| {
                 let start = Instant::now();
-                nat.change(None, Some(&machine(number))).unwrap();
+                nat.change(None, placed(&machine(number))).unwrap();
                 start.elapsed()
             };
             nat.start(std::iter::empty()).unwrap();

@@ -15,13 +15,23 @@
 //!  prerouting  raw      classify    the zone, and the mark of what is for a mapped port
 //!              mangle   account     connections by network; answers only from who was asked
 //!              dstnat   inbound     public port → machine's port
+//!  input       filter   unclaimed   what comes for a home whose connections are still on their way here
 //!  forward     filter   transit     leaving: a machine's own address, its bound on bytes
 //!                                   arriving: the mark; who may; its bounds
 //!  postrouting srcnat   outbound    machine → public address; also between machines (hairpin)
 //!  output      raw      answers     what this edge's stack answers (a smaller size, for instance)
 //! ```
+//!
+//! With several edges, every edge has the elements of every machine, each with the public addresses of its
+//! machine's home; of the homes that are served here, `served` has the addresses, and only for these a
+//! connection begins here. Connections that are known go on: what comes late, after another edge has
+//! taken over, is translated as before.
+//!
+//! A machine's segment of a TCP connection that nobody here knows, from a port that is not mapped, has no
+//! right translation (an edge that died has taken it along): it is answered with a reset. While a drain
+//! is under way (`settling`), it is dropped instead, because its connection is about to come.
 
-use super::{Nat, Outside, OutsideV6};
+use super::{Nat, Outside, OutsideV6, Placed};
 use crate::{
     datapath::{MachineNet, Protocol},
     host,
@@ -37,13 +47,15 @@ use std::{
 pub(super) const TABLE: &str = "conduit";
 
 /// What is counted, by name.
-const COUNTERS: [&str; 6] = [
+const COUNTERS: [&str; 8] = [
     "spoofed_source",
     "foreign_connection",
     "not_mapped",
     "refused_source",
     "over_rate",
     "over_connections",
+    "orphan_reset",
+    "settling",
 ];
 
 /// Its first packet: of a flow that is not answered, all others are `new` too.
@@ -89,6 +101,7 @@ impl Nat {
         for (name, hook, priority) in [
             ("classify", "prerouting", "raw"),
             ("account", "prerouting", "mangle"),
+            ("unclaimed", "input", "filter"),
             ("transit", "forward", "filter"),
             ("answers", "output", "raw"),
         ] {
@@ -109,6 +122,8 @@ impl Nat {
             "two_sided",
             "one_sided",
             "hairpin_answer",
+            "orphaned",
+            "orphan_end",
             "leaving",
             "arriving",
         ] {
@@ -121,6 +136,42 @@ impl Nat {
         text.push('\n');
         for (chain, rule) in self.chains() {
             let _ = writeln!(text, "add rule {table} {chain} {rule}");
+        }
+        let known = self.known();
+        for home in known.homes.keys() {
+            text += &self.elements_of_home("publics", *home, known.homes.get(home), true);
+        }
+        for home in &known.served {
+            text += &self.elements_of_home("served", *home, known.homes.get(home), true);
+        }
+        for home in &known.settling {
+            text += &self.elements_of_home("settling", *home, known.homes.get(home), true);
+        }
+        text += &orphan_end(known.settling.is_empty());
+        text
+    }
+
+    /// The text that puts a home's addresses into a set, or takes them out; also if they are not there.
+    pub(super) fn elements_of_home(
+        &self,
+        set: &str,
+        home: std::net::Ipv4Addr,
+        addresses: Option<&super::Publics>,
+        present: bool,
+    ) -> String {
+        let mut text = String::new();
+        let Some(addresses) = addresses else {
+            tracing::debug!(%home, set, "its addresses are not known yet");
+            return text;
+        };
+        let spare = addresses.spare.iter().copied().filter(|_| set != "publics");
+        for address in addresses.seen().into_iter().flatten().chain(spare) {
+            let end = if address.is_ipv4() { "" } else { "6" };
+            let element = format!("element inet {TABLE} {set}{end} {{ {address} }}");
+            let _ = writeln!(text, "add {element}");
+            if !present {
+                let _ = writeln!(text, "delete {element}");
+            }
         }
         text
     }
@@ -136,6 +187,9 @@ impl Nat {
             set(format!("{p}_pairs"), "inet_service . mark".into());
         }
         for Family { end, address, .. } in self.families() {
+            for name in ["publics", "served", "settling"] {
+                set(format!("{name}{end}"), address.into());
+            }
             set(format!("machines{end}"), format!("mark . {address}"));
             set(format!("whole_pairs{end}"), format!("{address} . mark"));
             set(format!("whole_owned{end}"), format!("mark . {address}"));
@@ -152,6 +206,7 @@ impl Nat {
         }
         for Family { end, address, .. } in self.families() {
             let machine = format!("mark . {address}");
+            map(format!("homes{end}"), &machine, address);
             map(format!("whole{end}"), address, address);
             map(format!("whole_networks{end}"), address, "mark");
             map(format!("whole_sources{end}"), &machine, address);
@@ -160,7 +215,7 @@ impl Nat {
             map(format!("bounds_back{end}"), &machine, "verdict");
             let port = format!("{address} . inet_service");
             for p in PROTOCOLS {
-                map(format!("{p}_ports{end}"), "inet_service", &port);
+                map(format!("{p}_ports{end}"), &port, &port);
                 map(format!("{p}_sources{end}"), &format!("mark . {port}"), &port);
             }
         }
@@ -181,8 +236,8 @@ impl Nat {
         }
         add("classify", format!("iifname {tunnel} goto from_machine"));
         for Family { end, ip, public, .. } in &families {
-            if let Some((public, _)) = public {
-                add("classify", format!("{ip} daddr {public} goto to_public"));
+            if public.is_some() {
+                add("classify", format!("{ip} daddr @publics{end} goto to_public"));
             }
             add(
                 "classify",
@@ -198,8 +253,8 @@ impl Nat {
         add("to_public", "ct reply zone set meta mark map @zones".into());
 
         for Family { end, ip, public, .. } in &families {
-            if let Some((public, _)) = public {
-                add("from_machine", format!("{ip} daddr {public} goto one_sided"));
+            if public.is_some() {
+                add("from_machine", format!("{ip} daddr @served{end} goto one_sided"));
             }
             add("from_machine", format!("{ip} daddr . meta mark @whole_pairs{end} goto two_sided"));
             for p in PROTOCOLS {
@@ -233,10 +288,10 @@ impl Nat {
                 "{NEW} {ours} add @counted {{ meta mark ct count over {most} }} counter name over_connections drop"
             ),
         );
-        for Family { ip, public, .. } in &families {
+        for Family { end, ip, public, .. } in &families {
             let answer = format!("iifname {tunnel} ct direction reply {ip} daddr");
-            if let Some((public, _)) = public {
-                add("account", format!("{answer} {public} jump hairpin_answer"));
+            if public.is_some() {
+                add("account", format!("{answer} @publics{end} jump hairpin_answer"));
             }
         }
         for p in PROTOCOLS {
@@ -254,15 +309,19 @@ impl Nat {
         add("hairpin_answer", "counter name foreign_connection drop".into());
 
         for Family { end, ip, public, .. } in &families {
-            if let Some((public, _)) = public {
+            let served = format!("{ip} daddr @served{end} dnat {ip} to {ip} daddr");
+            if public.is_some() {
                 for p in PROTOCOLS {
-                    add(
-                        "inbound",
-                        format!("{ip} daddr {public} dnat {ip} to {p} dport map @{p}_ports{end}"),
-                    );
+                    add("inbound", format!("{served} . {p} dport map @{p}_ports{end}"));
                 }
             }
-            add("inbound", format!("dnat {ip} to {ip} daddr map @whole{end}"));
+            add("inbound", format!("{served} map @whole{end}"));
+        }
+        for Family { end, ip, .. } in &families {
+            add(
+                "unclaimed",
+                format!("{ip} daddr @settling{end} ct state new counter name settling drop"),
+            );
         }
 
         add("transit", format!("iifname {tunnel} jump leaving"));
@@ -274,8 +333,19 @@ impl Nat {
                     "meta nfproto {proto} meta mark . {ip} saddr != @machines{end} counter name spoofed_source drop"
                 ),
             );
-            add("leaving", format!("meta mark . {ip} saddr vmap @bounds_out{end}"));
         }
+        // Before the bounds, which may end the chain.
+        add("leaving", format!("tcp flags & (fin | syn | rst | ack) != syn {NEW} jump orphaned"));
+        for Family { end, ip, .. } in &families {
+            add("leaving", format!("meta mark . {ip} saddr vmap @bounds_out{end}"));
+            let own = format!("meta mark . {ip} saddr");
+            add("orphaned", format!("{own} . tcp sport @tcp_owned{end} return"));
+            add("orphaned", format!("{own} @whole_owned{end} return"));
+        }
+        if self.v6 == OutsideV6::Routed {
+            add("orphaned", "meta nfproto ipv6 return".into());
+        }
+        add("orphaned", "goto orphan_end".into());
 
         // What is answered goes back to the network that asked.
         add("arriving", "ct direction reply meta mark set ct mark".into());
@@ -318,13 +388,12 @@ impl Nat {
         }
 
         for Family { end, ip, public, .. } in &families {
-            let Some((public, interface)) = public else { continue };
-            let hairpin = format!("iifname {tunnel} oifname {tunnel} ct status dnat");
+            let Some((_, interface)) = public else { continue };
+            // As the one that asks is seen by everybody; the mark is that of the one that is asked by now.
             add(
                 "outbound",
                 format!(
-                    "{hairpin} meta nfproto {} snat {ip} to {public}",
-                    if *ip == "ip" { "ipv4" } else { "ipv6" }
+                    "iifname {tunnel} oifname {tunnel} ct status dnat snat {ip} to ct mark . {ip} saddr map @homes{end}"
                 ),
             );
             let out = format!("oifname \"{interface}\"");
@@ -340,22 +409,24 @@ impl Nat {
                     ),
                 );
             }
-            add(
-                "outbound",
-                format!("{out} meta mark . {ip} saddr @machines{end} snat {ip} to {public}"),
-            );
+            add("outbound", format!("{out} snat {ip} to meta mark . {ip} saddr map @homes{end}"));
         }
         rules
     }
 
     /// A machine's elements: the set or map, the key, and the value.
-    fn elements(&self, net: &MachineNet) -> Vec<(String, String, Option<String>)> {
+    fn elements(&self, placed: Placed<'_>) -> Vec<(String, String, Option<String>)> {
+        let net = placed.net;
         let mark = format!("{:#x}", host::mark(net.network));
         let mut found = vec![("zones".to_owned(), mark.clone(), Some(net.network.to_string()))];
         let addresses = [Some(IpAddr::V4(net.address)), net.address_v6.map(IpAddr::V6)];
-        for (family, address) in self.families().into_iter().zip(addresses) {
+        let known = self.known();
+        let home = known.homes.get(&placed.home.unwrap_or(self.own));
+        let seen = home.map_or([None; 2], super::Publics::seen);
+        for ((family, address), seen) in self.families().into_iter().zip(addresses).zip(seen) {
             let Some(address) = address else { continue };
-            self.elements_of(net, &family, address, &mark, &mut found);
+            let seen = seen.filter(|_| family.public.is_some());
+            self.elements_of(net, (&family, seen), address, &mark, &mut found);
         }
         for port in &net.ports {
             let (p, public) = (port.protocol, port.public);
@@ -368,7 +439,7 @@ impl Nat {
     fn elements_of(
         &self,
         net: &MachineNet,
-        family: &Family,
+        (family, seen): (&Family, Option<IpAddr>),
         address: IpAddr,
         mark: &str,
         found: &mut Vec<(String, String, Option<String>)>,
@@ -392,6 +463,9 @@ impl Nat {
             map("whole_networks".into(), whole.to_string(), mark.to_owned());
             map("whole_sources".into(), own.clone(), whole.to_string());
         }
+        if let Some(seen) = seen {
+            map("homes".into(), own.clone(), seen.to_string());
+        }
         if bounds_in(net) {
             map("bounds_in".into(), own.clone(), format!("goto {}", chain("in", net)));
         }
@@ -405,8 +479,9 @@ impl Nat {
         let mut owned = BTreeSet::new();
         for port in &net.ports {
             let (p, public, inside) = (port.protocol, port.public, port.machine);
-            if let Some((outside, _)) = &family.public {
-                map(format!("{p}_ports"), public.to_string(), format!("{address} . {inside}"));
+            if let Some(outside) = seen {
+                let key = format!("{outside} . {public}");
+                map(format!("{p}_ports"), key, format!("{address} . {inside}"));
                 if whole.is_none() && owned.insert((p, inside)) {
                     let own = format!("{own} . {inside}");
                     map(format!("{p}_sources"), own, format!("{outside} . {public}"));
@@ -427,7 +502,8 @@ impl Nat {
     }
 
     /// The text that adds a machine.
-    pub(super) fn machine(&self, net: &MachineNet) -> String {
+    pub(super) fn machine(&self, placed: Placed<'_>) -> String {
+        let net = placed.net;
         let mut text = String::new();
         let table = format!("inet {TABLE}");
         let mut bound = |kind: &str, rules: Vec<String>| {
@@ -444,7 +520,7 @@ impl Nat {
         if let Some(bytes) = net.policy.limits.bytes_out {
             bound("out", vec![over_bytes(bytes)]);
         }
-        for (set, key, value) in self.elements(net) {
+        for (set, key, value) in self.elements(placed) {
             let value = value.map_or_else(String::new, |v| format!(" : {v}"));
             let _ = writeln!(text, "add element {table} {set} {{ {key}{value} }}");
         }
@@ -453,12 +529,13 @@ impl Nat {
 
     /// The text that takes it away again; also if a part of it is not there. The zone of its network
     /// stays: others may be in it.
-    pub(super) fn without(&self, net: &MachineNet) -> String {
+    pub(super) fn without(&self, placed: Placed<'_>) -> String {
+        let net = placed.net;
         let mut text = String::new();
         let table = format!("inet {TABLE}");
         // Nothing removes "if there": what is added first is found.
-        text += &self.machine(net);
-        for (set, key, _) in self.elements(net).into_iter().filter(|(set, ..)| set != "zones") {
+        text += &self.machine(placed);
+        for (set, key, _) in self.elements(placed).into_iter().filter(|(set, ..)| set != "zones") {
             let _ = writeln!(text, "delete element {table} {set} {{ {key} }}");
         }
         let mut chains = Vec::new();
@@ -473,6 +550,17 @@ impl Nat {
         }
         text
     }
+}
+
+/// What becomes of a segment of a connection that nobody knows.
+pub(super) fn orphan_end(settled: bool) -> String {
+    let end = if settled {
+        "counter name orphan_reset reject with tcp reset"
+    } else {
+        "counter name settling drop"
+    };
+    let chain = format!("inet {TABLE} orphan_end");
+    format!("flush chain {chain}\nadd rule {chain} {end}\n")
 }
 
 fn chain(kind: &str, net: &MachineNet) -> String {

@@ -240,3 +240,49 @@ fn a_shorter_state_leaves_nothing_of_a_longer_one() {
     assert_eq!(list(4096 * 2, true), (5, 0), "which were not stored the last time");
     assert_eq!(list(4096 * 9, true), (9, 1));
 }
+
+#[test]
+fn a_destination_that_is_told_what_its_source_had_not_stored_looks_at_that_and_at_what_was_written_since()
+ {
+    // The source: a generation, then writes that no generation has.
+    let source = Rig::new();
+    assert!(source.capture.changed().is_err(), "nothing is stored yet");
+    for _ in 0..5 {
+        source.fake.work(&source.served);
+    }
+    source.capture.freeze(Want::Changed).unwrap().release();
+    for _ in 0..3 {
+        source.fake.work(&source.served);
+    }
+    // A round that was not stored counts as never taken.
+    source.capture.freeze(Want::Changed).unwrap().put_back();
+    let changed = source.capture.changed().unwrap();
+    // Block 0, and those of 6 to 8; of the disk its first.
+    assert_eq!((changed[0].len(), changed[1].len()), (4, 1));
+
+    // The destination: it has written before anybody watched for a backup.
+    let destination = Rig::new();
+    silo::device::Device::start_tracking(&*destination.memory).unwrap();
+    destination.fake.store(100, 1);
+    destination.served.write_at(5 * BLOCK_SIZE as u64, &[1; 8]).unwrap();
+    // Whoever looked before has been told of it; it is known all the same.
+    destination.capture.freeze(Want::Changed).unwrap().put_back();
+    let wrong = [BlockSet::new(BLOCKS), BlockSet::new(3)];
+    assert!(destination.capture.know(&wrong).is_err());
+    destination.capture.know(&changed).unwrap();
+    destination.fake.store(200, 1);
+    let frozen = destination.capture.freeze(Want::Changed).unwrap();
+    let listed = frozen.changed(0);
+    let expected = [0, 6, 7, 8, 100, 200];
+    assert_eq!(listed.len(), expected.len() as u64);
+    assert!(expected.iter().all(|block| listed.contains(BlockIndex(*block))));
+    // Of the disk the round that was put back listed everything, and that stays; it is compared.
+    assert_eq!(frozen.changed(2).len(), frozen.changed(2).device_blocks());
+    frozen.release();
+    // From there on as always.
+    destination.fake.store(300, 1);
+    let frozen = destination.capture.freeze(Want::Changed).unwrap();
+    assert_eq!((frozen.changed(0).len(), frozen.changed(2).len()), (1, 0));
+    // Whoever is told while a round is under way is told no.
+    assert!(destination.capture.know(&changed).is_err());
+}

@@ -16,6 +16,8 @@ const MOST_VCPUS: u32 = 64;
 const QUEUE_SIZE: u32 = 128;
 /// Id of the object that can hold what the guest sends.
 pub(super) const HOLD: &str = "hold";
+/// Id of the object that holds it further, until the instant of which it is can be gone back to.
+pub(super) const SEALED: &str = "sealed";
 
 /// What QEMU was given, by the names under which it finds it.
 #[derive(Clone, Debug)]
@@ -155,11 +157,14 @@ pub(super) fn arguments(shape: &MachineShape, given: &Given, start: Start) -> Ve
                 network.mtu
             ),
         );
-        // An interval (µs) longer than anybody waits: what is held goes when we say.
-        line.option(
-            "-object",
-            format!("filter-buffer,id={HOLD},netdev=n0,queue=rx,interval=4000000000,status=off"),
-        );
+        // An interval (µs) longer than anybody waits: what is held goes when we say. What the guest
+        // sends passes the filters in the reverse order of their making.
+        for id in [SEALED, HOLD] {
+            line.option(
+                "-object",
+                format!("filter-buffer,id={id},netdev=n0,queue=rx,interval=4000000000,status=off"),
+            );
+        }
     }
     for (index, (name, path)) in shape.disks.iter().zip(&given.disks).enumerate() {
         match shape.disk_kind {
@@ -301,6 +306,7 @@ pub(super) mod tests {
             -device virtserialport,bus=serial0.0,nr=1,chardev=guest,name=drafter.agent \
             -netdev tap,id=n0,fd=13,vhost=off \
             -device virtio-net-pci,id=net0,netdev=n0,disable-legacy=on,mac=02:00:00:00:00:fe,host_mtu=1400,romfile=,addr=1 \
+            -object filter-buffer,id=sealed,netdev=n0,queue=rx,interval=4000000000,status=off \
             -object filter-buffer,id=hold,netdev=n0,queue=rx,interval=4000000000,status=off \
             -blockdev {\"discard\":\"unmap\",\"driver\":\"nbd\",\"node-name\":\"disk0\",\"reconnect-delay\":86400,\"server\":{\"path\":\"/proc/self/fd/18/a,b.sock\",\"type\":\"unix\"}} \
             -device virtio-blk-pci,id=blk0,drive=disk0,serial=root,disable-legacy=on,werror=stop,rerror=stop,addr=0x8 \

@@ -83,5 +83,6 @@ pub(super) fn everything(record: &Record, process: &Process) -> Result<Held, Dri
         })
         .map_err(failed)?;
     let tap = descriptor(process, |target| target == "/dev/net/tun", |_| true).map_err(failed)?;
-    Ok(Held { mapping: self::memory(record, process, None)?, memory, tap })
+    let mapping = self::memory(record, process, None)?;
+    Ok(Held { mapping, memory, memory_is_shared: record.memory_is_shared, tap })
 }

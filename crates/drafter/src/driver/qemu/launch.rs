@@ -129,12 +129,16 @@ pub(super) fn start(
     }
 
     let mut inherit = Inherit::default();
-    let (environment, for_shim, from_shim) = shim::prepare(&shim)?.split();
+    let (mut environment, for_shim, from_shim) = shim::prepare(&shim)?.split();
     inherit.0.extend(for_shim);
+    let memory_file = clone(host.memory)?;
+    if host.memory_is_shared {
+        environment.push(shim::private(&memory_file));
+    }
     let given = Given {
         accelerator: found.facts.accelerator,
         translation_cache: config.translation_cache,
-        memory: inherit.path(clone(host.memory)?),
+        memory: inherit.path(memory_file),
         kernel: inherit.path(files::readable_by_all(host.kernel)?),
         initramfs: inherit.path(files::readable_by_all(host.initramfs)?),
         tap: host.tap.map(|tap| clone(tap).map(|tap| inherit.number(tap))).transpose()?,
@@ -166,6 +170,7 @@ pub(super) fn start(
         user: unmade.user.clone(),
         cgroup: unmade.cgroup.clone().expect("the group was made above"),
         memory,
+        memory_is_shared: host.memory_is_shared,
         disk_sockets: host.disk_sockets.clone(),
         shape: shape.clone(),
     };

@@ -50,6 +50,7 @@ use super::{
 };
 use std::{
     ops::RangeInclusive,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -116,6 +117,7 @@ struct Found {
 /// The driver. One serves all machines of a process.
 pub struct QemuDriver {
     config: QemuConfig,
+    known: Option<HostFacts>,
     found: Mutex<Option<Found>>,
 }
 
@@ -123,7 +125,14 @@ impl QemuDriver {
     /// A driver with these settings; looks at nothing yet.
     #[must_use]
     pub fn new(config: QemuConfig) -> Self {
-        Self { config, found: Mutex::new(None) }
+        Self { config, known: None, found: Mutex::new(None) }
+    }
+
+    /// A driver that finds out nothing that another of this host has just found out, which takes half a
+    /// second: for a copy of a machine. `known` must hold now: see [`installed`].
+    #[must_use]
+    pub fn knowing(config: QemuConfig, known: HostFacts) -> Self {
+        Self { known: Some(known), ..Self::new(config) }
     }
 
     /// Which accelerator this host uses, and why: for people.
@@ -136,6 +145,13 @@ impl QemuDriver {
         let mut place = self.found.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = &*place {
             return Ok(found.clone());
+        }
+        // Who may use KVM is looked up each time.
+        if let Some(facts) = self.known.clone().filter(|f| f.accelerator == Accelerator::Tcg) {
+            let reason = "as for the machine that this one is a copy of".into();
+            let verdict = Verdict { accelerator: Accelerator::Tcg, reason, device_group: None };
+            let binary = probe::program(&self.config.binary)?;
+            return Ok(place.insert(Found { binary, facts, verdict }).clone());
         }
         let (binary, version) = probe::qemu_version(&self.config.binary)?;
         let forced = |accelerator| Verdict {
@@ -155,7 +171,7 @@ impl QemuDriver {
             }
         };
         let accelerator = verdict.accelerator;
-        let tsc_khz = tsc::measure_khz().map_err(|errno| DriverError::Host {
+        let tsc_khz = tsc::khz(&self.config.state_dir).map_err(|errno| DriverError::Host {
             operation: "measuring the processor's clock".into(),
             source: errno.into(),
         })?;
@@ -197,11 +213,52 @@ impl Driver for QemuDriver {
     }
 }
 
+/// The driver of the QEMU that is installed now, as in [`HostFacts::driver`]: it may have been replaced
+/// since a machine was started.
+///
+/// # Errors
+/// If there is none.
+pub fn installed(binary: &Path) -> Result<String, DriverError> {
+    probe::qemu_version(binary).map(|(_, version)| format!("qemu {version}"))
+}
+
 /// The process of a monitor that lives in `run_dir`, whoever looks after it.
 #[must_use]
 pub fn monitor_without_runner(run_dir: &Path) -> Option<u32> {
     let record = record::Record::load(run_dir).ok().flatten()?;
     record.process.runs().then_some(record.process.pid)
+}
+
+/// A handle to freeze or kill the monitor in `run_dir`, for whoever guards it. `None` if there is none.
+///
+/// # Errors
+/// If this host does not let it be reached.
+pub fn fence_of(run_dir: &Path) -> Result<Option<Arc<dyn Fence>>, DriverError> {
+    launch::fence(run_dir)
+}
+
+/// The process of the monitor in `run_dir`, for whoever waits for its end: a descriptor that becomes
+/// readable then. `None` if there is none.
+///
+/// # Errors
+/// If this host does not let it be reached.
+pub fn process_of(run_dir: &Path) -> Result<Option<OwnedFd>, DriverError> {
+    let Some(record) = record::Record::load(run_dir)? else { return Ok(None) };
+    let found = process::Process::open(record.process).and_then(|found| {
+        found.map(|process| process.descriptor().try_clone_to_owned()).transpose()
+    });
+    found.map_err(|source| DriverError::Host {
+        operation: format!("looking for the QEMU of machine \"{}\"", record.shape.name),
+        source,
+    })
+}
+
+/// Whether somebody froze the monitor in `run_dir`, or is about to; false if there is none.
+#[must_use]
+pub fn is_frozen(run_dir: &Path) -> bool {
+    let record = record::Record::load(run_dir).ok().flatten();
+    let frozen = |record: record::Record| record.cgroup.is_frozen(record.process.pid);
+    record.filter(|record| record.process.runs()).is_some_and(frozen)
 }
 
 /// Ends a monitor that lost its runner, at once and without asking it: it may hang on a page that

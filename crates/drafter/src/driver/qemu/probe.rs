@@ -212,7 +212,7 @@ pub(super) fn qemu_version(binary: &Path) -> Result<(PathBuf, String), DriverErr
         what: format!("{} cannot be used: {why}", binary.display()),
         hint: "install QEMU (apt-get install qemu-system-x86)".into(),
     };
-    let path = in_path(binary).ok_or_else(|| unusable("it is not there".into()))?;
+    let path = program(binary)?;
     let output = Command::new(&path)
         .arg("--version")
         .stdin(Stdio::null())
@@ -227,6 +227,14 @@ pub(super) fn qemu_version(binary: &Path) -> Result<(PathBuf, String), DriverErr
         }
         _ => Err(unusable(format!("--version says {:?}", text.lines().next().unwrap_or_default()))),
     }
+}
+
+/// The path of the QEMU program.
+pub(super) fn program(binary: &Path) -> Result<PathBuf, DriverError> {
+    in_path(binary).ok_or_else(|| DriverError::Unusable {
+        what: format!("{} cannot be used: it is not there", binary.display()),
+        hint: "install QEMU (apt-get install qemu-system-x86)".into(),
+    })
 }
 
 fn in_path(binary: &Path) -> Option<PathBuf> {

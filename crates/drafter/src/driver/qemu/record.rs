@@ -24,6 +24,9 @@ pub(super) struct Record {
     pub(super) user: Option<UserLease>,
     pub(super) cgroup: Cgroup,
     pub(super) memory: FileId,
+    /// It is mapped privately: the machine is a copy. Older runners did not say so, and had none.
+    #[serde(default)]
+    pub(super) memory_is_shared: bool,
     pub(super) disk_sockets: Vec<PathBuf>,
     pub(super) shape: MachineShape,
 }

@@ -123,6 +123,11 @@ impl Failure {
     }
 }
 
+/// The variable by which the shim maps `memory`, a descriptor that QEMU inherits, privately.
+pub(super) fn private(memory: &impl AsRawFd) -> (&'static str, String) {
+    ("DRAFTER_SHIM_PRIVATE_FD", memory.as_raw_fd().to_string())
+}
+
 impl Handshake {
     /// Waits for the userfaultfd. `stderr` is where the dynamic loader complains: it goes on
     /// without a library that it cannot load, and nobody would ever send anything.

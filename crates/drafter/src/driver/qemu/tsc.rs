@@ -1,13 +1,54 @@
 //! The rate of this host's time stamp counter, which a TCG guest sees and must be told at boot:
-//! microvm has no clock that the guest's kernel could measure it against on a busy host.
+//! microvm has no clock that the guest's kernel could measure it against on a busy host. It is kept for as
+//! long as this host runs, because measuring takes as long as all else of a start.
 
 use super::sys;
 use nix::time::{ClockId, clock_gettime};
-use std::{thread, time::Duration};
+use std::{fs, path::Path, thread, time::Duration};
 
 const ROUNDS: usize = 5;
 /// An error of 0.3 µs at each end of 60 ms is 10 parts per million.
 const ROUND: Duration = Duration::from_millis(60);
+
+/// How long a rate that is known is looked at again: an error of 0.3 µs at each end is 120 parts per
+/// million.
+const GLANCE: Duration = Duration::from_millis(5);
+/// A known rate that differs by more parts per million is measured anew.
+const AGREES: u64 = 500;
+/// The file that keeps the rate, for as long as this host runs.
+const FILE: &str = "tsc";
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// The rate in kHz: as it is kept in a folder, if that is of this boot and agrees with the clock; else it
+/// is measured, which takes 0.3 s, and kept there.
+pub(super) fn khz(folder: &Path) -> nix::Result<u64> {
+    let boot = fs::read_to_string(BOOT_ID).unwrap_or_default();
+    let path = folder.join(FILE);
+    let kept = fs::read_to_string(&path).ok().and_then(|text| kept(&text, boot.trim()));
+    if let Some(kept) = kept
+        && agree(kept, rate_over(GLANCE)?)
+    {
+        return Ok(kept);
+    }
+    let measured = measure_khz()?;
+    let new = folder.join(format!("{FILE}.{}", std::process::id()));
+    let write = fs::create_dir_all(folder)
+        .and_then(|()| fs::write(&new, format!("{} {measured}\n", boot.trim())));
+    if let Err(error) = write.and_then(|()| fs::rename(&new, &path)) {
+        tracing::debug!(%error, "the processor's clock is measured again by the next runner");
+    }
+    Ok(measured)
+}
+
+/// The rate that was kept during this boot.
+fn kept(text: &str, boot: &str) -> Option<u64> {
+    let (of, khz) = text.trim().split_once(' ')?;
+    (!boot.is_empty() && of == boot).then(|| khz.parse().ok())?
+}
+
+fn agree(kept: u64, seen: u64) -> bool {
+    u128::from(kept.abs_diff(seen)) * 1_000_000 <= u128::from(AGREES) * u128::from(kept)
+}
 
 /// One reading of both clocks, as close together as eight tries allow.
 fn reading() -> nix::Result<(u64, u64)> {
@@ -30,21 +71,46 @@ fn reading() -> nix::Result<(u64, u64)> {
 pub(super) fn measure_khz() -> nix::Result<u64> {
     let mut rates = Vec::with_capacity(ROUNDS);
     for _ in 0..ROUNDS {
-        let (tsc, nanos) = reading()?;
-        thread::sleep(ROUND);
-        let (tsc_later, nanos_later) = reading()?;
-        let (ticks, nanos) = (tsc_later.wrapping_sub(tsc), (nanos_later - nanos).max(1));
-        rates.push((u128::from(ticks) * 1_000_000 / u128::from(nanos)) as u64);
+        rates.push(rate_over(ROUND)?);
     }
     rates.sort_unstable();
     Ok(rates[ROUNDS / 2])
 }
 
+fn rate_over(time: Duration) -> nix::Result<u64> {
+    let (tsc, nanos) = reading()?;
+    thread::sleep(time);
+    let (tsc_later, nanos_later) = reading()?;
+    let (ticks, nanos) = (tsc_later.wrapping_sub(tsc), (nanos_later - nanos).max(1));
+    Ok((u128::from(ticks) * 1_000_000 / u128::from(nanos)) as u64)
+}
+
 #[cfg(test)]
 mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_is_kept_for_this_boot_and_measured_again_where_it_cannot_be_true() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = khz(folder.path()).unwrap();
+        let file = folder.path().join(FILE);
+        let boot = fs::read_to_string(BOOT_ID).unwrap();
+        assert_eq!(kept(&fs::read_to_string(&file).unwrap(), boot.trim()), Some(first));
+        assert_eq!(kept(&format!("another {first}"), boot.trim()), None);
+        for wrong in
+            [format!("{} {}", boot.trim(), first * 2), format!("{} x", boot.trim()), String::new()]
+        {
+            fs::write(&file, &wrong).unwrap();
+            let again = khz(folder.path()).unwrap();
+            assert!(agree(first, again), "{first} and {again} kHz after {wrong:?}");
+        }
+        assert!(agree(1_000_000, 1_000_499) && !agree(1_000_000, 999_400));
+        assert!(!agree(0, 1));
+    }
+
     #[test]
     fn two_measurements_of_the_tsc_agree_within_200_ppm() {
-        let (a, b) = (super::measure_khz().unwrap(), super::measure_khz().unwrap());
+        let (a, b) = (measure_khz().unwrap(), measure_khz().unwrap());
         assert!(a > 100_000, "{a} kHz is slower than any x86-64 processor");
         assert!(a.abs_diff(b) * 1_000_000 / a < 200, "{a} and {b} kHz");
     }

@@ -331,6 +331,19 @@ fn has_failed(event: &Event) -> bool {
     is_migration(event, "failed") || is_migration(event, "cancelled")
 }
 
+impl QemuVm {
+    /// Has one of the buffers of outgoing frames hold them, or pass on what it has and all that comes.
+    fn buffer(&mut self, id: &str, hold: bool) -> Result<(), DriverError> {
+        if self.record.shape.network.is_none() {
+            return Ok(());
+        }
+        let status = if hold { "on" } else { "off" };
+        let path = format!("/objects/{id}");
+        let arguments = json!({ "path": path, "property": "status", "value": status });
+        self.call("qom-set", arguments, "holding what it sends").map(|_| ())
+    }
+}
+
 impl Vm for QemuVm {
     fn pid(&self) -> u32 {
         self.process.pid()
@@ -485,13 +498,24 @@ impl Vm for QemuVm {
     }
 
     fn hold_output(&mut self, hold: bool) -> Result<(), DriverError> {
-        if self.record.shape.network.is_none() {
-            return Ok(());
-        }
-        let status = if hold { "on" } else { "off" };
-        let path = format!("/objects/{}", command::HOLD);
-        let arguments = json!({ "path": path, "property": "status", "value": status });
-        self.call("qom-set", arguments, "holding what it sends").map(|_| ())
+        self.buffer(command::HOLD, hold)
+    }
+
+    fn commit_output(&mut self, on: bool) -> Result<(), DriverError> {
+        // What leaves the first goes into the second, if that holds: on in this order, off in the other.
+        let order =
+            if on { [command::SEALED, command::HOLD] } else { [command::HOLD, command::SEALED] };
+        order.into_iter().try_for_each(|stage| self.buffer(stage, on))
+    }
+
+    fn seal_output(&mut self) -> Result<(), DriverError> {
+        // The guest stands still: nothing passes between the two.
+        [false, true].into_iter().try_for_each(|hold| self.buffer(command::HOLD, hold))
+    }
+
+    fn release_sealed(&mut self) -> Result<(), DriverError> {
+        // The stage before it holds all that the guest sends meanwhile.
+        [false, true].into_iter().try_for_each(|hold| self.buffer(command::SEALED, hold))
     }
 
     fn freeze(&mut self) -> Result<(), DriverError> {

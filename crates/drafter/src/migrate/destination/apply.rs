@@ -165,6 +165,12 @@ impl Applier {
         self.helper.as_mut().map_or(Ok(()), Helper::settle)
     }
 
+    /// After a failure or a lost connection: what comes over the next one is put in place anew.
+    pub(super) fn renew(&mut self) {
+        self.run = 0;
+        self.helper = None;
+    }
+
     /// The memory of a block frame that is in place, to be used again.
     pub(super) fn take_spare(&mut self) -> Vec<u8> {
         let helpers = self.helper.as_mut().and_then(Helper::spare);
@@ -184,6 +190,16 @@ impl Applier {
         }
         self.armed = true;
         Ok(())
+    }
+
+    /// What is missing of a group whose lists came over an earlier connection, or to an earlier runner.
+    pub(super) fn armed(devices: Vec<Arc<dyn Device>>) -> Self {
+        Self { armed: true, ..Self::new(devices) }
+    }
+
+    /// The devices.
+    pub(super) fn devices(&self) -> &[Arc<dyn Device>] {
+        &self.devices
     }
 
     /// Blocks still missing, over all devices.

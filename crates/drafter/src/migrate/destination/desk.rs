@@ -2,7 +2,8 @@
 //! actions. It is shared by the session's threads; three of them matter here:
 //!
 //! - the *timer* keeps [`DestinationAuthority::wake_at`], does nothing that can hang, and so
-//!   freezes the machine on time whatever the others are stuck in;
+//!   freezes the machine on time whatever the others are stuck in; what freezes it if this process is
+//!   dead or stopped by then is told by [`Freezer::run_until`], before the first instruction;
 //! - the *clerk* talks to the lease store and tells the machine what was decided;
 //! - the session's own thread loads and runs, when an event of its own says so.
 
@@ -69,6 +70,7 @@ pub(super) struct Desk<M> {
     marks: Mutex<Marks>,
     ended: Mutex<bool>,
     on_report: Box<dyn Fn(&str) + Send + Sync>,
+    on_release: Box<dyn Fn() + Send + Sync>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -85,7 +87,23 @@ impl<M: DestinationMachine + 'static> Desk<M> {
         on_report: Box<dyn Fn(&str) + Send + Sync>,
     ) -> std::io::Result<Arc<Self>> {
         let (freezer, faults) = (machine.freezer(), machine.faults());
-        let machine = Arc::new(Mutex::new(Some(machine)));
+        let none = Box::new(|| {});
+        Self::over(authority, main, Some(machine), freezer, faults, store, on_report, none)
+    }
+
+    /// As [`Desk::open`]. `on_release`: lets out what a machine sends that is not in the desk's hands.
+    #[expect(clippy::too_many_arguments, reason = "the pieces of one desk")]
+    pub(super) fn over(
+        authority: DestinationAuthority,
+        main: Arc<Mutex<Outgoing>>,
+        machine: Option<Box<M>>,
+        freezer: Arc<dyn Freezer>,
+        faults: Box<dyn Fn() -> FaultSummary + Send + Sync>,
+        store: Arc<dyn LeaseStore>,
+        on_report: Box<dyn Fn(&str) + Send + Sync>,
+        on_release: Box<dyn Fn() + Send + Sync>,
+    ) -> std::io::Result<Arc<Self>> {
+        let machine = Arc::new(Mutex::new(machine));
         let (sender, receiver) = mpsc::channel();
         let desk = Arc::new(Self {
             authority: Mutex::new(authority),
@@ -101,6 +119,7 @@ impl<M: DestinationMachine + 'static> Desk<M> {
             marks: Mutex::new(Marks::default()),
             ended: Mutex::new(false),
             on_report,
+            on_release,
         });
         let clerk = Arc::clone(&desk);
         let clerk = std::thread::Builder::new()
@@ -179,7 +198,24 @@ impl<M: DestinationMachine + 'static> Desk<M> {
     pub(super) fn event(&self, event: DestinationEvent) -> bool {
         let mut load = false;
         let mut authority = lock(&self.authority);
-        let actions = authority.on(BootClock.now(), event);
+        let before = authority.state();
+        let mut actions = authority.on(BootClock.now(), event);
+        if actions.contains(&DestinationAction::LoadAndRun)
+            && let Err(why) = self.freezer.run_until(authority.freeze_at())
+        {
+            actions = authority.on(BootClock.now(), DestinationEvent::LoadFailed(why));
+        }
+        let asks = |action: &DestinationAction| matches!(action, DestinationAction::Lease(_));
+        if before == DestinationState::Loading && actions.iter().any(asks) {
+            self.freezer.lease_asked();
+        }
+        // Before it is thawed, if it is frozen.
+        if !is_owner(before)
+            && is_owner(authority.state())
+            && let Err(error) = self.freezer.run_until(None)
+        {
+            tracing::error!(error, "its guard does not learn that the machine is this host's");
+        }
         // Carried out under the authority's lock, so that no two threads mix their actions; all of
         // them are quick, or left to the clerk.
         for action in actions {
@@ -260,7 +296,13 @@ impl<M: DestinationMachine + 'static> Desk<M> {
                 }
             }
             Errand::ReleaseOutput => {
-                let released = lock(&self.machine).as_mut().map_or(Ok(()), |m| m.release_output());
+                let released = match lock(&self.machine).as_mut() {
+                    Some(machine) => machine.release_output(),
+                    None => {
+                        (self.on_release)();
+                        Ok(())
+                    }
+                };
                 if let Err(error) = released {
                     tracing::error!(error, "releasing held frames failed");
                 }
@@ -274,15 +316,20 @@ impl<M: DestinationMachine + 'static> Desk<M> {
                 }
             }
             Errand::Durable { epoch } => {
-                let report = DurableReport { epoch, faults: (self.faults)() };
-                if let Ok(json) = serde_json::to_vec(&report) {
+                if let Ok(json) = serde_json::to_vec(&self.durable(epoch)) {
                     self.send(&Frame::Durable(json));
                 }
             }
         }
     }
 
-    fn confirmation(&self, epoch: u64) -> Confirmation {
+    /// What is released.
+    pub(super) fn durable(&self, epoch: u64) -> DurableReport {
+        DurableReport { epoch, faults: (self.faults)() }
+    }
+
+    /// What is confirmed.
+    pub(super) fn confirmation(&self, epoch: u64) -> Confirmation {
         let marks = *self.marks();
         let since_token = |at: Option<Instant>| {
             let token = marks.token?;
@@ -317,6 +364,10 @@ impl<M: DestinationMachine + 'static> Desk<M> {
                 .0;
         }
     }
+}
+
+const fn is_owner(state: DestinationState) -> bool {
+    matches!(state, DestinationState::Owner(_) | DestinationState::Settled(_))
 }
 
 #[cfg(test)]

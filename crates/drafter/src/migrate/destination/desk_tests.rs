@@ -4,8 +4,8 @@
 use super::*;
 use crate::{
     lease::{
-        AttemptId, Epoch, FileStore, HostName, MachineName, Nonce, OfferSerial, Outcome, Record,
-        StoreError,
+        AttemptId, Beat, BeatName, BootTime, Epoch, FileStore, HostName, Key, MachineName, Nonce,
+        OfferSerial, Outcome, Record, StoreError,
     },
     migrate::{
         destination::machine::Freezer,
@@ -25,11 +25,16 @@ const ATTEMPT: AttemptId = AttemptId(7);
 type Told = Arc<Mutex<Vec<String>>>;
 
 /// A machine that only takes notes.
-struct Notes(Told);
+#[derive(Clone)]
+struct Notes {
+    told: Told,
+    /// Somebody would stop it at the end of its offer.
+    guarded: bool,
+}
 
 impl Notes {
     fn note(&self, what: &str) {
-        lock(&self.0).push(what.to_owned());
+        lock(&self.told).push(what.to_owned());
     }
 }
 
@@ -37,6 +42,7 @@ impl DestinationMachine for Notes {
     fn devices(&self) -> Vec<Arc<dyn Device>> {
         Vec::new()
     }
+    fn expect(&mut self, _blackout: Duration) {}
     fn load(&mut self, _state: &[u8]) -> Result<(), MachineError> {
         Ok(())
     }
@@ -55,7 +61,7 @@ impl DestinationMachine for Notes {
         Box::new(FaultSummary::default)
     }
     fn freezer(&self) -> Arc<dyn Freezer> {
-        Arc::new(Notes(Arc::clone(&self.0)))
+        Arc::new(self.clone())
     }
 }
 
@@ -67,6 +73,23 @@ impl Freezer for Notes {
     fn thaw(&self) -> Result<(), String> {
         self.note("thaw");
         Ok(())
+    }
+    fn run_until(&self, end: Option<BootTime>) -> Result<(), String> {
+        match end {
+            Some(end) => {
+                let left = end.since(BootClock.now());
+                assert!(left <= Terms::default().good_for, "{left:?} is longer than its offer");
+                self.note("ends with its offer");
+                if self.guarded { Ok(()) } else { Err("nobody guards it".to_owned()) }
+            }
+            None => {
+                self.note("ends no more");
+                Ok(())
+            }
+        }
+    }
+    fn lease_asked(&self) {
+        self.note("asked");
     }
 }
 
@@ -109,10 +132,23 @@ impl LeaseStore for Forgetful {
         };
         assert_eq!(self.store.compare_and_set(machine, expected, &new).unwrap(), outcome);
         Err(StoreError::Unavailable {
-            machine: machine.clone(),
+            of: Key::Lease(machine.clone()),
             operation: "write the lease".into(),
             detail: "the answer got lost".into(),
         })
+    }
+
+    fn read_beat(&self, name: &BeatName) -> Result<Option<Beat>, StoreError> {
+        self.store.read_beat(name)
+    }
+
+    fn compare_and_set_beat(
+        &self,
+        name: &BeatName,
+        expected: Option<&Beat>,
+        new: &Beat,
+    ) -> Result<Outcome<Beat>, StoreError> {
+        self.store.compare_and_set_beat(name, expected, new)
     }
 }
 
@@ -140,9 +176,17 @@ fn connection() -> (Arc<Mutex<Outgoing>>, Incoming) {
     (Arc::new(Mutex::new(ours.outgoing)), source.incoming)
 }
 
-/// Runs a machine on an offer and asks for its lease, whose first answer does not come. Gives the
-/// final state, what the machine was told, the lease, and the number of writes asked for.
-fn ask(first: First) -> (DestinationState, Vec<String>, Record, u32) {
+/// A machine that is offered for, and what it takes to run it.
+struct Scene {
+    desk: Arc<Desk<Notes>>,
+    token: Token,
+    told: Told,
+    heard: Incoming,
+    store: Arc<Forgetful>,
+    _folder: tempfile::TempDir,
+}
+
+fn offered(first: First, guarded: bool) -> Scene {
     let folder = tempfile::tempdir().unwrap();
     let store = FileStore::open(folder.path(), SOON).unwrap();
     let owned = Record::first(machine(), host("a"), AttemptId(1), Nonce(1));
@@ -157,6 +201,7 @@ fn ask(first: First) -> (DestinationState, Vec<String>, Record, u32) {
         here: host("b"),
         from: host("a"),
         attempt: ATTEMPT,
+        beat: None,
         terms: Terms::default(),
         nonces: Box::new(move || {
             number += 1;
@@ -165,29 +210,37 @@ fn ask(first: First) -> (DestinationState, Vec<String>, Record, u32) {
     });
     let (outgoing, mut heard) = connection();
     let told = Told::default();
-    let notes = Box::new(Notes(Arc::clone(&told)));
+    let notes = Box::new(Notes { told: Arc::clone(&told), guarded });
     let lease: Arc<dyn LeaseStore> = store.clone();
     let desk = Desk::open(authority, outgoing, notes, lease, Box::new(|_| {})).unwrap();
     desk.event(DestinationEvent::Prepared);
     let Frame::Offer { serial, .. } = heard.read().unwrap() else { panic!("no offer") };
     let token = Token { attempt: ATTEMPT, serial: OfferSerial(serial), handed, flush_owed: false };
-    assert!(desk.event(DestinationEvent::Token(token)), "it shall load and run");
+    Scene { desk, token, told, heard, store, _folder: folder }
+}
+
+/// Runs a machine on an offer and asks for its lease, whose first answer does not come. Gives the
+/// final state, what the machine was told, the lease, and the number of writes asked for.
+fn ask(first: First) -> (DestinationState, Vec<String>, Record, u32) {
+    let scene = offered(first, true);
+    let desk = &scene.desk;
+    assert!(desk.event(DestinationEvent::Token(scene.token)), "it shall load and run");
     desk.event(DestinationEvent::Running);
     let undecided = |state| {
         matches!(state, DestinationState::Unconfirmed | DestinationState::FrozenUnconfirmed)
     };
     let state = desk.wait(Instant::now() + SOON, |state| !undecided(state));
     desk.close();
-    let told = lock(&told).clone();
-    let record = store.read(&machine()).unwrap().unwrap();
-    (state, told, record, store.calls.load(Ordering::SeqCst))
+    let told = lock(&scene.told).clone();
+    let record = scene.store.read(&machine()).unwrap().unwrap();
+    (state, told, record, scene.store.calls.load(Ordering::SeqCst))
 }
 
 #[test]
 fn a_lease_that_was_won_and_whose_answer_got_lost_is_known_by_its_nonce_and_taken_once() {
     let (state, told, record, calls) = ask(First::DoneUnheard);
     assert_eq!(state, DestinationState::Owner(Epoch(2)));
-    assert_eq!(told, ["own 2", "release output"]);
+    assert_eq!(told, ["ends with its offer", "asked", "ends no more", "own 2", "release output"]);
     assert_eq!((record.owner, record.epoch), (host("b"), Epoch(2)));
     assert!(calls >= 2, "it asked again");
 }
@@ -196,6 +249,25 @@ fn a_lease_that_was_won_and_whose_answer_got_lost_is_known_by_its_nonce_and_take
 fn a_lease_that_went_back_to_the_source_while_no_answer_came_stops_the_copy_unheard() {
     let (state, told, record, _) = ask(First::LostToTheSource);
     assert!(!matches!(state, DestinationState::Owner(_)), "{state:?}");
-    assert_eq!(told, ["freeze"], "nothing it sent was let out");
+    assert_eq!(told, ["ends with its offer", "asked", "freeze"], "nothing it sent was let out");
     assert_eq!((record.owner, record.epoch), (host("a"), Epoch(2)));
+}
+
+#[test]
+fn a_machine_that_nobody_would_stop_at_the_end_of_its_offer_is_refused_before_it_runs() {
+    let mut scene = offered(First::DoneUnheard, false);
+    let token = scene.token.clone();
+    assert!(!scene.desk.event(DestinationEvent::Token(token)), "it shall not run");
+    assert_eq!(scene.desk.state(), DestinationState::Refused);
+    let why = loop {
+        match scene.heard.read().unwrap() {
+            Frame::Refused { reason, .. } => break reason,
+            Frame::Offer { .. } => {}
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(why.contains("nobody guards it"), "{why}");
+    scene.desk.close();
+    assert_eq!(*lock(&scene.told), ["ends with its offer"]);
+    assert_eq!(scene.store.calls.load(Ordering::SeqCst), 0, "its lease was not asked for");
 }

@@ -6,26 +6,37 @@
 
 mod apply;
 mod desk;
+mod door;
+mod faults;
 mod helper;
 mod machine;
 
 pub use apply::ApplyError;
+pub use door::Door;
+pub(crate) use door::turn_away;
+pub use faults::Demands;
 pub use machine::{DestinationMachine, Freezer};
 
 use super::{
     link::{Channel, Incoming, Outgoing},
-    messages::TokenMeta,
+    messages::{ResumeAnswer, Standing, TokenMeta},
     protocol::{DeviceNumber, Frame, WireError},
     switchover::{
         DestinationAuthority, DestinationEvent, DestinationParts, DestinationState, Holding,
     },
 };
-use crate::{driver::Urgent, lease::LeaseStore};
+use crate::{
+    driver::Urgent,
+    lease::{LeaseStore, Record},
+};
 use apply::Applier;
 use desk::Desk;
-use silo::{block::BlockRange, device::Device};
+use door::Visitor;
+use identity::Control;
+use silo::{block::BlockSet, device::Device};
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -38,9 +49,23 @@ const STATE_LIMIT: usize = 64 << 20;
 const GOODBYE_LIMIT: Duration = Duration::from_secs(5);
 /// How long the lease store may take before an arrived machine's session ends undecided.
 const DECISION_LIMIT: Duration = Duration::from_secs(600);
+/// How long a source that connects again may take to say that it has the lists.
+const READMIT_LIMIT: Duration = Duration::from_secs(5);
+/// Time between two looks at whether the session still has something to wait for.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// Takes an arrived machine over from its session.
 pub type OnOwner<M> = Box<dyn FnOnce(Box<M>, Holding) + Send>;
+
+/// Notes that a machine lacks nothing any more.
+pub type OnComplete = Box<dyn FnOnce() + Send>;
+
+/// Holds the machine to this host's term, under the lease that is handed over; an error refuses it.
+pub type OnToken = Box<dyn FnOnce(&Record) -> Result<(), String> + Send>;
+
+/// Gets what the source told of the machine's history (JSON of `BackupMark`), and in which blocks of each
+/// device it differed from it; `None` if it did not say.
+pub type OnHistory = Box<dyn FnOnce(Option<(Vec<u8>, Vec<BlockSet>)>) + Send>;
 
 /// An arrival, ready for the source's blocks.
 pub struct Arrival<M> {
@@ -50,15 +75,23 @@ pub struct Arrival<M> {
     pub fault: Channel,
     /// The machine, built.
     pub machine: Box<M>,
+    /// Where the source comes in again if a connection breaks.
+    pub door: Arc<Door>,
     /// Who it is, for the authority.
     pub parts: DestinationParts,
     /// Where the lease is.
     pub store: Arc<dyn LeaseStore>,
     /// Told what the authority reports, for people.
     pub on_report: Box<dyn Fn(&str) + Send + Sync>,
+    /// Called with the token, before the machine runs.
+    pub on_token: OnToken,
+    /// Called when the session ends, however.
+    pub on_history: OnHistory,
     /// Gets the machine when this host owns it and its frames may leave, which may be long before
     /// all blocks are here.
     pub on_owner: OnOwner<M>,
+    /// Called when everything is durable here, before the source is told.
+    pub on_complete: OnComplete,
 }
 
 /// How an arrival ended.
@@ -108,10 +141,21 @@ fn monotonic_ns() -> u64 {
 
 /// Takes a machine in.
 pub fn run<M: DestinationMachine + 'static>(arrival: Arrival<M>) -> Ended<M> {
-    let Arrival { main, fault, machine, parts, store, on_report, on_owner } = arrival;
+    let Arrival {
+        main,
+        fault,
+        machine,
+        door,
+        parts,
+        store,
+        on_report,
+        on_token,
+        on_history,
+        on_owner,
+        on_complete,
+    } = arrival;
     let devices = machine.devices();
-    let control = main.control.clone();
-    let fault_control = fault.control.clone();
+    let (control, fault_control) = (main.control.clone(), fault.control.clone());
     let outgoing = Arc::new(Mutex::new(main.outgoing));
     let authority = DestinationAuthority::new(parts);
     let last_report = Arc::new(Mutex::new(String::new()));
@@ -125,97 +169,335 @@ pub fn run<M: DestinationMachine + 'static>(arrival: Arrival<M>) -> Ended<M> {
     let desk = match opened {
         Ok(desk) => desk,
         Err(error) => {
-            let fate = Fate::Discard { reason: error.to_string(), touched: false };
-            return Ended { machine: None, fate };
+            let reason = error.to_string();
+            door.end(&ResumeAnswer::of(Standing::Refused, &reason));
+            return Ended { machine: None, fate: Fate::Discard { reason, touched: false } };
         }
     };
+    let demands = Demands::new(&devices, Some(fault.outgoing));
+    door.opened(&[control.clone(), fault_control]);
     let mut session = Session {
         desk: Arc::clone(&desk),
-        applier: Applier::new(devices.clone()),
+        applier: Applier::new(devices),
         main: outgoing,
-        demand: Arc::new(Mutex::new(fault.outgoing)),
+        control,
+        filler: faults::fill(fault.incoming, &demands, &door),
+        demands,
+        door,
         touched: false,
+        on_token: Some(on_token),
+        on_history: Some(on_history),
         on_owner: Some(on_owner),
+        on_complete: Some(on_complete),
     };
-    let filler = fill_on_fault(fault.incoming, devices);
-    control.set_read_timeout(Some(SILENCE_LIMIT));
-    let mut incoming = main.incoming;
-    let fate = session.run(&mut incoming, &last_report);
-    // Everything that was to be said is said before the connection ends, and the source, which
-    // waits for the last word, ends it.
-    desk.close();
-    session.tell_owner();
-    control.set_read_timeout(Some(GOODBYE_LIMIT));
-    if matches!(fate, Fate::Settled(_)) {
-        while incoming.read().is_ok() {}
-    }
-    control.shutdown();
-    fault_control.shutdown();
-    if let Ok(thread) = filler {
-        let _ = thread.join();
-    }
+    session.control.set_read_timeout(Some(SILENCE_LIMIT));
+    session.desk.event(DestinationEvent::Prepared);
+    let (fate, incoming) = session.run(Some(main.incoming), &last_report);
+    session.close(&fate, incoming);
     let machine = desk.machine().take();
     Ended { machine, fate }
 }
 
-/// Answers to demands come on the fault connection.
-fn fill_on_fault(
-    mut from: Incoming,
-    devices: Vec<Arc<dyn Device>>,
-) -> std::io::Result<std::thread::JoinHandle<()>> {
-    std::thread::Builder::new().name("fault-fill".into()).spawn(move || {
-        // The guest waits for these blocks (design, I5).
-        let _urgent = Urgent::this_thread();
-        let fits = |device: DeviceNumber, range: BlockRange| {
-            devices.get(usize::from(device.0)).filter(|d| range.end() <= d.blocks())
-        };
-        while let Ok(frame) = from.read() {
-            let filled = match frame {
-                Frame::Blocks { device, start, data } => {
-                    let count = (data.len() / silo::block::BLOCK_SIZE) as u64;
-                    fits(device, BlockRange::new(start.0, count)).map(|d| d.fill(start, &data))
-                }
-                Frame::Zero { device, range } => fits(device, range).map(|d| d.fill_zero(range)),
-                _ => continue,
-            };
-            match filled {
-                Some(Ok(_)) => {}
-                Some(Err(error)) => {
-                    tracing::error!(%error, "a demanded block could not be put in place");
-                }
-                None => {
-                    tracing::error!("the source answered a demand with blocks that do not fit");
-                    return;
-                }
-            }
+/// A machine whose runner died while blocks were missing: this one goes on, once the source connects.
+pub struct Continuation {
+    /// The group, armed with what is missing.
+    pub devices: Vec<Arc<dyn Device>>,
+    /// Asks for blocks; the devices were armed with its [`Demands::of`].
+    pub demands: Arc<Demands>,
+    /// Where the source comes in.
+    pub door: Arc<Door>,
+    /// What this host holds.
+    pub holding: Holding,
+    /// Who it is, for the authority.
+    pub parts: DestinationParts,
+    /// Where the lease is.
+    pub store: Arc<dyn LeaseStore>,
+    /// Stops the machine.
+    pub freezer: Arc<dyn Freezer>,
+    /// Tells the memory faults.
+    pub faults: Box<dyn Fn() -> silo::memory::FaultSummary + Send + Sync>,
+    /// What the guest has sent and sends may leave, if it may not already.
+    pub on_release: Box<dyn Fn() + Send + Sync>,
+    /// As [`Arrival::on_complete`].
+    pub on_complete: OnComplete,
+}
+
+/// Brings the rest of a machine that was taken over; returns when all is here, or nobody waits for it
+/// any more.
+pub fn go_on<M: DestinationMachine + 'static>(from: Continuation) -> Fate {
+    let Continuation {
+        devices,
+        demands,
+        door,
+        holding,
+        parts,
+        store,
+        freezer,
+        faults,
+        on_release,
+        on_complete,
+    } = from;
+    let authority = DestinationAuthority::owner(parts, holding.record);
+    door.lost("the runner has just come back");
+    // Until the source is back there is no connection to write to.
+    let Some(Visitor { main, fault }) = first_visitor(&door) else {
+        return Fate::Discard { reason: "the machine has ended".into(), touched: true };
+    };
+    let outgoing = Arc::new(Mutex::new(main.outgoing));
+    let opened = Desk::<M>::over(
+        authority,
+        Arc::clone(&outgoing),
+        None,
+        freezer,
+        faults,
+        store,
+        Box::new(|_| {}),
+        on_release,
+    );
+    let desk = match opened {
+        Ok(desk) => desk,
+        Err(error) => return Fate::Undecided { reason: error.to_string() },
+    };
+    let mut session = Session {
+        desk: Arc::clone(&desk),
+        applier: Applier::armed(devices),
+        main: outgoing,
+        control: main.control.clone(),
+        filler: None,
+        demands,
+        door,
+        touched: true,
+        on_token: None,
+        on_history: None,
+        on_owner: None,
+        on_complete: Some(on_complete),
+    };
+    let incoming = session.greet(main.incoming, main.control, fault).ok();
+    let (fate, incoming) = session.run(incoming, &Mutex::default());
+    session.close(&fate, incoming);
+    fate
+}
+
+fn first_visitor(door: &Door) -> Option<Visitor> {
+    loop {
+        match door.wait(LOOK) {
+            None if door.is_closed() => return None,
+            None => {}
+            visitor => return visitor,
         }
-    })
+    }
 }
 
 struct Session<M> {
     desk: Arc<Desk<M>>,
     applier: Applier,
     main: Arc<Mutex<Outgoing>>,
-    demand: Arc<Mutex<Outgoing>>,
+    control: Control,
+    demands: Arc<Demands>,
+    filler: Option<JoinHandle<()>>,
+    door: Arc<Door>,
     touched: bool,
+    on_token: Option<OnToken>,
+    on_history: Option<OnHistory>,
     on_owner: Option<OnOwner<M>>,
+    on_complete: Option<OnComplete>,
 }
 
 impl<M: DestinationMachine + 'static> Session<M> {
-    fn run(&mut self, incoming: &mut Incoming, last_report: &Mutex<String>) -> Fate {
-        self.desk.event(DestinationEvent::Prepared);
-        let reason = loop {
+    /// Reads what comes, over one connection after another, until the session is over.
+    fn run(
+        &mut self,
+        mut incoming: Option<Incoming>,
+        last_report: &Mutex<String>,
+    ) -> (Fate, Option<Incoming>) {
+        loop {
+            let reason = match &mut incoming {
+                None => "the source has not connected yet".to_owned(),
+                Some(incoming) => match self.listen(incoming) {
+                    Ok(()) => break,
+                    Err(reason) => reason,
+                },
+            };
+            match self.interrupted(&reason) {
+                Some(next) => incoming = Some(next),
+                None => return (self.end(reason, last_report), None),
+            }
+        }
+        (self.end(String::new(), last_report), incoming)
+    }
+
+    /// Takes frames until everything is here, or the connection is of no use any more.
+    fn listen(&mut self, incoming: &mut Incoming) -> Result<(), String> {
+        loop {
             match incoming.read() {
                 Ok(frame) => match self.take(frame) {
                     Ok(true) => incoming.recycle(self.applier.take_spare()),
-                    Ok(false) => break String::new(),
-                    Err(reason) => break reason,
+                    Ok(false) => return Ok(()),
+                    Err(reason) => return Err(reason),
                 },
                 Err(WireError::Io(error)) if timed_out(&error) && self.may_wait() => {}
-                Err(error) => break error.to_string(),
+                Err(error) => return Err(error.to_string()),
             }
+        }
+    }
+
+    /// The connection is lost. Waits for the source to connect again, if there is something to wait
+    /// for: `None` if the session is over.
+    fn interrupted(&mut self, reason: &str) -> Option<Incoming> {
+        // What has come counts, also if the connection ended right behind it.
+        if let Err(error) = self.applier.settle() {
+            tracing::warn!(%error, "the last blocks could not be put in place");
+        }
+        self.applier.renew();
+        self.hang_up();
+        self.door.lost(reason);
+        self.desk.event(DestinationEvent::PeerLost);
+        loop {
+            self.tell_owner();
+            let missing = self.applier.still_missing();
+            match self.desk.state() {
+                DestinationState::Owner(_) if missing == 0 => {
+                    match self.complete() {
+                        Ok(()) => self.desk.event(DestinationEvent::AllPresent),
+                        Err(error) => {
+                            tracing::error!(%error, "it is all here and not durable yet");
+                            self.door.wait(LOOK);
+                            continue;
+                        }
+                    };
+                }
+                DestinationState::Owner(_)
+                | DestinationState::Unconfirmed
+                | DestinationState::FrozenUnconfirmed => {}
+                _ => return None,
+            }
+            if self.door.is_closed() {
+                return None;
+            }
+            let Some(Visitor { main, fault }) = self.door.wait(LOOK) else { continue };
+            let control = main.control.clone();
+            *lock(&self.main) = main.outgoing;
+            match self.greet(main.incoming, control.clone(), fault) {
+                Ok(incoming) => return Some(incoming),
+                Err(error) => {
+                    tracing::info!(%error, "the source came back and went again");
+                    control.shutdown();
+                    self.hang_up();
+                }
+            }
+        }
+    }
+
+    /// Tells a source that has come back what is missing, and goes on with its connections.
+    fn greet(
+        &mut self,
+        mut incoming: Incoming,
+        control: Control,
+        fault: Channel,
+    ) -> Result<Incoming, WireError> {
+        control.set_read_timeout(Some(READMIT_LIMIT));
+        let nonce = getrandom::u64().map_err(|e| std::io::Error::other(e.to_string()))?;
+        let answer = serde_json::to_vec(&ResumeAnswer::of(Standing::Missing, ""));
+        {
+            let mut main = lock(&self.main);
+            main.write(&Frame::Resumed(answer.map_err(std::io::Error::from)?))?;
+            for (number, device) in self.applier.devices().iter().enumerate() {
+                main.missing(DeviceNumber(number as u8), &device.missing())?;
+            }
+            main.write(&Frame::RoundEnd(nonce))?;
+            main.flush()?;
+        }
+        match incoming.read()? {
+            Frame::RoundApplied(back) if back == nonce => {}
+            _ => return Err(WireError::Invalid("it did not give the nonce back".into())),
+        }
+        control.set_read_timeout(Some(SILENCE_LIMIT));
+        self.control = control.clone();
+        if !self.door.opened(&[control, fault.control]) {
+            return Err(WireError::Invalid("a newer connection is there".into()));
+        }
+        tracing::info!(missing = self.applier.still_missing(), "the source is back");
+        self.demands.connect(fault.outgoing);
+        self.filler = faults::fill(fault.incoming, &self.demands, &self.door);
+        self.desk.event(DestinationEvent::PeerBack);
+        Ok(incoming)
+    }
+
+    /// Everything is here: makes it durable, and has that written down before the source hears it.
+    fn complete(&mut self) -> Result<(), ApplyError> {
+        self.applier.complete()?;
+        if let Some(on_complete) = self.on_complete.take() {
+            on_complete();
+        }
+        Ok(())
+    }
+
+    /// Ends the connections and the thread that reads one of them.
+    fn hang_up(&mut self) {
+        // In this order: somebody may be writing to a line that takes nothing.
+        self.control.shutdown();
+        self.door.break_line();
+        self.demands.hang_up();
+        if let Some(thread) = self.filler.take() {
+            let _ = thread.join();
+        }
+    }
+
+    /// Everything that was to be said is said before the connection ends, and the source, which waits
+    /// for the last word, ends it. One that did not hear it is told at the door.
+    fn close(&mut self, fate: &Fate, incoming: Option<Incoming>) {
+        let answer = match fate {
+            Fate::Settled(holding) => {
+                let epoch = holding.record.epoch.0;
+                Some(ResumeAnswer {
+                    confirmation: Some(self.desk.confirmation(epoch)),
+                    durable: Some(self.desk.durable(epoch)),
+                    ..ResumeAnswer::of(Standing::Durable, "")
+                })
+            }
+            Fate::Discard { reason, .. } => Some(ResumeAnswer::of(Standing::Refused, reason)),
+            Fate::Incomplete { .. } | Fate::Undecided { .. } => None,
         };
-        self.end(reason, last_report)
+        if let Some(answer) = answer {
+            self.door.end(&answer);
+        }
+        self.desk.close();
+        self.tell_owner();
+        self.control.set_read_timeout(Some(GOODBYE_LIMIT));
+        let mut history = None;
+        if let (Fate::Settled(_), Some(incoming)) = (fate, incoming) {
+            history = self.last_words(incoming);
+        }
+        if let Some(tell) = self.on_history.take() {
+            tell(history);
+        }
+        self.hang_up();
+    }
+
+    /// What the source says of the machine's history before it closes the connection.
+    fn last_words(&self, mut incoming: Incoming) -> Option<(Vec<u8>, Vec<BlockSet>)> {
+        let devices = self.applier.devices();
+        let none = devices.iter().map(|device| BlockSet::new(device.blocks()));
+        let (mut changed, mut mark) = (none.collect::<Vec<_>>(), None);
+        let deadline = Instant::now() + 2 * GOODBYE_LIMIT;
+        while Instant::now() < deadline
+            && let Ok(frame) = incoming.read()
+        {
+            match frame {
+                Frame::Changed { device, ranges } => {
+                    let set = changed.get_mut(usize::from(device.0))?;
+                    for range in ranges {
+                        if range.end() > set.device_blocks() {
+                            return None;
+                        }
+                        set.insert_range(range);
+                    }
+                }
+                Frame::History(json) => mark = Some(json),
+                _ => {}
+            }
+        }
+        Some((mark?, changed))
     }
 
     /// After the token silence is normal (the source has sent all and waits for us).
@@ -236,6 +518,11 @@ impl<M: DestinationMachine + 'static> Session<M> {
             Frame::RoundEnd(round) => self.send(&Frame::RoundApplied(round)),
             Frame::Ping(nonce) => self.send(&Frame::Pong(nonce)),
             Frame::Token { meta, state } => self.token(&meta, &state)?,
+            Frame::Expect(ms) => {
+                if let Some(machine) = self.desk.machine().as_mut() {
+                    machine.expect(Duration::from_millis(ms));
+                }
+            }
             Frame::SourceDurable { .. } => {
                 self.desk.event(DestinationEvent::SourceDurable);
             }
@@ -276,10 +563,12 @@ impl<M: DestinationMachine + 'static> Session<M> {
                 Ok((meta.token()?, state))
             })
             .map_err(|e| format!("the token cannot be read: {e}"))?;
+        let handed = token.handed.clone();
         if !self.desk.event(DestinationEvent::Token(token)) {
             return Ok(()); // refused; the source has been told why
         }
-        match self.load_and_run(&state) {
+        let held = self.on_token.take().map_or(Ok(()), |hold| hold(&handed));
+        match held.and_then(|()| self.load_and_run(&state)) {
             Ok(()) => self.desk.event(DestinationEvent::Running),
             Err(why) => self.desk.event(DestinationEvent::LoadFailed(why)),
         };
@@ -288,15 +577,9 @@ impl<M: DestinationMachine + 'static> Session<M> {
 
     fn load_and_run(&mut self, state: &[u8]) -> Result<(), String> {
         self.touched = true;
-        let demand = Arc::clone(&self.demand);
+        let demands = Arc::clone(&self.demands);
         self.applier
-            .arm(move |device, range| {
-                let mut to = lock(&demand);
-                let asked = to.write(&Frame::Demand { device, range }).and_then(|()| to.flush());
-                if let Err(error) = asked {
-                    tracing::warn!(%error, block = range.start.0, "a demand could not be sent");
-                }
-            })
+            .arm(move |device, range| demands.ask(device, range))
             .map_err(|e| e.to_string())?;
         self.desk.marks().armed = Some(Instant::now());
         let mut place = self.desk.machine();
@@ -319,12 +602,12 @@ impl<M: DestinationMachine + 'static> Session<M> {
     fn bulk_end(&mut self) -> Result<bool, String> {
         let deadline = Instant::now() + SILENCE_LIMIT;
         while self.applier.still_missing() > 0 {
-            if Instant::now() > deadline {
+            if Instant::now() > deadline || !self.demands.is_connected() {
                 return Err(format!("{} blocks never came", self.applier.still_missing()));
             }
             std::thread::park_timeout(Duration::from_millis(1));
         }
-        self.applier.complete().map_err(|e| e.to_string())?;
+        self.complete().map_err(|e| e.to_string())?;
         self.desk.event(DestinationEvent::AllPresent);
         self.tell_owner();
         // The source closes the connection once it has the release; a lease that is not decided
@@ -342,10 +625,6 @@ impl<M: DestinationMachine + 'static> Session<M> {
     }
 
     fn end(&mut self, reason: String, last_report: &Mutex<String>) -> Fate {
-        // What has come counts, also if the connection ended right behind it.
-        if let Err(error) = self.applier.settle() {
-            tracing::warn!(%error, "the last blocks could not be put in place");
-        }
         self.desk.event(DestinationEvent::PeerLost);
         let undecided = |state| {
             matches!(state, DestinationState::Unconfirmed | DestinationState::FrozenUnconfirmed)

@@ -6,15 +6,22 @@
 //! action back.
 //!
 //! [`Session`] is the state that the phases share: `rounds` sends while the guest runs, `handover`
-//! pauses and hands over, `pages` serves afterwards.
+//! pauses and hands over. After the token a [`keeper::Keeper`] serves what is missing, over a
+//! [`line::Line`] and whichever follow it; `pages` is what they serve from.
 
+mod after;
 mod flight;
 mod handover;
+mod keeper;
+mod line;
 mod machine;
 mod pages;
 mod rounds;
 mod send;
 
+pub use after::{Kept, Recovered, keep};
+pub use keeper::Outage;
+pub use line::Place;
 pub use machine::{MachineError, SourceMachine};
 pub use send::SendError;
 
@@ -22,13 +29,14 @@ use super::{
     link::{self, Arrival, Channel, Outgoing},
     messages::{Mode, PrepareRequest, Verdict},
     planner::{Budgets, Planner},
-    protocol::{Frame, Role, SessionId, WireError},
+    protocol::{Frame, SessionId, WireError},
     switchover::{Holding, SourceAuthority},
     timings::MoveReport,
 };
 use crate::{
     lease::LeaseStore,
     runner::api::{Phase, Progress},
+    tenure::View,
 };
 use identity::{Control, HostName, Security};
 use send::Pacer;
@@ -69,6 +77,8 @@ pub struct Plan {
     pub request: PrepareRequest,
     /// Whether this host can track writes; without, every move is post-copy.
     pub can_track: bool,
+    /// How long the machine stood still in its last moves.
+    pub last_blackout: Option<Duration>,
 }
 
 /// What a move shares with the runner around it.
@@ -83,8 +93,26 @@ pub struct Surroundings<'a> {
     pub cancel: Arc<AtomicBool>,
     /// Told how far we are.
     pub progress: &'a dyn Fn(Progress),
-    /// Gets what this host holds after the move, if the machine stayed.
+    /// Told when the destination is not reached while it may need blocks, and when it is again.
+    pub outage: &'a dyn Fn(Option<Outage>),
+    /// Told, before the lease says that the machine leaves, which session it is and how long the
+    /// destination's offers are good for: what a runner needs that comes after this one.
+    pub leaving: &'a dyn Fn(SessionId, Duration),
+    /// Gets what this host holds after the move, if the machine stayed; before it goes on here.
     pub holding: Arc<std::sync::Mutex<Option<Holding>>>,
+    /// Of a protected machine.
+    pub protection: Option<ProtectedSource<'a>>,
+}
+
+/// What the move of a protected machine asks its runner.
+pub struct ProtectedSource<'a> {
+    /// This host's life, and until when it holds.
+    pub view: &'a dyn Fn() -> Option<View>,
+    /// Whether the machine stands still, because that is over: a reason to give the move up.
+    pub is_frozen: &'a dyn Fn() -> bool,
+    /// The destination has everything: ends the machine's generations here, and says which was the last
+    /// (JSON of `BackupMark`) and what has changed since.
+    pub history: &'a dyn Fn() -> Option<(Vec<u8>, Vec<BlockSet>)>,
 }
 
 /// How a move ended well.
@@ -132,7 +160,7 @@ pub enum MoveError {
         /// Which phase.
         phase: &'static str,
     },
-    /// The destination owns the machine, but the connection was lost before all was there.
+    /// The destination owns the machine, and is not served any more though it may lack blocks.
     #[error(
         "the destination owns the machine (epoch {epoch}), but the connection was lost: {reason}; \
          {left} blocks have not been sent; this host keeps the frozen content: do not remove it"
@@ -144,6 +172,19 @@ pub enum MoveError {
         reason: String,
         /// Blocks that were not sent.
         left: u64,
+    },
+    /// The destination was lost, and another host goes on with the machine.
+    #[error(
+        "the destination was lost with the machine, and host \"{owner}\" has taken it over (epoch {epoch}): \
+         look there; what {here} had of it is not needed any more"
+    )]
+    TakenOver {
+        /// The source.
+        here: String,
+        /// Who has it.
+        owner: String,
+        /// Since when.
+        epoch: u64,
     },
     /// Nobody may run the machine until the lease store answers.
     #[error(
@@ -224,8 +265,8 @@ struct Session<'a> {
     /// What the authority asked for while something else was going on.
     pending: Vec<handover::Next>,
     last_report: String,
-    fault_control: Option<Control>,
-    late_writes: u64,
+    /// The longest that an offer of this destination was good for.
+    offers_hold: Duration,
 }
 
 /// Moves a machine, or says why not.
@@ -233,10 +274,6 @@ pub fn run<'a>(plan: &'a Plan, around: Surroundings<'a>) -> Result<Moved, MoveEr
     let started = Instant::now();
     let aborted = |phase, reason: String| MoveError::Aborted { phase, reason };
     let session = link::new_session().map_err(|e| aborted("prepare", e.to_string()))?;
-    let connect = |role| {
-        Channel::connect(plan.to, &plan.peer, &plan.security, link::preamble(role, session))
-            .map_err(|e| aborted("connect", e.to_string()))
-    };
     let report = |phase| {
         (around.progress)(Progress {
             job: plan.job,
@@ -247,21 +284,9 @@ pub fn run<'a>(plan: &'a Plan, around: Surroundings<'a>) -> Result<Moved, MoveEr
         });
     };
     report(Phase::Prepare);
-    // Side by side: on a long line each handshake is several round trips.
-    let (main, fault) = std::thread::scope(|scope| {
-        let fault = std::thread::Builder::new()
-            .name("connect-fault".into())
-            .spawn_scoped(scope, || connect(Role::Fault));
-        let main = connect(Role::Main);
-        let fault = match fault {
-            Ok(thread) => thread
-                .join()
-                .unwrap_or_else(|_| Err(aborted("connect", "the thread panicked".into()))),
-            Err(_) => connect(Role::Fault),
-        };
-        (main, fault)
-    });
-    let (main, fault) = (main?, fault?);
+    let (main, fault) =
+        link::connect_both(plan.to, &plan.peer, &plan.security, session, link::CONNECT_LIMIT)
+            .map_err(|e| aborted("connect", e))?;
     let arrivals =
         link::pump(main.incoming, "source-main").map_err(|e| aborted("connect", e.to_string()))?;
     let devices = around.machine.devices();
@@ -293,19 +318,30 @@ pub fn run<'a>(plan: &'a Plan, around: Surroundings<'a>) -> Result<Moved, MoveEr
         planner_mode: mode,
         pending: Vec::new(),
         last_report: String::new(),
-        fault_control: None,
-        late_writes: 0,
+        offers_hold: Duration::ZERO,
         plan,
         around,
     };
-    let moved = session.go(mode);
-    *session.around.holding.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
-        Some(session.around.authority.holding());
+    let kept = Arc::clone(&session.around.holding);
+    let (moved, holding) = match session.go(mode) {
+        Ok(Went::Token(ready)) => session.after_token(*ready),
+        Ok(Went::Over(moved)) => (Ok(moved), session.around.authority.holding()),
+        Err(error) => (Err(error), session.around.authority.holding()),
+    };
+    *kept.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(holding);
     moved
 }
 
+/// How far a move has come before its token.
+enum Went {
+    /// There was none to send.
+    Over(Moved),
+    /// It is ready to be sent: from here on the authority counts it as sent.
+    Token(Box<handover::Ready>),
+}
+
 impl Session<'_> {
-    fn go(&mut self, mode: Mode) -> Result<Moved, MoveError> {
+    fn go(&mut self, mode: Mode) -> Result<Went, MoveError> {
         if let Err(stop) = self.prepare(mode) {
             return Err(self.give_up("prepare", &stop));
         }
@@ -320,17 +356,17 @@ impl Session<'_> {
             Err(stop) => return Err(self.give_up("prepare", &stop)),
         };
         if self.plan.request.dry_run {
-            return Ok(self.forecast(&first));
+            return Ok(Went::Over(self.forecast(&first)));
         }
         let (left, reason) = match self.precopy(first) {
             Ok(done) => done,
             Err(stop) => return Err(self.give_up("pre-copy", &stop)),
         };
-        let moved = self.hand_over(left, reason);
-        if !matches!(&moved, Ok(Moved::Released(_)) | Err(MoveError::HandedOver { .. })) {
+        let ready = self.hand_over(left, reason);
+        if ready.is_err() {
             self.give_back();
         }
-        moved
+        ready.map(|ready| Went::Token(Box::new(ready)))
     }
 
     /// Sends the request, waits for the verdict, measures the round trip.
@@ -412,9 +448,7 @@ impl Session<'_> {
 
     /// Nothing that tracking reported is lost by an abort (design, I2).
     fn give_back(&mut self) {
-        for (device, taken) in self.devices.iter().zip(&self.taken) {
-            device.put_back(taken);
-        }
+        give_back(&self.devices, &self.taken);
     }
 
     /// Ends a session whose machine never paused.
@@ -431,7 +465,14 @@ impl Session<'_> {
     }
 
     fn cancelled(&self) -> bool {
+        let is_frozen = |protected: &ProtectedSource<'_>| (protected.is_frozen)();
         self.around.cancel.load(Ordering::Relaxed)
+            || self.around.protection.as_ref().is_some_and(is_frozen)
+    }
+
+    /// What this host holds now, for whoever lets the machine go on here.
+    fn tell_holding(&self) {
+        tell_holding(&self.around.holding, &self.around.authority);
     }
 
     fn progress(&self, phase: Phase, left_bytes: u64) {
@@ -501,6 +542,18 @@ impl Session<'_> {
                 Err(mpsc::RecvTimeoutError::Disconnected) => return Err(closed()),
             }
         }
+    }
+}
+
+fn tell_holding(to: &std::sync::Mutex<Option<Holding>>, authority: &SourceAuthority) {
+    let mut to = to.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    *to = Some(authority.holding());
+}
+
+/// Gives back what was taken from tracking.
+fn give_back(devices: &[Arc<dyn Device>], taken: &[BlockSet]) {
+    for (device, taken) in devices.iter().zip(taken) {
+        device.put_back(taken);
     }
 }
 

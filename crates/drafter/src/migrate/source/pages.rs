@@ -56,9 +56,19 @@ impl PageServer {
         self.remaining.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The destination has said what it lacks: that is to be sent, whatever was sent before.
+    pub(super) fn reset(&self, remaining: Vec<BlockSet>) {
+        *self.lock() = remaining;
+    }
+
     /// Answers demands until the connection ends. A demand for a block that was sent already is
-    /// answered again: it may still be on its way behind bulk data.
-    pub(super) fn serve(&self, mut from: Incoming, mut to: Outgoing) -> Result<(), SendError> {
+    /// answered again: it may still be on its way behind bulk data. `heard` is called for each frame.
+    pub(super) fn serve(
+        &self,
+        mut from: Incoming,
+        to: &Mutex<Outgoing>,
+        heard: impl Fn(),
+    ) -> Result<(), SendError> {
         let mut buffer = Vec::new();
         loop {
             let frame = match from.read() {
@@ -66,20 +76,24 @@ impl PageServer {
                 Err(WireError::Io(error)) => return Err(error.into()),
                 Err(other) => return Err(std::io::Error::other(other.to_string()).into()),
             };
+            heard();
             match frame {
                 Frame::Demand { device, range } => {
                     let Some(source) = self.devices.get(usize::from(device.0)) else { continue };
                     if range.end() > source.blocks() {
                         continue;
                     }
+                    let mut to = to.lock().unwrap_or_else(PoisonError::into_inner);
+                    let before = to.sent();
                     for piece in range.chunks(MAX_RUN) {
                         let answer = self.claim(device, piece);
                         send_run(&mut to, device, source.as_ref(), answer, &mut buffer)?;
                     }
                     to.flush()?;
-                    self.fault_bytes.store(to.sent(), Ordering::Relaxed);
+                    self.fault_bytes.fetch_add(to.sent() - before, Ordering::Relaxed);
                 }
                 Frame::Ping(nonce) => {
+                    let mut to = to.lock().unwrap_or_else(PoisonError::into_inner);
                     to.write(&Frame::Pong(nonce))?;
                     to.flush()?;
                 }

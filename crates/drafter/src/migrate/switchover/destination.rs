@@ -7,7 +7,9 @@ use super::{
         LeaseAnswer, LeaseCall, LeasePurpose, LeaseWrite, OperationId, Verdict, take_operation,
     },
 };
-use crate::lease::{AttemptId, BootTime, Epoch, HostName, MachineName, OfferSerial, Record};
+use crate::lease::{
+    AttemptId, BeatRef, BootTime, Epoch, HostName, MachineName, OfferSerial, Record,
+};
 use std::{collections::VecDeque, time::Duration};
 
 /// More offers than can be valid at one time.
@@ -26,6 +28,9 @@ pub struct DestinationParts {
     pub from: HostName,
     /// The source's number for this move.
     pub attempt: AttemptId,
+    /// The life that is kept here: a protected machine is held under it, and refused without. Its
+    /// [`Holder`](crate::tenure::Holder) is made with the same, before the machine runs.
+    pub beat: Option<BeatRef>,
     /// The times.
     pub terms: Terms,
     /// For writes to the lease.
@@ -187,6 +192,19 @@ impl DestinationAuthority {
         }
     }
 
+    /// For a runner that has come back and found the lease naming this host by the attempt that it was
+    /// receiving: the machine is its own, and lacks blocks.
+    #[must_use]
+    pub fn owner(parts: DestinationParts, record: Record) -> Self {
+        Self {
+            state: State::Owner { epoch: record.epoch },
+            record: Some(record),
+            // Whether it was heard is not known: it is said again.
+            flush_owed: true,
+            ..Self::new(parts)
+        }
+    }
+
     /// Where it is.
     #[must_use]
     pub fn state(&self) -> DestinationState {
@@ -334,13 +352,21 @@ impl DestinationAuthority {
         if handed.machine != *machine || handed.owner != *from || !to_us {
             return Err(format!("its lease does not hand \"{machine}\" from {from} to {here}"));
         }
+        if handed.beat.is_some() && self.parts.beat.is_none() {
+            return Err(format!(
+                "\"{machine}\" is protected against the loss of its host, and {here} keeps no sign of \
+                 life"
+            ));
+        }
         Ok(())
     }
 
     fn on_running(&mut self, out: &mut Vec<DestinationAction>) {
         let State::Loading { until, handed } = &self.state else { return };
-        let DestinationParts { here, attempt, terms, nonces, .. } = &mut self.parts;
+        let DestinationParts { here, attempt, beat, terms, nonces, .. } = &mut self.parts;
         let mut new = handed.taken(here.clone(), *attempt, nonces());
+        // Protected here if it was there.
+        new.beat = handed.beat.as_ref().and(beat.clone());
         if !terms.keeps(Rule::NewEpoch) {
             new.epoch = handed.epoch;
         }

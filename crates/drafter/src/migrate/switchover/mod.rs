@@ -67,6 +67,7 @@
 
 mod destination;
 mod source;
+mod source_events;
 mod terms;
 mod write;
 
@@ -78,7 +79,8 @@ mod tests;
 pub use destination::{
     DestinationAction, DestinationAuthority, DestinationEvent, DestinationParts, DestinationState,
 };
-pub use source::{SourceAction, SourceAuthority, SourceEvent, SourceParts, SourceState};
+pub use source::SourceAuthority;
+pub use source_events::{SourceAction, SourceEvent, SourceParts, SourceState};
 pub use terms::{FlipEpoch, Holding, Terms};
 pub use write::{LeaseAnswer, LeaseCall, LeasePurpose, OperationId};
 

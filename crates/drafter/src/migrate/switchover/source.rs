@@ -1,143 +1,12 @@
 //! The source's half: hand-over, token, and when the machine may run here again.
 
 use super::{
-    FlipEpoch, Holding, Nonces, Offer, Terms, Token,
+    Holding, Nonces, Offer, SourceAction, SourceEvent, SourceParts, SourceState, Terms, Token,
     terms::Rule,
-    write::{
-        LeaseAnswer, LeaseCall, LeasePurpose, LeaseWrite, OperationId, Verdict, take_operation,
-    },
+    write::{LeaseAnswer, LeasePurpose, LeaseWrite, OperationId, Verdict, take_operation},
 };
 use crate::lease::{AttemptId, BootTime, Epoch, HostName, OfferSerial, Record};
 use std::time::Duration;
-
-/// What a source is made of.
-pub struct SourceParts {
-    /// What this host holds; the machine runs here under it.
-    pub holding: Holding,
-    /// Where the machine shall go, by the peer's proven name.
-    pub to: HostName,
-    /// This move, a number never used before.
-    pub attempt: AttemptId,
-    /// The times.
-    pub terms: Terms,
-    /// For writes to the lease.
-    pub nonces: Nonces,
-}
-
-/// What happens to a source.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SourceEvent {
-    /// [`SourceAuthority::wake_at`] has come (or any other time).
-    Tick,
-    /// The destination's offer has just been received; `now` is the time of receipt.
-    Offer(Offer),
-    /// Pre-copy has done what it can.
-    WantSwitchover,
-    /// The store's answer to a [`SourceAction::Lease`].
-    LeaseAnswer {
-        /// The call.
-        operation: OperationId,
-        /// The answer.
-        answer: LeaseAnswer,
-    },
-    /// The machine is paused and its final state is at hand, ready to be sent.
-    Paused {
-        /// Flushes were acknowledged that are not durable yet; see [`Token::flush_owed`].
-        flush_owed: bool,
-    },
-    /// Pausing or saving failed, with the reason.
-    PauseFailed(String),
-    /// No byte of the token's message has left, and none will: the connection was found dead before
-    /// the first. In doubt this must not be said.
-    TokenNotSent,
-    /// The destination will never run this attempt.
-    Refused {
-        /// Which attempt it speaks of.
-        attempt: AttemptId,
-        /// Why.
-        why: String,
-    },
-    /// The destination has won the lease.
-    Confirmed {
-        /// At which epoch.
-        epoch: Epoch,
-    },
-    /// Every block is durable at the destination.
-    Durable {
-        /// At which epoch.
-        epoch: Epoch,
-    },
-    /// The connection is gone.
-    PeerLost,
-    /// A person calls it off.
-    Cancel,
-}
-
-/// What a source wants done, in this order.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SourceAction {
-    /// Ask the store.
-    Lease(LeaseCall),
-    /// Pause, save, collect the final dirty lists; turn the network to the destination under `flip`;
-    /// then [`SourceEvent::Paused`] or [`SourceEvent::PauseFailed`].
-    PauseMachine {
-        /// The network's epoch.
-        flip: FlipEpoch,
-    },
-    /// Send the switchover message with this token. From now on it counts as sent.
-    SendToken(Token),
-    /// Serve the frozen pages and disks to the destination.
-    ServePages,
-    /// Run the machine here again, under `epoch`, with the network turned back under `flip`, and
-    /// tracking re-armed.
-    ResumeHere {
-        /// The lease's epoch.
-        epoch: Epoch,
-        /// The network's.
-        flip: FlipEpoch,
-    },
-    /// Tell the destination that the attempt is over.
-    SendCancel {
-        /// The attempt.
-        attempt: AttemptId,
-    },
-    /// Nothing may run here, and nothing here may be thrown away: a person decides.
-    StayPaused {
-        /// Why, and what to do.
-        why: String,
-    },
-    /// The copy here is needed no more.
-    Release,
-    /// Tell people.
-    Report(String),
-}
-
-/// Where a source is; see the drawing in the [module](super).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SourceState {
-    /// The machine runs here; blocks are copied.
-    Copying,
-    /// The machine runs here; a fresh offer is awaited.
-    AwaitingOffer,
-    /// The machine runs here; the hand-over is being written.
-    WritingHandOver,
-    /// The machine is being paused.
-    Pausing,
-    /// The token is out.
-    AwaitingVerdict,
-    /// The offer is over; the store decides.
-    TakingBack,
-    /// The destination owns the machine and may need pages.
-    ServingPages(Epoch),
-    /// Done: nothing of the machine is needed here.
-    Released,
-    /// The attempt failed before it could run anywhere else; the machine runs here.
-    Aborted,
-    /// The attempt failed after the token; the machine runs here at a new epoch.
-    Resumed(Epoch),
-    /// The lease is not as this host believed; nothing runs here.
-    Stopped,
-}
 
 enum State {
     Copying,
@@ -195,7 +64,7 @@ impl SourceAuthority {
         let (owner, epoch) = (record.owner.clone(), record.epoch);
         let handing = record.handing_to.is_some();
         let holding = Holding::new(record);
-        let mut this = Self::new(SourceParts { holding, to, attempt, terms, nonces });
+        let mut this = Self::new(SourceParts { holding, to, attempt, view: None, terms, nonces });
         let mut out = Vec::new();
         if owner != *here {
             this.state = State::ServingPages { epoch };
@@ -274,9 +143,18 @@ impl SourceAuthority {
             SourceEvent::Confirmed { epoch } => self.on_confirmed(epoch, &mut out),
             SourceEvent::Durable { epoch } => self.on_durable(epoch, &mut out),
             SourceEvent::PeerLost => self.on_peer_lost(now, &mut out),
+            SourceEvent::Term(view) => self.parts.view = view,
             SourceEvent::Cancel => self.on_cancel(&mut out),
         }
         out
+    }
+
+    /// Whether a machine that has a term is within it. A token sent later could name an offer that
+    /// outlasts a taker's waiting.
+    fn within_term(&self, now: BootTime) -> bool {
+        let Some(life) = &self.parts.holding.record.beat else { return true };
+        let view = self.parts.view.as_ref().filter(|view| view.of == *life);
+        view.is_some_and(|view| now < view.until) || !self.parts.terms.keeps(Rule::NoTokenAfterTerm)
     }
 
     fn on_tick(&mut self, now: BootTime, out: &mut Vec<SourceAction>) {
@@ -358,7 +236,7 @@ impl SourceAuthority {
     }
 
     fn write_hand_over(&mut self, until: BootTime, out: &mut Vec<SourceAction>) {
-        let SourceParts { holding, to, attempt, terms, nonces } = &mut self.parts;
+        let SourceParts { holding, to, attempt, terms, nonces, .. } = &mut self.parts;
         let new = holding.record.handing(*attempt, to.clone(), nonces());
         let expected = holding.record.clone();
         let operation = take_operation(&mut self.next_operation);
@@ -372,6 +250,8 @@ impl SourceAuthority {
         let SourceParts { holding, attempt, terms, nonces, .. } = &mut self.parts;
         let here = holding.record.owner.clone();
         let mut new = holding.record.taken(here, *attempt, nonces());
+        // Under the same life as before: whether that still holds is for its holder to know.
+        new.beat.clone_from(&holding.record.beat);
         if !terms.keeps(Rule::NewEpoch) {
             new.epoch = holding.record.epoch;
         }
@@ -466,6 +346,17 @@ impl SourceAuthority {
 
     fn stop(&mut self, found: &Record, out: &mut Vec<SourceAction>) {
         let known = &self.parts.holding.record;
+        if known.beat.is_some() && found.owner != known.owner && found.epoch > known.epoch {
+            // Its holder learns the same, and drops the copy.
+            let why = format!(
+                "machine \"{}\" was taken over by {} at {} while this host was not heard: the copy \
+                 here is over",
+                known.machine, found.owner, found.epoch
+            );
+            self.state = State::Stopped;
+            out.push(SourceAction::StayPaused { why });
+            return;
+        }
         let why = format!(
             "the lease of machine \"{}\" names {} at {}, but this host believed to own it at {}: \
              nothing runs here until a person has found out which copy is the right one",
@@ -482,6 +373,9 @@ impl SourceAuthority {
         let Some(offer) = self.fresh_offer(now) else {
             return self.abort_paused("the destination's offer ended during the pause", out);
         };
+        if !self.within_term(now) {
+            return self.abort_paused("this host's term has ended", out);
+        }
         let token = Token {
             attempt: self.parts.attempt,
             serial: offer.serial,

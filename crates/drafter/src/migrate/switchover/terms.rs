@@ -1,6 +1,6 @@
 //! The times that both ends agree on, and the small values that outlive one attempt.
 
-use crate::lease::{Epoch, Record};
+use crate::lease::{Drift, Epoch, Record};
 use std::time::Duration;
 
 /// The times of a switchover. Both ends must use the same drift bound; the rest may differ.
@@ -24,7 +24,7 @@ pub struct Terms {
     /// Source: how long it waits for a fresh offer, the store or the pause before it gives up the
     /// attempt; the machine runs meanwhile, but for the pause.
     pub patience: Duration,
-    /// First pause before a store that did not answer is asked again; doubles up to 50 times this.
+    /// First pause before a store that did not answer is asked again; doubles up to 10 times this.
     pub store_retry: Duration,
     /// One rule that a test breaks.
     #[cfg(test)]
@@ -39,7 +39,7 @@ impl Default for Terms {
             stop_margin: Duration::from_millis(100),
             start_margin: Duration::from_millis(200),
             fresh_for: Duration::from_secs(1),
-            longest_offer: Duration::from_secs(10),
+            longest_offer: Duration::from_secs(2),
             patience: Duration::from_secs(5),
             store_retry: Duration::from_millis(20),
             #[cfg(test)]
@@ -59,10 +59,7 @@ impl Terms {
         if !self.keeps(Rule::ExpiryCoversDrift) {
             return good_for;
         }
-        let million = 1_000_000_u128;
-        let drift = u128::from(self.drift_ppm.min(500_000));
-        let nanos = (good_for.as_nanos() * (million + drift)).div_ceil(million - drift);
-        Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+        Drift { ppm: self.drift_ppm }.outlast(good_for)
     }
 
     /// How often the destination renews its offer.
@@ -104,6 +101,8 @@ pub(super) enum Rule {
     WaitForExpiry,
     /// (d) … of that offer, not of an earlier one.
     WaitForNamedOffer,
+    /// (f) The source of a protected machine sends no token after its term.
+    NoTokenAfterTerm,
     /// (d) … stretched for the drift of both clocks.
     ExpiryCoversDrift,
     /// (d) The source runs again only after its own compare-and-set won.
@@ -114,6 +113,16 @@ pub(super) enum Rule {
     SettleByNonce,
     /// A write without an answer is tried again, and nothing concluded from the silence.
     SilenceIsNoVerdict,
+    /// (c) At the end of an unconfirmed offer the destination is stopped, also if its runner is dead.
+    #[cfg(test)]
+    GuardOutlivesRunner,
+    /// A runner that comes after one that died takes the lease only if that had begun to: else the
+    /// attempt may have been refused.
+    #[cfg(test)]
+    SuccessorTakesWhatWasAsked,
+    /// … and then does not drop the copy before its own write has lost: the dead runner's may come late.
+    #[cfg(test)]
+    SuccessorAsksOn,
 }
 
 /// What a host holds that may run a machine: kept by the runner from one attempt to the next.

@@ -34,6 +34,7 @@ fn source() -> SourceAuthority {
         holding: Holding::new(record()),
         to: host("b"),
         attempt: N,
+        view: None,
         terms: Terms::default(),
         nonces: nonces(100),
     })
@@ -45,6 +46,7 @@ fn destination() -> DestinationAuthority {
         here: host("b"),
         from: host("a"),
         attempt: N,
+        beat: None,
         terms: Terms::default(),
         nonces: nonces(200),
     })
@@ -306,7 +308,10 @@ fn a_runner_that_comes_back_waits_for_the_longest_offer_before_it_asks() {
         |record| SourceAuthority::recover(at(500), &here, record, Terms::default(), nonces(300));
     let (s, deed) = recover(handed());
     assert_eq!(deed, [Sa::ServePages]);
-    assert_eq!(s.wake_at(), Some(at(500) + Terms::default().expiry(Duration::from_secs(10))));
+    assert_eq!(
+        s.wake_at(),
+        Some(at(500) + Terms::default().expiry(Terms::default().longest_offer))
+    );
 
     let (s, deed) = recover(handed().taken(host("b"), N, Nonce(9)));
     assert_eq!((s.state(), deed), (SourceState::ServingPages(Epoch(2)), vec![Sa::ServePages]));

@@ -95,7 +95,7 @@ impl LeaseWrite {
     ) -> (Self, LeaseCall) {
         let phase = Phase::Asked(operation);
         let pause = terms.store_retry;
-        let longest_pause = pause * 50;
+        let longest_pause = pause * 10;
         let settle_by_nonce = terms.keeps(Rule::SettleByNonce);
         let write = Self { purpose, expected, new, phase, pause, longest_pause, settle_by_nonce };
         let call = write.call(operation);

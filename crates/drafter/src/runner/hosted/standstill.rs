@@ -5,24 +5,37 @@
 //! after [`Hosted::stand_still`] nobody writes to memory and disks; after [`Hosted::go_further`] the
 //! guest has noticed nothing.
 
-use super::{Hosted, MachineError, fail};
+use super::{HOOK_LIMIT, Hosted, MachineError, fail, unless_full};
 use std::time::Duration;
 
 /// How long the monitor may take for what was said to the guest before.
 const QUIET_LIMIT: Duration = Duration::from_millis(50);
 
 impl Hosted {
+    /// Calls the guest's hook before a pause that is its last here, if its package has one.
+    ///
+    /// # Errors
+    /// If it fails: the machine runs.
+    pub(in super::super) fn call_before_suspend(&mut self) -> Result<(), MachineError> {
+        if self.has_suspend_hook()
+            && let Some(guest) = &self.guest
+        {
+            guest.before_suspend(false, HOOK_LIMIT).map_err(fail)?;
+        }
+        Ok(())
+    }
+
     /// What can be done while the guest runs, so that the standstill is short.
     ///
     /// # Errors
-    /// If a disk's request waits for help, a server is not found, or a disk cannot be synced: the
+    /// If a disk's read waits for help, a server is not found, or a disk cannot be synced: the
     /// machine runs.
     pub(in super::super) fn before_standstill(&mut self) -> Result<(), MachineError> {
         self.servers.before_pause()?;
         self.helpers = self.servers.helpers();
         // A flush of the guest that is under way is waited for: let little be left for it.
         for disk in &self.content.disks {
-            disk.sync().map_err(fail)?;
+            unless_full(disk, disk.sync())?;
         }
         if let Some(guest) = &self.guest
             && !guest.hold(QUIET_LIMIT)
@@ -42,6 +55,16 @@ impl Hosted {
         let _first = self.helpers.go_first();
         self.vm.pause(&mut || {}).map_err(fail)?;
         self.servers.at_rest()
+    }
+
+    /// Output commit, of a machine that stands still: what it has sent goes when this instant is
+    /// durable.
+    ///
+    /// # Errors
+    /// If the monitor does not hold it.
+    pub(in super::super) fn seal_output(&mut self) -> Result<(), MachineError> {
+        self.commit_output(true)?;
+        self.vm.seal_output().map_err(fail)
     }
 
     /// Lets it go on, whether or not it stood still.

@@ -71,6 +71,12 @@ impl Incoming {
 }
 
 impl Destination {
+    /// The last epoch that the source made, of each device, once the token was taken.
+    #[must_use]
+    pub fn last_epochs(&self) -> Vec<Epoch> {
+        self.devices.iter().map(|device| device.moved(self.session)).collect()
+    }
+
     /// Somebody here wants to read blocks.
     pub fn read(
         &mut self,

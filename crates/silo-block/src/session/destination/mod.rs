@@ -608,7 +608,7 @@ impl Destination {
     }
 
     fn say_durable(&mut self, now: Duration) {
-        let epochs = self.devices.iter().map(|device| device.moved(self.session)).collect();
+        let epochs = self.last_epochs();
         self.say(now, ToSource::Durable { epochs });
     }
 

@@ -14,7 +14,7 @@ use silo_block::io::{Allocation, Extent};
 use std::{
     io::{self, IoSlice},
     os::fd::BorrowedFd,
-    sync::PoisonError,
+    sync::{PoisonError, atomic::AtomicU8},
 };
 
 /// Answers wait for each other up to this many bytes, while more requests are at hand.
@@ -155,6 +155,16 @@ impl Connection {
         let mut sender = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
         sender
             .send_file(head, file, at, request.length as usize)
+            .map_err(|error| stalled(error, "and does not take its replies"))
+    }
+
+    pub(super) fn send_memory(&self, request: &Request, place: &[AtomicU8]) -> Result<(), End> {
+        let mut head = [0; DATA_CHUNK_BYTES];
+        let head = if self.structured { &mut head } else { &mut head[..REPLY_BYTES] };
+        self.encode_head(request, head);
+        let mut sender = self.sender.lock().unwrap_or_else(PoisonError::into_inner);
+        sender
+            .send_memory(head, place)
             .map_err(|error| stalled(error, "and does not take its replies"))
     }
 

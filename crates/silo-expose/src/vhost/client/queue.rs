@@ -32,7 +32,7 @@ pub struct ClientQueue {
 }
 
 impl ClientQueue {
-    pub(super) fn available_at(&self) -> usize {
+    pub(in crate::vhost) fn available_at(&self) -> usize {
         16 * usize::from(self.options.entries)
     }
 

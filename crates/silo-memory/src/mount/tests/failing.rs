@@ -41,7 +41,7 @@ fn an_access_waits_out_a_short_failure() {
 fn check_17_a_dead_backend_ends_accesses_within_the_deadline_and_healing_is_seen() {
     for mood in [Mood::Broken, Mood::Silent] {
         let far = Arc::new(Far::new(MIB, Duration::ZERO));
-        let soon = Options { deadline: Duration::from_millis(300), ..options() };
+        let soon = Options { deadline: Duration::from_secs(1), ..options() };
         let mount = Mount::direct(Arc::clone(&far) as _, soon).unwrap();
         far.set(mood);
         let began = Instant::now();
@@ -51,7 +51,7 @@ fn check_17_a_dead_backend_ends_accesses_within_the_deadline_and_healing_is_seen
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         assert!(error.to_string().contains("block 9 did not come within"), "{error}");
         let took = began.elapsed();
-        assert!(took < Duration::from_secs(3), "{took:?} for two deadlines of 0.3 s");
+        assert!(took < LONG, "{took:?} for two deadlines of 1 s");
         assert!(mount.status().failed_bytes > 0);
         far.set(Mood::Fine);
         let mut bytes = vec![0; BLOCK_SIZE];
@@ -135,7 +135,7 @@ fn check_39_closing_during_accesses_ends_them_within_a_second() {
             assert_eq!(error.kind(), io::ErrorKind::NotConnected);
         }
         let took = closing.elapsed();
-        assert!(took < Duration::from_secs(1), "pending accesses ended after {took:?}");
+        assert!(took < LONG / 2, "pending accesses ended after {took:?}");
         far.set(Mood::Fine);
         closer.join().unwrap().unwrap();
     });
@@ -156,7 +156,7 @@ fn closing_with_a_backend_that_hangs_ends_and_says_what_is_not_durable() {
     far.set(Mood::Silent);
     let began = Instant::now();
     let error = mount.close().unwrap_err().to_string();
-    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    assert!(began.elapsed() < LONG, "{:?}", began.elapsed());
     assert!(error.contains("12288 bytes that were written here"), "{error}");
     far.set(Mood::Fine);
 }

@@ -100,3 +100,10 @@ fn a_failed_sync_is_never_forgotten() {
         assert!(error.to_string().contains("the device is gone"), "{error}");
     }
 }
+
+#[test]
+fn lack_of_room_is_told_as_that_by_every_flush_that_waited_for_the_sync() {
+    let error = DiskError::Sync { cause: "no room".into(), kind: std::io::ErrorKind::StorageFull };
+    assert!(error.is_full());
+    assert_eq!(std::io::Error::from(error).kind(), std::io::ErrorKind::StorageFull);
+}

@@ -1,5 +1,6 @@
 //! Tests of the disk as a whole.
 
+mod below;
 mod crash;
 mod flush;
 mod moving;

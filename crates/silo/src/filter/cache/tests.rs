@@ -243,11 +243,11 @@ fn check_26_overlapping_accesses_are_linearisable_sector_by_sector() {
     let clock = AtomicU64::new(1);
     let numbers = AtomicU64::new(1);
     let history: Vec<Mutex<Vec<Access>>> = (0..SECTORS).map(|_| Mutex::default()).collect();
-    let stop = AtomicBool::new(false);
+    let (stop, looks) = (AtomicBool::new(false), AtomicU64::new(0));
     thread::scope(|scope| {
         for thread in 0..6u64 {
             let (cache, clock, numbers, history) = (&cache, &clock, &numbers, &history);
-            let stop = &stop;
+            let (stop, looks) = (&stop, &looks);
             scope.spawn(move || {
                 let mut random = Random(thread);
                 while !stop.load(Ordering::Relaxed) {
@@ -271,6 +271,7 @@ fn check_26_overlapping_accesses_are_linearisable_sector_by_sector() {
                         cache.write_at(first * 512, &buf).unwrap();
                     } else {
                         cache.read_at(first * 512, &mut buf).unwrap();
+                        looks.fetch_add(1, Ordering::Relaxed);
                     }
                     let ended = clock.fetch_add(1, Ordering::SeqCst);
                     for (index, sector) in buf.chunks(512).enumerate() {
@@ -287,8 +288,12 @@ fn check_26_overlapping_accesses_are_linearisable_sector_by_sector() {
             });
         }
         scope.spawn(|| {
-            for _ in 0..40 {
+            // However few turns the readers get on a busy computer: until they have seen enough.
+            let until = Instant::now() + Duration::from_secs(60);
+            let mut flushes = 0;
+            while flushes < 40 || (looks.load(Ordering::Relaxed) < 2000 && Instant::now() < until) {
                 cache.flush().unwrap();
+                flushes += 1;
             }
             stop.store(true, Ordering::Relaxed);
         });

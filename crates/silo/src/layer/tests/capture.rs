@@ -7,7 +7,7 @@ use crate::{
 };
 use std::{sync::atomic::AtomicBool, time::Duration};
 
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(60);
 
 #[test]
 fn a_backup_round_lists_what_changed_since_the_one_that_was_stored() {

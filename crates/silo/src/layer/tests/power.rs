@@ -8,7 +8,7 @@ use super::*;
 use crate::tests::model::Model;
 use std::{sync::atomic::AtomicBool, time::Duration};
 
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(60);
 
 struct Host {
     folder: Arc<SimFolder>,

@@ -201,6 +201,7 @@ impl Rig {
     ) -> Result<QemuVm, DriverError> {
         let host = HostResources {
             memory,
+            memory_is_shared: false,
             tap: given.tap,
             disk_sockets: given.disk.map(Path::to_owned).into_iter().collect(),
             kernel: &self.kernel,

@@ -5,9 +5,10 @@ use super::world::{Event, MS, Message, SECOND, World};
 use crate::{
     lease::Outcome,
     migrate::switchover::{
-        DestinationAction, DestinationEvent, DestinationState, LeaseAnswer, LeaseCall,
-        SourceAction, SourceAuthority, SourceEvent, SourceState,
+        DestinationAction, DestinationAuthority, DestinationEvent, DestinationState, LeaseAnswer,
+        LeaseCall, SourceAction, SourceAuthority, SourceEvent, SourceState,
     },
+    tenure::HolderEvent,
 };
 
 type Checked = Result<(), String>;
@@ -15,7 +16,7 @@ type Checked = Result<(), String>;
 impl World {
     pub(super) fn happens(&mut self, event: Event) -> Checked {
         match event {
-            Event::StartMove => self.start_move(),
+            Event::StartMove => return self.start_move(),
             Event::Source(m, event) => return self.source_event(m, event),
             Event::Destination(m, event) => return self.destination_event(m, event),
             Event::Arrives(m, message) => return self.arrives(m, message),
@@ -34,6 +35,7 @@ impl World {
             }
             Event::MachinePaused(m, fails) => return self.machine_paused(m, fails),
             Event::MachineLoaded(m, fails) => self.machine_loaded(m, fails),
+            Event::MachineFrozen(m) if !self.moves[m].freezing => {}
             Event::MachineFrozen(m) => {
                 let mv = &mut self.moves[m];
                 mv.freezing = false;
@@ -42,9 +44,16 @@ impl World {
             }
             Event::Cut(m) => self.cut(m),
             Event::Joined(m) => return self.joined(m),
-            Event::CrashHost(m, end) => self.crash_host(m, end),
+            // Of a protected machine the whole host dies: `TermEvent::Dies`.
+            Event::CrashHost(m, end) if !self.protected => self.crash_host(m, end),
+            Event::CrashHost(..) => {}
             Event::CrashRunner(m) => self.crash_runner(m),
             Event::RunnerBack(m) => return self.runner_back(m),
+            Event::CrashReceiver(m) => self.crash_receiver(m),
+            Event::ReceiverBack(m) => self.receiver_back(m),
+            Event::ReceiverDecides(m, found) => return self.receiver_decides(m, found),
+            Event::GuardFreezes(m) => self.guard_freezes(m),
+            Event::Term(event) => return self.term_happens(event),
             Event::StoreGoes(up) => {
                 self.tell(if up { "the store is up" } else { "the store is down" });
                 self.store.up = up;
@@ -75,7 +84,7 @@ impl World {
         }
     }
 
-    fn source_event(&mut self, m: usize, event: SourceEvent) -> Checked {
+    pub(super) fn source_event(&mut self, m: usize, event: SourceEvent) -> Checked {
         let now = self.local(self.moves[m].from);
         let Some(source) = &mut self.moves[m].source else { return Ok(()) };
         let before = source.state();
@@ -90,7 +99,36 @@ impl World {
         }
         self.do_source(m, actions)?;
         self.set_alarm(m, 0);
+        self.tell_source_holder(m, after);
         Ok(())
+    }
+
+    /// The runner tells the holder what became of its lease.
+    fn tell_source_holder(&mut self, m: usize, state: SourceState) {
+        let mv = &self.moves[m];
+        let copy = mv.source_copy;
+        let Some(source) = mv.source.as_ref().filter(|_| self.protected) else { return };
+        let record = source.holding().record;
+        let known = self.copies[copy].holder.as_ref().map(|holder| holder.record().clone());
+        let over =
+            matches!(state, SourceState::Aborted | SourceState::Resumed(_) | SourceState::Stopped);
+        match state {
+            SourceState::ServingPages(_) | SourceState::Released => {
+                self.copies[copy].holder = None;
+            }
+            // Said once: later the lease is the holder's again.
+            _ if mv.source_over => {}
+            _ => {
+                let stays = state != SourceState::Stopped;
+                if stays && known.is_some_and(|known| known != record) {
+                    self.holder(copy, HolderEvent::Holds(record));
+                }
+                if over {
+                    self.moves[m].source_over = true;
+                    self.holder(copy, HolderEvent::Moving(false));
+                }
+            }
+        }
     }
 
     fn do_source(&mut self, m: usize, actions: Vec<SourceAction>) -> Checked {
@@ -101,7 +139,10 @@ impl World {
                 SourceAction::PauseMachine { .. } => {
                     mv.pausing = true;
                     let slow = self.random.chance(5);
-                    let time = self.random.between(MS, if slow { 7 * SECOND } else { 60 * MS });
+                    let mut time = self.random.between(MS, if slow { 7 * SECOND } else { 60 * MS });
+                    if self.protected && self.random.chance(self.faults / 4) {
+                        time = self.lose_store_in_pause(m);
+                    }
                     let fails = self.random.chance(3);
                     self.after(time, Event::MachinePaused(m, fails));
                 }
@@ -146,7 +187,18 @@ impl World {
                     self.send(m, &Message::ToDestination(DestinationEvent::Cancel));
                 }
                 SourceAction::StayPaused { why } => {
-                    return Err(format!("the source gave up although the store is sound: {why}"));
+                    let copy = mv.source_copy;
+                    let holds = self.copies[copy].epoch;
+                    let taken = self.store.record.epoch > holds
+                        && self.store.record.owner != self.hosts[self.copies[copy].host].name;
+                    // Of a protected machine somebody else may be the owner.
+                    if !(self.protected && taken) {
+                        return Err(format!(
+                            "the source gave up although the store is sound: {why}"
+                        ));
+                    }
+                    self.copies[copy].running = false;
+                    self.tally.taken_from_source += 1;
                 }
                 SourceAction::Release => {
                     let copy = &mut self.copies[mv.source_copy];
@@ -159,7 +211,7 @@ impl World {
         Ok(())
     }
 
-    fn destination_event(&mut self, m: usize, event: DestinationEvent) -> Checked {
+    pub(super) fn destination_event(&mut self, m: usize, event: DestinationEvent) -> Checked {
         if event == DestinationEvent::SourceDurable {
             self.moves[m].flush_durable = true;
         }
@@ -183,6 +235,12 @@ impl World {
         }
         self.moves[m].to_do.extend(actions);
         self.do_destination(m)?;
+        let refuses = (before, after) == (DestinationState::Loading, DestinationState::Refused);
+        if refuses && !self.protected && self.random.chance(self.faults / 4) {
+            // Before it has ended the copy that it refused.
+            let soon = self.random.below(self.half_margin());
+            self.after(soon, Event::CrashReceiver(m));
+        }
         self.set_alarm(m, 1);
         Ok(())
     }
@@ -196,6 +254,22 @@ impl World {
                     self.send(m, &Message::ToSource(SourceEvent::Offer(offer)));
                 }
                 DestinationAction::LoadAndRun => {
+                    if self.protected {
+                        self.find_store_again(self.moves[m].to);
+                        let (to, life) = (self.moves[m].to, self.moves[m].life.clone());
+                        let record = self.store.record.clone();
+                        debug_assert_eq!(self.copies[copy].host, to);
+                        self.hold(copy, record, Some(life));
+                        let now = self.local(to);
+                        let may = self.copies[copy].holder.as_ref().is_none_or(|h| h.may_run(now));
+                        if !may {
+                            // The source had better go on at once.
+                            let why = "this host's term has ended".to_owned();
+                            let event = DestinationEvent::LoadFailed(why);
+                            self.after(0, Event::Destination(m, event));
+                            continue;
+                        }
+                    }
                     self.copies[copy].unconfirmed_until = self.token_ends(m);
                     let slow = self.random.chance(8);
                     let time = self.random.between(MS, if slow { 4 * SECOND } else { 150 * MS });
@@ -209,13 +283,25 @@ impl World {
                 DestinationAction::Lease(call) => self.ask_store(m, 1, call),
                 DestinationAction::Resume { epoch, .. } => {
                     let copy = &mut self.copies[copy];
-                    copy.epoch = epoch;
+                    copy.epoch = copy.epoch.max(epoch);
                     copy.unconfirmed_until = None;
+                    if self.protected {
+                        let owned = self.moves[m]
+                            .destination
+                            .as_ref()
+                            .and_then(DestinationAuthority::holding);
+                        let index = self.moves[m].copy;
+                        if let Some(holding) = owned {
+                            self.holder(index, HolderEvent::Holds(holding.record));
+                            self.holder(index, HolderEvent::Moving(false));
+                        }
+                    }
                 }
                 DestinationAction::ReleaseOutput { epoch } => {
                     self.check_output(m)?;
                     let copy = &mut self.copies[copy];
-                    (copy.output, copy.epoch) = (true, epoch);
+                    // It may have been got back in a new life meanwhile.
+                    (copy.output, copy.epoch) = (true, copy.epoch.max(epoch));
                 }
                 DestinationAction::FreezeNow => {
                     self.moves[m].freezing = true;
@@ -234,7 +320,10 @@ impl World {
                 DestinationAction::SendDurable { epoch } => {
                     self.send(m, &Message::ToSource(SourceEvent::Durable { epoch }));
                 }
-                DestinationAction::Discard => self.copies[copy].discarded = true,
+                DestinationAction::Discard => {
+                    let copy = &mut self.copies[copy];
+                    (copy.discarded, copy.holder) = (true, None);
+                }
                 DestinationAction::Report(_) => {}
             }
         }
@@ -242,7 +331,9 @@ impl World {
     }
 
     fn ask_store(&mut self, m: usize, end: usize, call: LeaseCall) {
-        let course = self.store.course(&mut self.random);
+        let host = if end == 0 { self.moves[m].from } else { self.moves[m].to };
+        let cut_off = self.keepers[host].cut_off;
+        let course = self.store.course_for(cut_off, &mut self.random);
         let operation = call.operation;
         if !course.told {
             let answer = LeaseAnswer::Unavailable("no answer".to_owned());
@@ -337,7 +428,7 @@ impl World {
     }
 
     /// The ends have found each other again, and say again what may have been lost.
-    fn joined(&mut self, m: usize) -> Checked {
+    pub(super) fn joined(&mut self, m: usize) -> Checked {
         let mv = &self.moves[m];
         let dead = |copy: usize| self.copies[copy].crashed || self.copies[copy].discarded;
         if mv.source.is_none() || mv.destination.is_none() || dead(mv.source_copy) {
@@ -362,7 +453,7 @@ impl World {
     }
 
     /// One end notices, sooner or later.
-    fn peer_lost(&mut self, m: usize, end: usize) {
+    pub(super) fn peer_lost(&mut self, m: usize, end: usize) {
         let most = if self.random.chance(30) { 9 * SECOND } else { 300 * MS };
         let notice = self.random.below(most);
         let event = if end == 0 {
@@ -373,7 +464,7 @@ impl World {
         self.after(notice, event);
     }
 
-    fn crash_host(&mut self, m: usize, end: usize) {
+    pub(super) fn crash_host(&mut self, m: usize, end: usize) {
         self.tell(&format!("{m} the {} crashes", ["source", "destination"][end]));
         self.tally.crashed += 1;
         let mv = &mut self.moves[m];
@@ -424,8 +515,12 @@ impl World {
         let text = format!("{m} the source's runner is back: {:?}", source.state());
         self.moves[m].source = Some(source);
         self.tell(&text);
+        let state = self.moves[m].source.as_ref().map(SourceAuthority::state);
         self.do_source(m, actions)?;
         self.set_alarm(m, 0);
+        if let Some(state) = state {
+            self.tell_source_holder(m, state);
+        }
         Ok(())
     }
 }

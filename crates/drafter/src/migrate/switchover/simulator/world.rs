@@ -1,13 +1,21 @@
 //! The world: hosts, clocks, copies of the machine, moves, the network between their ends, and the
 //! loop that makes things happen in order.
 
-use super::{Random, Tally, store::Store};
+use super::{
+    Random, Tally,
+    receiver::Left,
+    store::Store,
+    terms::{Keeper, TermEvent},
+};
 use crate::{
-    lease::{AttemptId, BootTime, Epoch, HostName, MachineName, Nonce, OfferSerial, Record},
+    lease::{
+        AttemptId, BeatRef, BootTime, Epoch, HostName, MachineName, Nonce, OfferSerial, Record,
+    },
     migrate::switchover::{
         DestinationAction, DestinationAuthority, DestinationEvent, DestinationParts, Holding,
         LeaseCall, Nonces, SourceAuthority, SourceEvent, SourceParts, Terms, terms::Rule,
     },
+    tenure::{Holder, HolderEvent, Rule as TermRule},
 };
 use std::{
     cmp::Reverse,
@@ -36,7 +44,7 @@ impl Host {
     }
 
     /// The first true time at which the clock shows `at`.
-    fn true_time(&self, at: BootTime) -> u64 {
+    pub(super) fn true_time(&self, at: BootTime) -> u64 {
         let run = (at.0.as_nanos() as i128 - i128::from(self.offset)).max(0);
         let mut now = (run * 1_000_000 / i128::from(1_000_000 + self.ppm)) as u64;
         while self.local(now) < at {
@@ -57,11 +65,35 @@ pub(super) struct Copy {
     pub(super) discarded: bool,
     /// Until the lease is known to be won: the end of the offer, on the host's clock.
     pub(super) unconfirmed_until: Option<BootTime>,
+    /// Of a protected machine.
+    pub(super) holder: Option<Holder>,
+    pub(super) holder_wake: Option<BootTime>,
+    pub(super) freeze_wanted: bool,
+    pub(super) term_frozen: bool,
 }
 
 impl Copy {
+    /// One that does not run yet.
+    pub(super) fn at(host: usize, epoch: Epoch) -> Self {
+        Self {
+            host,
+            running: false,
+            frozen: false,
+            output: false,
+            epoch,
+            crashed: false,
+            discarded: false,
+            unconfirmed_until: None,
+            holder: None,
+            holder_wake: None,
+            freeze_wanted: false,
+            term_frozen: false,
+        }
+    }
+
     pub(super) fn executes(&self) -> bool {
-        self.running && !self.frozen && !self.crashed && !self.discarded
+        let stands = self.frozen || self.term_frozen;
+        self.running && !stands && !self.crashed && !self.discarded
     }
 }
 
@@ -104,6 +136,12 @@ pub(super) struct Move {
     pub(super) source_deaf: bool,
     pub(super) to_do: VecDeque<DestinationAction>,
     pub(super) freezing: bool,
+    /// What the destination's dead runner has left.
+    pub(super) left: Left,
+    /// The destination's life that a protected machine is held under.
+    pub(super) life: Option<BeatRef>,
+    /// The source's holder was told that the machine stays.
+    pub(super) source_over: bool,
     wake: [Option<BootTime>; 2],
 }
 
@@ -123,7 +161,12 @@ pub(super) enum Event {
     CrashHost(usize, usize),
     CrashRunner(usize),
     RunnerBack(usize),
+    CrashReceiver(usize),
+    ReceiverBack(usize),
+    ReceiverDecides(usize, Record),
+    GuardFreezes(usize),
     StoreGoes(bool),
+    Term(TermEvent),
 }
 
 struct Entry(u64, u64, Event);
@@ -148,6 +191,13 @@ impl Ord for Entry {
     }
 }
 
+/// One rule that a test breaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Broken {
+    Move(Rule),
+    Term(TermRule),
+}
+
 pub(super) struct World {
     pub(super) random: Random,
     pub(super) now: u64,
@@ -158,15 +208,24 @@ pub(super) struct World {
     pub(super) moves: Vec<Move>,
     pub(super) store: Store,
     pub(super) terms: Terms,
-    machine: MachineName,
+    pub(super) machine: MachineName,
     story: Vec<String>,
     pub(super) tally: Tally,
     /// This world's weather, in percent.
-    faults: u64,
+    pub(super) faults: u64,
+    /// The machine may be taken over when its host is lost.
+    pub(super) protected: bool,
+    pub(super) broken_term: Option<TermRule>,
+    pub(super) keepers: Vec<Keeper>,
 }
 
 impl World {
-    pub(super) fn new(seed: u64, broken: Option<Rule>) -> Self {
+    pub(super) fn new(seed: u64, broken: Option<Broken>) -> Self {
+        let (broken, broken_term) = match broken {
+            Some(Broken::Move(rule)) => (Some(rule), None),
+            Some(Broken::Term(rule)) => (None, Some(rule)),
+            None => (None, None),
+        };
         let mut random = Random(seed.wrapping_mul(0x2545_f491_4f6c_dd1d) ^ 0x5eed);
         let drift_ppm = [1000, 10_000, 50_000][random.below(3) as usize];
         let terms = Terms {
@@ -193,17 +252,11 @@ impl World {
         let attempt = AttemptId(random.next());
         let record = Record::first(machine.clone(), hosts[0].name.clone(), attempt, nonce);
         let store = Store::new(record.clone(), &mut random);
-        let first = Copy {
-            host: 0,
-            running: true,
-            frozen: false,
-            output: true,
-            epoch: record.epoch,
-            crashed: false,
-            discarded: false,
-            unconfirmed_until: None,
-        };
-        let faults = [0, 20, 60][random.below(3) as usize];
+        let first = Copy { running: true, output: true, ..Copy::at(0, record.epoch) };
+        let (faults, protected) = ([0, 20, 60][random.below(3) as usize], random.chance(50));
+        // What breaks a rule of terms is looked for where there are terms, and in bad weather.
+        let terms_matter = broken_term.is_some() || broken == Some(Rule::NoTokenAfterTerm);
+        let (faults, protected) = if terms_matter { (60, true) } else { (faults, protected) };
         let mut world = Self {
             random,
             now: SECOND,
@@ -218,7 +271,13 @@ impl World {
             story: Vec::new(),
             tally: Tally { runs: 1, ..Tally::default() },
             faults,
+            protected,
+            broken_term,
+            keepers: (0..3).map(|_| Keeper::default()).collect(),
         };
+        if world.protected {
+            world.protect();
+        }
         for i in 0..MOVES as u64 {
             world.at(i * MOVE_EVERY + SECOND, Event::StartMove);
         }
@@ -287,10 +346,27 @@ impl World {
         sum.lost_to_source += t.lost_to_source;
         sum.served_after_expiry += t.served_after_expiry;
         sum.crashed += t.crashed;
+        sum.protected += u64::from(self.protected);
+        sum.terms_ended += t.terms_ended;
+        sum.fenced += t.fenced;
+        sum.taken_over += t.taken_over;
+        sum.got_back += t.got_back;
+        sum.taken_from_source += t.taken_from_source;
+        sum.receivers_died += t.receivers_died;
+        sum.receivers_back += t.receivers_back;
+        sum.guarded += t.guarded;
     }
 
     /// The copy that may move on, with what its host holds; `None` while nothing is settled.
     fn movable(&self) -> Option<(usize, Holding)> {
+        if self.protected {
+            let settled =
+                |copy: &&Copy| copy.executes() && copy.holder.as_ref().is_some_and(Holder::settled);
+            let index = self.copies.iter().position(|copy| settled(&copy))?;
+            let record = self.copies[index].holder.as_ref()?.record();
+            let ours = record.owner == self.hosts[self.copies[index].host].name;
+            return ours.then(|| (index, Holding::new(record.clone())));
+        }
         let Some(last) = self.moves.last() else {
             return Some((0, Holding::new(self.store.record.clone())));
         };
@@ -310,16 +386,23 @@ impl World {
         self.copies[last.copy].executes().then_some((last.copy, holding))
     }
 
-    pub(super) fn start_move(&mut self) {
-        let Some((source_copy, holding)) = self.movable() else { return };
+    pub(super) fn start_move(&mut self) -> Result<(), String> {
+        self.end_earlier_moves()?;
+        let Some((source_copy, holding)) = self.movable() else { return Ok(()) };
         let from = self.copies[source_copy].host;
         let to = (from + 1 + self.random.below(2) as usize) % 3;
+        if self.keepers[to].dead {
+            return Ok(());
+        }
+        let life = self.life_of(to);
+        let view = self.view_of(from);
         let attempt = AttemptId(self.random.next());
         let (source_nonces, destination_nonces) = (self.nonces(), self.nonces());
         let source = SourceAuthority::new(SourceParts {
             holding: holding.clone(),
             to: self.hosts[to].name.clone(),
             attempt,
+            view,
             terms: self.terms.clone(),
             nonces: source_nonces,
         });
@@ -328,26 +411,18 @@ impl World {
             here: self.hosts[to].name.clone(),
             from: self.hosts[from].name.clone(),
             attempt,
+            beat: life.clone(),
             terms: self.terms.clone(),
             nonces: destination_nonces,
         });
         // What an earlier move left on that host makes room.
         for copy in &mut self.copies {
-            if copy.host == to {
-                copy.discarded |= !copy.executes();
+            if copy.host == to && !copy.executes() {
+                (copy.discarded, copy.holder) = (true, None);
             }
         }
         let copy = self.copies.len();
-        self.copies.push(Copy {
-            host: to,
-            running: false,
-            frozen: false,
-            output: false,
-            epoch: holding.record.epoch,
-            crashed: false,
-            discarded: false,
-            unconfirmed_until: None,
-        });
+        self.copies.push(Copy::at(to, holding.record.epoch));
         let ordered = self.random.chance(70);
         let rough = self.random.chance(self.faults);
         let link = Link {
@@ -380,8 +455,16 @@ impl World {
             source_deaf: false,
             to_do: VecDeque::new(),
             freezing: false,
+            left: Left::default(),
+            life,
+            source_over: false,
             wake: [None, None],
         });
+        if self.protected {
+            self.stop_watching(from);
+            self.stop_watching(to);
+            self.holder(source_copy, HolderEvent::Moving(true));
+        }
         let prepared = self.random.between(MS, 200 * MS);
         self.after(prepared, Event::Destination(m, DestinationEvent::Prepared));
         for _ in 0..2 {
@@ -389,6 +472,7 @@ impl World {
             self.after(want, Event::Source(m, SourceEvent::WantSwitchover));
         }
         self.bad_weather(m);
+        Ok(())
     }
 
     /// Faults around the switchover, which happens in the first seconds.
@@ -408,6 +492,10 @@ impl World {
                 let when = self.random.between(MS, 6 * SECOND);
                 self.after(when, event(m));
             }
+        }
+        if !self.protected && self.random.chance(faults / 2) {
+            let when = self.random.between(MS, 4 * SECOND);
+            self.after(when, Event::CrashReceiver(m));
         }
         for _ in 0..2 {
             if self.random.chance(faults / 2) {

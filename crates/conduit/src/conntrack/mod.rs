@@ -2,7 +2,12 @@
 //! of a machine has outside. Read by ctnetlink (`linux/netfilter/nfnetlink_conntrack.h`), of the
 //! calling thread's network namespace.
 //!
-//! Nothing here changes an entry. What the kernel says is read with every length checked.
+//! What the kernel says is read with every length checked. [`list`] is for looking on; [`flow`] reads
+//! entries whole, and makes and removes them: a drain hands them to another edge.
+
+mod flow;
+
+pub use flow::{Done, Flow, FlowId, FlowTuple, Tcp, ended, made, taken};
 
 use crate::exec::KernelError;
 use netlink_sys::{Socket, SocketAddr as NetlinkAddr, protocols::NETLINK_NETFILTER};
@@ -63,10 +68,26 @@ pub fn list() -> Result<Vec<Connection>, KernelError> {
 }
 
 fn dump() -> io::Result<Vec<Connection>> {
+    let mut found = Vec::new();
+    each(|body| {
+        if found.len() < CONNECTIONS {
+            found.extend(connection(body));
+        }
+    })?;
+    Ok(found)
+}
+
+fn open() -> io::Result<Socket> {
     let mut socket = Socket::new(NETLINK_NETFILTER)?;
     socket.bind_auto()?;
     socket.connect(&NetlinkAddr::new(0, 0))?;
     setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::milliseconds(LIMIT_MS))?;
+    Ok(socket)
+}
+
+/// What follows the headers of every entry's message.
+fn each(mut entry: impl FnMut(&[u8])) -> io::Result<()> {
+    let socket = open()?;
     // nlmsghdr and nfgenmsg, of any family.
     let mut request = Vec::with_capacity(20);
     request.extend(20_u32.to_ne_bytes());
@@ -75,23 +96,19 @@ fn dump() -> io::Result<Vec<Connection>> {
     request.extend(1_u32.to_ne_bytes());
     request.extend([0; 8]);
     socket.send(&request, 0)?;
-    let mut found = Vec::new();
     let mut buffer = Vec::with_capacity(64 * 1024);
     loop {
         buffer.clear();
         socket.recv(&mut buffer, 0)?;
         for (kind, body) in messages(&buffer) {
             match kind {
-                DONE => return Ok(found),
+                DONE => return Ok(()),
                 ERROR => {
                     let code = body.first_chunk().map_or(0, |b| i32::from_ne_bytes(*b));
                     return Err(io::Error::from_raw_os_error(-code));
                 }
                 // Past nfgenmsg.
-                _ if found.len() < CONNECTIONS => {
-                    found.extend(body.get(4..).and_then(connection));
-                }
-                _ => {}
+                _ => body.get(4..).into_iter().for_each(&mut entry),
             }
         }
     }

@@ -1,0 +1,79 @@
+//! The history of a machine that moves: where the source's generations ended, and where the destination's
+//! go on.
+//!
+//! What must hold: a destination that looks at less than everything has been told of every block in which
+//! the store's newest generation differs from the machine as it left its source, and has seen every write
+//! since.
+
+use super::{Backups, Runner, lock};
+use crate::{
+    checkpoint::description, migrate::messages::BackupMark, runner::protected_move::Arrived,
+};
+use silo::{block::BlockSet, store::LineWriter};
+use std::{collections::BTreeMap, fmt::Write as _, sync::Arc};
+
+impl Runner {
+    /// The generation of which the source of a machine that arrived has said how it differs; said once.
+    pub(super) fn arrived_with(&self, backups: &Backups, writer: &LineWriter) -> Option<u64> {
+        let Some(Arrived::Known(mark, changed)) = self.lock().arrived.take() else { return None };
+        // Also one that the source stored and never heard of: what it has told is then more than the
+        // truth.
+        let same = mark.line == writer.line().to_string()
+            && mark.writer == hex(&writer.newest_by())
+            && mark.number <= writer.newest();
+        if !same || writer.needs_everything() {
+            tracing::info!(
+                "the history is not where the machine's source left it: all is compared"
+            );
+            return None;
+        }
+        match backups.capture.know(&changed) {
+            Ok(()) => Some(writer.newest()),
+            Err(error) => {
+                tracing::warn!(%error, "all of the machine is compared with its history");
+                None
+            }
+        }
+    }
+
+    /// What the machine's last start from a store touched first, as text.
+    pub(in crate::runner) fn first_touch_text(&self) -> BTreeMap<String, String> {
+        let inner = self.lock();
+        description::first_touch_text(&match &inner.filling {
+            Some(filling) => filling.first_touches(),
+            None => inner.first_touches.clone(),
+        })
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        // It never fails for a string.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// Ends the generations of a machine that stands still for good. Gives the last of them, and in which
+/// blocks of each device of the group the machine differs from it; `None` if somebody works on them, or
+/// there are none.
+pub(in crate::runner) fn hand_on(backups: &Backups) -> Option<(BackupMark, Vec<BlockSet>)> {
+    let _turn = backups.turn.try_lock().ok()?;
+    let continuous = lock(&backups.continuous).take()?;
+    let line = continuous.target.line.to_string();
+    // What was being stored is put back.
+    let last = Arc::try_unwrap(continuous).ok()?.engine.stop().last?;
+    let mark = BackupMark {
+        line,
+        number: last.number,
+        writer: hex(&last.writer),
+        first_touch: BTreeMap::new(),
+    };
+    match backups.capture.changed() {
+        Ok(changed) => Some((mark, changed)),
+        Err(error) => {
+            tracing::warn!(%error, "the destination compares all with the history");
+            None
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! Copies of a running machine on its host, by the command that a person types.
+#![allow(clippy::unwrap_used, reason = "a test ends by panicking")]
+
+use drafter::runner::state::process_start;
+use e2e::{
+    Stage,
+    busy::{Work, sh, start_oracle, verify_oracle},
+    command::{Said, say},
+    eventually,
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::Value;
+use std::{collections::BTreeSet, fs, time::Duration};
+
+const LIMIT: Duration = Duration::from_secs(180);
+const MIB: u64 = 1 << 20;
+const MEMORY_MIB: u64 = 256;
+/// A small part of the memory is written all the time.
+const WORK: Work = Work { memory_mib: 96, hot_mib: 4, rate_mb_s: 5, file_mib: 8 };
+/// A machine without work for copies that are only begun.
+const NBD: [&str; 2] = ["--disk-kind", "nbd"];
+
+/// A command of ours on host a.
+#[track_caller]
+fn on_a(stage: &Stage, words: &[&str]) -> Said {
+    say(stage.drafter(0).arg("--json").args(words), LIMIT)
+}
+
+/// A command in a machine on host a.
+#[track_caller]
+fn inside(stage: &Stage, machine: &str, script: &str) -> String {
+    let said = on_a(stage, &["exec", machine, "--", "/bin/dash", "-c", script]);
+    said.json()["stdout"].as_str().unwrap_or_default().trim().to_owned()
+}
+
+/// Has the oracle of a machine check all of its pages and blocks, of memory and disk.
+#[track_caller]
+fn verify(stage: &Stage, machine: &str) {
+    let report: Value = serde_json::from_str(&inside(stage, machine, "oracle verify")).unwrap();
+    assert_eq!(report["ok"], true, "{machine}: {report}");
+    assert!(report["pages_checked"].as_u64().unwrap() > 0, "{machine}: {report}");
+}
+
+/// What of a copy's memory is its own, and the size of the mapping, in bytes, as its kernel says.
+#[track_caller]
+fn own_memory(pid: u64) -> (u64, u64) {
+    let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let (mut of_memory, mut own, mut size) = (false, 0, 0);
+    for line in maps.lines() {
+        let kib = |rest: &str| rest.trim().trim_end_matches(" kB").trim().parse::<u64>().unwrap();
+        if line.contains("/memfd:staging") {
+            assert!(line.contains("rw-p"), "the mapping is shared: {line}");
+            of_memory = true;
+        } else if line.split_whitespace().next().is_some_and(|word| word.contains('-')) {
+            of_memory = false;
+        } else if of_memory && let Some(rest) = line.strip_prefix("Size:") {
+            size += kib(rest) << 10;
+        } else if of_memory && let Some(rest) = line.strip_prefix("Anonymous:") {
+            own += kib(rest) << 10;
+        }
+    }
+    (own, size)
+}
+
+fn state_is(stage: &Stage, machine: &str, state: &str) -> bool {
+    let rows = on_a(stage, &["list"]).json();
+    rows.as_array().unwrap().iter().any(|row| row["machine"] == machine && row["state"] == state)
+}
+
+#[test]
+fn three_copies_of_a_busy_machine_are_machines_of_their_own_and_it_goes_on() {
+    let Some(mut stage) = Stage::open() else { return };
+    let mut spec = stage.spec("redis", 2);
+    spec.memory_mib = Some(MEMORY_MIB);
+    spec.extra_boot = NBD.map(Into::into).to_vec();
+    let source = stage.fleet.run(0, &spec).unwrap();
+    stage.fleet.runner(source).wait_ready(e2e::BOOT).unwrap();
+    start_oracle(stage.fleet.runner(source), WORK);
+    sh(stage.fleet.runner(source), "redis-cli set k before; echo disk > /var/lib/note; sync");
+    // A copy's connections end with its old address; the machine's own one is kept and asked after.
+    let load = {
+        let client = stage.fleet.rig().client();
+        let config = architect::load::LoadConfig {
+            think: Duration::from_millis(1),
+            ..architect::load::LoadConfig::default()
+        };
+        client.run(|| architect::load::Load::start(Stage::public(2), config)).unwrap().unwrap()
+    };
+    assert!(load.wait_for(100, LIMIT), "{:?}", load.progress());
+
+    on_a(&stage, &["fork", "redis"]).fails_with(&["each copy needs an address of its own"]);
+    let report = on_a(
+        &stage,
+        &["fork", "redis", "--copies", "3", "--prefix", "copy", "--address", "10.77.0.101"],
+    )
+    .json();
+    eprintln!("{report}");
+    let again = ["fork", "redis", "--prefix", "copy", "--address", "10.77.0.110"];
+    on_a(&stage, &again).fails_with(&["has a machine \"copy-1\" already"]);
+    assert!(report["pause_ms"].as_f64().unwrap() > 0.0, "{report}");
+    let copies = report["copies"].as_array().unwrap();
+    let names = ["copy-1", "copy-2", "copy-3"];
+    assert_eq!(copies.iter().map(|c| c["name"].as_str().unwrap()).collect::<Vec<_>>(), names);
+    let state = stage.fleet.state_of(0);
+    let forks = fs::read_dir(state.join("forks")).unwrap();
+    assert_eq!(forks.count(), 0, "the image goes with the command");
+
+    // Each has what the machine had, memory and disk of one instant, and its own identity.
+    let (mut random, mut instances) = (BTreeSet::new(), BTreeSet::new());
+    random.insert(inside(&stage, "redis", "head -c 16 /dev/urandom | od -An -tx1"));
+    for (at, (name, copy)) in names.into_iter().zip(copies).enumerate() {
+        assert_eq!(copy["error"], Value::Null, "{copy}");
+        let address = format!("10.77.0.{}", 101 + at);
+        assert_eq!(inside(&stage, name, "redis-cli get k; cat /var/lib/note"), "before\ndisk");
+        assert_eq!(
+            inside(&stage, name, "cat /proc/sys/kernel/hostname /etc/hostname"),
+            format!("{name}\n{name}")
+        );
+        let identity: Value =
+            serde_json::from_str(&inside(&stage, name, "cat /run/drafter/identity.json")).unwrap();
+        assert_eq!(identity["generation"], 1, "{identity}");
+        assert_eq!(
+            (&identity["copy_of"], &identity["address"]),
+            (&"redis".into(), &address.as_str().into())
+        );
+        instances.insert(identity["instance"].as_str().unwrap().to_owned());
+        random.insert(inside(&stage, name, "head -c 16 /dev/urandom | od -An -tx1"));
+        let routes = inside(&stage, name, "cat /proc/net/fib_trie");
+        assert!(routes.contains(&address) && !routes.contains("10.77.0.2\n"), "{routes}");
+        verify(&stage, name);
+        let status = on_a(&stage, &["status", name]).json();
+        assert_eq!(
+            (&status["epoch"], &status["lease_owner"]),
+            (&1.into(), &"a".into()),
+            "{status}"
+        );
+        let (own, size) = own_memory(copy["monitor_pid"].as_u64().unwrap());
+        eprintln!(
+            "{name} has {} MiB of its own, {} MiB are shared",
+            own / MIB,
+            report["memory_bytes"].as_u64().unwrap() / MIB
+        );
+        assert_eq!(size, MEMORY_MIB * MIB);
+        assert!(own < 112 * MIB, "{name} has {own} bytes of its own");
+    }
+    assert_eq!((random.len(), instances.len()), (4, 3), "{random:?} {instances:?}");
+    // By the network, from the machine itself, at their own addresses; and what one writes no other sees.
+    for (at, name) in names.into_iter().enumerate() {
+        let address = format!("10.77.0.{}", 101 + at);
+        eventually("the copy answers at its address", LIMIT, || {
+            inside(&stage, "redis", &format!("redis-cli -h {address} set k {name} || true")) == "OK"
+        });
+    }
+    for name in names {
+        assert_eq!(inside(&stage, name, "redis-cli get k"), name);
+    }
+    assert_eq!(inside(&stage, "redis", "redis-cli get k"), "before");
+
+    // Nobody who used the machine noticed.
+    assert!(load.wait_for(100, LIMIT), "{:?}", load.progress());
+    let loaded = load.finish().unwrap();
+    assert!(loaded.is_clean(), "the client noticed: {loaded:?}");
+    verify_oracle(stage.fleet.runner(source));
+
+    // A copy moves like any machine, and is one of its own memory from then on.
+    let mut there = stage.plain_spec("copy-1");
+    there.on_agent = true;
+    let to = stage.fleet.receive(1, &there).unwrap();
+    let address = stage.fleet.runner(to).address.to_string();
+    on_a(&stage, &["migrate", "copy-1", "--to", &address, "--peer", "b"]).succeeds();
+    let moved = stage.fleet.runner(to);
+    verify_oracle(moved);
+    assert_eq!(sh(moved, "redis-cli get k").trim(), "copy-1");
+    // Another is suspended and goes on as what it is.
+    let folder = tempfile::tempdir().unwrap();
+    let saved = folder.path().join("saved").display().to_string();
+    on_a(&stage, &["suspend", "copy-2", "--to", &saved]).succeeds();
+    eventually("it has ended", LIMIT, || state_is(&stage, "copy-2", "stopped"));
+    let mut resumed = stage.plain_spec("copy-2");
+    resumed.on_agent = true;
+    let package = stage.package().display().to_string();
+    let words = ["resume", "copy-2", "--from", &saved, "--package", &package].map(String::from);
+    let resumed = stage.fleet.start(0, &resumed, words.to_vec()).unwrap();
+    verify_oracle(stage.fleet.runner(resumed));
+    assert_eq!(sh(stage.fleet.runner(resumed), "redis-cli get k").trim(), "copy-2");
+
+    // The third loses its runner, and is copied itself: what it shares and what it has of its own.
+    let third = &copies[2];
+    let runner = third["runner_pid"].as_u64().unwrap() as u32;
+    kill(Pid::from_raw(runner.cast_signed()), Signal::SIGKILL).unwrap();
+    eventually("its runner is gone", LIMIT, || process_start(runner).is_none());
+    let mut recovered = stage.drafter(0).args(["recover", "copy-3"]).spawn().unwrap();
+    eventually("another runner has it", LIMIT, || {
+        let status = on_a(&stage, &["status", "copy-3"]);
+        status.code == Some(0) && status.json()["state"] == "running"
+    });
+    assert_eq!(inside(&stage, "copy-3", "redis-cli get k"), "copy-3");
+    let fork = ["fork", "copy-3", "--prefix", "second", "--address", "10.77.0.120"];
+    on_a(&stage, &fork).succeeds();
+    verify(&stage, "second-1");
+    verify(&stage, "copy-3");
+    assert_eq!(inside(&stage, "second-1", "redis-cli get k; cat /var/lib/note"), "copy-3\ndisk");
+    let generation = inside(&stage, "second-1", "cat /run/drafter/identity.json");
+    assert!(generation.contains("\"generation\":2"), "{generation}");
+    on_a(&stage, &["stop", "copy-3", "--grace-s", "0"]).succeeds();
+    recovered.wait().unwrap();
+}
+
+#[test]
+fn a_copy_that_cannot_begin_is_told_by_name_and_harms_neither_the_others_nor_the_machine() {
+    let Some(mut stage) = Stage::open() else { return };
+    // Of a machine whose disks are not NBD there are no copies.
+    let other = stage.fleet.run(0, &stage.plain_spec("vhost")).unwrap();
+    on_a(&stage, &["fork", "vhost"]).fails_with(&["vhost-user-blk", "--disk-kind nbd"]);
+    stage.fleet.runner(other).wait_ready(e2e::BOOT).unwrap();
+    on_a(&stage, &["stop", "vhost", "--grace-s", "0"]).succeeds();
+
+    let mut spec = stage.plain_spec("redis");
+    spec.extra_boot = NBD.map(Into::into).to_vec();
+    let source = stage.fleet.run(0, &spec).unwrap();
+    stage.fleet.runner(source).wait_ready(e2e::BOOT).unwrap();
+    start_oracle(stage.fleet.runner(source), WORK);
+    // Another host has a machine of that name.
+    stage.fleet.run(1, &stage.plain_spec("redis-2")).unwrap();
+    let said = on_a(&stage, &["fork", "redis", "--copies", "3"]);
+    said.fails_with(&["1 of 3 copies do not run: redis-2"]);
+    let report: Value = serde_json::from_str(&said.out).unwrap();
+    let errors: Vec<&Value> =
+        report["copies"].as_array().unwrap().iter().map(|copy| &copy["error"]).collect();
+    assert!(errors[1].as_str().unwrap().contains("host \"b\" owns it"), "{report}");
+    assert_eq!((errors[0], errors[2]), (&Value::Null, &Value::Null), "{report}");
+    assert!(!stage.fleet.state_of(0).join("machines/redis-2").exists(), "nothing of it stays");
+    for name in ["redis", "redis-1", "redis-3"] {
+        verify(&stage, name);
+    }
+
+    // The machine's runner dies while it forks: whatever came of the copies, the machine goes on.
+    let mut fork = stage.drafter(0);
+    let mut fork =
+        fork.args(["fork", "redis", "--copies", "4", "--prefix", "late"]).spawn().unwrap();
+    let forks = stage.fleet.state_of(0).join("forks");
+    eventually("an image is there", LIMIT, || fs::read_dir(&forks).unwrap().next().is_some());
+    stage.fleet.runner_mut(source).kill();
+    let _ = fork.wait().unwrap();
+    stage.fleet.recover(source).unwrap();
+    verify_oracle(stage.fleet.runner(source));
+    for number in 1..=4 {
+        let name = format!("late-{number}");
+        if state_is(&stage, &name, "running") {
+            verify(&stage, &name);
+        }
+    }
+    // What the runner could not remove any more, the next fork does.
+    let report = on_a(&stage, &["fork", "redis", "--prefix", "last"]).json();
+    assert_eq!(report["copies"][0]["error"], Value::Null, "{report}");
+    assert_eq!(fs::read_dir(&forks).unwrap().count(), 0, "images are left");
+}
