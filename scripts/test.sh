@@ -33,6 +33,8 @@ if cargo nextest --version > /dev/null 2>&1; then
     cargo test --workspace --doc --quiet > "$scratch/doc" 2>&1 || { status=1; cat "$scratch/doc"; }
     cargo nextest run --workspace --no-fail-fast "$@" 2>&1 | tee "$scratch/log" || status=1
     closing=$(grep -E '^ *Summary \[' "$scratch/log" | tail -n 1)
+    # What failed once and passed when it was tried again (see .config/nextest.toml).
+    grep -E '^ *FLAKY ' "$scratch/log" | sort -u > "$scratch/flaky" || true
 else
     cargo test --workspace --no-fail-fast "$@" 2>&1 | tee "$scratch/log" || status=1
     # One line for all binaries, in the words of each.
@@ -61,6 +63,11 @@ if [ -s "$ARCHITECT_MISSING" ]; then
     sort -u "$ARCHITECT_MISSING" | sed 's/^/  /'
 else
     echo "No capability was missing."
+fi
+if [ -s "$scratch/flaky" ]; then
+    echo
+    echo "Failed once, and passed when tried again (each is a defect; what it said first is above):"
+    sed 's/^ */  /' "$scratch/flaky"
 fi
 echo
 echo "$closing"
