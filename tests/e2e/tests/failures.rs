@@ -15,9 +15,8 @@ use e2e::{
     peer::{ScriptedDestination, Visit},
     proxy::{self, Rule},
 };
-use nix::fcntl::{Flock, FlockArg};
 use std::{
-    fs::{self, File},
+    fs,
     net::SocketAddr,
     time::{Duration, Instant},
 };
@@ -203,24 +202,25 @@ fn without_the_lease_store_there_is_no_switchover_and_the_machine_runs_on() {
     start_oracle(stage.fleet.runner(a), IDLE);
     let fleet = &stage.fleet;
 
-    // Another process sits on the lock.
-    let lock = File::options().write(true).open(stage.leases().join("redis.lock")).unwrap();
-    let held = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, e)| e).unwrap();
+    // Something else is in its place.
+    let (leases, away) = (stage.leases(), stage.leases().with_file_name("leases-away"));
+    fs::rename(&leases, &away).unwrap();
+    fs::write(&leases, "no folder").unwrap();
     let job = fleet.start_move(a, b, Mode::Hybrid, budgets(), false).unwrap();
     let why = follow(fleet, a, job).unwrap_err();
     assert!(why.contains("still running here"), "{why}");
-    drop(held);
+    fs::remove_file(&leases).unwrap();
+    fs::rename(&away, &leases).unwrap();
     settled(fleet, a);
     runs_at(fleet, a);
 
-    // The directory is gone.
-    let away = stage.leases().with_file_name("leases-away");
-    fs::rename(stage.leases(), &away).unwrap();
+    // It is gone.
+    fs::rename(&leases, &away).unwrap();
     let job = fleet.start_move(a, b, Mode::Hybrid, budgets(), false).unwrap();
     let why = follow(fleet, a, job).unwrap_err();
     assert!(why.contains("still running here"), "{why}");
     sh(fleet.runner(a), "true");
-    fs::rename(&away, stage.leases()).unwrap();
+    fs::rename(&away, &leases).unwrap();
     runs_at(fleet, a);
 
     eventually("the destination waits again", Duration::from_secs(15), || {

@@ -11,6 +11,13 @@ mod rig;
 
 use history::{Did, Entry, Value, check};
 use lease::{Cells, Key, MachineName, StoreError, Swap};
+use nix::{
+    sys::{
+        signal::{Signal, kill},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
+    },
+    unistd::Pid,
+};
 use rig::Rig;
 use std::{
     io::{BufRead, BufReader},
@@ -252,6 +259,63 @@ macro_rules! conforms {
             }
         }
     };
+}
+
+/// SIGSTOP at thousands of random moments of its writing; while it stands still, another process reads and
+/// writes. It could not, if the one that stands still held anything.
+#[test]
+fn a_writer_that_is_stopped_anywhere_keeps_nobody_waiting() {
+    let rig = Rig::start("file").unwrap();
+    let store = rig.open(LIMIT);
+    let mut child = writer(&rig);
+    let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
+    let out = child.stdout.take().unwrap();
+    let won = std::thread::spawn(move || -> Vec<Value> {
+        let lines = BufReader::new(out).lines().map_while(Result::ok);
+        lines.filter_map(|line| line.strip_prefix("won ")?.parse().ok()).collect()
+    });
+    let until = Instant::now() + LIMIT;
+    while store.get(&key()).unwrap().is_none() {
+        assert!(Instant::now() < until, "the writer does not begin");
+    }
+    let (mut mine, mut slowest) = (Vec::new(), Duration::ZERO);
+    let mut random = 7_u64;
+    for round in 0..2000 {
+        // Whoever is overtaken each time never wins: now and then nobody disturbs it.
+        let before = value(store.get(&key()).unwrap().as_deref());
+        let until = Instant::now() + LIMIT;
+        while round % 8 == 0 && value(store.get(&key()).unwrap().as_deref()) == before {
+            assert!(Instant::now() < until, "the writer does not go on");
+        }
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        std::thread::sleep(Duration::from_micros((random >> 33) % 700));
+        kill(pid, Signal::SIGSTOP).unwrap();
+        let stands = waitpid(pid, Some(WaitPidFlag::WUNTRACED)).unwrap();
+        assert!(matches!(stands, WaitStatus::Stopped(..)), "{stands:?}");
+        let begun = Instant::now();
+        // Nobody else writes now.
+        let there = store.get(&key()).unwrap();
+        let new = value(there.as_deref()) + 1;
+        assert_eq!(store.swap(&key(), there.as_deref(), &bytes(new)).unwrap(), Swap::Done);
+        assert_eq!(value(store.get(&key()).unwrap().as_deref()), new);
+        slowest = slowest.max(begun.elapsed());
+        mine.push(new);
+        kill(pid, Signal::SIGCONT).unwrap();
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    println!("the slowest of 2000 reads and writes beside a stopped writer took {slowest:?}");
+    assert!(slowest < LIMIT, "somebody was waited for");
+    let mut all = won.join().unwrap();
+    assert!(all.len() >= 200, "the writer said {} numbers", all.len());
+    all.extend(mine);
+    let last = value(store.get(&key()).unwrap().as_deref());
+    let count = all.len();
+    all.sort_unstable();
+    all.dedup();
+    assert_eq!(all.len(), count, "a number was won twice");
+    let unsaid = usize::try_from(last).unwrap() - count;
+    assert!(unsaid <= 1, "{unsaid} of {last} numbers were won by nobody");
 }
 
 conforms!(file);
