@@ -4,9 +4,10 @@
 use drafter::runner::state::process_start;
 use e2e::{
     Stage,
-    busy::{Work, sh, start_oracle, verify_oracle},
+    busy::{OracleReport, Work, sh, start_oracle, verify_oracle},
     command::{Said, say},
     eventually,
+    writers::{busy_machine, verify_all, works_on},
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -20,8 +21,6 @@ const MIB: u64 = 1 << 20;
 const MEMORY_MIB: u64 = 256;
 /// A small part of the memory is written all the time.
 const WORK: Work = Work { memory_mib: 96, hot_mib: 4, rate_mb_s: 5, file_mib: 8 };
-/// A machine without work for copies that are only begun.
-const NBD: [&str; 2] = ["--disk-kind", "nbd"];
 
 /// A command of ours on host a.
 #[track_caller]
@@ -70,12 +69,28 @@ fn state_is(stage: &Stage, machine: &str, state: &str) -> bool {
     rows.as_array().unwrap().iter().any(|row| row["machine"] == machine && row["state"] == state)
 }
 
+/// How a machine on host a reaches its disks.
+#[track_caller]
+fn kind_of(stage: &Stage, machine: &str) -> String {
+    let inspected = on_a(stage, &["inspect", machine]).json();
+    inspected["machine"]["shape"]["disk_kind"].as_str().unwrap_or_default().to_owned()
+}
+
 #[test]
 fn three_copies_of_a_busy_machine_are_machines_of_their_own_and_it_goes_on() {
+    three_copies("vhost-user-blk");
+}
+
+#[test]
+fn so_are_copies_of_a_machine_with_nbd_disks() {
+    three_copies("nbd");
+}
+
+fn three_copies(kind: &str) {
     let Some(mut stage) = Stage::open() else { return };
     let mut spec = stage.spec("redis", 2);
     spec.memory_mib = Some(MEMORY_MIB);
-    spec.extra_boot = NBD.map(Into::into).to_vec();
+    spec.extra_boot = vec!["--disk-kind".into(), kind.into()];
     let source = stage.fleet.run(0, &spec).unwrap();
     stage.fleet.runner(source).wait_ready(e2e::BOOT).unwrap();
     start_oracle(stage.fleet.runner(source), WORK);
@@ -108,6 +123,9 @@ fn three_copies_of_a_busy_machine_are_machines_of_their_own_and_it_goes_on() {
     let forks = fs::read_dir(state.join("forks")).unwrap();
     assert_eq!(forks.count(), 0, "the image goes with the command");
 
+    // The machine's server of disks is not the copies': it could not reach their memory.
+    assert_eq!(kind_of(&stage, "redis"), kind);
+    names.map(|name| assert_eq!(kind_of(&stage, name), "nbd", "{name}"));
     // Each has what the machine had, memory and disk of one instant, and its own identity.
     let (mut random, mut instances) = (BTreeSet::new(), BTreeSet::new());
     random.insert(inside(&stage, "redis", "head -c 16 /dev/urandom | od -An -tx1"));
@@ -212,15 +230,7 @@ fn three_copies_of_a_busy_machine_are_machines_of_their_own_and_it_goes_on() {
 #[test]
 fn a_copy_that_cannot_begin_is_told_by_name_and_harms_neither_the_others_nor_the_machine() {
     let Some(mut stage) = Stage::open() else { return };
-    // Of a machine whose disks are not NBD there are no copies.
-    let other = stage.fleet.run(0, &stage.plain_spec("vhost")).unwrap();
-    on_a(&stage, &["fork", "vhost"]).fails_with(&["vhost-user-blk", "--disk-kind nbd"]);
-    stage.fleet.runner(other).wait_ready(e2e::BOOT).unwrap();
-    on_a(&stage, &["stop", "vhost", "--grace-s", "0"]).succeeds();
-
-    let mut spec = stage.plain_spec("redis");
-    spec.extra_boot = NBD.map(Into::into).to_vec();
-    let source = stage.fleet.run(0, &spec).unwrap();
+    let source = stage.fleet.run(0, &stage.plain_spec("redis")).unwrap();
     stage.fleet.runner(source).wait_ready(e2e::BOOT).unwrap();
     start_oracle(stage.fleet.runner(source), WORK);
     // Another host has a machine of that name.
@@ -257,4 +267,47 @@ fn a_copy_that_cannot_begin_is_told_by_name_and_harms_neither_the_others_nor_the
     let report = on_a(&stage, &["fork", "redis", "--prefix", "last"]).json();
     assert_eq!(report["copies"][0]["error"], Value::Null, "{report}");
     assert_eq!(fs::read_dir(&forks).unwrap().count(), 0, "images are left");
+}
+
+/// What the writers in a machine on host a have written, all of it right so far.
+#[track_caller]
+fn written(stage: &Stage, machine: &str, ask: &str) -> u64 {
+    let writer = |number| {
+        let script = format!("oracle {ask} --socket /run/oracle-disk{number}.sock");
+        let out = inside(stage, machine, &script);
+        let report: OracleReport =
+            serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e}: oracle said {out}"));
+        assert!(report.ok, "{machine}: {report:?}");
+        assert_eq!((report.file_mismatches, report.file_errors), (0, 0), "{machine}: {report:?}");
+        report.file_writes
+    };
+    (0..2).map(writer).sum()
+}
+
+#[test]
+fn copies_of_a_machine_under_disk_load_go_on_with_what_was_in_its_rings() {
+    let Some(mut stage) = Stage::open() else { return };
+    let source = busy_machine(&mut stage, "vhost-user-blk");
+    for round in 0..3 {
+        works_on(stage.fleet.runner(source));
+        let prefix = format!("round{round}");
+        on_a(&stage, &["fork", "redis", "--copies", "2", "--prefix", &prefix]).succeeds();
+        for number in 1..=2 {
+            let name = format!("{prefix}-{number}");
+            let before = written(&stage, &name, "status");
+            eventually("the copy's writers go on", LIMIT, || {
+                written(&stage, &name, "status") > before + 500
+            });
+            verify(&stage, &name);
+            written(&stage, &name, "verify");
+            let run = stage.fleet.state_of(0).join("machines").join(&name).join("run");
+            let console = fs::read_to_string(run.join("console.log")).unwrap();
+            for words in ["I/O error", "EXT4-fs error", "blocked for more than"] {
+                assert!(!console.contains(words), "{console}");
+            }
+            on_a(&stage, &["stop", &name, "--grace-s", "0"]).succeeds();
+        }
+    }
+    works_on(stage.fleet.runner(source));
+    verify_all(stage.fleet.runner(source));
 }

@@ -57,7 +57,6 @@ impl Site {
         spec.memory_mib = Some(MEMORY_MIB);
         spec.address = Some(MACHINE);
         spec.extra = vec!["--accelerator".into(), setting.accelerator.clone()];
-        spec.extra_boot = ["--disk-kind", "nbd"].map(String::from).to_vec();
         let source = fleet.run(0, &spec)?;
         fleet.runner(source).wait_ready(BOOT)?;
         let site = Self { fleet, source };

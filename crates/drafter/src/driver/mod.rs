@@ -53,7 +53,7 @@ pub struct HostFacts {
 }
 
 /// How a machine reaches its disks. Its saved state depends on it, so a machine keeps for life what
-/// it booted with. Decision 7 compares the two.
+/// it booted with, and one that began as a copy has [`DiskKind::Nbd`]. Decisions 7 and 14.
 #[derive(
     Clone,
     Copy,
@@ -299,6 +299,10 @@ pub trait Driver: Send + Sync {
     /// thaw it through [`Driver::fence`] if it may run. Its faults must be served again before
     /// ([`Driver::held`]), and the disks' sockets be listening, at the same paths.
     fn take_over(&self, run_dir: &Path) -> Result<Option<Box<dyn Vm>>, DriverError>;
+
+    /// The saved state of a machine of `shape`, whose disks are [`DiskKind::VhostUserBlk`], for one of the
+    /// same shape with [`DiskKind::Nbd`]. Its guest cannot tell the difference.
+    fn with_nbd_disks(&self, shape: &MachineShape, state: &[u8]) -> Result<Vec<u8>, DriverError>;
 }
 
 /// Stops a machine without its monitor's help, from any thread: for whoever enforces deadlines

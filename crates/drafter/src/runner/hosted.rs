@@ -135,11 +135,6 @@ pub(super) fn fail(error: impl std::fmt::Display) -> MachineError {
     error.to_string().into()
 }
 
-/// Why a machine's disks keep it from being copied.
-pub(super) const MACHINES_NEED_NBD: &str = "its disks are vhost-user-blk, whose server works on the \
-    machine's memory by itself and would write into what the copies share; start the machine with \
-    --disk-kind nbd to fork it";
-
 /// The name that a device has in its group.
 pub(super) fn device_name(name: &str) -> Result<DeviceName, MachineError> {
     DeviceName::new(name).ok_or_else(|| fail(format!("\"{name}\" cannot name a device")))

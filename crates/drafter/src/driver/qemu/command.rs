@@ -9,7 +9,7 @@ const GUEST_PORT: &str = "drafter.agent";
 const MACHINE_TYPE: &str = "microvm";
 const MIB: u64 = 1 << 20;
 /// PCI slots: what every machine has comes first, disks after it, so that adding one moves none.
-const FIRST_DISK_SLOT: usize = 8;
+pub(super) const FIRST_DISK_SLOT: usize = 8;
 const MOST_DISKS: usize = 16;
 const MOST_VCPUS: u32 = 64;
 /// Entries of a vhost-user disk's queues; the server takes requests of 126 parts (seg_max).

@@ -16,6 +16,7 @@
 //! | `halt`, `held` | stopping it without asking it; fetching what it holds without asking it |
 //! | `qmp` | QEMU's control protocol |
 //! | `monitor` | the same, to a QEMU that is not ours: the baseline of benchmarks |
+//! | `disk_state` | saved state with the other kind of disks, for copies |
 //! | `shim` | the userfaultfd made inside QEMU by `drafter-shim` |
 //! | `memory_map` | guest-physical addresses, virtqueues, the mapping of the memory |
 //! | `cgroup`, `users`, `process`, `files`, `record` | limits and freezer, user ids, pidfds, passing files, `qemu.json` |
@@ -23,6 +24,7 @@
 
 mod cgroup;
 mod command;
+mod disk_state;
 mod files;
 mod halt;
 mod held;
@@ -210,6 +212,16 @@ impl Driver for QemuDriver {
 
     fn take_over(&self, run_dir: &Path) -> Result<Option<Box<dyn Vm>>, DriverError> {
         Ok(launch::take_over(run_dir)?.map(|vm| Box::new(vm) as Box<dyn Vm>))
+    }
+
+    fn with_nbd_disks(&self, shape: &MachineShape, state: &[u8]) -> Result<Vec<u8>, DriverError> {
+        disk_state::with_nbd_disks(state, shape.disks.len(), shape.vcpus).map_err(|detail| {
+            DriverError::Refused {
+                machine: shape.name.clone(),
+                operation: "giving a copy of it NBD disks",
+                detail,
+            }
+        })
     }
 }
 

@@ -13,7 +13,7 @@
 use super::{MACHINE, Runner, random_name, text};
 use crate::{
     checkpoint::description::{self, Description},
-    driver::{MachineShape, Start},
+    driver::{DiskKind, MachineShape, Start},
     lease::Epoch,
     migrate::{destination::DestinationMachine as _, switchover::FlipEpoch},
     package::Package,
@@ -55,7 +55,7 @@ impl Runner {
             )
         };
         let memory = File::open(&from.memory).map_err(gone)?;
-        let (saved, state) = read_machine(&from.folder).map_err(text)?;
+        let (saved, mut state) = read_machine(&from.folder).map_err(text)?;
         let package = self.open_package(&from.package)?;
         if package.id().to_string() != saved.package {
             return Err(format!("{} is not the machine's package", from.package.display()));
@@ -63,6 +63,9 @@ impl Runner {
         let facts = self.driver.facts().map_err(text)?;
         crate::driver::compatible(&saved.facts, &saved.shape, &facts)
             .map_err(|why| why.join("; "))?;
+        if saved.shape.disk_kind == DiskKind::VhostUserBlk {
+            state = self.driver.with_nbd_disks(&saved.shape, &state).map_err(text)?;
+        }
         let (shape, net) = self.own(saved, from);
         // Whoever removes what is left of a copy that came to nothing finds it.
         self.lock().net.clone_from(&net);
@@ -88,6 +91,7 @@ impl Runner {
         let name = self.config.machine.clone();
         let mut shape = saved.shape;
         shape.name.clone_from(&name);
+        shape.disk_kind = DiskKind::Nbd;
         shape.command_line = renamed(&shape.command_line, &name, from);
         // The guest's interface keeps its MAC; each machine is alone on its tap.
         let net = saved.network.zip(from.address).map(|(net, address)| MachineNet {

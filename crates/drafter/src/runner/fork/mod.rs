@@ -15,24 +15,17 @@
 //!   taken the way a backup takes one, and a fork that fails at any point costs it a pause at most.
 //! - Memory, disks and device state of an image are of one instant.
 //! - Nobody writes what copies share: the memory is sealed, a layer is opened to be read.
+//! - A copy's disks are NBD, whatever the machine's are: nobody but its monitor reaches its memory, so
+//!   no server of a vhost-user disk can (decision 14).
 //! - A copy has a lease and a name of its own, and nothing that it sends leaves this host before its
 //!   agent has taken the new identity.
 
 mod copy;
 
-use super::{
-    Runner, State,
-    api::ForkReport,
-    backup::Watched,
-    hosted::{MACHINES_NEED_NBD, fail},
-    state::FORKS,
-};
+use super::{Runner, State, api::ForkReport, backup::Watched, hosted::fail, state::FORKS};
 use crate::{
     checkpoint::capture::{self, MachineCapture},
-    driver::{
-        DiskKind,
-        qemu::{self, QemuConfig},
-    },
+    driver::qemu::{self, QemuConfig},
     migrate::source::MachineError,
 };
 use silo::{
@@ -144,9 +137,6 @@ impl Runner {
         let body = body.ok_or_else(|| {
             format!("it is {} here; only one that runs can be copied", inner.state.word())
         })?;
-        if !body.shape.disks.is_empty() && body.shape.disk_kind != DiskKind::Nbd {
-            return Err(MACHINES_NEED_NBD.into());
-        }
         let missing: u64 = body.content.devices().iter().map(|d| d.missing_blocks()).sum();
         if missing > 0 {
             return Err(format!("{missing} blocks have not arrived here yet; try again later"));

@@ -1,5 +1,6 @@
 //! The driver with real QEMUs and a real guest.
 
+mod copies;
 mod faults;
 mod life;
 mod moving;
