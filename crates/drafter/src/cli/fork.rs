@@ -315,8 +315,8 @@ impl Started {
             Ok(Some(status)) => return self.fail(format!("its runner ended ({status})")),
             Err(error) => return self.fail(error.to_string()),
         }
-        if let Some(status) = self.status().filter(|s| s.runner_pid == pid && s.state == "running")
-        {
+        let status = if self.runs(pid) { self.status() } else { None };
+        if let Some(status) = status.filter(|s| s.runner_pid == pid && s.state == "running") {
             self.copy.ran_ms = Some(began.elapsed().as_secs_f64() * 1e3);
             self.copy.runner_pid = Some(pid);
             self.copy.monitor_pid = status.monitor_pid;
@@ -327,6 +327,13 @@ impl Started {
             }
             self.fail(format!("it did not run within {COPY_LIMIT:?}"));
         }
+    }
+
+    /// Whether its runner has written down that it runs. Asking it for its status all the time (a thread,
+    /// a look at the lease) would take processors' time that the copies need to begin.
+    fn runs(&self, pid: u32) -> bool {
+        let record = self.dir.read_record().ok().flatten();
+        record.is_some_and(|record| record.pid == pid && record.state == "running")
     }
 
     fn status(&self) -> Option<Status> {
