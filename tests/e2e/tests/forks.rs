@@ -125,7 +125,9 @@ fn three_copies(kind: &str) {
 
     // The machine's server of disks is not the copies': it could not reach their memory.
     assert_eq!(kind_of(&stage, "redis"), kind);
-    names.map(|name| assert_eq!(kind_of(&stage, name), "nbd", "{name}"));
+    for name in names {
+        assert_eq!(kind_of(&stage, name), "nbd", "{name}");
+    }
     // Each has what the machine had, memory and disk of one instant, and its own identity.
     let (mut random, mut instances) = (BTreeSet::new(), BTreeSet::new());
     random.insert(inside(&stage, "redis", "head -c 16 /dev/urandom | od -An -tx1"));
