@@ -53,7 +53,7 @@ pub struct HostFacts {
 }
 
 /// How a machine reaches its disks. Its saved state depends on it, so a machine keeps for life what
-/// it booted with, and one that began as a copy has [`DiskKind::Nbd`]. Decisions 7 and 14.
+/// it booted with, and one that began as a copy has [`DiskKind::Nbd`]. Decisions 7 and 15.
 #[derive(
     Clone,
     Copy,

@@ -1,7 +1,7 @@
 //! The saved state of a machine with vhost-user-blk disks, as that of the same machine with NBD disks.
 //!
 //! A copy of a machine has its memory in its monitor alone, where the server of a vhost-user disk cannot
-//! reach it (decision 14), so its disks are the other kind. The guest cannot tell: both are the same
+//! reach it (decision 15), so its disks are the other kind. The guest cannot tell: both are the same
 //! virtio disk at the same place of the PCI bus, with a queue for each processor. Nor does QEMU save them
 //! in different ways: the bus, the rings and the negotiated features are written by the same code
 //! (`virtio_save` of hw/virtio/virtio.c). What differs in a disk's section is

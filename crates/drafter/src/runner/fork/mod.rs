@@ -16,7 +16,7 @@
 //! - Memory, disks and device state of an image are of one instant.
 //! - Nobody writes what copies share: the memory is sealed, a layer is opened to be read.
 //! - A copy's disks are NBD, whatever the machine's are: nobody but its monitor reaches its memory, so
-//!   no server of a vhost-user disk can (decision 14).
+//!   no server of a vhost-user disk can (decision 15).
 //! - A copy has a lease and a name of its own, and nothing that it sends leaves this host before its
 //!   agent has taken the new identity.
 
