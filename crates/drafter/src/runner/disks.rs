@@ -40,6 +40,9 @@ const SERVER_LIMIT: Duration = Duration::from_secs(5);
 const READY_LIMIT: Duration = Duration::from_secs(180);
 /// How long the monitor may take to find its servers before a pause; it looks every second.
 const FOUND_LIMIT: Duration = Duration::from_secs(10);
+/// How long a server may take, after a pause, for what the monitor said last: it does not wait for
+/// that itself. Microseconds, but for a computer without a processor to spare.
+const REST_LIMIT: Duration = Duration::from_secs(1);
 /// How long a pause waits for requests in hand before those that wait for room, or for a block, are
 /// put back into the guest's ring. All others end by themselves.
 const PUT_BACK_AFTER: Duration = Duration::from_millis(10);
@@ -205,7 +208,7 @@ impl DiskServers {
     /// If a ring still runs, or its monitor is not connected.
     pub(super) fn at_rest(&self) -> Result<(), MachineError> {
         let Self::VhostUser(disks) = self else { return Ok(()) };
-        match disks.iter().find(|disk| !disk.server.is_at_rest()) {
+        match disks.iter().find(|disk| !disk.server.comes_to_rest(REST_LIMIT)) {
             None => Ok(()),
             Some(disk) => {
                 Err(fail(format!("requests of disk \"{}\" did not end at the pause", disk.name)))

@@ -51,15 +51,21 @@ pub(super) fn features(read_only: bool) -> u64 {
     bits.iter().fold(LOG_ALL | PROTOCOL_FEATURES, |all, bit| all | 1 << bit)
 }
 
-/// What of the vhost-user protocol is offered.
-pub(super) fn protocol_features() -> VhostUserProtocolFeatures {
-    VhostUserProtocolFeatures::MQ
+/// What of the vhost-user protocol is offered; `memory_slots`: also that regions of memory are told
+/// one by one. This may grow, but what was offered once is offered for good: see the module `heir`.
+pub(super) fn protocol_features(memory_slots: bool) -> VhostUserProtocolFeatures {
+    let slots = if memory_slots {
+        VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+    } else {
+        VhostUserProtocolFeatures::empty()
+    };
+    slots
+        | VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::LOG_SHMFD
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::INFLIGHT_SHMFD
-        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
 }
 
 /// The configuration of a device of `bytes`, as the guest reads it (`struct virtio_blk_config`).

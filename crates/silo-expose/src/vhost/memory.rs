@@ -97,6 +97,15 @@ impl GuestMemory {
     /// # Errors
     /// If it cannot be mapped, overlaps another, or there are too many.
     pub(super) fn with(&self, place: Place, file: File) -> io::Result<Self> {
+        self.with_known(place, file, self)
+    }
+
+    /// The same; a region that `known` has is not mapped anew, which would have the kernel find each of
+    /// its pages again: a monitor that stops its machine for a moment tells all of them again.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::with`].
+    pub(super) fn with_known(&self, place: Place, file: File, known: &Self) -> io::Result<Self> {
         let refused = |why: &str| {
             let text = format!("memory region of {} at {:#x}: {why}", place.length, place.guest);
             Err(io::Error::new(io::ErrorKind::InvalidInput, text))
@@ -117,9 +126,17 @@ impl GuestMemory {
         }
         let metadata = file.metadata()?;
         let memory = MemoryId { device: metadata.dev(), inode: metadata.ino() };
-        let map = Shared::map(file, place.offset, place.length)?;
+        let is_same = |other: &&Arc<Region>| other.place == place && other.memory == memory;
+        let region = match known.regions.iter().find(is_same) {
+            // Its file is mapped there, so no other can have got its number meanwhile.
+            Some(region) => Arc::clone(region),
+            None => {
+                let map = Shared::map(file, place.offset, place.length)?;
+                Arc::new(Region { place, memory, map })
+            }
+        };
         let mut regions = self.regions.clone();
-        regions.push(Arc::new(Region { place, memory, map }));
+        regions.push(region);
         regions.sort_by_key(|region| region.place.guest);
         Ok(Self { regions, pages: self.pages.clone(), log: self.log.clone() })
     }

@@ -13,6 +13,8 @@
 //! - Requests in hand are recorded in memory that the front end keeps (`INFLIGHT_SHMFD`). After
 //!   `kill -9` and a new start on the same path, a front end that connects again (QEMU's
 //!   `reconnect`) has them run once more, in their order; the guest sees a pause, no error.
+//! - So does one that lost its server while its machine stood still, which connects again and takes
+//!   the new server for the old one: QEMU cannot do better. See [`VhostServer::is_mistaken`].
 //! - Where it is asked for ([`VhostOptions::put_back_after`]), a front end can stop its rings while
 //!   requests wait for room: they are put back into the ring, and done by whoever starts it next.
 //! - [`VhostServer::resize`] tells the guest of a new size while it runs.
@@ -27,6 +29,9 @@
 pub mod client;
 mod config;
 mod fuzz;
+mod heir;
+#[cfg(test)]
+mod heir_tests;
 mod inflight;
 mod memory;
 mod pages;

@@ -234,7 +234,7 @@ fn moves(options: ClientOptions, used: u16) {
     let began = Instant::now();
     let base = guest.client.stop_queue(0).unwrap();
     assert!(began.elapsed() < LIMIT / 2, "it took {:?}", began.elapsed());
-    assert!(old.server.is_at_rest());
+    assert!(old.server.comes_to_rest(LIMIT));
     old.disk.await_waiting(0);
     assert_eq!(base, used.wrapping_add(6), "what was answered, and nothing else");
     assert!(guest.client.queues[0].poll().is_none(), "nobody was told of an error");

@@ -1,6 +1,12 @@
 //! The listening end: accepts front ends, one session with a thread each, and ends them all.
 
-use super::{pages::GuestPages, queue::Work, session::Session, sys};
+use super::{
+    heir::{self, Beginning},
+    pages::GuestPages,
+    queue::Work,
+    session::Session,
+    sys,
+};
 use crate::{
     pool::Pool,
     socket::{self, Opened, SocketFile},
@@ -20,7 +26,7 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, TryLockError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
@@ -32,6 +38,9 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 /// version as flags and no payload (docs/interop/vhost-user.rst).
 const SET_BACKEND_REQ_FD: u32 = 21;
 const CONFIG_CHANGE: [u8; 12] = [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
+
+/// How often [`VhostServer::comes_to_rest`] looks: somebody's machine stands still meanwhile.
+const LOOK_AGAIN: Duration = Duration::from_micros(50);
 
 /// How a server behaves.
 #[derive(Clone)]
@@ -58,6 +67,9 @@ pub struct VhostOptions {
     pub max_connections: usize,
     /// The pager and tracker of the guest's memory; none if it is ordinary memory.
     pub pages: Option<Arc<dyn GuestPages>>,
+    /// Offer that memory is told region by region, of which there can be more than eight then. QEMU that
+    /// loses its server while its machine stands still can go on with the next one only without it.
+    pub memory_slots: bool,
 }
 
 impl Default for VhostOptions {
@@ -72,6 +84,7 @@ impl Default for VhostOptions {
             put_back_after: None,
             max_connections: 4,
             pages: None,
+            memory_slots: true,
         }
     }
 }
@@ -88,6 +101,7 @@ impl fmt::Debug for VhostOptions {
             .field("put_back_after", &self.put_back_after)
             .field("max_connections", &self.max_connections)
             .field("pages", &self.pages.is_some())
+            .field("memory_slots", &self.memory_slots)
             .finish()
     }
 }
@@ -128,6 +142,8 @@ struct Entry {
     /// Where it listens for messages from us.
     channel: Option<OwnedFd>,
     session: Option<Arc<Mutex<Session>>>,
+    /// It has said what it wants of us.
+    introduced: bool,
 }
 
 #[derive(Default)]
@@ -213,15 +229,41 @@ impl VhostServer {
 
     /// Whether a front end is connected and the rings of all front ends are stopped: nothing is in
     /// hand, and neither the device nor a guest's memory is touched until a ring starts again. So
-    /// it is when a monitor has stopped its machine. A ring that is just being stopped is not.
+    /// it is when a monitor has stopped its machine. A ring that is just being stopped is not, and
+    /// of a front end that is just being listened to nobody knows: see [`VhostServer::comes_to_rest`].
     #[must_use]
     pub fn is_at_rest(&self) -> bool {
+        self.rest() == Some(true)
+    }
+
+    /// The same, but waits for what is being done for a front end just now, `limit` at most. A monitor
+    /// that has had all the answers for which it waits has more to say, such as where it wants to be
+    /// told of requests that are done, and does not wait until that has been heard.
+    #[must_use]
+    pub fn comes_to_rest(&self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        loop {
+            match self.rest() {
+                Some(rests) => return rests,
+                None if Instant::now() >= deadline => return false,
+                None => thread::sleep(LOOK_AGAIN),
+            }
+        }
+    }
+
+    /// Whether all is at rest; `None` if a front end is being listened to and all others rest.
+    fn rest(&self) -> Option<bool> {
         let sessions = self.server.sessions();
-        !sessions.entries.is_empty()
-            && sessions.entries.iter().all(|entry| {
-                let session = entry.session.as_ref().and_then(|session| session.try_lock().ok());
-                session.is_some_and(|session| session.is_at_rest())
-            })
+        let mut busy = sessions.entries.iter().any(|entry| entry.session.is_none());
+        for session in sessions.entries.iter().filter_map(|entry| entry.session.as_ref()) {
+            match session.try_lock() {
+                Ok(session) if !session.is_at_rest() => return Some(false),
+                Ok(_) => {}
+                Err(TryLockError::WouldBlock) => busy = true,
+                Err(TryLockError::Poisoned(_)) => return Some(false),
+            }
+        }
+        if busy { None } else { Some(!sessions.entries.is_empty()) }
     }
 
     /// Whether a front end is connected, and waits for no answer of ours: one that stops its rings
@@ -232,6 +274,16 @@ impl VhostServer {
             let session = entry.session.as_ref();
             !is_gone(&entry.stream) && session.is_some_and(|session| session.try_lock().is_ok())
         })
+    }
+
+    /// Whether a front end is connected that has not said what it wants of us. One that has just connected is
+    /// about to. If it does not, it takes us for the server before us: its machine stands still, and
+    /// it says what it wants when that goes on; or its machine runs, and it waits for answers to requests that
+    /// nobody has told us of, until the machine has stood still for a moment.
+    #[must_use]
+    pub fn is_mistaken(&self) -> bool {
+        let sessions = self.server.sessions();
+        sessions.entries.iter().any(|entry| !entry.introduced && !is_gone(&entry.stream))
     }
 
     /// Serves `device` from now on, which holds the same content and may be larger, and tells the
@@ -358,6 +410,7 @@ fn admit(server: &Arc<Server>, stream: UnixStream) {
             stream: stream.clone(),
             channel: None,
             session: None,
+            introduced: false,
         });
         number
     };
@@ -393,16 +446,55 @@ fn await_older(server: &Server, number: u64) -> bool {
     true
 }
 
-fn serve(leaving: &Leaving, stream: &Arc<UnixStream>) {
-    let Leaving(server, number) = leaving;
-    let set_up = stream.set_nonblocking(false).and_then(|()| stream.try_clone());
-    let socket = match set_up {
-        Ok(socket) => socket,
+/// Waits for a front end's next request, and keeps in its entry what others want to know of it. `None`: it
+/// says no more.
+fn listen(Leaving(server, number): &Leaving, stream: &UnixStream) -> Option<u32> {
+    let (request, descriptor) = match sys::peek_request(stream) {
+        Ok(next) => next?,
         Err(error) => {
-            tracing::warn!(%error, "a front end's socket cannot be set up");
-            return;
+            tracing::debug!(%error, "a front end's socket cannot be read");
+            return None;
         }
     };
+    let mut sessions = server.sessions();
+    if let Some(entry) = sessions.entries.iter_mut().find(|entry| entry.number == *number) {
+        entry.introduced |= heir::introduces(request);
+        if request == SET_BACKEND_REQ_FD && descriptor.is_some() {
+            entry.channel = descriptor;
+        }
+    }
+    Some(request)
+}
+
+/// What does a front end's requests, by the first of them.
+fn handler_for(
+    first: Option<u32>,
+    stream: &UnixStream,
+    session: &Arc<Mutex<Session>>,
+    options: &VhostOptions,
+) -> Result<BackendReqHandler<Mutex<Session>>, Error> {
+    let session = Arc::clone(session);
+    match first.map_or(Beginning::Anew, Beginning::of) {
+        Beginning::Anew => {
+            let socket = stream.try_clone().map_err(Error::SocketError)?;
+            Ok(BackendReqHandler::from_stream(socket, session))
+        }
+        Beginning::GoesOn => {
+            tracing::info!("a monitor goes on as it was with the server before");
+            heir::handler(stream, session, options.memory_slots)
+        }
+        Beginning::AmidRings => {
+            Err(Error::InvalidOperation("it takes this server for the one before"))
+        }
+    }
+}
+
+fn serve(leaving: &Leaving, stream: &Arc<UnixStream>) {
+    let Leaving(server, number) = leaving;
+    if let Err(error) = stream.set_nonblocking(false) {
+        tracing::warn!(%error, "a front end's socket cannot be set up");
+        return;
+    }
     if !await_older(server, *number) {
         tracing::warn!("a front end came while requests of one that is gone were in hand");
         return;
@@ -411,20 +503,19 @@ fn serve(leaving: &Leaving, stream: &Arc<UnixStream>) {
     if let Some(entry) = server.sessions().entries.iter_mut().find(|e| e.number == *number) {
         entry.session = Some(session.clone());
     }
-    let mut handler = BackendReqHandler::from_stream(socket, session.clone());
+    let mut handler = None;
     loop {
-        match sys::peek_request(stream) {
-            Ok(Some((SET_BACKEND_REQ_FD, Some(channel)))) => {
-                let mut sessions = server.sessions();
-                if let Some(entry) =
-                    sessions.entries.iter_mut().find(|entry| entry.number == *number)
-                {
-                    entry.channel = Some(channel);
+        let request = listen(leaving, stream);
+        let handler = match &mut handler {
+            Some(handler) => handler,
+            None => match handler_for(request, stream, &session, &server.options) {
+                Ok(made) => handler.insert(made),
+                Err(error) => {
+                    tracing::warn!(%error, "a front end is cut off");
+                    break;
                 }
-            }
-            Ok(_) => {}
-            Err(error) => tracing::debug!(%error, "a front end's socket cannot be read"),
-        }
+            },
+        };
         match handler.handle_request() {
             Ok(()) => {}
             Err(Error::Disconnected | Error::SocketBroken(_) | Error::PartialMessage) => break,

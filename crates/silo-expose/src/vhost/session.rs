@@ -53,7 +53,8 @@ struct Vring {
 pub(super) struct Session {
     work: Arc<Work>,
     options: Arc<VhostOptions>,
-    features: u64,
+    /// As the front end said; it may have said that it wants none.
+    features: Option<u64>,
     memory: Arc<GuestMemory>,
     log: Arc<DirtyLog>,
     inflight: Option<Inflight>,
@@ -69,7 +70,7 @@ impl Session {
         let log = Arc::new(DirtyLog::default());
         let memory = Arc::new(GuestMemory::new(options.pages.clone(), log.clone()));
         let vrings = (0..options.queues).map(|_| Vring::default()).collect();
-        Self { work, options, features: 0, memory, log, inflight: None, vrings }
+        Self { work, options, features: None, memory, log, inflight: None, vrings }
     }
 
     fn vring(&mut self, index: u32) -> Result<&mut Vring> {
@@ -82,7 +83,8 @@ impl Session {
 
     /// Starts a ring that has all it needs.
     fn start(&mut self, index: usize) -> Result<()> {
-        let by_message = self.features & config::PROTOCOL_FEATURES != 0;
+        let features = self.features.unwrap_or_default();
+        let by_message = features & config::PROTOCOL_FEATURES != 0;
         let read_only = self.read_only();
         let vring = &mut self.vrings[index];
         let (Some(kick), Some(addresses), None) = (&vring.kick, vring.addresses, &vring.queue)
@@ -92,7 +94,7 @@ impl Session {
         if self.memory.is_empty() || vring.size == 0 || (by_message && !vring.enabled) {
             return Ok(());
         }
-        let event_idx = config::has(self.features, VIRTIO_RING_F_EVENT_IDX);
+        let event_idx = config::has(features, VIRTIO_RING_F_EVENT_IDX);
         let place = Place::new(&self.memory, vring.size, addresses, event_idx).map_err(broken)?;
         let inflight = match &self.inflight {
             None => None,
@@ -110,7 +112,7 @@ impl Session {
             inflight,
             manner: Manner {
                 read_only,
-                write_through: !config::has(self.features, VIRTIO_BLK_F_FLUSH),
+                write_through: !config::has(features, VIRTIO_BLK_F_FLUSH),
                 id,
             },
             kick: kick.try_clone().map_err(Error::ReqHandlerError)?,
@@ -243,14 +245,14 @@ impl VhostUserBackendReqHandlerMut for Session {
             return Err(Error::InvalidParam);
         }
         // Only the log may change under running rings: a migration begins or ends.
-        let changed = (self.features ^ features) & !config::LOG_ALL;
+        let changed = (self.features.unwrap_or_default() ^ features) & !config::LOG_ALL;
         self.log.set_wanted(features & config::LOG_ALL != 0);
         if changed == 0 {
-            self.features = features;
+            self.features = Some(features);
             return Ok(());
         }
         self.between(|session| {
-            session.features = features;
+            session.features = Some(features);
             Ok(())
         })?;
         if features & config::PROTOCOL_FEATURES == 0 {
@@ -269,7 +271,9 @@ impl VhostUserBackendReqHandlerMut for Session {
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
         let mut memory = GuestMemory::new(self.options.pages.clone(), self.log.clone());
         for (region, file) in regions.iter().zip(files) {
-            memory = memory.with(place_of(region), file).map_err(Error::ReqHandlerError)?;
+            memory = memory
+                .with_known(place_of(region), file, &self.memory)
+                .map_err(Error::ReqHandlerError)?;
         }
         self.between(|session| {
             session.memory = Arc::new(memory);
@@ -320,6 +324,10 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         self.vring(index)?;
+        if self.features.is_none() {
+            // It takes us for the server before us; any answer would be believed.
+            return Err(Error::InvalidOperation("a ring that nobody has told us of"));
+        }
         self.stop(index as usize)?;
         let vring = self.vring(index)?;
         vring.kick = None;
@@ -350,11 +358,12 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(config::protocol_features())
+        Ok(config::protocol_features(self.options.memory_slots))
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
-        if features & !config::protocol_features().bits() != 0 {
+        let offered = config::protocol_features(self.options.memory_slots);
+        if features & !offered.bits() != 0 {
             return Err(Error::InvalidParam);
         }
         Ok(())

@@ -242,6 +242,18 @@ pub(super) fn peek_request(socket: &UnixStream) -> io::Result<Option<(u32, Optio
     Ok(Some((request, first)))
 }
 
+/// Has an object that works on a socket work on another from now on: `socket` is put in the place of its
+/// descriptor. What the one before it still had to say is lost.
+///
+/// # Errors
+/// If the kernel refuses.
+pub(super) fn replace(object: &impl AsRawFd, socket: &UnixStream) -> io::Result<()> {
+    // SAFETY: the object owns that open descriptor, and has no state that belongs to the file behind it;
+    // its number stays open throughout, so nobody can get it in between.
+    let done = unsafe { libc::dup3(socket.as_raw_fd(), object.as_raw_fd(), libc::O_CLOEXEC) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// A memfd with these bytes, for tests and fuzzing.
 pub(super) fn scratch(bytes: &[u8]) -> io::Result<File> {
     use nix::sys::memfd::{MFdFlags, memfd_create};

@@ -230,6 +230,26 @@ impl VhostClient {
         self.shake()
     }
 
+    /// Connects to a server as [`sys::replace`] says, and says nothing: as QEMU does that lost the server
+    /// before while its machine stood still.
+    #[cfg(test)]
+    pub(super) fn connect_silently(&mut self, path: &Path) -> io::Result<()> {
+        let stream = UnixStream::connect(path)?;
+        stream.set_read_timeout(Some(ANSWER))?;
+        stream.set_write_timeout(Some(ANSWER))?;
+        sys::replace(&self.frontend, &stream)
+    }
+
+    /// Begins on a connection that was made so, in QEMU's order: with all but what was agreed on.
+    #[cfg(test)]
+    pub(super) fn go_on(&mut self) -> io::Result<()> {
+        self.frontend.set_features(self.features).map_err(other)?;
+        if let Some((record, file)) = &self.record {
+            self.frontend.set_inflight_fd(record, file.as_raw_fd()).map_err(other)?;
+        }
+        self.begin()
+    }
+
     fn shake(&mut self) -> io::Result<()> {
         let options = self.options;
         let frontend = &mut self.frontend;
@@ -287,7 +307,11 @@ impl VhostClient {
                 frontend.set_inflight_fd(record, file.as_raw_fd()).map_err(other)?;
             }
         }
-        frontend.set_features(self.features).map_err(other)?;
+        self.begin()
+    }
+
+    fn begin(&mut self) -> io::Result<()> {
+        self.frontend.set_features(self.features).map_err(other)?;
         self.share_memory()?;
         for index in 0..self.queues.len() {
             self.start_queue(index)?;

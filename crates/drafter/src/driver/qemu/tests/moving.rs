@@ -11,6 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+const SOON: Duration = Duration::from_secs(30);
+
 /// Runs in a network namespace of its own, which ends with it.
 fn in_own_network(test: impl FnOnce() + Send) {
     thread::scope(|scope| {
@@ -127,9 +129,9 @@ fn a_vhost_user_disks_rings_rest_from_the_pause_on_and_run_again_here_or_there()
         let mut place = rig.place_for(&machine, &shape, given);
         if number % 2 == 1 {
             // A move that is called off after the state was saved.
-            machine.vm.pause(&mut || assert!(server.is_at_rest())).unwrap();
+            machine.vm.pause(&mut || assert!(server.comes_to_rest(SOON))).unwrap();
             machine.vm.save().unwrap();
-            assert!(server.is_at_rest(), "saving starts nothing");
+            assert!(server.comes_to_rest(SOON), "saving starts nothing");
             assert!(!machine.vm.state_blocks().unwrap().is_empty(), "also while it stands still");
             machine.vm.run().unwrap();
             assert_eq!(ask(&machine.vm, "sync"), "sync ok", "it goes on here");
