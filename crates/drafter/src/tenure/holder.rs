@@ -8,6 +8,7 @@ use super::{
 use crate::lease::{BeatRef, BootTime, Epoch, HostName, Record};
 
 /// What a holder is made of.
+#[cfg_attr(test, derive(Clone))]
 pub struct HolderParts {
     /// The lease as this host holds it (for a machine that arrives: as handed to it).
     pub record: Record,
@@ -86,7 +87,7 @@ pub enum HolderState {
 
 /// What is being written to the lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Purpose {
+pub(super) enum Purpose {
     /// A new epoch under the new life.
     Reclaim,
     /// The same epoch under the present life.
@@ -96,14 +97,15 @@ enum Purpose {
 }
 
 /// See the [module](super). The machine executes nothing that this holder does not allow.
+#[cfg_attr(test, derive(Clone))]
 pub struct Holder {
-    parts: HolderParts,
+    pub(super) parts: HolderParts,
     state: HolderState,
     /// Under which life the arriving machine will be; until its lease is ours.
-    arriving: Option<BeatRef>,
-    moving: bool,
-    protect: bool,
-    write: Option<(Purpose, Write<Record>)>,
+    pub(super) arriving: Option<BeatRef>,
+    pub(super) moving: bool,
+    pub(super) protect: bool,
+    pub(super) write: Option<(Purpose, Write<Record>)>,
     next_operation: u64,
     /// The silence of the store has been told.
     told: bool,

@@ -55,6 +55,8 @@ mod taker;
 mod times;
 
 #[cfg(test)]
+mod digest;
+#[cfg(test)]
 mod tests;
 
 pub use holder::{Holder, HolderAction, HolderEvent, HolderParts, HolderState};
@@ -66,7 +68,4 @@ pub use times::Times;
 #[cfg(test)]
 pub(crate) use times::Rule;
 
-use crate::lease::Nonce;
-
-/// Where nonces come from: [`Nonce::random`] in life, the seed in the simulator.
-pub type Nonces = Box<dyn FnMut() -> Nonce + Send>;
+pub use crate::migrate::switchover::Nonces;

@@ -17,6 +17,7 @@ pub struct View {
 }
 
 /// What a pulse is made of.
+#[cfg_attr(test, derive(Clone))]
 pub struct PulseParts {
     /// Whose sign of life. No other process keeps it.
     pub name: BeatName,
@@ -54,7 +55,8 @@ pub enum PulseAction {
 }
 
 #[derive(Debug)]
-enum State {
+#[cfg_attr(test, derive(Clone))]
+pub(super) enum State {
     /// What is there from an earlier life?
     Reading(Read),
     /// Writes the first beat of a life.
@@ -67,9 +69,10 @@ enum State {
 }
 
 /// See the [module](super).
+#[cfg_attr(test, derive(Clone))]
 pub struct Pulse {
     parts: PulseParts,
-    state: State,
+    pub(super) state: State,
     view: Option<View>,
     next_operation: u64,
     /// The silence of the store has been told.

@@ -143,6 +143,7 @@ enum Phase {
 
 /// When something was asked, and when it is asked again after silence.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 struct Asking {
     phase: Phase,
     pause: Duration,
@@ -153,6 +154,14 @@ impl Asking {
     fn start(times: &Times, next: &mut u64) -> (Self, OperationId) {
         let (operation, pause) = (take_operation(next), times.store_retry);
         (Self { phase: Phase::Asked(operation), pause, longest_pause: pause * 10 }, operation)
+    }
+
+    #[cfg(test)]
+    const fn asked(&self) -> Option<OperationId> {
+        match self.phase {
+            Phase::Asked(operation) => Some(operation),
+            Phase::RetryAt(_) => None,
+        }
     }
 
     fn awaits(&self, operation: OperationId) -> bool {
@@ -189,6 +198,7 @@ fn take_operation(next: &mut u64) -> OperationId {
 
 /// A question that is asked until it is answered.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 pub(super) struct Read {
     content: Content,
     asking: Asking,
@@ -206,6 +216,12 @@ impl Read {
         let (asking, operation) = Asking::start(times, next);
         let call = Call { operation, content: content.clone() };
         (Self { content, asking, asked_at: now }, call)
+    }
+
+    /// The call whose answer is awaited.
+    #[cfg(test)]
+    pub(super) const fn asked(&self) -> Option<OperationId> {
+        self.asking.asked()
     }
 
     /// `None`: not the answer that is awaited. Else what is there, or the reason for silence.
@@ -251,6 +267,7 @@ pub(super) enum Verdict<T> {
 
 /// A write under way. Every try writes the same record with the same nonce.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 pub(super) struct Write<T> {
     expected: Option<T>,
     new: T,
@@ -314,6 +331,18 @@ impl<T: Written> Write<T> {
 
     pub(super) fn wake_at(&self) -> Option<BootTime> {
         self.asking.wake_at()
+    }
+
+    /// The call whose answer is awaited.
+    #[cfg(test)]
+    pub(super) const fn asked(&self) -> Option<OperationId> {
+        self.asking.asked()
+    }
+
+    /// What it expects to find.
+    #[cfg(test)]
+    pub(super) const fn expected(&self) -> Option<&T> {
+        self.expected.as_ref()
     }
 
     /// From when on a term counts that this write began.

@@ -8,6 +8,7 @@ use super::{
 use crate::lease::{AttemptId, Beat, BeatRef, BootTime, HostName, MachineName, Record};
 
 /// What a taker is made of.
+#[cfg_attr(test, derive(Clone))]
 pub struct TakerParts {
     /// Which machine.
     pub machine: MachineName,
@@ -78,7 +79,8 @@ pub enum TakerState {
 }
 
 #[derive(Debug)]
-enum State {
+#[cfg_attr(test, derive(Clone))]
+pub(super) enum State {
     Looking(Read),
     Watching { record: Record, read: Option<Read>, next: BootTime },
     Fencing { record: Record, write: Write<Beat> },
@@ -91,25 +93,26 @@ enum State {
 
 /// A life that has ended, whoever ended it.
 #[derive(Clone, Debug)]
-struct Dead {
-    life: BeatRef,
+pub(super) struct Dead {
+    pub(super) life: BeatRef,
     /// Since when that is known here.
-    known: BootTime,
+    pub(super) known: BootTime,
     /// When its last term is over too. A fence comes after that; the next life of the same keeper may
     /// begin while a machine of the one before runs to the end of its term.
-    over: BootTime,
+    pub(super) over: BootTime,
 }
 
 /// See the [module](super).
+#[cfg_attr(test, derive(Clone))]
 pub struct Taker {
     parts: TakerParts,
-    state: State,
+    pub(super) state: State,
     /// The beat seen last, and since when.
-    seen: Option<(Beat, BootTime)>,
+    pub(super) seen: Option<(Beat, BootTime)>,
     /// A life that is known to be over.
-    dead: Option<Dead>,
+    pub(super) dead: Option<Dead>,
     view: Option<View>,
-    prepared: bool,
+    pub(super) prepared: bool,
     told: Option<BeatRef>,
     next_operation: u64,
     silent: bool,

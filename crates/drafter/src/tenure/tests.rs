@@ -4,7 +4,7 @@
 use super::*;
 use crate::lease::{
     AttemptId, Beat, BeatName, BeatRef, BootTime, Epoch, FileStore, HostName, LeaseStore,
-    MachineName, Outcome, Record,
+    MachineName, Nonce, Outcome, Record,
 };
 use HolderAction as Ha;
 use HolderEvent as He;

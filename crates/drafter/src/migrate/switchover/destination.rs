@@ -19,6 +19,7 @@ const OFFERS_KEPT: usize = 8;
 const NEVER: Duration = Duration::from_secs(1 << 30);
 
 /// What a destination is made of.
+#[cfg_attr(test, derive(Clone))]
 pub struct DestinationParts {
     /// The machine that comes.
     pub machine: MachineName,
@@ -146,7 +147,8 @@ pub enum DestinationState {
     Lost,
 }
 
-enum State {
+#[cfg_attr(test, derive(Clone))]
+pub(super) enum State {
     Preparing,
     Offering { next: BootTime },
     Loading { until: BootTime, handed: Record },
@@ -160,18 +162,19 @@ enum State {
 }
 
 /// The destination's half of a switchover.
+#[cfg_attr(test, derive(Clone))]
 pub struct DestinationAuthority {
     parts: DestinationParts,
-    state: State,
-    sent: VecDeque<(OfferSerial, BootTime)>,
+    pub(super) state: State,
+    pub(super) sent: VecDeque<(OfferSerial, BootTime)>,
     next_serial: u64,
     next_operation: u64,
     /// Frames wait for the source's flushes.
-    flush_owed: bool,
-    source_durable: bool,
-    output_released: bool,
-    all_present: bool,
-    record: Option<Record>,
+    pub(super) flush_owed: bool,
+    pub(super) source_durable: bool,
+    pub(super) output_released: bool,
+    pub(super) all_present: bool,
+    pub(super) record: Option<Record>,
 }
 
 impl DestinationAuthority {

@@ -3,7 +3,8 @@
 //! Two state machines, one at each end, without any input or output of their own: the runner feeds
 //! them events (a message, an answer of the store, a timer) and does the actions that they return,
 //! in order. The same code runs in a simulator (`simulator/`) under seeds that delay, drop and
-//! reorder everything and crash either end at any step. The protocol in prose, with the argument
+//! reorder everything and crash either end at any step, and in a model (`model/`) that is checked to the end.
+//! The protocol in prose, with the argument
 //! why one flight is safe: `docs/protocol.md`.
 //!
 //! Callers: `migrate::source` and `migrate::destination`, and the runner when it starts again.
@@ -72,6 +73,8 @@ mod terms;
 mod write;
 
 #[cfg(test)]
+pub(crate) mod model;
+#[cfg(test)]
 mod simulator;
 #[cfg(test)]
 mod tests;
@@ -88,7 +91,26 @@ use crate::lease::{AttemptId, Nonce, OfferSerial, Record};
 use std::time::Duration;
 
 /// Where nonces come from: [`Nonce::random`] in life, the seed in the simulator.
-pub type Nonces = Box<dyn FnMut() -> Nonce + Send>;
+pub type Nonces = Box<dyn NonceSource>;
+
+/// Draws nonces, each different from all that were ever drawn. (A clone draws what the original would
+/// have: only the model, which follows several futures of one machine, makes any.)
+pub trait NonceSource: FnMut() -> Nonce + Send + Sync {
+    /// The same once more.
+    fn again(&self) -> Nonces;
+}
+
+impl<F: FnMut() -> Nonce + Clone + Send + Sync + 'static> NonceSource for F {
+    fn again(&self) -> Nonces {
+        Box::new(self.clone())
+    }
+}
+
+impl Clone for Nonces {
+    fn clone(&self) -> Self {
+        (**self).again()
+    }
+}
 
 /// The destination's promise not to run later than `good_for` after it sent this, by its own clock,
 /// unless it has won the lease.

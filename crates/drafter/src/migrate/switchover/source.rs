@@ -8,7 +8,8 @@ use super::{
 use crate::lease::{AttemptId, BootTime, Epoch, HostName, OfferSerial, Record};
 use std::time::Duration;
 
-enum State {
+#[cfg_attr(test, derive(Clone))]
+pub(super) enum State {
     Copying,
     AwaitingOffer { until: BootTime, handed: bool },
     WritingHandOver { until: BootTime, write: LeaseWrite },
@@ -24,17 +25,18 @@ enum State {
 
 /// The newest offer, and when it was received.
 #[derive(Clone, Copy, Debug)]
-struct Received {
-    serial: OfferSerial,
+pub(super) struct Received {
+    pub(super) serial: OfferSerial,
     good_for: Duration,
-    at: BootTime,
+    pub(super) at: BootTime,
 }
 
 /// The source's half of a switchover.
+#[cfg_attr(test, derive(Clone))]
 pub struct SourceAuthority {
-    parts: SourceParts,
-    state: State,
-    offer: Option<Received>,
+    pub(super) parts: SourceParts,
+    pub(super) state: State,
+    pub(super) offer: Option<Received>,
     next_operation: u64,
 }
 

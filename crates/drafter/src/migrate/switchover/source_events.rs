@@ -7,6 +7,7 @@ use crate::{
 };
 
 /// What a source is made of.
+#[cfg_attr(test, derive(Clone))]
 pub struct SourceParts {
     /// What this host holds; the machine runs here under it.
     pub holding: Holding,

@@ -62,9 +62,10 @@ enum Phase {
 
 /// A write under way. Every try writes the same record with the same nonce.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 pub(super) struct LeaseWrite {
     purpose: LeasePurpose,
-    expected: Record,
+    pub(super) expected: Record,
     new: Record,
     phase: Phase,
     pause: Duration,
@@ -105,6 +106,15 @@ impl LeaseWrite {
     fn call(&self, operation: OperationId) -> LeaseCall {
         let (expected, new) = (self.expected.clone(), self.new.clone());
         LeaseCall { operation, purpose: self.purpose, expected, new }
+    }
+
+    /// The call whose answer is awaited.
+    #[cfg(test)]
+    pub(super) const fn asked(&self) -> Option<OperationId> {
+        match self.phase {
+            Phase::Asked(operation) => Some(operation),
+            Phase::RetryAt(_) => None,
+        }
     }
 
     pub(super) fn new_record(&self) -> &Record {

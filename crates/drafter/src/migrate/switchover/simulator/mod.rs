@@ -17,6 +17,7 @@ use crate::tenure::Rule as TermRule;
 use world::{Broken, World};
 
 /// A small generator of its own, so that a seed means the same for ever (splitmix64).
+#[derive(Clone)]
 pub(super) struct Random(u64);
 
 impl Random {
