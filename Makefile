@@ -1,7 +1,7 @@
 # Everything a person does with this repository. `make` alone lists the targets.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test bench kills soak simulate lint clean
+.PHONY: help setup build demo test bench kills soak simulate model lint clean
 
 # Debian keeps ip, nft and mke2fs where an ordinary user's PATH does not look.
 export PATH := $(PATH):/usr/sbin:/sbin
@@ -41,6 +41,9 @@ SEEDS ?= 100000
 simulate: ## Try to break the rules of who may run a machine, in SEEDS=100000 histories; SEED=n tells one of them
 	@SEEDS=$(SEEDS) cargo test -p drafter --lib -- --exact --nocapture \
 	migrate::switchover::simulator::under_every_seed_the_machine_is_in_one_place_and_comes_to_rest
+
+model: ## Exhaust every history of two attempts to move a machine with three faults, and more (minutes)
+	@MODEL=whole cargo test -p drafter --lib -- --nocapture --test-threads 1 migrate::switchover::model::
 
 lint: ## Format, lints, licences and sources of dependencies
 	@scripts/lint.sh

@@ -87,7 +87,8 @@ impl World {
                 self.destination_event(DestinationEvent::PeerLost);
             }
             Step::Joined => {
-                self.doings.cut = false;
+                // Also what a source's next runner was deaf to comes by the new connection.
+                (self.doings.cut, self.doings.deaf) = (false, false);
                 self.destination_event(DestinationEvent::PeerBack);
             }
             Step::SourceRunnerBack => self.source_runner_back(),

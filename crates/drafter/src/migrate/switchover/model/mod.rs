@@ -32,12 +32,12 @@
 //! * *Time* moves in ticks. An offer lasts three of them by the slowest clock, and the source, with the
 //!   fastest, waits three. All that two events of different hosts have to do with each other in time is
 //!   one inequality: the end of an offer comes before the end of the source's wait. Everything may
-//!   happen within a tick, in any order, and every timer of the source may be as late as it likes, so each order
-//!   of "sent, received, named, token received, ended, waited for" that satisfies the inequality is one of the
+//!   happen within a tick, in any order, and every timer of the source may be as late as it likes, so
+//!   each order of "sent, received, named, token received, ended, waited for" that satisfies the inequality is one of the
 //!   model's. ρ is 1/5 so that it shows in whole ticks; the rules do not depend on it.
 //!   `make model` tries the other clocks too: they only make the source wait for longer.
-//! * *Margins* are nearly zero. `stop_margin` says that a freeze takes effect before the end of the offer: here it is the
-//!   first thing that happens at that instant, and no time passes before it. `start_margin` and
+//! * *Margins* are nearly zero. `stop_margin` says that a freeze takes effect before the end of the
+//!   offer: here it is the first thing that happens at that instant, and no time passes before it. `start_margin` and
 //!   `store_retry` only ever make things happen later; a retry is due at once, and taken up at any time.
 //!   `patience` is one tick: time enough for retries, and the source may give up.
 //! * *Two offers* in an attempt: the source keeps one, and the token names one; the second is the newer.
@@ -48,7 +48,8 @@
 //!   waits for them; nonces and epochs are compared and not read, so names are given by first
 //!   appearance; calls that nobody awaits, writes that expect a record which is gone (none is ever
 //!   written twice), messages whose receiver is past them, are dropped (`World::normalise`).
-//! * *The next attempt* drops what the last has left at its destination, as the runner does. Its writes stay on their way.
+//! * *The next attempt* drops what the last has left at its destination, as the runner does. Its writes
+//!   stay on their way.
 
 mod calm;
 mod digest;

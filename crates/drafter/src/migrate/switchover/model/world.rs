@@ -316,7 +316,7 @@ impl World {
             || destination
                 .is_some_and(|d| matches!(d, D::Refused | D::Discarded | D::Lost | D::Settled(_)));
         if source_over {
-            (doings.deaf, doings.not_sent, doings.to_notice[0]) = (true, false, false);
+            (doings.not_sent, doings.to_notice[0]) = (false, false);
         }
         if from.gone() {
             (doings.pausing, doings.runner_dead) = (false, false);

@@ -161,8 +161,8 @@ fn every_rule_that_is_broken_is_found_out() {
         Rule::SuccessorTakesWhatWasAsked,
         Rule::SuccessorAsksOn,
     ];
-    // Two more are too rare here, and are broken step by step in `tenure::tests`: `TermFromTheToken` and
-    // `BoundFromSending`.
+    // Two more are too rare here, and are caught by the model (`super::model::terms`): `TermFromTheToken`
+    // and `BoundFromSending`.
     let term_rules = [
         TermRule::CountFromSending,
         TermRule::FreezeAtTermEnd,

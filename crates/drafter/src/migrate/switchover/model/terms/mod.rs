@@ -6,8 +6,8 @@
 //! at most one copy runs, and whoever is heard owns the lease.
 //!
 //! The clocks are the worst: a term, as an offer, lasts three ticks for its owner, and the taker waits three.
-//! A freeze comes first in its instant, and no time passes before it. Renewals and polls may come at any time, and
-//! retries too; a renewal's serial, its life and its nonce count only as far as they differ from others.
+//! A freeze comes first in its instant, and no time passes before it. Renewals and polls may come at any
+//! time, and retries too; a renewal's serial, its life and its nonce count only as far as they differ from others.
 //!
 //! What it does not exhaust: how often a sign of life is renewed, and how often the third host begins to
 //! watch, are bounded by the [`Scene`], since one history may have any number of them; after its last

@@ -84,12 +84,13 @@ fn in_every_history_of_a_protected_machine_it_is_in_one_place() {
     exhaust(scene(Start::MovingLate, [0, 0], 1));
     exhaust(scene(Start::MovingToTheDead, [0, 0], 1));
     if whole() {
-        exhaust(Scene { watches: 2, ..scene(Start::Protected, [2, 0], 2) });
-        exhaust(scene(Start::Unprotected, [2, 0], 2));
-        exhaust(scene(Start::MovingLate, [0, 0], 3));
-        exhaust(scene(Start::MovingLate, [0, 1], 1));
-        exhaust(scene(Start::MovingLate, [1, 0], 1));
-        exhaust(scene(Start::MovingToTheDead, [0, 0], 3));
+        exhaust(scene(Start::Protected, [2, 0], 1));
+        exhaust(Scene { watches: 2, ..scene(Start::Protected, [1, 0], 0) });
+        exhaust(scene(Start::Unprotected, [2, 0], 1));
+        exhaust(scene(Start::MovingLate, [0, 0], 2));
+        exhaust(scene(Start::MovingLate, [0, 1], 0));
+        exhaust(scene(Start::MovingLate, [1, 0], 0));
+        exhaust(scene(Start::MovingToTheDead, [0, 0], 2));
         exhaust(scene(Start::MovingToTheDead, [1, 0], 0));
         exhaust(scene(Start::Moving, [0, 0], 0));
     }
