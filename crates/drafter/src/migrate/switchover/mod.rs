@@ -34,7 +34,8 @@
 //!   [`SourceAction::SendToken`] is returned the token counts as out, whatever became of it. Any
 //!   failure before that resumes the machine at once.
 //! * *AwaitingVerdict*: the machine is paused and its pages are served. It ends by a refusal (the
-//!   destination will never run this attempt: resume), by a confirmation, or by the expiry of the
+//!   destination will never run this attempt: resume, or take back, if this runner came after one that
+//!   died: that one may have asked the store already), by a confirmation, or by the expiry of the
 //!   named offer, counted from its receipt and stretched for the drift of both clocks.
 //! * *TakingBack*: the store decides between the two ends. Won: run here at the next epoch. Lost:
 //!   the destination owns the machine. No answer: stay paused, keep everything, ask again.

@@ -38,13 +38,15 @@ pub struct SourceAuthority {
     pub(super) state: State,
     pub(super) offer: Option<Received>,
     next_operation: u64,
+    /// An earlier life of this runner may have asked the store to take the machine back.
+    recovered: bool,
 }
 
 impl SourceAuthority {
     /// A source whose machine runs here and shall go to `parts.to`.
     #[must_use]
     pub fn new(parts: SourceParts) -> Self {
-        Self { parts, state: State::Copying, offer: None, next_operation: 0 }
+        Self { parts, state: State::Copying, offer: None, next_operation: 0, recovered: false }
     }
 
     /// For a runner that has come back and found its machine paused by a move, with the lease as
@@ -67,6 +69,7 @@ impl SourceAuthority {
         let handing = record.handing_to.is_some();
         let holding = Holding::new(record);
         let mut this = Self::new(SourceParts { holding, to, attempt, view: None, terms, nonces });
+        this.recovered = true;
         let mut out = Vec::new();
         if owner != *here {
             this.state = State::ServingPages { epoch };
@@ -400,6 +403,14 @@ impl SourceAuthority {
         match self.state {
             State::Copying | State::AwaitingOffer { .. } | State::WritingHandOver { .. } => {
                 self.abort_running(&text, out);
+            }
+            // What an earlier life of this runner asked of the store may happen later: the machine runs
+            // at the epoch that the store gives it, or at one that this host knows nothing of.
+            State::AwaitingVerdict { .. }
+                if self.recovered && self.parts.terms.keeps(Rule::SuccessorClaimsBack) =>
+            {
+                out.push(self.report(&format!("{text}; its lease is taken back")));
+                self.take_back(out);
             }
             State::Pausing { .. } | State::AwaitingVerdict { .. } => self.abort_paused(&text, out),
             // The store has been asked already, and it will answer the same.

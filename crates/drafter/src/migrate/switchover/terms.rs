@@ -109,6 +109,9 @@ pub(super) enum Rule {
     ClaimBeforeResume,
     /// Every change of owner has an epoch of its own.
     NewEpoch,
+    /// (d) … also if the destination refused, where an earlier life of the source's runner may have
+    /// begun to take the machine back.
+    SuccessorClaimsBack,
     /// A write whose answer got lost is recognised by its nonce.
     SettleByNonce,
     /// A write without an answer is tried again, and nothing concluded from the silence.

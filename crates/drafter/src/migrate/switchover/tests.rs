@@ -326,6 +326,22 @@ fn a_runner_that_comes_back_waits_for_the_longest_offer_before_it_asks() {
 }
 
 #[test]
+fn a_runner_that_comes_back_goes_on_after_a_refusal_only_with_the_store() {
+    let here = host("a");
+    let (mut s, _) =
+        SourceAuthority::recover(at(500), &here, handed(), Terms::default(), nonces(300));
+    let refused = Se::Refused { attempt: N, why: "it was given up".to_owned() };
+    let deed = deeds(s.on(at(600), refused));
+    assert!(matches!(&deed[..], [Sa::Lease(_)]), "{deed:?}");
+    assert_eq!(s.state(), SourceState::TakingBack);
+    // Its earlier life had begun to take it back, and the store did so only now.
+    let earlier = handed().taken(here, N, Nonce(77));
+    let answer = LeaseAnswer::Lost(Some(earlier));
+    let deed = s.on(at(700), Se::LeaseAnswer { operation: OperationId(1), answer });
+    assert!(matches!(&deeds(deed)[..], [Sa::ResumeHere { epoch: Epoch(2), .. }, _]));
+}
+
+#[test]
 fn a_destination_renews_its_offer_every_quarter_of_its_life() {
     let mut d = destination();
     d.on(at(0), De::Prepared);

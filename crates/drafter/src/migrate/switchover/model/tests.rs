@@ -100,7 +100,7 @@ fn in_every_history_of_two_attempts_the_machine_is_in_one_place_and_comes_to_res
 }
 
 /// The rules of a move of a machine without a term; for the rest see `terms`.
-const RULES: [Rule; 17] = [
+const RULES: [Rule; 18] = [
     Rule::HandOverBeforePause,
     Rule::RunOnlyInOffer,
     Rule::HoldOutput,
@@ -112,6 +112,7 @@ const RULES: [Rule; 17] = [
     Rule::WaitForNamedOffer,
     Rule::ExpiryCoversDrift,
     Rule::ClaimBeforeResume,
+    Rule::SuccessorClaimsBack,
     Rule::NewEpoch,
     Rule::SettleByNonce,
     Rule::SilenceIsNoVerdict,

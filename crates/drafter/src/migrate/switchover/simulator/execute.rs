@@ -436,7 +436,8 @@ impl World {
         }
         self.tell(&format!("{m} the connection is back"));
         let mv = &mut self.moves[m];
-        mv.link.cut = false;
+        // What a source's next runner was deaf to comes by the new connection.
+        (mv.link.cut, mv.source_deaf) = (false, false);
         if mv.named.is_some() {
             let late = [DestinationEvent::SourceDurable, DestinationEvent::AllPresent];
             for event in late {

@@ -153,6 +153,7 @@ fn every_rule_that_is_broken_is_found_out() {
         Rule::WaitForNamedOffer,
         Rule::ExpiryCoversDrift,
         Rule::ClaimBeforeResume,
+        Rule::SuccessorClaimsBack,
         Rule::NewEpoch,
         Rule::SettleByNonce,
         Rule::SilenceIsNoVerdict,

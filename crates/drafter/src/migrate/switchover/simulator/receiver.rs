@@ -116,8 +116,8 @@ impl World {
         let nonces = self.nonces();
         let mv = &mut self.moves[m];
         mv.left = Left::default();
-        // It does not know what the source owes, and waits for it.
-        mv.flush_owed = true;
+        // It does not know what the source owes, nor what it has said of it, and waits for it.
+        (mv.flush_owed, mv.flush_durable) = (true, false);
         let parts = DestinationParts {
             machine: self.machine.clone(),
             here: self.hosts[mv.to].name.clone(),
