@@ -173,7 +173,6 @@ impl Digest {
         self.put(&std::mem::discriminant(&this.state()));
         self.put(&(this.flush_owed, this.source_durable, this.output_released, this.all_present));
         match &this.state {
-            D::Preparing => {}
             D::Offering { next } => {
                 self.put(&next.since(now));
                 self.put(&this.sent.len());
@@ -191,7 +190,7 @@ impl Digest {
             }
             D::FrozenUnconfirmed { take } => self.write(take),
             D::Owner { epoch } | D::Settled { epoch } => self.epoch(*epoch),
-            D::Refused | D::Discarded | D::Lost => {}
+            D::Preparing | D::Refused | D::Discarded | D::Lost => {}
         }
         self.each("owned", &this.record, Self::record);
     }

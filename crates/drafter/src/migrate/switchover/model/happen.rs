@@ -367,11 +367,10 @@ impl World {
         if executing == [true; 2] {
             self.fail("both copies run");
         }
-        for index in 0..2 {
-            let copy = self.copies[index];
+        for (index, copy) in self.copies.into_iter().enumerate() {
             let lease = &self.record;
             let owns = lease.owner == host(index) && lease.epoch.0 == copy.epoch;
-            if executing[index] && copy.output && !owns {
+            if copy.executes() && copy.output && !owns {
                 self.fail("a copy is heard, and the lease is not its own");
             }
         }

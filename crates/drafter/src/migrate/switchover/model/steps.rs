@@ -163,7 +163,7 @@ impl World {
             .is_none_or(|s| matches!(s, S::Released | S::Aborted | S::Resumed(_) | S::Stopped));
         let destination_done = destination
             .is_none_or(|d| matches!(d, D::Refused | D::Discarded | D::Lost | D::Settled(_)));
-        may(Step::Cut, !doings.cut && !(source_done && destination_done));
+        may(Step::Cut, !(doings.cut || source_done && destination_done));
         may(Step::CancelledAtSource, !source_done && !matches!(source, Some(S::ServingPages(_))));
         may(Step::CancelledAtDestination, !destination_done);
         may(Step::SourceHostDies, !self.copies[from].gone());

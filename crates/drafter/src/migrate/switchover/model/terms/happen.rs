@@ -477,10 +477,9 @@ impl World {
         if executing.iter().filter(|executes| **executes).count() > 1 {
             self.fail("two copies run");
         }
-        for index in 0..3 {
-            let copy = self.copies[index];
+        for (index, copy) in self.copies.into_iter().enumerate() {
             let owns = self.lease.owner == host(index) && self.lease.epoch.0 == copy.epoch;
-            if executing[index] && copy.output && !owns {
+            if copy.executes() && copy.output && !owns {
                 self.fail("a copy is heard, and the lease is not its own");
             }
         }

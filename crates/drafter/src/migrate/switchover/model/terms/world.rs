@@ -6,7 +6,8 @@ use super::{
 };
 use crate::{
     lease::{
-        AttemptId, Beat, BeatName, BeatRef, BootTime, HostName, MachineName, Nonce, Outcome, Record,
+        AttemptId, Beat, BeatName, BeatRef, BootTime, Epoch, HostName, MachineName, Nonce, Outcome,
+        Record,
     },
     migrate::switchover::{
         DestinationAuthority, DestinationParts, Holding, LeaseCall, Nonces, SourceAuthority,
@@ -430,7 +431,7 @@ impl World {
         d.record(&self.lease);
         let copies = self.copies.map(|copy| Copy { epoch: 0, ..copy });
         d.put(&(copies, &self.doings, self.faults, self.wrong.is_some()));
-        d.epochs(&self.copies.map(|copy| crate::lease::Epoch(copy.epoch)));
+        d.epochs(&self.copies.map(|copy| Epoch(copy.epoch)));
         d.put(&self.beats.keys().fold(0, |all, index| all | (1 << index)));
         d.each("beats", self.beats.values().map(|beat| &**beat), Digest::beat);
         for index in 0..2 {
