@@ -337,6 +337,11 @@ pub trait Vm: Send {
     /// The unix socket of the guest channel.
     fn guest_socket(&self) -> &Path;
 
+    /// Lets the monitor in to the servers of its disks, which may have come anew since
+    /// [`Driver::take_over`], and says whether it has found them all. What a server is told when it is
+    /// found has been said by then. Does not wait.
+    fn finds_disks(&mut self) -> Result<bool, DriverError>;
+
     /// The blocks of the memfd that loading the state reads (virtqueue rings): they must be
     /// present before [`Vm::load`]. Constant once the guest's drivers are up; empty before.
     fn state_blocks(&mut self) -> Result<Vec<silo::block::BlockRange>, DriverError>;

@@ -35,9 +35,6 @@ use std::{
 
 /// How long requests in hand may take when a server ends.
 const SERVER_LIMIT: Duration = Duration::from_secs(5);
-/// How long the monitor may take to be ready to go on after a pause that failed: requests in hand
-/// keep it busy for as long as a server lets them, then it has to find the server again.
-const READY_LIMIT: Duration = Duration::from_secs(180);
 /// How long the monitor may take to find its servers before a pause; it looks every second.
 const FOUND_LIMIT: Duration = Duration::from_secs(10);
 /// How long a server may take, after a pause, for what the monitor said last: it does not wait for
@@ -143,6 +140,9 @@ impl DiskServers {
                 queues: u16::try_from(vcpus).unwrap_or(u16::MAX),
                 put_back_after: Some(PUT_BACK_AFTER),
                 pages: Some(Arc::clone(&pages)),
+                // A machine's memory is a few regions, and its monitor must be able to go on with
+                // another server.
+                memory_slots: false,
                 ..VhostOptions::default()
             };
             let served: Arc<dyn BlockDevice> = device.clone();
@@ -216,13 +216,29 @@ impl DiskServers {
         }
     }
 
-    /// Before the machine goes on after a pause: waits until its monitor is there for that. QEMU
-    /// that is told to go on while it has lost a server does not look for it again.
+    /// Before the machine goes on after a pause: waits until its monitor is connected, `limit` at most.
     ///
     /// # Errors
-    /// If it is not there in time.
-    pub(super) fn before_run(&self) -> Result<(), MachineError> {
-        self.wait_for_monitor(READY_LIMIT)
+    /// If it is not in time.
+    pub(super) fn before_run(&self, limit: Duration) -> Result<(), MachineError> {
+        self.wait_for_monitor(limit)
+    }
+
+    /// Whether the monitor is connected to every server, and waits for no answer of one.
+    pub(super) fn are_answering(&self) -> bool {
+        match self {
+            Self::Nbd(_) => true,
+            Self::VhostUser(disks) => disks.iter().all(|disk| disk.server.is_answering()),
+        }
+    }
+
+    /// Whether the monitor takes one of them for the server before it, or has just found it: see
+    /// [`VhostServer::is_mistaken`].
+    pub(super) fn are_mistaken(&self) -> bool {
+        match self {
+            Self::Nbd(_) => false,
+            Self::VhostUser(disks) => disks.iter().any(|disk| disk.server.is_mistaken()),
+        }
     }
 
     /// Waits until the monitor is connected to every server, and waits for no answer of one.

@@ -4,6 +4,7 @@
 mod found;
 mod freezer;
 mod objections;
+mod rejoin;
 mod standstill;
 
 pub(super) use found::Found;
@@ -113,6 +114,8 @@ pub(super) struct Hosted {
     /// Its disks as they are served, so that a backup can freeze them.
     pub copies: DiskCopies,
     servers: DiskServers,
+    /// The monitor lost those before them, and may not have found them yet.
+    servers_were_away: bool,
     /// Those of the servers that a switchover waits for, as of the last look.
     helpers: UrgentHelpers,
     vm: Box<dyn Vm>,
@@ -287,6 +290,7 @@ impl Hosted {
             copies,
             helpers: servers.helpers(),
             servers,
+            servers_were_away: false,
             reasons: Reasons::new(vm.fence()),
             commits: false,
             vm,
@@ -358,7 +362,7 @@ impl Hosted {
 
     /// Lets a booted or resumed guest go, owner of its network under `flip`.
     pub(super) fn begin(&mut self, flip: u64) -> Result<(), MachineError> {
-        self.servers.before_run()?;
+        self.before_run()?;
         if let Some(net) = &self.net {
             self.path.resume(net, flip).map_err(fail)?;
         }
@@ -489,6 +493,7 @@ impl SourceMachine for Hosted {
     }
 
     fn before_pause(&mut self) -> Result<(), MachineError> {
+        self.rejoin_disks()?;
         self.servers.before_pause()?;
         self.helpers = self.servers.helpers();
         if self.has_suspend_hook()
@@ -575,7 +580,7 @@ impl SourceMachine for Hosted {
         {
             tracing::error!(%error, "the network does not lead back here yet");
         }
-        self.servers.before_run()?;
+        self.before_run()?;
         self.vm.run().map_err(fail)
     }
 }

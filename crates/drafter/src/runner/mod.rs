@@ -576,6 +576,12 @@ impl Runner {
                 self.try_again(body);
                 inner = self.lock();
             }
+            if running && inner.body.as_ref().is_some_and(|body| body.may_have_to_rejoin()) {
+                let body = inner.body.take();
+                drop(inner);
+                self.rejoin_disks(body);
+                inner = self.lock();
+            }
             inner = self
                 .changed
                 .wait_timeout(inner, Duration::from_millis(200))

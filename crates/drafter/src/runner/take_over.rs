@@ -40,7 +40,7 @@ use super::{
 };
 use crate::{
     driver::MachineShape,
-    lease::{Epoch, Record},
+    lease::Record,
     migrate::{
         protocol::SessionId,
         switchover::{FlipEpoch, Holding},
@@ -263,7 +263,7 @@ impl Runner {
             None => self.settle_authority(body.vm().is_running())?,
         };
         self.output_as_before(&mut body)?;
-        self.lead_here(&mut body, holding.record.epoch)?;
+        self.lead_here(&mut body, FlipEpoch::of(holding.record.epoch, 0))?;
         body.release().map_err(text)?;
         if let Some(by) = &noted.settled {
             self.answer_settled(by, holding.record.epoch.0);
@@ -285,13 +285,16 @@ impl Runner {
     }
 
     /// The machine is this host's: its frames come here, and it runs.
-    fn lead_here(&self, body: &mut Hosted, epoch: Epoch) -> Result<(), String> {
-        let flip = FlipEpoch::of(epoch, 0).0;
-        if body.vm().is_running() {
-            body.reclaim_network(flip).map_err(text)
-        } else {
-            body.begin(flip).map_err(text)
+    fn lead_here(&self, body: &mut Hosted, flip: FlipEpoch) -> Result<(), String> {
+        if !body.vm().is_running() {
+            return body.begin(flip.0).map_err(text);
         }
+        body.reclaim_network(flip.0).map_err(text)?;
+        // Later, if not now: see `Runner::watch`.
+        if let Err(error) = body.await_monitor(FOUND_LIMIT).and_then(|()| body.rejoin_disks()) {
+            tracing::warn!(%error, "its disks are not in use yet");
+        }
+        Ok(())
     }
 
     /// A monitor without a note: one that was started for an arrival, or for a boot that came to
@@ -347,5 +350,7 @@ fn owned_by(lease: Option<&Record>, host: &identity::HostName, attempt: u64) -> 
     })
 }
 
+/// How long taking over waits for the monitor of a machine that runs to find the servers of its disks.
+const FOUND_LIMIT: Duration = Duration::from_secs(1);
 /// How long a monitor that waits for pages may take to answer, in pieces.
 const ASK_AGAIN: Duration = Duration::from_millis(200);

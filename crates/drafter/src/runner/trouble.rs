@@ -73,6 +73,18 @@ impl Runner {
         }
     }
 
+    /// Has a monitor that takes the servers of its disks for those before them say everything anew.
+    pub(super) fn rejoin_disks(&self, body: Option<Box<Hosted>>) {
+        let Some(mut body) = body else { return };
+        let done = body.rejoin_disks();
+        let mut inner = self.lock();
+        inner.body = Some(body);
+        if let Err(error) = done {
+            inner.detail = format!("its disks stand still: {error}; it is tried again");
+            tracing::error!(machine = %self.name.as_str(), %error, "its disks stand still");
+        }
+    }
+
     /// Lets a machine go on that stood still because of a disk. If the disk fails again, an event
     /// says so.
     pub(super) fn try_again(&self, body: Option<Box<Hosted>>) {

@@ -11,7 +11,7 @@ use super::{
     Found, QemuConfig,
     cgroup::{Cgroup, Limits},
     command::{self, Given},
-    files,
+    disks, files,
     halt::Halt,
     held,
     memory_map::FileId,
@@ -125,7 +125,7 @@ pub(super) fn start(
     let join = cgroup.join_files()?;
     unmade.cgroup = Some(cgroup);
     if let Some(user) = user {
-        admit(&host.disk_sockets, user)?;
+        disks::admit(&host.disk_sockets, user)?;
     }
 
     let mut inherit = Inherit::default();
@@ -244,12 +244,7 @@ pub(super) fn take_over(run_dir: &Path) -> Result<Option<QemuVm>, DriverError> {
             detail: "it is frozen and cannot answer; thaw it or kill it through its fence".into(),
         });
     }
-    if let Some(user) = &record.user {
-        // They may come later; their server then has to let this user in.
-        let there: Vec<_> =
-            record.disk_sockets.iter().filter(|path| path.exists()).cloned().collect();
-        admit(&there, user.uid)?;
-    }
+    disks::admit_to_those_there(&record)?;
     let mut qmp = match connect(&machine, &files, TAKE_OVER_LIMIT, &mut process) {
         Ok(qmp) => qmp,
         Err(_) if process.ended().is_some() => {
@@ -318,19 +313,6 @@ fn group_name(machine: &str) -> Result<String, DriverError> {
         source: io::Error::other(error.to_string()),
     })?;
     Ok(format!("drafter-{machine}-{:08x}", u32::from_le_bytes(random)))
-}
-
-fn admit(sockets: &[std::path::PathBuf], user: u32) -> Result<(), DriverError> {
-    for socket in sockets {
-        files::admit(socket, user).map_err(|source| DriverError::Host {
-            operation: format!(
-                "letting a machine's user connect to its disk at {}",
-                socket.display()
-            ),
-            source,
-        })?;
-    }
-    Ok(())
 }
 
 /// Descriptors for QEMU; each keeps its number.

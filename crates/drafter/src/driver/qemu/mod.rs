@@ -14,6 +14,7 @@
 //! | `launch` | starting: user, control group, descriptors, handshake |
 //! | `vm` | the machine's life: pause, save, load, run, end |
 //! | `halt`, `held` | stopping it without asking it; fetching what it holds without asking it |
+//! | `disks` | letting it in to its disks' servers, and whether it has found them |
 //! | `qmp` | QEMU's control protocol |
 //! | `monitor` | the same, to a QEMU that is not ours: the baseline of benchmarks |
 //! | `disk_state` | saved state with the other kind of disks, for copies |
@@ -25,6 +26,7 @@
 mod cgroup;
 mod command;
 mod disk_state;
+mod disks;
 mod files;
 mod halt;
 mod held;

@@ -14,7 +14,7 @@
 //! want it again.
 
 use super::{
-    command,
+    command, disks,
     halt::Halt,
     held, launch, memory_map,
     process::{Ended, Process, tail},
@@ -363,6 +363,12 @@ impl Vm for QemuVm {
 
     fn guest_socket(&self) -> &Path {
         &self.files.guest
+    }
+
+    fn finds_disks(&mut self) -> Result<bool, DriverError> {
+        disks::admit_to_those_there(&self.record)?;
+        disks::are_found(&mut self.qmp, &self.record, COMMAND_LIMIT)
+            .map_err(|error| self.failed("asking whether it has found its disks", error))
     }
 
     fn state_blocks(&mut self) -> Result<Vec<silo::block::BlockRange>, DriverError> {

@@ -118,6 +118,7 @@ impl Found {
             copies,
             helpers: servers.helpers(),
             servers,
+            servers_were_away: true,
             reasons: Reasons::new(vm.fence()),
             commits: false,
             vm,

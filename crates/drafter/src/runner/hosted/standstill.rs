@@ -31,6 +31,7 @@ impl Hosted {
     /// If a disk's read waits for help, a server is not found, or a disk cannot be synced: the
     /// machine runs.
     pub(in super::super) fn before_standstill(&mut self) -> Result<(), MachineError> {
+        self.rejoin_disks()?;
         self.servers.before_pause()?;
         self.helpers = self.servers.helpers();
         // A flush of the guest that is under way is waited for: let little be left for it.
@@ -73,7 +74,7 @@ impl Hosted {
     /// If it cannot.
     pub(in super::super) fn go_further(&mut self) -> Result<(), MachineError> {
         let _first = self.helpers.go_first();
-        let went = self.servers.before_run().and_then(|()| self.vm.run().map_err(fail));
+        let went = self.before_run().and_then(|()| self.vm.run().map_err(fail));
         self.end_quiet();
         went
     }

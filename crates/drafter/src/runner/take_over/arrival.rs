@@ -14,7 +14,7 @@ use crate::{
         destination::{self, Continuation, Demands, Door, Fate, Freezer},
         messages::{Confirmation, DurableReport, ResumeAnswer, Standing},
         protocol::DeviceNumber,
-        switchover::{DestinationParts, Holding, Terms},
+        switchover::{DestinationParts, FlipEpoch, Holding, Terms},
     },
     package::Package,
     runner::{
@@ -115,7 +115,7 @@ impl Runner {
         if self.commits_output() {
             body.commit_output(true).map_err(text)?;
         }
-        self.lead_here(&mut body, holding.record.epoch)?;
+        self.lead_here(&mut body, FlipEpoch::of(holding.record.epoch, 0))?;
         self.install(Box::new(body), holding, None);
         self.release_if(&due);
         Ok(())

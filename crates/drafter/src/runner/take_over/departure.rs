@@ -192,11 +192,7 @@ impl Runner {
         let (net, shape) = (noted.network.clone(), noted.shape.clone());
         let mut body: Hosted = found.adopt(package, net, shape, servers, vm, &site);
         self.output_as_before(&mut body)?;
-        if body.vm().is_running() {
-            body.reclaim_network(flip.0).map_err(text)?;
-        } else {
-            body.begin(flip.0).map_err(text)?;
-        }
+        self.lead_here(&mut body, flip)?;
         body.release().map_err(text)?;
         self.install(Box::new(body), holding, None);
         super::note_leaving(&self.dir, None);

@@ -1,6 +1,7 @@
 //! The driver with real QEMUs and a real guest.
 
 mod copies;
+mod disks;
 mod faults;
 mod life;
 mod moving;
