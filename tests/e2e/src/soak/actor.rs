@@ -1,10 +1,13 @@
 //! One machine of a soak: its clients, where it is, and what is done to it. Whatever a deed comes to, the
 //! machine must run in one place and serve afterwards.
 
+mod forks;
+mod sleeps;
+
 use super::{
     PATIENCE, World,
-    history::Operation,
-    plan::{Deed, Deeds, Harm, Kind},
+    history::{Life, Operation, Part},
+    plan::{Deed, Deeds, HOSTS, Harm, Kind, Next},
     registers::{Connect, Registers},
 };
 use crate::{
@@ -23,13 +26,11 @@ use drafter::{
     },
 };
 use nix::{
-    fcntl::{Flock, FlockArg},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use std::{
-    fs::{self, File},
-    io,
+    fs, io,
     net::{SocketAddr, TcpStream},
     path::Path,
     sync::Arc,
@@ -47,7 +48,7 @@ const STEP: Duration = Duration::from_secs(20);
 /// What went wrong, for people.
 type Done<T = ()> = Result<T, String>;
 
-/// What a runner on the other host is there for.
+/// What a runner on another host is there for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
     /// It takes the machine when it is moved.
@@ -64,9 +65,18 @@ pub(super) struct Actor<'a> {
     spec: MachineSpec,
     at: RunnerId,
     other: Option<(RunnerId, Role)>,
+    /// Which other host is meant: so many on from the machine's own.
+    way: usize,
     clients: Registers,
     copies: Copies,
     suspended: u64,
+    sleeps: sleeps::Sleeps,
+    forks: forks::Forks,
+    /// What the machine remembers: whole parts, and since when it goes on.
+    past: Vec<Part>,
+    since: u64,
+    /// Lives that are over.
+    lives: Vec<Life>,
     /// Deeds done.
     pub(super) deeds: u64,
 }
@@ -77,7 +87,10 @@ pub(super) fn spec(stage: &Stage, folder: &Path, number: u8, kind: Kind) -> Mach
     spec.memory_mib = Some(MEMORY_MIB);
     // What the gates at a move's steps understand.
     spec.tls = kind == Kind::Protected;
-    if kind == Kind::Protected {
+    if kind == Kind::Forked {
+        spec.extra_boot = ["--disk-kind", "nbd"].map(String::from).into();
+    }
+    if kind.is_protected() {
         let store = format!("file://{}", folder.join("store").display());
         let keys = folder.join("keys").display().to_string();
         let words = ["--protect", &store, "--protect-keys", &keys, "--every", "400ms"];
@@ -95,7 +108,8 @@ impl<'a> Actor<'a> {
         spec: MachineSpec,
         at: RunnerId,
     ) -> Self {
-        let states: Vec<_> = world.fleet(|fleet| (0..2).map(|host| fleet.state_of(host)).collect());
+        let hosts = 0..usize::from(HOSTS);
+        let states: Vec<_> = world.fleet(|fleet| hosts.map(|host| fleet.state_of(host)).collect());
         let copies = Copies::watch(&states, &spec.name);
         let client = world.fleet(|fleet| fleet.rig().client().clone());
         let to: SocketAddr = Stage::public(number);
@@ -103,9 +117,25 @@ impl<'a> Actor<'a> {
             let connected = client.run(|| TcpStream::connect_timeout(&to, Duration::from_secs(5)));
             connected.map_err(io::Error::other)?
         });
-        let clients = Registers::start(number, world.origin, world.seed, &connect);
-        let (other, suspended, deeds) = (None, 0, 0);
-        Self { world, number, kind, spec, at, other, clients, copies, suspended, deeds }
+        let clients = Registers::start(number.into(), world.origin, world.seed, &connect);
+        Self {
+            world,
+            number,
+            kind,
+            spec,
+            at,
+            other: None,
+            way: 1,
+            clients,
+            copies,
+            suspended: 0,
+            sleeps: sleeps::Sleeps::default(),
+            forks: forks::Forks::default(),
+            past: Vec::new(),
+            since: 0,
+            lives: Vec::new(),
+            deeds: 0,
+        }
     }
 
     pub(super) fn kind(&self) -> Kind {
@@ -119,7 +149,8 @@ impl<'a> Actor<'a> {
     /// Does deeds until it is over.
     pub(super) fn play(&mut self, deeds: Deeds) -> Done {
         self.served("at first")?;
-        for (pause, deed) in deeds {
+        for Next { pause, deed, way } in deeds {
+            self.way = way.into();
             if !self.world.pause(pause) {
                 break;
             }
@@ -136,9 +167,26 @@ impl<'a> Actor<'a> {
         self.served("at the end").map_err(|why| format!("{}: {why}", self.spec.name))
     }
 
-    /// Ends the clients; what they asked for and were told.
-    pub(super) fn finish(self) -> Vec<Operation> {
-        self.clients.finish()
+    /// Ends the clients; what they asked for and were told, and what of it the machine and its copies have
+    /// to remember.
+    pub(super) fn finish(mut self) -> (Vec<Operation>, Vec<Life>) {
+        self.end_life(u64::MAX, "to the end");
+        let mut history = self.clients.finish();
+        history.append(&mut self.forks.history);
+        (history, self.lives)
+    }
+
+    /// What the machine remembers if it goes on from an instant between the two: what was not answered by
+    /// the first may not have been done by then.
+    fn remembers(&self, sure: u64, to: u64) -> Vec<Part> {
+        let own = Part { machine: self.number.into(), from: self.since, to, sure };
+        self.past.iter().copied().chain([own]).collect()
+    }
+
+    /// Whatever comes after `at` is another life.
+    fn end_life(&mut self, at: u64, why: &str) {
+        let name = format!("{}, {why}", self.spec.name);
+        self.lives.push(Life { name, parts: self.remembers(u64::MAX, at) });
     }
 
     fn say(&self, what: &str) {
@@ -229,6 +277,9 @@ impl<'a> Actor<'a> {
             Deed::Move(mode, bandwidth) => self.moves(mode, bandwidth)?,
             Deed::Harmed(mode, step, harm) => self.harmed(mode, step, harm)?,
             Deed::Suspend { elsewhere } => self.suspend(elsewhere)?,
+            Deed::Sleep { elsewhere } => self.sleep(elsewhere, None)?,
+            Deed::GoBack(generation) => self.sleep(true, Some(generation))?,
+            Deed::Fork => self.fork()?,
             Deed::LoseHost => self.lose_host()?,
             Deed::FreezeHost => self.freeze_host()?,
         }
@@ -236,19 +287,25 @@ impl<'a> Actor<'a> {
         self.copies.seen().map_or(Ok(()), |seen| Err(format!("two copies ran: {seen}")))
     }
 
-    /// A runner on the other host that is there for this.
+    /// The host that this deed means, of the others.
+    fn elsewhere(&self) -> usize {
+        (self.host(self.at) + self.way) % usize::from(HOSTS)
+    }
+
+    /// A runner on the other host that is meant, which is there for this.
     fn ensure(&mut self, role: Role) -> Done<RunnerId> {
         let words = |word: &str, spec: &MachineSpec| {
             let package = spec.package.display().to_string();
             vec![word.to_owned(), spec.name.clone(), "--package".into(), package]
         };
+        let host = self.elsewhere();
         let id = match self.other {
-            Some((id, found)) if found == role => id,
+            Some((id, found)) if found == role && self.host(id) == host => id,
             found => {
                 if let Some((id, _)) = found {
                     self.remove(id);
                 }
-                let host = 1 - self.host(self.at);
+                self.other = None;
                 let (what, words) = match role {
                     Role::Standby => ("a runner that waits", words("receive", &self.spec)),
                     Role::StandIn => ("a stand-in", words("stand-in", &self.spec)),
@@ -305,14 +362,14 @@ impl<'a> Actor<'a> {
     }
 
     fn ask_to_move(&self, to: SocketAddr, budgets: Budgets, mode: Mode) -> Done<u64> {
-        let peer = self.world.hosts[1 - self.host(self.at)].name.clone();
+        let peer = self.world.hosts[self.elsewhere()].name.clone();
         let request = MigrateRequest { to, peer, mode, budgets, dry_run: false };
         let mut client = self.client(self.at, ANSWER)?;
         client.get(&Request::Migrate(request)).map_err(|e| e.to_string())
     }
 
     fn moves(&mut self, mode: Mode, bandwidth: Option<u64>) -> Done {
-        if self.kind == Kind::Protected {
+        if self.kind.is_protected() {
             self.is_protected()?;
         }
         let to = self.ensure(Role::Standby)?;
@@ -333,10 +390,13 @@ impl<'a> Actor<'a> {
     }
 
     fn harmed(&mut self, mode: Mode, step: Step, harm: Harm) -> Done {
+        if self.kind.is_protected() {
+            self.is_protected()?;
+        }
         let (from, to) = (self.at, self.ensure(Role::Standby)?);
+        let host = self.host(to);
         let gate = {
             let stage = self.world.stage();
-            let host = usize::from(stage.fleet.runner(to).host == self.world.hosts[1].name);
             Gate::at(&stage, host, stage.fleet.runner(to).address, step)
         };
         if let Err(why) = self.ask_to_move(gate.address, Budgets::default(), mode) {
@@ -391,10 +451,7 @@ impl<'a> Actor<'a> {
         // It has nothing to do any more; waited for as a supervisor does.
         self.until("the runner of a suspended machine ends", || self.status(from).is_none())?;
         self.world.fleet(|fleet| fleet.runner_mut(from).kill());
-        let host = if elsewhere { 1 - host } else { host };
-        if elsewhere && let Some((id, _)) = self.other.take() {
-            self.remove(id);
-        }
+        let host = self.wakes_at(host, elsewhere);
         let (spec, package) = (self.spec.clone(), self.spec.package.display().to_string());
         let from = to.display().to_string();
         let words: Vec<String> =
@@ -407,6 +464,19 @@ impl<'a> Actor<'a> {
         let before = saved.join(format!("{name}-{}", self.suspended.saturating_sub(1)));
         let _ = fs::remove_dir_all(before);
         Ok(())
+    }
+
+    /// The host on which a machine is started again that was on `host` and runs nowhere; nothing else is
+    /// there for it then.
+    fn wakes_at(&mut self, host: usize, elsewhere: bool) -> usize {
+        let host = if elsewhere { (host + self.way) % usize::from(HOSTS) } else { host };
+        if let Some((id, _)) = self.other
+            && self.host(id) == host
+        {
+            self.remove(id);
+            self.other = None;
+        }
+        host
     }
 
     /// Waits until it is protected and its output waits for generations.
@@ -447,38 +517,12 @@ impl<'a> Actor<'a> {
         self.taken_over(next)
     }
 
-    /// Whether others get to the machine's files in the lease store: who stands still with a lock in hand
-    /// keeps everybody out, as no store does that serves several hosts.
-    fn locks_are_free(&self) -> bool {
-        let Ok(files) = fs::read_dir(&self.world.leases) else { return false };
-        let mut mine = files.flatten().map(|file| file.path()).filter(|path| {
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            name.ends_with(".lock") && name.contains(&self.spec.name)
-        });
-        // Whoever is awake has it for a moment only.
-        let free = |path: &Path| {
-            (0..100).any(|_| {
-                thread::sleep(Duration::from_millis(5));
-                let Ok(file) = File::open(path) else { return false };
-                Flock::lock(file, FlockArg::LockExclusiveNonblock).is_ok()
-            })
-        };
-        mine.all(|path| free(&path))
-    }
-
     fn freeze_host(&mut self) -> Done {
         let next = self.ensure(Role::StandIn)?;
         self.is_protected()?;
         let (at, all) = (self.at, self.processes()?);
         let all_get = |signal| all.iter().for_each(|pid| _ = kill(*pid, signal));
-        self.until("it stands still with no lock of the lease store in hand", || {
-            all_get(Signal::SIGSTOP);
-            let free = self.locks_are_free();
-            if !free {
-                all_get(Signal::SIGCONT);
-            }
-            free
-        })?;
+        all_get(Signal::SIGSTOP);
         let taken = self.taken_over(next);
         all_get(Signal::SIGCONT);
         taken?;

@@ -25,8 +25,8 @@ pub enum Did {
 /// One operation on one register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Operation {
-    /// Whose register.
-    pub machine: u8,
+    /// Whose register; copies have numbers of their own.
+    pub machine: u16,
     /// Which one.
     pub key: u16,
     /// What was done.
@@ -94,13 +94,78 @@ impl Zone {
 /// Checks all registers of a history; the violations that were found, at most one for a register.
 #[must_use]
 pub fn check(history: &[Operation]) -> Vec<Violation> {
-    let mut registers: HashMap<(u8, u16), Vec<Operation>> = HashMap::new();
+    let mut registers: HashMap<(u16, u16), Vec<Operation>> = HashMap::new();
     for operation in history {
         registers.entry((operation.machine, operation.key)).or_default().push(*operation);
     }
     let mut keys: Vec<_> = registers.keys().copied().collect();
     keys.sort_unstable();
     keys.iter().filter_map(|key| check_register(&registers[key]).err()).collect()
+}
+
+/// A stretch of a machine's history.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// Whose.
+    pub machine: u16,
+    /// What was asked for from here on is in it…
+    pub from: u64,
+    /// … until here, this not.
+    pub to: u64,
+    /// What was not answered by then may be in it or not.
+    pub sure: u64,
+}
+
+impl Part {
+    fn has(&self, operation: &Operation) -> bool {
+        operation.machine == self.machine && (self.from..self.to).contains(&operation.begun)
+    }
+}
+
+/// What a machine remembers, if it keeps what it acknowledges: its own history, or, once it has gone back to
+/// a generation, that of before the generation and then its own; of a copy, that of the machine before the
+/// fork and then its own. The parts are one after the other, and the last one is its own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Life {
+    /// For people.
+    pub name: String,
+    /// What it consists of.
+    pub parts: Vec<Part>,
+}
+
+impl Life {
+    /// What it remembers. Writes that nobody answered may come to pass as long as their connection lasts:
+    /// those from times that it has forgotten may be in it as well.
+    fn remembers(&self, history: &[Operation]) -> Vec<Operation> {
+        let Some(last) = self.parts.last() else { return Vec::new() };
+        let within = |operation: &Operation| -> Option<Operation> {
+            let writes = matches!(operation.did, Did::Wrote(_));
+            let Some(part) = self.parts.iter().find(|part| part.has(operation)) else {
+                let mine = self.parts.iter().any(|part| part.machine == operation.machine);
+                let late = mine && operation.begun < last.from;
+                return (late && writes && operation.answered.is_none()).then_some(*operation);
+            };
+            if operation.end() <= part.sure {
+                return Some(*operation);
+            }
+            writes.then_some(Operation { answered: None, ..*operation })
+        };
+        let own = |operation: Operation| Operation { machine: last.machine, ..operation };
+        history.iter().filter_map(within).map(own).collect()
+    }
+}
+
+/// Checks all registers of each life; the violations that were found, at most one for a register and life.
+#[must_use]
+pub fn check_lives(history: &[Operation], lives: &[Life]) -> Vec<Violation> {
+    let found = |life: &Life| {
+        let told = |violation: Violation| Violation {
+            what: format!("{}: {}", life.name, violation.what),
+            ..violation
+        };
+        check(&life.remembers(history)).into_iter().map(told).collect::<Vec<_>>()
+    };
+    lives.iter().flat_map(found).collect()
 }
 
 fn violation(what: String, of: &[Operation]) -> Violation {
@@ -240,6 +305,57 @@ mod tests {
         ] {
             assert_eq!(check(&wrong).len(), 1, "{wrong:?}");
         }
+    }
+
+    #[test]
+    fn a_machine_that_went_back_has_the_registers_of_then_and_nothing_of_later() {
+        let part = |from, to, sure| Part { machine: 1, from, to, sure };
+        // The generation was made between 10 and 12, and gone back to at 30.
+        let lives = [
+            Life { name: "before".into(), parts: vec![part(0, 30, u64::MAX)] },
+            Life {
+                name: "after".into(),
+                parts: vec![part(0, 12, 10), part(30, u64::MAX, u64::MAX)],
+            },
+        ];
+        let first = [wrote(1, 1, 2), wrote(2, 20, 21), saw(2, 22, 23)];
+        let and = |more: &[Operation]| check_lives(&[&first[..], more].concat(), &lives);
+        assert_eq!(and(&[saw(1, 31, 32), wrote(3, 33, 34), saw(3, 35, 36)]), []);
+        // It did not go back, or further than it should have.
+        for wrong in [2, NOTHING] {
+            let found = and(&[saw(wrong, 31, 32)]);
+            assert_eq!(found.len(), 1, "{found:?}");
+            assert!(found[0].what.starts_with("after:"), "{}", found[0]);
+        }
+        // A write that was under way when the generation was made is in it or not, but does not change its mind.
+        let busy = wrote(9, 9, 11);
+        assert_eq!(and(&[busy, saw(9, 31, 32)]), []);
+        assert_eq!(and(&[busy, saw(1, 31, 32)]), []);
+        assert_eq!(and(&[busy, saw(9, 31, 32), saw(1, 33, 34)]).len(), 1);
+        // One that nobody answered may come to pass in either life, one that was answered may not.
+        let unsaid = operation(Did::Wrote(7), 25, None);
+        assert_eq!(and(&[unsaid, saw(7, 31, 32)]), []);
+        // What is lost before the machine goes back is lost all the same.
+        assert_eq!(and(&[saw(1, 26, 27), saw(1, 31, 32)]).len(), 1);
+    }
+
+    #[test]
+    fn a_copy_has_the_registers_of_the_fork_and_each_goes_its_own_way() {
+        let part = |machine, from, to, sure| Part { machine, from, to, sure };
+        let end = u64::MAX;
+        let lives = [
+            Life { name: "machine".into(), parts: vec![part(1, 0, end, end)] },
+            Life { name: "copy".into(), parts: vec![part(1, 0, 12, 10), part(100, 12, end, end)] },
+        ];
+        let in_copy = |operation| Operation { machine: 100, ..operation };
+        let first = [wrote(1, 1, 2), wrote(2, 20, 21)];
+        let and = |more: &[Operation]| check_lives(&[&first[..], more].concat(), &lives);
+        let good = [in_copy(saw(1, 22, 23)), in_copy(wrote(1000, 24, 25)), saw(2, 26, 27)];
+        assert_eq!(and(&good), []);
+        for wrong in [in_copy(saw(2, 22, 23)), in_copy(saw(NOTHING, 22, 23))] {
+            assert_eq!(and(&[wrong]).len(), 1, "{wrong:?}");
+        }
+        assert_eq!(and(&[in_copy(wrote(1000, 24, 25)), saw(1000, 26, 27)]).len(), 1);
     }
 
     /// A checker of somebody else's, which tries all orders.

@@ -1,7 +1,8 @@
-//! A soak: machines under load that are moved, suspended, killed at, cut off and robbed of their hosts in
-//! random order, each by a thread of its own, and of the lease store and the line all at once. What their
-//! clients asked for and were told is recorded and checked (see [`history`]); no acknowledged write may
-//! be lost, no machine may run twice, and each must serve again after whatever was done.
+//! A soak: machines under load on three hosts that are moved, suspended, copied, taken back in time, killed
+//! at, cut off and robbed of their hosts in random order, each by a thread of its own, and of the lease
+//! store, lines, network agents and the edge all at once. What their clients asked for and were told is
+//! recorded and checked (see [`history`]); no acknowledged write may be lost, no machine may run twice, and
+//! each must serve again after whatever was done.
 //!
 //! Used by `tests/soak.rs`, for a short time by `make test` and for as long as one likes by `make soak`.
 //! The deeds follow from the seed alone ([`plan`]); when they meet each other does not.
@@ -13,10 +14,13 @@ pub mod registers;
 
 use crate::{BOOT, Stage};
 use actor::Actor;
-use architect::{fleet::Fleet, rig::Host};
-use history::{Operation, Violation};
+use architect::{
+    fleet::Fleet,
+    rig::{Host, Rig, RigConfig, RigError},
+};
+use history::Violation;
 use nix::fcntl::{AT_FDCWD, Flock, FlockArg, RenameFlags, renameat2};
-use plan::{Deeds, Forecast, Kind, Weather};
+use plan::{Deeds, Forecast, HOSTS, Kind, Weather};
 use std::{
     fs::{self, File},
     io::{BufWriter, Write},
@@ -33,7 +37,7 @@ use std::{
 /// How long anything may take here, beside whatever else the computer does.
 const PATIENCE: Duration = Duration::from_secs(150);
 /// The machines; their numbers count from one.
-const KINDS: [Kind; 4] = [Kind::Plain, Kind::Protected, Kind::Plain, Kind::Protected];
+const KINDS: [Kind; 4] = [Kind::Plain, Kind::Protected, Kind::Forked, Kind::ProtectedHarmed];
 
 /// What a soak came to.
 #[derive(Debug)]
@@ -42,6 +46,8 @@ pub struct Outcome {
     pub deeds: Vec<u64>,
     /// Operations that clients asked for; of these, without an answer.
     pub operations: (usize, usize),
+    /// Lives that were checked: one for each machine, each time that one went back, and each copy.
+    pub lives: usize,
     /// What cannot have been.
     pub violations: Vec<Violation>,
     /// What else went wrong: a machine that did not serve again, or ran twice.
@@ -77,6 +83,11 @@ impl World {
         let _ = writeln!(log, "{line}");
     }
 
+    /// The time as the history has it.
+    fn now(&self) -> u64 {
+        1 + self.origin.elapsed().as_nanos() as u64
+    }
+
     fn goes_on(&self) -> bool {
         !self.over.load(Ordering::Relaxed)
     }
@@ -107,18 +118,47 @@ impl World {
                 fs::remove_file(&away).unwrap();
                 self.say("weather", "the lease store is back");
             }
-            Weather::LineDown(time) => {
-                self.say("weather", &format!("the line between the hosts is down for {time:?}"));
-                let [one, two] = &self.hosts[..] else { unreachable!("a soak has two hosts") };
+            Weather::LineDown(host, time) => {
+                let one = &self.hosts[usize::from(host)];
+                let two = &self.hosts[usize::from((host + 1) % HOSTS)];
+                let between = format!("the line between hosts {} and {}", one.name, two.name);
+                self.say("weather", &format!("{between} is down for {time:?}"));
                 let line = format!("mig-{}", two.name);
                 one.namespace.ip(&format!("link set dev {line} down\n")).unwrap();
                 thread::sleep(time);
                 let up =
                     format!("link set dev {line} up\nroute replace {} dev {line}\n", two.migration);
                 one.namespace.ip(&up).unwrap();
-                self.say("weather", "the line is up");
+                self.say("weather", &format!("{between} is up"));
+            }
+            Weather::AgentDies(host, time) => {
+                let host = usize::from(host);
+                let who = format!("the network agent of host {}", self.hosts[host].name);
+                self.dies(&who, time, |rig| rig.kill_agent(host), |rig| rig.start_agent(host));
+            }
+            Weather::EdgeDies(time) => {
+                self.dies("the edge", time, Rig::kill_edge, Rig::start_edge);
             }
         }
+    }
+
+    /// A daemon dies, and is started again as a supervisor does: until it stands.
+    fn dies(
+        &self,
+        who: &str,
+        time: Duration,
+        kill: impl FnOnce(&mut Rig),
+        start: impl Fn(&mut Rig) -> Result<(), RigError>,
+    ) {
+        self.say("weather", &format!("{who} dies, for {time:?}"));
+        self.fleet(|fleet| kill(fleet.rig_mut()));
+        thread::sleep(time);
+        let until = Instant::now() + PATIENCE;
+        while let Err(error) = self.fleet(|fleet| start(fleet.rig_mut())) {
+            assert!(Instant::now() < until, "{who} does not come back: {error}");
+            self.say("weather", &format!("{who}, again: {error}"));
+        }
+        self.say("weather", &format!("{who} is back"));
     }
 }
 
@@ -134,7 +174,7 @@ pub fn folder() -> PathBuf {
 /// Soaks for so long after everything has booted. `None` if this computer lacks a capability.
 #[must_use]
 pub fn run(time: Duration, seed: u64) -> Option<Outcome> {
-    let mut stage = Stage::open()?;
+    let mut stage = Stage::with(RigConfig { hosts: HOSTS.into(), ..RigConfig::default() })?;
     let folder = folder();
     fs::create_dir_all(&folder).unwrap();
     // Histories are large: the last soak's are enough.
@@ -142,13 +182,12 @@ pub fn run(time: Duration, seed: u64) -> Option<Outcome> {
     let keys = folder.join("keys");
     fs::write(&keys, silo::store::KeyRing::generate_line("soak").unwrap()).unwrap();
     fs::set_permissions(&keys, fs::Permissions::from_mode(0o600)).unwrap();
-    for old in ["store", "saved"] {
-        let _ = fs::remove_dir_all(folder.join(old));
-    }
+    remove_stores(&folder);
     let mut booted = Vec::new();
     for (kind, number) in KINDS.into_iter().zip(1_u8..) {
         let spec = actor::spec(&stage, &folder, number, kind);
-        booted.push((spec.clone(), stage.fleet.run(0, &spec).unwrap()));
+        let host = usize::from(number % HOSTS);
+        booted.push((spec.clone(), stage.fleet.run(host, &spec).unwrap()));
     }
     for (_, at) in &booted {
         stage.fleet.runner(*at).wait_ready(BOOT * 4).unwrap();
@@ -172,9 +211,15 @@ pub fn run(time: Duration, seed: u64) -> Option<Outcome> {
         .collect();
     let failures = play(&world, &mut actors, time);
     let deeds = actors.iter().map(|actor| actor.deeds).collect();
-    let history: Vec<_> = actors.into_iter().flat_map(Actor::finish).collect();
+    let (mut history, mut lives) = (Vec::new(), Vec::new());
+    for actor in actors {
+        let (mut asked, mut lived) = actor.finish();
+        history.append(&mut asked);
+        lives.append(&mut lived);
+    }
     keep(&history, &world.folder.join("history.jsonl"));
-    let violations = history::check(&history);
+    keep(&lives, &world.folder.join("lives.jsonl"));
+    let violations = history::check_lives(&history, &lives);
     for failure in &failures {
         world.say("soak", &format!("FAILED: {failure}"));
     }
@@ -182,10 +227,10 @@ pub fn run(time: Duration, seed: u64) -> Option<Outcome> {
         world.say("soak", &format!("VIOLATION: {violation}"));
     }
     let unknown = history.iter().filter(|operation| operation.answered.is_none()).count();
-    let outcome = Outcome { deeds, operations: (history.len(), unknown), violations, failures };
+    let operations = (history.len(), unknown);
+    let outcome = Outcome { deeds, operations, lives: lives.len(), violations, failures };
     world.say("soak", &format!("SEED={seed}: {outcome:?}"));
-    let _ = fs::remove_dir_all(world.folder.join("store"));
-    let _ = fs::remove_dir_all(world.folder.join("saved"));
+    remove_stores(&world.folder);
     Some(outcome)
 }
 
@@ -232,11 +277,18 @@ fn play(world: &World, actors: &mut [Actor<'_>], time: Duration) -> Vec<String> 
     })
 }
 
+/// Removes what machines left there: protected ones, suspended ones, those that slept.
+fn remove_stores(folder: &Path) {
+    for old in ["store", "saved", "asleep"] {
+        let _ = fs::remove_dir_all(folder.join(old));
+    }
+}
+
 /// Writes a history, an operation a line.
-fn keep(history: &[Operation], path: &Path) {
+fn keep(lines: &[impl serde::Serialize], path: &Path) {
     let mut out = BufWriter::new(File::create(path).unwrap());
-    for operation in history {
-        serde_json::to_writer(&mut out, operation).unwrap();
+    for line in lines {
+        serde_json::to_writer(&mut out, line).unwrap();
         out.write_all(b"\n").unwrap();
     }
     out.flush().unwrap();

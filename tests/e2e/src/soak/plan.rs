@@ -38,14 +38,30 @@ impl Random {
     }
 }
 
+/// Hosts of a soak.
+pub const HOSTS: u8 = 3;
+
 /// What a machine may be put through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Nobody runs it elsewhere without being asked: its runners are killed and stopped, and it is
-    /// suspended.
+    /// Nobody runs it elsewhere without being asked: its runners are killed and stopped, it is suspended,
+    /// sleeps in a store, and goes back to generations there.
     Plain,
+    /// The same, and it is copied, for which its disks are NBD.
+    Forked,
     /// Protected with output commit: its hosts are lost.
     Protected,
+    /// The same, and its runners are killed and stopped while it moves. In the clear, as the gates at a
+    /// move's steps need it.
+    ProtectedHarmed,
+}
+
+impl Kind {
+    /// Whether it is protected.
+    #[must_use]
+    pub fn is_protected(self) -> bool {
+        matches!(self, Self::Protected | Self::ProtectedHarmed)
+    }
 }
 
 /// What happens to whom at a step of a move.
@@ -66,15 +82,25 @@ pub enum Harm {
 /// What is done to one machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Deed {
-    /// It moves to the other host, at most at so many bytes a second.
+    /// It moves to another host, at most at so many bytes a second.
     Move(Mode, Option<u64>),
     /// It moves, and something happens at a step of that.
     Harmed(Mode, Step, Harm),
-    /// It is suspended, and resumed on its host, or on the other one.
+    /// It is suspended, and resumed on its host, or on another one.
     Suspend {
-        /// On the other one.
+        /// On another one.
         elsewhere: bool,
     },
+    /// It sleeps in a store and is woken, on its host or on another one.
+    Sleep {
+        /// On another one.
+        elsewhere: bool,
+    },
+    /// It sleeps, and is woken as it was in an earlier generation: of those that there are, counted from
+    /// the newest, this one modulo their number.
+    GoBack(u64),
+    /// It is copied; the copy is used and ended.
+    Fork,
     /// Its host is lost: runner, monitor and guard are killed at once.
     LoseHost,
     /// Its host stands still until another has the machine, and comes back.
@@ -86,11 +112,26 @@ pub enum Deed {
 pub enum Weather {
     /// The store of leases is away for so long.
     StoreAway(Duration),
-    /// The line between the hosts is down for so long.
-    LineDown(Duration),
+    /// The line between two hosts is down for so long: that of the number, and the next.
+    LineDown(u8, Duration),
+    /// The network agent of a host dies (SIGKILL), and is started again after so long.
+    AgentDies(u8, Duration),
+    /// The edge dies, and is started again after so long.
+    EdgeDies(Duration),
 }
 
-/// The deeds of one machine, each with the pause before it. Without end.
+/// One deed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Next {
+    /// The pause before it.
+    pub pause: Duration,
+    /// What is done.
+    pub deed: Deed,
+    /// Which other host is meant, if one is: so many on from the machine's own.
+    pub way: u8,
+}
+
+/// The deeds of one machine. Without end.
 pub struct Deeds {
     kind: Kind,
     random: Random,
@@ -120,22 +161,31 @@ impl Deeds {
             Harm::Cut(time),
         ]);
         let elsewhere = random.below(2) == 0;
+        let generation = random.below(1000);
         match (self.kind, random.below(100)) {
-            (Kind::Plain, 0..35) | (Kind::Protected, 0..40) => Deed::Move(mode, pace),
-            (Kind::Plain, 35..85) => Deed::Harmed(mode, step, harm),
-            (Kind::Plain, _) => Deed::Suspend { elsewhere },
-            (Kind::Protected, 40..80) => Deed::LoseHost,
-            (Kind::Protected, _) => Deed::FreezeHost,
+            (Kind::Plain, 0..30)
+            | (Kind::Forked, 0..25)
+            | (Kind::Protected | Kind::ProtectedHarmed, 0..35) => Deed::Move(mode, pace),
+            (Kind::Plain, 30..65) | (Kind::Forked, 25..45) | (Kind::ProtectedHarmed, 35..65) => {
+                Deed::Harmed(mode, step, harm)
+            }
+            (Kind::Forked, 45..70) => Deed::Fork,
+            (Kind::Plain, 65..75) | (Kind::Forked, 70..80) => Deed::Suspend { elsewhere },
+            (Kind::Plain | Kind::Forked, 0..88) => Deed::Sleep { elsewhere },
+            (Kind::Plain | Kind::Forked, _) => Deed::GoBack(generation),
+            (Kind::Protected | Kind::ProtectedHarmed, 35..85) => Deed::LoseHost,
+            (Kind::Protected | Kind::ProtectedHarmed, _) => Deed::FreezeHost,
         }
     }
 }
 
 impl Iterator for Deeds {
-    type Item = (Duration, Deed);
+    type Item = Next;
 
     fn next(&mut self) -> Option<Self::Item> {
         let pause = self.random.millis(0, 2000);
-        Some((pause, self.deed()))
+        let way = 1 + self.random.below(u64::from(HOSTS) - 1) as u8;
+        Some(Next { pause, deed: self.deed(), way })
     }
 }
 
@@ -156,7 +206,13 @@ impl Iterator for Forecast {
     fn next(&mut self) -> Option<Self::Item> {
         let pause = self.0.millis(5000, 25_000);
         let time = self.0.millis(200, 4000);
-        let weather = self.0.of(&[Weather::StoreAway(time), Weather::LineDown(time)]);
+        let host = self.0.below(u64::from(HOSTS)) as u8;
+        let weather = self.0.of(&[
+            Weather::StoreAway(time),
+            Weather::LineDown(host, time),
+            Weather::AgentDies(host, time),
+            Weather::EdgeDies(time),
+        ]);
         Some((pause, weather))
     }
 }
@@ -179,20 +235,39 @@ mod tests {
 
     #[test]
     fn in_the_end_everything_happens_to_a_machine_that_may() {
-        let all = |kind| Deeds::new(1, 1, kind).take(3000).map(|(_, deed)| deed);
-        for step in STEPS {
-            let harmed = |deed: &Deed| matches!(deed, Deed::Harmed(_, at, _) if *at == step);
-            assert!(all(Kind::Plain).any(|deed| harmed(&deed)), "{step:?}");
-        }
-        for mode in [Mode::PreCopy, Mode::PostCopy, Mode::Hybrid] {
-            for kind in [Kind::Plain, Kind::Protected] {
-                assert!(all(kind).any(|deed| deed == Deed::Move(mode, None)), "{mode}");
+        let all = |kind| Deeds::new(1, 1, kind).take(3000).map(|next| next.deed);
+        let kinds = [Kind::Plain, Kind::Forked, Kind::Protected, Kind::ProtectedHarmed];
+        for kind in kinds {
+            for step in STEPS {
+                let harmed = |deed: Deed| matches!(deed, Deed::Harmed(_, at, _) if at == step);
+                assert_eq!(all(kind).any(harmed), kind != Kind::Protected, "{kind:?}, {step:?}");
             }
+            for mode in [Mode::PreCopy, Mode::PostCopy, Mode::Hybrid] {
+                assert!(all(kind).any(|deed| deed == Deed::Move(mode, None)), "{kind:?}, {mode}");
+            }
+            let lost = |deed| matches!(deed, Deed::LoseHost | Deed::FreezeHost);
+            assert_eq!(all(kind).any(lost), kind.is_protected(), "else its writes would be lost");
+            for deed in [Deed::LoseHost, Deed::FreezeHost] {
+                assert_eq!(all(kind).any(|other| other == deed), kind.is_protected(), "{kind:?}");
+            }
+            for deed in [Deed::Suspend { elsewhere: true }, Deed::Sleep { elsewhere: true }] {
+                assert_eq!(all(kind).any(|other| other == deed), !kind.is_protected(), "{kind:?}");
+            }
+            let goes_back = |deed| matches!(deed, Deed::GoBack(_));
+            assert_eq!(all(kind).any(goes_back), !kind.is_protected(), "{kind:?}");
+            assert_eq!(all(kind).any(|deed| deed == Deed::Fork), kind == Kind::Forked, "{kind:?}");
         }
-        assert!(all(Kind::Plain).any(|deed| deed == Deed::Suspend { elsewhere: true }));
-        assert!(all(Kind::Protected).any(|deed| deed == Deed::LoseHost));
-        assert!(all(Kind::Protected).any(|deed| deed == Deed::FreezeHost));
-        let of_one_kind = |deed: &Deed| matches!(deed, Deed::LoseHost | Deed::FreezeHost);
-        assert!(!all(Kind::Plain).any(|deed| of_one_kind(&deed)), "its writes would be lost");
+        let weather = |is: fn(&Weather) -> bool| Forecast::new(1).take(300).any(|(_, w)| is(&w));
+        assert!(weather(|w| matches!(w, Weather::StoreAway(_))));
+        for host in 0..HOSTS {
+            let of = |w: &Weather| match w {
+                Weather::LineDown(at, _) | Weather::AgentDies(at, _) => Some(*at),
+                _ => None,
+            };
+            assert!(Forecast::new(1).take(300).any(|(_, w)| of(&w) == Some(host)));
+        }
+        assert!(weather(|w| matches!(w, Weather::LineDown(..))));
+        assert!(weather(|w| matches!(w, Weather::AgentDies(..))));
+        assert!(weather(|w| matches!(w, Weather::EdgeDies(_))));
     }
 }

@@ -7,10 +7,11 @@ use super::{
     plan::Random,
 };
 use std::{
+    collections::HashMap,
     io::{self, BufRead, BufReader, Read, Write},
-    net::TcpStream,
+    net::{Shutdown, TcpStream},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
@@ -39,25 +40,31 @@ pub struct Registers {
 }
 
 struct Shared {
-    machine: u8,
+    machine: u16,
     /// The history's beginning.
     origin: Instant,
     stop: AtomicBool,
     answered: AtomicU64,
     unknown: AtomicU64,
+    /// How often all had to hang up.
+    turn: AtomicU64,
+    /// The connections, to hang up.
+    open: Mutex<HashMap<u64, TcpStream>>,
     history: Mutex<Vec<Operation>>,
 }
 
 impl Registers {
     /// Starts the clients of a machine.
     #[must_use]
-    pub fn start(machine: u8, origin: Instant, seed: u64, connect: &Arc<Connect>) -> Self {
+    pub fn start(machine: u16, origin: Instant, seed: u64, connect: &Arc<Connect>) -> Self {
         let shared = Arc::new(Shared {
             machine,
             origin,
             stop: AtomicBool::new(false),
             answered: AtomicU64::new(0),
             unknown: AtomicU64::new(0),
+            turn: AtomicU64::new(0),
+            open: Mutex::default(),
             history: Mutex::default(),
         });
         let client = |number: u64| {
@@ -89,6 +96,18 @@ impl Registers {
     pub fn counts(&self) -> (u64, u64) {
         let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
         (load(&self.shared.answered), load(&self.shared.unknown))
+    }
+
+    /// Hangs up: what is asked for after the returned time is asked on new connections. For a machine that
+    /// is not as its connections know it.
+    #[must_use]
+    pub fn hang_up(&self) -> u64 {
+        self.shared.turn.fetch_add(1, Ordering::SeqCst);
+        let now = self.shared.now();
+        for stream in self.shared.connections().values() {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+        now
     }
 
     /// Ends; what was asked for and told.
@@ -139,9 +158,14 @@ impl Shared {
         self.history.lock().unwrap_or_else(PoisonError::into_inner).push(operation);
     }
 
+    fn connections(&self) -> MutexGuard<'_, HashMap<u64, TcpStream>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn serve(&self, connect: &Connect, mut random: Random, mut values: Values) {
         while self.goes_on() {
             let served = connect().and_then(|stream| self.talk(stream, &mut random, &mut values));
+            self.connections().remove(&values.number);
             if served.is_err() {
                 thread::park_timeout(Duration::from_millis(20));
             }
@@ -150,6 +174,9 @@ impl Shared {
 
     /// Asks until an answer does not come or makes no sense.
     fn talk(&self, stream: TcpStream, random: &mut Random, values: &mut Values) -> io::Result<()> {
+        // Before it can be used, so that nobody misses it.
+        let turn = self.turn.load(Ordering::SeqCst);
+        self.connections().insert(values.number, stream.try_clone()?);
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(ANSWER))?;
         stream.set_write_timeout(Some(ANSWER))?;
@@ -159,6 +186,10 @@ impl Shared {
             let writes = random.below(2) == 0;
             let value = if writes { values.take() } else { NOTHING };
             let begun = self.now();
+            // Looked at after the time was: who is told to hang up at a time asks nothing later.
+            if self.turn.load(Ordering::SeqCst) != turn {
+                return Err(io::Error::other("told to hang up"));
+            }
             let told = if writes { set(&mut stream, key, value) } else { get(&mut stream, key) };
             let answered = self.now();
             let note = |did, answered| {
@@ -227,7 +258,7 @@ mod tests {
     fn server(forgets_every: u64, hangs_up_every: u64) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let content: Arc<Mutex<std::collections::HashMap<String, String>>> = Arc::default();
+        let content: Arc<Mutex<HashMap<String, String>>> = Arc::default();
         let writes = Arc::new(AtomicU64::new(0));
         thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
@@ -264,6 +295,29 @@ mod tests {
         let registers = Registers::start(3, Instant::now(), 5, &connect);
         assert!(registers.wait_for(400, Duration::from_secs(60)), "{:?}", registers.counts());
         registers.finish()
+    }
+
+    #[test]
+    fn after_hanging_up_everything_is_asked_on_new_connections() {
+        let address = server(u64::MAX, u64::MAX);
+        let connected = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&connected);
+        let connect: Arc<Connect> = Arc::new(move || {
+            count.fetch_add(1, Ordering::SeqCst);
+            TcpStream::connect(address)
+        });
+        let registers = Registers::start(3, Instant::now(), 5, &connect);
+        for turn in 1..=20 {
+            assert!(registers.wait_for(10, Duration::from_secs(60)), "{:?}", registers.counts());
+            let at = registers.hang_up();
+            assert!(at > 0);
+            let until = Instant::now() + Duration::from_secs(60);
+            while connected.load(Ordering::SeqCst) < CLIENTS * (turn + 1) {
+                assert!(Instant::now() < until, "a client does not hang up");
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+        assert_eq!(check(&registers.finish()), []);
     }
 
     #[test]
