@@ -2,7 +2,10 @@
 //! and moves at the next try.
 #![allow(clippy::unwrap_used, reason = "a test ends by panicking")]
 
-use architect::fleet::{Fleet, RunnerId};
+use architect::{
+    fleet::{Fleet, RunnerId},
+    load::{Load, LoadConfig},
+};
 use drafter::{
     migrate::{messages::Mode, protocol::Frame},
     runner::api::{MigrateRequest, Phase, Request},
@@ -228,6 +231,49 @@ fn without_the_lease_store_there_is_no_switchover_and_the_machine_runs_on() {
     });
     go(fleet, a, b, Mode::Hybrid, budgets());
     runs_at(fleet, b);
+}
+
+#[test]
+fn a_machine_that_lands_where_the_network_agent_is_dead_serves_again_when_that_is_back() {
+    let Some(mut stage) = Stage::open() else { return };
+    let mut spec = stage.spec("redis", 1);
+    spec.memory_mib = Some(128);
+    let (a, b) = stage.pair(&spec);
+    let limit = Duration::from_secs(60);
+    let config = LoadConfig {
+        think: Duration::from_millis(2),
+        answer_within: limit * 2,
+        reconnect_within: limit,
+        verify_within: limit,
+        ..LoadConfig::default()
+    };
+    let client = stage.fleet.rig().client().clone();
+    let load = client.run(|| Load::start(Stage::public(1), config)).unwrap().unwrap();
+    assert!(load.wait_for(20, limit), "no answers before: {:?}", load.progress());
+
+    // It dies when the machine is expected, and before that is there.
+    let job = stage.fleet.start_move(a, b, Mode::Hybrid, slow(20_000_000), false).unwrap();
+    let before = wait_phase(&stage.fleet, a, job, Phase::PreCopy);
+    assert!(before.phase == Phase::PreCopy, "{before:?}");
+    stage.fleet.rig_mut().kill_agent(1);
+    eventually("it runs there and says that the network does not lead there", limit, || {
+        let status = stage.fleet.runner(b).status().unwrap();
+        status.state == "running" && status.detail.contains("see that `conduit agent` runs")
+    });
+    let status = stage.fleet.runner(b).status().unwrap();
+    assert_eq!(status.lease_owner.as_deref(), Some("b"), "{}", status.detail);
+
+    stage.fleet.rig_mut().start_agent(1).unwrap();
+    assert!(load.wait_for(50, limit), "no answers afterwards: {:?}", load.progress());
+    eventually("it has nothing to say any more", limit, || {
+        stage.fleet.runner(b).status().unwrap().detail.is_empty()
+    });
+    settled(&stage.fleet, b);
+    let report = load.finish().unwrap();
+    assert!(report.is_clean(), "the client lost something: {report:?}");
+    follow(&stage.fleet, a, job).unwrap();
+    go(&stage.fleet, b, a, Mode::Hybrid, budgets());
+    stage.fleet.runner(a).wait_ready(limit).unwrap();
 }
 
 /// Starts a move over a line that keeps frames back.

@@ -47,9 +47,7 @@ impl DestinationMachine for Nobody {
     fn run(&mut self) -> Result<(), MachineError> {
         Ok(())
     }
-    fn own(&mut self, _: u64, _: u64) -> Result<(), MachineError> {
-        Ok(())
-    }
+    fn own(&mut self, _: u64, _: u64) {}
     fn release_output(&mut self) -> Result<(), MachineError> {
         Ok(())
     }

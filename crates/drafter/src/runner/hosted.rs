@@ -14,6 +14,7 @@ use super::{
     config::Boot,
     disks::{DiskServers, DiskTrouble, unless_full},
     guard::Guard,
+    network::Network,
     reasons::{Reason, Reasons},
 };
 use crate::{
@@ -90,7 +91,7 @@ pub(super) struct Site<'a> {
     /// Starts monitors.
     pub driver: &'a dyn Driver,
     /// Leads frames here.
-    pub path: &'a Arc<dyn DataPath>,
+    pub path: &'a Arc<Network>,
     /// For sockets and logs.
     pub run_dir: &'a Path,
     /// Whether writes to memory are tracked, where the kernel can.
@@ -126,7 +127,7 @@ pub(super) struct Hosted {
     /// What the guest sends waits for its generation.
     commits: bool,
     tap: Option<Arc<Tap>>,
-    path: Arc<dyn DataPath>,
+    path: Arc<Network>,
     drain: Option<JoinHandle<()>>,
     /// The network epoch of the last pause.
     flip: u64,
@@ -369,8 +370,16 @@ impl Hosted {
         self.vm.run().map_err(fail)
     }
 
-    /// Frames for a machine that runs already come here, under `flip`.
-    pub(super) fn reclaim_network(&self, flip: u64) -> Result<(), MachineError> {
+    /// Frames for a machine that runs already, or will whatever the network says, come here under `flip`:
+    /// as soon as somebody answers.
+    pub(super) fn lead_here(&self, flip: u64) {
+        if let Some(net) = &self.net {
+            self.path.lead_here(net, flip);
+        }
+    }
+
+    /// Frames come here under `flip`, or the machine, a copy on which nobody depends yet, is not to be.
+    pub(super) fn claim_network(&self, flip: u64) -> Result<(), MachineError> {
         match &self.net {
             Some(net) => self.path.resume(net, flip).map_err(fail),
             None => Ok(()),
@@ -434,6 +443,7 @@ impl Hosted {
         if let Err(error) = self.vm.kill() {
             tracing::error!(%error, "ending the monitor failed");
         }
+        self.path.owe_nothing();
         self.unguard();
         self.servers.stop();
         self.content.memory.detach();
@@ -575,11 +585,7 @@ impl SourceMachine for Hosted {
                 disk.thaw().map_err(fail)?;
             }
         }
-        if let Some(net) = &self.net
-            && let Err(error) = self.path.abort(net, flip)
-        {
-            tracing::error!(%error, "the network does not lead back here yet");
-        }
+        self.lead_here(flip);
         self.before_run()?;
         self.vm.run().map_err(fail)
     }
@@ -611,12 +617,9 @@ impl DestinationMachine for Hosted {
         self.vm.run().map_err(fail)
     }
 
-    fn own(&mut self, epoch: u64, flip: u64) -> Result<(), MachineError> {
+    fn own(&mut self, epoch: u64, flip: u64) {
         tracing::info!(epoch, "this host owns the machine");
-        match &self.net {
-            Some(net) => self.path.resume(net, flip).map_err(fail),
-            None => Ok(()),
-        }
+        self.lead_here(flip);
     }
 
     fn release_output(&mut self) -> Result<(), MachineError> {

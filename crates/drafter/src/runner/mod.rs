@@ -32,6 +32,7 @@ pub mod guard;
 mod hosted;
 mod load;
 mod moves;
+mod network;
 mod peer;
 mod protect;
 mod protected_move;
@@ -68,6 +69,7 @@ use config::{AcceleratorChoice, Boot, Launch, NetworkConfig, RunnerConfig};
 use hosted::{Content, Hosted, Site};
 use identity::{HostName, Security};
 use moves::Job;
+use network::Network;
 use silo::device::Device;
 use state::{MachineDir, RunnerRecord, boot_id, process_start};
 use std::{
@@ -195,7 +197,7 @@ pub struct Runner {
     security: Security,
     store: Arc<dyn LeaseStore>,
     driver: Arc<dyn Driver>,
-    path: Arc<dyn DataPath>,
+    path: Arc<Network>,
     dir: MachineDir,
     cache: Cache,
     inner: Mutex<Inner>,
@@ -298,7 +300,7 @@ impl Runner {
                 Launch::Forked(from) => QemuDriver::knowing(qemu, from.facts.clone()),
                 _ => QemuDriver::new(qemu),
             }),
-            path,
+            path: Network::over(path),
             dir,
             cache: Cache::default_for_user(),
             inner: Mutex::new(inner),
@@ -353,6 +355,9 @@ impl Runner {
             is_news
         };
         self.changed.notify_all();
+        if state.over() {
+            self.path.owe_nothing();
+        }
         if is_news {
             self.record();
         }
@@ -703,7 +708,7 @@ struct SitePaths {
 }
 
 impl SitePaths {
-    fn site<'a>(&'a self, driver: &'a dyn Driver, path: &'a Arc<dyn DataPath>) -> Site<'a> {
+    fn site<'a>(&'a self, driver: &'a dyn Driver, path: &'a Arc<Network>) -> Site<'a> {
         Site { driver, path, run_dir: &self.run, track: self.track }
     }
 }

@@ -459,10 +459,11 @@ impl Runner {
 
     /// The lease was got back at a new epoch: the network learns of it.
     fn reclaim_network(&self, epoch: Epoch) {
-        let inner = self.lock();
-        let Some(body) = &inner.body else { return };
-        if let Err(error) = body.reclaim_network(FlipEpoch::of(epoch, 0).0) {
-            tracing::error!(%error, "the network does not lead here yet");
+        // Also while somebody else has the body; and nobody waits for it here, because the next sign of
+        // life is due.
+        let net = self.lock().net.clone();
+        if let Some(net) = net {
+            self.path.lead_here_soon(&net, FlipEpoch::of(epoch, 0).0);
         }
     }
 

@@ -347,7 +347,8 @@ impl Runner {
     /// Runs a loaded machine whose lease this host has; what it sends is still held.
     pub(super) fn run_saved(body: &mut Hosted, holding: &Holding) -> Result<(), String> {
         let flip = FlipEpoch::of(holding.record.epoch, 0).0;
-        body.own(holding.record.epoch.0, flip).map_err(text)?;
+        // The lease is ours: it runs, whatever its network says.
+        body.lead_here(flip);
         body.run().map_err(text)
     }
 }

@@ -302,9 +302,7 @@ impl Runner {
         match retaken {
             Retaken::Ours(epoch) => {
                 let flip = FlipEpoch::of(*epoch, 0).0;
-                if let Err(error) = body.reclaim_network(flip) {
-                    tracing::error!(%error, "the network does not know the lease's new epoch yet");
-                }
+                body.lead_here(flip);
                 self.go_on_here(body, detail, why)
             }
             Retaken::Gone(owner, epoch) => {

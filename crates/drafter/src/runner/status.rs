@@ -40,7 +40,7 @@ impl Runner {
                 "the store that holds the rest of it gives nothing ({trouble}); it is asked again"
             )
         });
-        let waits = self.outage_line(&inner).or(filling);
+        let waits = self.outage_line(&inner).or(filling).or_else(|| self.path.trouble());
         Status {
             machine: self.config.machine.clone(),
             host: self.config.host.clone(),

@@ -289,7 +289,7 @@ impl Runner {
         if !body.vm().is_running() {
             return body.begin(flip.0).map_err(text);
         }
-        body.reclaim_network(flip.0).map_err(text)?;
+        body.lead_here(flip.0);
         // Later, if not now: see `Runner::watch`.
         if let Err(error) = body.await_monitor(FOUND_LIMIT).and_then(|()| body.rejoin_disks()) {
             tracing::warn!(%error, "its disks are not in use yet");

@@ -290,9 +290,8 @@ impl<M: DestinationMachine + 'static> Desk<M> {
                 self.event(DestinationEvent::LeaseAnswer { operation: call.operation, answer });
             }
             Errand::Resume { epoch, flip } => {
-                let owned = lock(&self.machine).as_mut().map_or(Ok(()), |m| m.own(epoch, flip));
-                if let Err(error) = owned {
-                    tracing::error!(error, "the network does not lead here yet");
+                if let Some(machine) = lock(&self.machine).as_mut() {
+                    machine.own(epoch, flip);
                 }
             }
             Errand::ReleaseOutput => {

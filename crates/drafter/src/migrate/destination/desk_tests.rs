@@ -49,9 +49,8 @@ impl DestinationMachine for Notes {
     fn run(&mut self) -> Result<(), MachineError> {
         Ok(())
     }
-    fn own(&mut self, epoch: u64, _flip: u64) -> Result<(), MachineError> {
+    fn own(&mut self, epoch: u64, _flip: u64) {
         self.note(&format!("own {epoch}"));
-        Ok(())
     }
     fn release_output(&mut self) -> Result<(), MachineError> {
         self.note("release output");

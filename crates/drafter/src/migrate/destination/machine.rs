@@ -19,8 +19,9 @@ pub trait DestinationMachine: Send {
     /// it may run.
     fn run(&mut self) -> Result<(), MachineError>;
 
-    /// This host owns the machine at `epoch`; the network leads here under `flip`.
-    fn own(&mut self, epoch: u64, flip: u64) -> Result<(), MachineError>;
+    /// This host owns the machine at `epoch`; the network leads here under `flip`, if not yet, then as soon
+    /// as it answers.
+    fn own(&mut self, epoch: u64, flip: u64);
 
     /// What the guest has sent and sends may leave.
     fn release_output(&mut self) -> Result<(), MachineError>;

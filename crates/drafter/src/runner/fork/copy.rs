@@ -155,7 +155,7 @@ impl Runner {
             )
         })?;
         let flip = FlipEpoch::of(epoch, 0).0;
-        body.own(epoch.0, flip).map_err(text)?;
+        body.claim_network(flip).map_err(text)?;
         body.settled(flip, EDGE_LIMIT).map_err(text)?;
         body.release().map_err(text)
     }

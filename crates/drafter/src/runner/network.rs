@@ -1,0 +1,227 @@
+//! The machine's network as its runner sees it: the host's data path, and the flip that this host still
+//! owes it.
+//!
+//! ```text
+//!   flip that nobody answers ──▶ owed ── asked again, every second at most ──▶ led here
+//!                                  ├── a newer flip, a divert, the machine's end ──▶ owed no more
+//!                                  └── refused: somebody has a newer one        ──▶ owed no more
+//! ```
+//!
+//! A machine runs by its lease, not by its network: an agent that is dead when the machine lands, or when
+//! it goes on where it was, is no reason to stop it. But until the agent has heard the flip the clients
+//! reach nobody, so it is asked until it answers, and the status says so meanwhile. A flip may be asked for
+//! any number of times: the data path compares epochs.
+
+use conduit::{DataPath, HostEndpoint, MachineNet, NetError, Tap};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// Between two attempts: at first, and at most.
+const AGAIN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+
+/// A data path that remembers what it could not tell.
+pub(super) struct Network {
+    path: Arc<dyn DataPath>,
+    owed: Mutex<Owing>,
+}
+
+#[derive(Default)]
+struct Owing {
+    flip: Option<Owed>,
+    /// Somebody asks again.
+    asking: bool,
+}
+
+#[derive(Clone)]
+struct Owed {
+    net: MachineNet,
+    flip: u64,
+    since: Instant,
+    /// Once it has failed.
+    why: Option<String>,
+}
+
+impl Network {
+    pub(super) fn over(path: Arc<dyn DataPath>) -> Arc<Self> {
+        Arc::new(Self { path, owed: Mutex::default() })
+    }
+
+    /// A machine that runs here whatever its network says: frames for it come here under `flip`, as soon
+    /// as somebody answers. Tried once before this returns.
+    pub(super) fn lead_here(self: &Arc<Self>, net: &MachineNet, flip: u64) {
+        match self.resume(net, flip) {
+            Ok(()) => {}
+            Err(error) if is_final(&error) => {
+                tracing::error!(%error, "the network does not lead here");
+            }
+            Err(error) => {
+                tracing::error!(%error, "the network does not lead here yet; it is asked again");
+                self.owe(net, flip, Some(error.to_string()));
+            }
+        }
+    }
+
+    /// As [`Network::lead_here`], without any wait.
+    pub(super) fn lead_here_soon(self: &Arc<Self>, net: &MachineNet, flip: u64) {
+        self.owe(net, flip, None);
+    }
+
+    /// The machine does not run here, or not for long any more: whatever is owed, nobody needs it.
+    pub(super) fn owe_nothing(&self) {
+        self.lock().flip = None;
+    }
+
+    /// In one line: since when the network does not lead here, and what to do.
+    pub(super) fn trouble(&self) -> Option<String> {
+        let owed = self.lock().flip.clone()?;
+        let why = owed.why?;
+        Some(format!(
+            "the network does not lead here since {:.0} s ({why}), so that its clients do not reach it: it is \
+             asked again all the time. See that `conduit agent` runs on this host",
+            owed.since.elapsed().as_secs_f64(),
+        ))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Owing> {
+        self.owed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn owe(self: &Arc<Self>, net: &MachineNet, flip: u64, why: Option<String>) {
+        let mut owing = self.lock();
+        if owing.flip.as_ref().is_some_and(|owed| owed.flip >= flip) {
+            return;
+        }
+        owing.flip = Some(Owed { net: net.clone(), flip, since: Instant::now(), why });
+        if owing.asking {
+            return;
+        }
+        let network = Arc::downgrade(self);
+        let begun =
+            thread::Builder::new().name("network".into()).spawn(move || ask_again(&network));
+        match begun {
+            Ok(_) => owing.asking = true,
+            Err(error) => {
+                tracing::error!(%error, "no thread to ask the network again; move or restart the runner");
+            }
+        }
+    }
+
+    /// Something was said at `flip`: what was owed up to then is owed no more.
+    fn overtaken(&self, flip: u64) {
+        let mut owing = self.lock();
+        if owing.flip.as_ref().is_some_and(|owed| owed.flip <= flip) {
+            owing.flip = None;
+        }
+    }
+
+    /// Asks once for what is owed. False if nothing is owed any more.
+    fn ask(&self) -> bool {
+        let owed = {
+            let mut owing = self.lock();
+            let owed = owing.flip.clone();
+            // Under the lock: who owes after this starts another thread.
+            owing.asking = owed.is_some();
+            owed
+        };
+        let Some(Owed { net, flip, since, .. }) = owed else { return false };
+        match self.resume(&net, flip) {
+            Ok(()) => {
+                let after = since.elapsed();
+                tracing::info!(machine = net.machine, flip, ?after, "the network leads here");
+            }
+            Err(error) if is_final(&error) => {
+                tracing::warn!(%error, "the network does not lead here, and is not asked again");
+            }
+            Err(error) => {
+                if let Some(owed) = self.lock().flip.as_mut().filter(|owed| owed.flip == flip) {
+                    owed.why = Some(error.to_string());
+                }
+            }
+        }
+        true
+    }
+}
+
+fn ask_again(network: &Weak<Network>) {
+    let mut pause = Duration::ZERO;
+    loop {
+        thread::sleep(pause);
+        // A runner that is gone owes nothing.
+        let Some(network) = network.upgrade() else { return };
+        if !network.ask() {
+            return;
+        }
+        pause = (pause * 2).clamp(AGAIN.0, AGAIN.1);
+    }
+}
+
+/// Whether asking again is of no use: somebody has said something newer.
+const fn is_final(error: &NetError) -> bool {
+    matches!(error, NetError::StaleEpoch { .. } | NetError::EpochTaken { .. })
+}
+
+impl DataPath for Network {
+    fn endpoint(&self) -> HostEndpoint {
+        self.path.endpoint()
+    }
+
+    fn prepare(&self, net: &MachineNet) -> Result<Tap, NetError> {
+        self.path.prepare(net)
+    }
+
+    fn prepare_for(&self, net: &MachineNet, blackout: Duration) -> Result<Tap, NetError> {
+        self.path.prepare_for(net, blackout)
+    }
+
+    fn expect(&self, net: &MachineNet, blackout: Duration) -> Result<(), NetError> {
+        self.path.expect(net, blackout)
+    }
+
+    fn divert(&self, net: &MachineNet, to: &HostEndpoint, epoch: u64) -> Result<(), NetError> {
+        self.overtaken(epoch);
+        self.path.divert(net, to, epoch)
+    }
+
+    fn pause(
+        &self,
+        net: &MachineNet,
+        tap: &Tap,
+        to: &HostEndpoint,
+        epoch: u64,
+    ) -> Result<u64, NetError> {
+        self.overtaken(epoch);
+        self.path.pause(net, tap, to, epoch)
+    }
+
+    fn resume(&self, net: &MachineNet, epoch: u64) -> Result<(), NetError> {
+        let answer = self.path.resume(net, epoch);
+        if answer.as_ref().err().is_none_or(is_final) {
+            self.overtaken(epoch);
+        }
+        answer
+    }
+
+    fn abort(&self, net: &MachineNet, epoch: u64) -> Result<(), NetError> {
+        let answer = self.path.abort(net, epoch);
+        if answer.as_ref().err().is_none_or(is_final) {
+            self.overtaken(epoch);
+        }
+        answer
+    }
+
+    fn settled(&self, net: &MachineNet, epoch: u64, limit: Duration) -> Result<(), NetError> {
+        self.path.settled(net, epoch, limit)
+    }
+
+    fn forget(&self, net: &MachineNet, epoch: u64) -> Result<(), NetError> {
+        self.overtaken(epoch);
+        self.path.forget(net, epoch)
+    }
+}
+
+#[cfg(test)]
+#[path = "network_tests.rs"]
+mod tests;
