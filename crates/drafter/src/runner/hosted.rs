@@ -364,9 +364,7 @@ impl Hosted {
     /// Lets a booted or resumed guest go, owner of its network under `flip`.
     pub(super) fn begin(&mut self, flip: u64) -> Result<(), MachineError> {
         self.before_run()?;
-        if let Some(net) = &self.net {
-            self.path.resume(net, flip).map_err(fail)?;
-        }
+        self.lead_here(flip);
         self.vm.run().map_err(fail)
     }
 

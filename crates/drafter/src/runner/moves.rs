@@ -168,6 +168,7 @@ impl Runner {
                     peer: plan.peer.as_str().to_owned(),
                     to: Some(plan.to),
                     offers_hold_ms: u64::try_from(hold.as_millis()).unwrap_or(u64::MAX),
+                    flips: self.lock().holding.as_ref().map_or(0, |holding| holding.flips),
                 };
                 take_over::note_leaving(&self.dir, Some(note));
             },

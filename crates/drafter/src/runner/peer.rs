@@ -18,6 +18,7 @@ use crate::{
         switchover::{DestinationParts, Terms},
     },
 };
+use conduit::DataPath as _;
 use identity::{HostName, Stream};
 use std::{
     collections::HashMap,
@@ -322,6 +323,7 @@ impl Runner {
             peer: from.as_str().to_owned(),
             to: None,
             offers_hold_ms: 0,
+            flips: 0,
         };
         // Before it can become this host's: whoever comes after this runner asks the lease.
         if let Err(error) = noted.arriving(by.clone()).write(&self.dir) {

@@ -104,6 +104,9 @@ pub(super) struct MoveNote {
     pub to: Option<SocketAddr>,
     /// The longest that its offers hold, milliseconds, if it is the destination.
     pub offers_hold_ms: u64,
+    /// How often the network had been flipped under the lease's epoch before it, if it is the destination.
+    #[serde(default)]
+    pub flips: u16,
 }
 
 impl MoveNote {

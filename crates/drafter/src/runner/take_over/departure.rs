@@ -16,6 +16,7 @@ use crate::{
         moves::Job,
     },
 };
+use conduit::DataPath as _;
 use identity::HostName;
 use std::{sync::Arc, time::Duration};
 
@@ -75,10 +76,11 @@ impl Runner {
         let job = self.new_job();
         self.lock().devices = found.content.devices();
         self.set_state(State::Moving, format!("to {}, taken over", by.peer));
+        let flips = by.flips;
         let (runner, noted, package) = (Arc::clone(self), noted.clone(), package.clone());
         let kept = std::thread::Builder::new().name("departure".into()).spawn(move || {
-            let result =
-                runner.see_departure_through(place, authority, found, vm, &noted, package, &job);
+            let result = runner
+                .see_departure_through(place, authority, found, vm, &noted, package, flips, &job);
             job.finish(result);
         });
         kept.map(|_| true).map_err(|error| format!("no thread to serve its content: {error}"))
@@ -107,6 +109,7 @@ impl Runner {
         vm: Option<Box<dyn Vm>>,
         noted: &Noted,
         package: Package,
+        flips: u16,
         job: &Job,
     ) -> Result<serde_json::Value, String> {
         let peer = place.peer.as_str().to_owned();
@@ -148,7 +151,10 @@ impl Runner {
                 self.set_state(state, format!("moved to {peer}"));
                 Ok(serde_json::json!({ "moved_to": peer, "epoch": epoch }))
             }
-            Kept::GoOn { holding, flip } => {
+            Kept::GoOn { mut holding, .. } => {
+                // Those before the move, and the one of its pause, which gave the machine away.
+                holding.flips = holding.flips.saturating_add(flips).saturating_add(1);
+                let flip = FlipEpoch::of(holding.record.epoch, holding.flips);
                 let back = self.bring_back(found, vm, noted, package, holding, flip);
                 match back {
                     Ok(()) => Err("the move failed; the machine is running here again".into()),
