@@ -9,6 +9,7 @@ mod desk;
 mod door;
 mod faults;
 mod helper;
+mod line;
 mod machine;
 
 pub use apply::ApplyError;
@@ -20,7 +21,7 @@ pub use machine::{DestinationMachine, Freezer};
 use super::{
     link::{Channel, Incoming, Outgoing},
     messages::{ResumeAnswer, Standing, TokenMeta},
-    protocol::{DeviceNumber, Frame, WireError},
+    protocol::{Frame, WireError},
     switchover::{
         DestinationAuthority, DestinationEvent, DestinationParts, DestinationState, Holding,
     },
@@ -45,12 +46,8 @@ use std::{
 const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 /// Largest device state accepted, bytes.
 const STATE_LIMIT: usize = 64 << 20;
-/// How long the source may take to close the connection after its release.
-const GOODBYE_LIMIT: Duration = Duration::from_secs(5);
 /// How long the lease store may take before an arrived machine's session ends undecided.
 const DECISION_LIMIT: Duration = Duration::from_secs(600);
-/// How long a source that connects again may take to say that it has the lists.
-const READMIT_LIMIT: Duration = Duration::from_secs(5);
 /// Time between two looks at whether the session still has something to wait for.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -341,88 +338,6 @@ impl<M: DestinationMachine + 'static> Session<M> {
         }
     }
 
-    /// The connection is lost. Waits for the source to connect again, if there is something to wait
-    /// for: `None` if the session is over.
-    fn interrupted(&mut self, reason: &str) -> Option<Incoming> {
-        // What has come counts, also if the connection ended right behind it.
-        if let Err(error) = self.applier.settle() {
-            tracing::warn!(%error, "the last blocks could not be put in place");
-        }
-        self.applier.renew();
-        self.hang_up();
-        self.door.lost(reason);
-        self.desk.event(DestinationEvent::PeerLost);
-        loop {
-            self.tell_owner();
-            let missing = self.applier.still_missing();
-            match self.desk.state() {
-                DestinationState::Owner(_) if missing == 0 => {
-                    match self.complete() {
-                        Ok(()) => self.desk.event(DestinationEvent::AllPresent),
-                        Err(error) => {
-                            tracing::error!(%error, "it is all here and not durable yet");
-                            self.door.wait(LOOK);
-                            continue;
-                        }
-                    };
-                }
-                DestinationState::Owner(_)
-                | DestinationState::Unconfirmed
-                | DestinationState::FrozenUnconfirmed => {}
-                _ => return None,
-            }
-            if self.door.is_closed() {
-                return None;
-            }
-            let Some(Visitor { main, fault }) = self.door.wait(LOOK) else { continue };
-            let control = main.control.clone();
-            *lock(&self.main) = main.outgoing;
-            match self.greet(main.incoming, control.clone(), fault) {
-                Ok(incoming) => return Some(incoming),
-                Err(error) => {
-                    tracing::info!(%error, "the source came back and went again");
-                    control.shutdown();
-                    self.hang_up();
-                }
-            }
-        }
-    }
-
-    /// Tells a source that has come back what is missing, and goes on with its connections.
-    fn greet(
-        &mut self,
-        mut incoming: Incoming,
-        control: Control,
-        fault: Channel,
-    ) -> Result<Incoming, WireError> {
-        control.set_read_timeout(Some(READMIT_LIMIT));
-        let nonce = getrandom::u64().map_err(|e| std::io::Error::other(e.to_string()))?;
-        let answer = serde_json::to_vec(&ResumeAnswer::of(Standing::Missing, ""));
-        {
-            let mut main = lock(&self.main);
-            main.write(&Frame::Resumed(answer.map_err(std::io::Error::from)?))?;
-            for (number, device) in self.applier.devices().iter().enumerate() {
-                main.missing(DeviceNumber(number as u8), &device.missing())?;
-            }
-            main.write(&Frame::RoundEnd(nonce))?;
-            main.flush()?;
-        }
-        match incoming.read()? {
-            Frame::RoundApplied(back) if back == nonce => {}
-            _ => return Err(WireError::Invalid("it did not give the nonce back".into())),
-        }
-        control.set_read_timeout(Some(SILENCE_LIMIT));
-        self.control = control.clone();
-        if !self.door.opened(&[control, fault.control]) {
-            return Err(WireError::Invalid("a newer connection is there".into()));
-        }
-        tracing::info!(missing = self.applier.still_missing(), "the source is back");
-        self.demands.connect(fault.outgoing);
-        self.filler = faults::fill(fault.incoming, &self.demands, &self.door);
-        self.desk.event(DestinationEvent::PeerBack);
-        Ok(incoming)
-    }
-
     /// Everything is here: makes it durable, and has that written down before the source hears it.
     fn complete(&mut self) -> Result<(), ApplyError> {
         self.applier.complete()?;
@@ -430,74 +345,6 @@ impl<M: DestinationMachine + 'static> Session<M> {
             on_complete();
         }
         Ok(())
-    }
-
-    /// Ends the connections and the thread that reads one of them.
-    fn hang_up(&mut self) {
-        // In this order: somebody may be writing to a line that takes nothing.
-        self.control.shutdown();
-        self.door.break_line();
-        self.demands.hang_up();
-        if let Some(thread) = self.filler.take() {
-            let _ = thread.join();
-        }
-    }
-
-    /// Everything that was to be said is said before the connection ends, and the source, which waits
-    /// for the last word, ends it. One that did not hear it is told at the door.
-    fn close(&mut self, fate: &Fate, incoming: Option<Incoming>) {
-        let answer = match fate {
-            Fate::Settled(holding) => {
-                let epoch = holding.record.epoch.0;
-                Some(ResumeAnswer {
-                    confirmation: Some(self.desk.confirmation(epoch)),
-                    durable: Some(self.desk.durable(epoch)),
-                    ..ResumeAnswer::of(Standing::Durable, "")
-                })
-            }
-            Fate::Discard { reason, .. } => Some(ResumeAnswer::of(Standing::Refused, reason)),
-            Fate::Incomplete { .. } | Fate::Undecided { .. } => None,
-        };
-        if let Some(answer) = answer {
-            self.door.end(&answer);
-        }
-        self.desk.close();
-        self.tell_owner();
-        self.control.set_read_timeout(Some(GOODBYE_LIMIT));
-        let mut history = None;
-        if let (Fate::Settled(_), Some(incoming)) = (fate, incoming) {
-            history = self.last_words(incoming);
-        }
-        if let Some(tell) = self.on_history.take() {
-            tell(history);
-        }
-        self.hang_up();
-    }
-
-    /// What the source says of the machine's history before it closes the connection.
-    fn last_words(&self, mut incoming: Incoming) -> Option<(Vec<u8>, Vec<BlockSet>)> {
-        let devices = self.applier.devices();
-        let none = devices.iter().map(|device| BlockSet::new(device.blocks()));
-        let (mut changed, mut mark) = (none.collect::<Vec<_>>(), None);
-        let deadline = Instant::now() + 2 * GOODBYE_LIMIT;
-        while Instant::now() < deadline
-            && let Ok(frame) = incoming.read()
-        {
-            match frame {
-                Frame::Changed { device, ranges } => {
-                    let set = changed.get_mut(usize::from(device.0))?;
-                    for range in ranges {
-                        if range.end() > set.device_blocks() {
-                            return None;
-                        }
-                        set.insert_range(range);
-                    }
-                }
-                Frame::History(json) => mark = Some(json),
-                _ => {}
-            }
-        }
-        Some((mark?, changed))
     }
 
     /// After the token silence is normal (the source has sent all and waits for us).

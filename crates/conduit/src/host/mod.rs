@@ -23,6 +23,11 @@
 //! tap with a foreign source address. That is why reverse path filters are off on taps and the
 //! guard accepts frames *to* the machine's address as well.
 
+mod guard;
+mod sysctl;
+
+pub(crate) use sysctl::{forward, has_ipv6, loosen_reverse_path_filter, quiet_interface};
+
 use crate::{
     announce::{self, Announce, Announcer},
     book::{EdgeView, Place, Record, Wait},
@@ -133,7 +138,7 @@ impl HostNet {
             netlink.ensure_rule(&candidates_rule())?;
             link = Some(OverlayLink { index, mtu });
         }
-        exec::run("nft", &["-f", "-"], &guard_script(link.is_some()))?;
+        exec::run("nft", &["-f", "-"], &guard::script(link.is_some()))?;
         let setup = Mutex::new(Netlink::open()?);
         let routes = Mutex::new(netlink);
         Ok(Self { routes, setup, overlay: link, plane, announcer: None })
@@ -266,7 +271,8 @@ impl HostNet {
             script += &format!("address replace {GATEWAY_V6}/64 dev {name} scope link nodad\n");
         }
         exec::run("ip", &["-batch", "-"], &script)?;
-        let guard: String = guarded(&name, net).map(|g| format!("add element {g}\n")).collect();
+        let guard: String =
+            guard::guarded(&name, net).map(|g| format!("add element {g}\n")).collect();
         exec::run("nft", &["-f", "-"], &guard)?;
         let index = interface_index(&name)?;
         for address in addresses(net) {
@@ -296,8 +302,9 @@ impl HostNet {
             exec::run("ip", &["link", "del", &name], "")?;
         }
         // The set has no "remove if there": add first, so that the removal always finds it.
-        let guard: String =
-            guarded(&name, net).map(|g| format!("add element {g}\ndelete element {g}\n")).collect();
+        let guard: String = guard::guarded(&name, net)
+            .map(|g| format!("add element {g}\ndelete element {g}\n"))
+            .collect();
         exec::run("nft", &["-f", "-"], &guard).map(drop)
     }
 
@@ -550,120 +557,4 @@ pub(crate) fn open_plane(
 
 fn delete_whole(routes: &mut Netlink, table: u32, to: IpAddr) -> Result<(), KernelError> {
     routes.delete_route(table, to, if to.is_ipv4() { 32 } else { 128 }).map(drop)
-}
-
-/// What the guard knows of a machine's tap, as elements of its sets.
-fn guarded(tap: &str, net: &MachineNet) -> impl Iterator<Item = String> {
-    addresses(net).map(move |address| {
-        let set = if address.is_ipv4() { "guests" } else { "guests6" };
-        format!("inet conduit_host {set} {{ \"{tap}\" . {address} }}")
-    })
-}
-
-pub(crate) fn has_ipv6() -> bool {
-    exec::read_sysctl("net/ipv6/conf/all/disable_ipv6").is_some()
-}
-
-/// Makes this computer a router, whose answers to a packet go the way of the packet's mark. With IPv6 it
-/// would stop to believe other routers: interfaces that did, go on to do so (`accept_ra` 2).
-pub(crate) fn forward() -> Result<(), KernelError> {
-    exec::sysctl("net/ipv4/ip_forward", "1")?;
-    exec::sysctl("net/ipv4/fwmark_reflect", "1")?;
-    if !has_ipv6() {
-        return Ok(());
-    }
-    exec::sysctl("net/ipv6/fwmark_reflect", "1")?;
-    if exec::read_sysctl("net/ipv6/conf/all/forwarding").is_some_and(|v| v == "1") {
-        return Ok(());
-    }
-    let list = |e| KernelError::new("list /proc/sys/net/ipv6/conf", e);
-    for entry in std::fs::read_dir("/proc/sys/net/ipv6/conf").map_err(list)? {
-        let entry = entry.map_err(list)?.file_name();
-        let Some(name) = entry.to_str().filter(|n| !["all", "default"].contains(n)) else {
-            continue;
-        };
-        let key = format!("net/ipv6/conf/{name}/accept_ra");
-        if exec::read_sysctl(&key).is_some_and(|v| v == "1") {
-            exec::sysctl(&key, "2")?;
-        }
-    }
-    exec::sysctl("net/ipv6/conf/all/forwarding", "1")
-}
-
-/// Interfaces of ours neither filter by reverse path nor tell senders of shorter ways.
-pub(crate) fn quiet_interface(name: &str) -> Result<(), KernelError> {
-    exec::sysctl(&format!("net/ipv4/conf/{name}/rp_filter"), "0")?;
-    exec::sysctl(&format!("net/ipv4/conf/{name}/send_redirects"), "0")
-}
-
-/// The kernel takes the larger of `all` and the interface's own value, so `all` must be 0 for our
-/// interfaces to be free of it. The others keep what they had: the value moves down to them.
-pub(crate) fn loosen_reverse_path_filter() -> Result<(), KernelError> {
-    let read = |name: &str| -> u8 {
-        exec::read_sysctl(&format!("net/ipv4/conf/{name}/rp_filter"))
-            .and_then(|v| v.parse().ok())
-            .unwrap_or(0)
-    };
-    let all = read("all");
-    if all > 0 {
-        let list = |e| KernelError::new("list /proc/sys/net/ipv4/conf", e);
-        for entry in std::fs::read_dir("/proc/sys/net/ipv4/conf").map_err(list)? {
-            let entry = entry.map_err(list)?.file_name();
-            let Some(name) = entry.to_str().filter(|n| *n != "all") else { continue };
-            if name != overlay::INTERFACE && !name.starts_with(tap::PREFIX) && read(name) < all {
-                exec::sysctl(&format!("net/ipv4/conf/{name}/rp_filter"), &all.to_string())?;
-            }
-        }
-        exec::sysctl("net/ipv4/conf/all/rp_filter", "0")?;
-    }
-    // Likewise an OR of both: redirects would tell an edge to leave the trombone.
-    exec::sysctl("net/ipv4/conf/all/send_redirects", "0")
-}
-
-/// The guard. Set elements stay as they are; the rest is replaced in one transaction. A host by
-/// itself may be the client of its guests, so only its own answers to them are let in there too. What
-/// guests ask the agent is bounded for each tap here, so that none of them can keep it busy.
-fn guard_script(in_overlay: bool) -> String {
-    let mut script = String::from(
-        "add table inet conduit_host
-add set inet conduit_host guests { type ifname . ipv4_addr; }
-add set inet conduit_host guests6 { type ifname . ipv6_addr; }
-add set inet conduit_host asking { type iface_index; size 65535; flags dynamic,timeout; timeout 1m; }
-add set inet conduit_host asking_names { type iface_index; size 65535; flags dynamic,timeout; timeout 1m; }
-add counter inet conduit_host asks_too_much
-add chain inet conduit_host from_guest { type filter hook prerouting priority raw; policy accept; }
-add chain inet conduit_host to_host { type filter hook input priority filter; policy accept; }
-add chain inet conduit_host asks
-flush chain inet conduit_host asks
-add rule inet conduit_host asks update @asking { iif limit rate over 20/second burst 40 packets } counter name asks_too_much drop
-add rule inet conduit_host asks accept
-add chain inet conduit_host asks_names
-flush chain inet conduit_host asks_names
-add rule inet conduit_host asks_names update @asking_names { iif limit rate over 200/second burst 400 packets } counter name asks_too_much drop
-add rule inet conduit_host asks_names accept
-flush chain inet conduit_host from_guest
-flush chain inet conduit_host to_host
-add rule inet conduit_host from_guest iifname != \"dr-*\" accept
-add rule inet conduit_host from_guest iifname . ip saddr @guests accept
-add rule inet conduit_host from_guest iifname . ip daddr @guests accept
-add rule inet conduit_host from_guest iifname . ip6 saddr @guests6 accept
-add rule inet conduit_host from_guest iifname . ip6 daddr @guests6 accept
-add rule inet conduit_host from_guest ip saddr 0.0.0.0 udp sport 68 udp dport 67 accept
-add rule inet conduit_host from_guest ip6 saddr { fe80::/10, :: } ip6 daddr { fe80::/10, ff02::/16 } accept
-add rule inet conduit_host from_guest drop
-add rule inet conduit_host to_host iifname \"dr-*\" udp dport 67 jump asks
-add rule inet conduit_host to_host iifname \"dr-*\" ip daddr 169.254.1.1 udp dport 53 jump asks_names
-add rule inet conduit_host to_host iifname \"dr-*\" ip daddr 169.254.1.1 tcp dport 53 tcp flags & (syn | ack) == syn jump asks_names
-add rule inet conduit_host to_host iifname \"dr-*\" ip6 hoplimit 255 icmpv6 type nd-router-solicit jump asks
-add rule inet conduit_host to_host iifname \"dr-*\" icmp type { echo-request, echo-reply } accept
-add rule inet conduit_host to_host iifname \"dr-*\" icmpv6 type { echo-request, echo-reply, nd-neighbor-solicit, nd-neighbor-advert } accept
-add rule inet conduit_host to_host iifname \"dr-*\" tcp flags & (syn | ack) != syn accept
-",
-    );
-    if in_overlay {
-        script += "add rule inet conduit_host to_host iifname \"dr-*\" drop\n";
-    } else {
-        script += "add rule inet conduit_host to_host iifname \"dr-*\" meta l4proto tcp drop\n";
-    }
-    script
 }
