@@ -141,6 +141,9 @@ pub(super) fn status(args: &NameArgs, state: &StateArgs, format: Format) -> anyh
         if let (Some(owner), Some(epoch)) = (&status.lease_owner, status.epoch) {
             text += &format!("\nlease: {owner}, epoch {epoch}");
         }
+        for missing in &status.monitor_without {
+            text += &format!("\nits monitor runs without {missing}");
+        }
         for (device, left) in &status.missing {
             if *left > 0 {
                 text += &format!("\nmissing: {} of {device}", bytes(left * 4096));

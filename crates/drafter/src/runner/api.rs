@@ -446,6 +446,9 @@ pub struct Status {
     pub runner_pid: u32,
     /// Process id of the monitor, if one runs.
     pub monitor_pid: Option<u32>,
+    /// What the monitor runs without that should keep it within bounds, each with its cause.
+    #[serde(default)]
+    pub monitor_without: Vec<String>,
     /// One word: standby, stand-in, booting, running, saving, moving, receiving, paused, frozen, stopped,
     /// failed.
     pub state: String,

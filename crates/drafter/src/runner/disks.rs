@@ -26,7 +26,7 @@ use silo::{
     nbd::{NbdOptions, NbdServer},
 };
 use std::{
-    io,
+    fs, io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
@@ -94,7 +94,7 @@ impl DiskServers {
     fn start_nbd(disks: &[Served<'_>], run_dir: &Path) -> Result<Self, MachineError> {
         let start = |(device, disk): &Served<'_>| {
             ready(disk)?;
-            let socket = socket(disk, run_dir);
+            let socket = socket(disk, run_dir).map_err(fail)?;
             NbdServer::start(&socket, Arc::clone(device), NbdOptions::default()).map_err(fail)
         };
         disks.iter().map(start).collect::<Result<_, _>>().map(Self::Nbd)
@@ -146,8 +146,8 @@ impl DiskServers {
                 ..VhostOptions::default()
             };
             let served: Arc<dyn BlockDevice> = device.clone();
-            let server =
-                VhostServer::start(&socket(disk, run_dir), served, options).map_err(fail)?;
+            let socket = socket(disk, run_dir).map_err(fail)?;
+            let server = VhostServer::start(&socket, served, options).map_err(fail)?;
             Ok::<_, MachineError>(VhostDisk { name, server, device, trouble })
         };
         disks.iter().map(start).collect::<Result<_, _>>().map(Self::VhostUser)
@@ -333,8 +333,16 @@ fn ready(disk: &Disk) -> Result<(), MachineError> {
     Ok(())
 }
 
-fn socket(disk: &Disk, run_dir: &Path) -> PathBuf {
-    run_dir.join(format!("disk-{}.sock", disk.name()))
+/// In a folder with nothing else in it: the machine's monitor sees all of that. A monitor that an earlier
+/// version started looks for its disks where that had them.
+fn socket(disk: &Disk, run_dir: &Path) -> io::Result<PathBuf> {
+    let earlier = run_dir.join(format!("disk-{}.sock", disk.name()));
+    if earlier.exists() {
+        return Ok(earlier);
+    }
+    let folder = run_dir.join("disk");
+    fs::create_dir_all(&folder)?;
+    Ok(folder.join(format!("{}.sock", disk.name())))
 }
 
 /// A machine's memory as the servers of its disks touch it.

@@ -46,6 +46,10 @@ impl Runner {
             host: self.config.host.clone(),
             runner_pid: std::process::id(),
             monitor_pid: inner.monitor_pid,
+            monitor_without: match inner.monitor_pid {
+                Some(_) => crate::driver::qemu::runs_without(&self.dir.run()),
+                None => Vec::new(),
+            },
             state: if frozen.is_some() { "frozen" } else { inner.state.word() }.to_owned(),
             detail: frozen.or(waits).unwrap_or_else(|| inner.detail.clone()),
             lease_owner: lease.as_ref().map(|r| r.owner.as_str().to_owned()),

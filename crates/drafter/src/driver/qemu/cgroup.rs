@@ -361,7 +361,7 @@ mod tests {
         let mut command = Command::new("sh");
         command.args(["-c", "while :; do :; done"]);
         let join = group.join_files().unwrap();
-        let setup = BeforeExec { join, inherit: vec![], user: None, file_limit: 1 << 20 };
+        let setup = BeforeExec { join, file_limit: 1 << 20, ..BeforeExec::default() };
         before_exec(&mut command, setup);
         command.spawn().unwrap()
     }

@@ -11,6 +11,7 @@ use super::{
     Found, QemuConfig,
     cgroup::{Cgroup, Limits},
     command::{self, Given},
+    confine::{self, Needs},
     disks, files,
     halt::Halt,
     held,
@@ -34,8 +35,8 @@ use std::{
         fd::{AsRawFd, OwnedFd},
         unix::{fs::OpenOptionsExt, net::UnixListener},
     },
-    path::Path,
-    process::{Command, Stdio},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
     sync::Arc,
     time::Duration,
 };
@@ -146,11 +147,8 @@ pub(super) fn start(
         guest: inherit.number(listen(&files.guest)?),
         console: inherit.number(listen(&files.console)?),
         console_log: inherit.number(log(&files.console_log)?),
-        disks: host
-            .disk_sockets
-            .iter()
-            .map(|socket| inherit.disk(socket))
-            .collect::<Result<_, _>>()?,
+        // Named once it is known what it sees of this host.
+        disks: vec![],
     };
     let groups = user.into_iter().chain(found.verdict.device_group).collect();
     let setup = BeforeExec {
@@ -158,8 +156,16 @@ pub(super) fn start(
         inherit: inherit.0,
         user: user.map(|user| (user, groups)),
         file_limit: LOG_LIMIT,
+        confined: false,
     };
-    unmade.process = Some(spawn(found, shape, &given, start, environment, setup, &files)?);
+    let disks = host.disk_sockets.iter().map(|socket| DiskPlace::of(socket));
+    let disks = disks.collect::<Result<_, _>>()?;
+    let launched = Launched { found, shape, start, given, environment, setup, disks };
+    let (process, unconfined) = launched.spawn(&config.state_dir.join("root"), &files)?;
+    unmade.process = Some(process);
+    if let Some(why) = &unconfined {
+        tracing::warn!(machine, why, "its monitor runs without namespaces and a root of its own");
+    }
 
     let userfaultfd = shim::Handshake::receive(&from_shim, SHIM_LIMIT, &files.stderr)
         .map_err(|failure| failure.into_error(machine, SHIM_LIMIT, &files.stderr))?;
@@ -173,6 +179,7 @@ pub(super) fn start(
         memory_is_shared: host.memory_is_shared,
         disk_sockets: host.disk_sockets.clone(),
         shape: shape.clone(),
+        unconfined,
     };
     // Written down before it may begin: a runner that dies leaves no QEMU that nobody finds.
     record.save(host.run_dir)?;
@@ -329,24 +336,39 @@ impl Inherit {
     fn path(&mut self, descriptor: OwnedFd) -> String {
         format!("/proc/self/fd/{}", self.number(descriptor))
     }
+}
 
-    /// A disk's socket, by its folder: a server that starts again makes a new socket there.
-    fn disk(&mut self, socket: &Path) -> Result<String, DriverError> {
-        let host = |source| DriverError::Host {
-            operation: format!("opening the folder of the disk's socket {}", socket.display()),
-            source,
-        };
+/// A disk's socket, by its folder: a server that starts again makes a new socket there.
+struct DiskPlace {
+    folder: PathBuf,
+    name: String,
+}
+
+impl DiskPlace {
+    fn of(socket: &Path) -> Result<Self, DriverError> {
         let (Some(folder), Some(name)) = (socket.parent(), socket.file_name()) else {
-            return Err(host(io::ErrorKind::InvalidInput.into()));
+            return Err(Self::failed(socket, io::ErrorKind::InvalidInput.into()));
         };
-        let name = name.to_str().ok_or_else(|| host(io::ErrorKind::InvalidFilename.into()))?;
+        let name = name.to_str();
+        let name =
+            name.ok_or_else(|| Self::failed(socket, io::ErrorKind::InvalidFilename.into()))?;
         let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
-        let folder = File::options()
+        Ok(Self { folder: folder.to_owned(), name: name.to_owned() })
+    }
+
+    fn failed(socket: &Path, source: io::Error) -> DriverError {
+        let operation = format!("opening the folder of the disk's socket {}", socket.display());
+        DriverError::Host { operation, source }
+    }
+
+    /// The folder for a monitor that sees this host, and may not search the folders above it.
+    fn open(&self) -> Result<OwnedFd, DriverError> {
+        File::options()
             .read(true)
             .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
-            .open(folder)
-            .map_err(host)?;
-        Ok(format!("{}/{name}", self.path(folder.into())))
+            .open(&self.folder)
+            .map(OwnedFd::from)
+            .map_err(|source| Self::failed(&self.folder.join(&self.name), source))
     }
 }
 
@@ -372,41 +394,82 @@ fn log(path: &Path) -> Result<OwnedFd, DriverError> {
     })
 }
 
-fn spawn(
-    found: &Found,
-    shape: &MachineShape,
-    given: &Given,
+/// A QEMU that is about to be started.
+struct Launched<'a> {
+    found: &'a Found,
+    shape: &'a MachineShape,
     start: Start,
+    given: Given,
     environment: Vec<(&'static str, String)>,
     setup: BeforeExec,
-    files: &Files,
-) -> Result<Process, DriverError> {
-    let host = |source| DriverError::Host {
-        operation: format!("starting {} for machine \"{}\"", found.binary.display(), shape.name),
-        source,
-    };
-    // Only this QEMU's words: what an earlier one said is no news.
-    let stderr = log(&files.stderr)?;
-    nix::unistd::ftruncate(&stderr, 0).map_err(|errno| host(errno.into()))?;
-    let stdout = stderr.try_clone().map_err(host)?;
-    let mut command = Command::new(&found.binary);
-    command
-        .args(command::arguments(shape, given, start))
-        .env_clear()
-        .env("LANG", "C.UTF-8")
-        .envs(environment)
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .stdout(stdout)
-        .stderr(stderr);
-    sys::before_exec(&mut command, setup);
-    let mut child = command.spawn().map_err(host)?;
-    // Closes our copies of what QEMU inherited, among them the sockets it listens at.
-    drop(command);
-    Process::of_child(child.id()).map_err(|source| {
-        let _ = child.kill().and_then(|()| child.wait());
-        host(source)
-    })
+    disks: Vec<DiskPlace>,
+}
+
+impl Launched<'_> {
+    /// Starts it, within walls if this host allows it; else says why not. `place`: a folder of ours for
+    /// nothing but its root.
+    fn spawn(self, place: &Path, files: &Files) -> Result<(Process, Option<String>), DriverError> {
+        let (found, machine) = (self.found, self.shape.name.clone());
+        let host = |source| DriverError::Host {
+            operation: format!("starting {} for machine \"{machine}\"", found.binary.display()),
+            source,
+        };
+        let binary = std::fs::canonicalize(&found.binary).map_err(host)?;
+        let needs = Needs {
+            binary: binary.clone(),
+            kvm: self.given.accelerator == Accelerator::Kvm,
+            disks: self.disks.iter().map(|disk| disk.folder.clone()).collect(),
+            place: place.to_owned(),
+        };
+        // Only this QEMU's words: what an earlier one said is no news.
+        let stderr = log(&files.stderr)?;
+        nix::unistd::ftruncate(&stderr, 0).map_err(|errno| host(errno.into()))?;
+        let stdout = stderr.try_clone().map_err(host)?;
+        let walls = if own_users() { Ok(&needs) } else { Err(confine::ORDINARY_USER.to_owned()) };
+        let (child, unconfined) = confine::within(walls, |confined| {
+            let mut command = Command::new(&binary);
+            command.stdout(stdout).stderr(stderr);
+            self.start(command, confined, host)
+        });
+        let mut child = child?;
+        let process = Process::of_child(child.id()).map_err(|source| {
+            let _ = child.kill().and_then(|()| child.wait());
+            host(source)
+        })?;
+        Ok((process, unconfined))
+    }
+
+    /// In the thread whose namespaces it gets, and with its root: nothing else of this host is to be
+    /// seen here.
+    fn start(
+        mut self,
+        mut command: Command,
+        confined: bool,
+        host: impl Fn(io::Error) -> DriverError,
+    ) -> Result<Child, DriverError> {
+        for (index, disk) in self.disks.iter().enumerate() {
+            let folder = if confined {
+                confine::disk_folder(index)
+            } else {
+                let folder = disk.open()?;
+                let path = files::path_of(&folder).into();
+                self.setup.inherit.push(folder);
+                path
+            };
+            self.given.disks.push(format!("{}/{}", folder.display(), disk.name));
+        }
+        self.setup.confined = confined;
+        command
+            .args(command::arguments(self.shape, &self.given, self.start))
+            .env_clear()
+            .env("LANG", "C.UTF-8")
+            .envs(self.environment)
+            .current_dir("/")
+            .stdin(Stdio::null());
+        sys::before_exec(&mut command, self.setup);
+        // With the command go our copies of what QEMU inherits, among them the sockets it listens at.
+        command.spawn().map_err(host)
+    }
 }
 
 fn connect(

@@ -4,7 +4,8 @@
 //! of a host, because a guest talks to it all day: it runs as a user of its own, in a control
 //! group of its own, in its own sandbox, without new privileges, and opens nothing by itself.
 //! Memory, kernel, tap, sockets and logs reach it as descriptors; disks as sockets that it may
-//! connect to and nothing beside them. A vhost-user disk's server gets the memory from it.
+//! connect to and nothing beside them. Around it are namespaces of its own and a root with hardly more
+//! than its program and libraries. A vhost-user disk's server gets the memory from it.
 //!
 //! QEMU outlives a runner that crashes: the next one finds it by `qemu.json` in the run directory.
 //!
@@ -12,6 +13,7 @@
 //! |---|---|
 //! | `command` | QEMU's command line |
 //! | `launch` | starting: user, control group, descriptors, handshake |
+//! | `confine` | the namespaces around it, and the root that it sees |
 //! | `vm` | the machine's life: pause, save, load, run, end |
 //! | `halt`, `held` | stopping it without asking it; fetching what it holds without asking it |
 //! | `disks` | letting it in to its disks' servers, and whether it has found them |
@@ -25,6 +27,7 @@
 
 mod cgroup;
 mod command;
+mod confine;
 mod disk_state;
 mod disks;
 mod files;
@@ -241,6 +244,14 @@ pub fn installed(binary: &Path) -> Result<String, DriverError> {
 pub fn monitor_without_runner(run_dir: &Path) -> Option<u32> {
     let record = record::Record::load(run_dir).ok().flatten()?;
     record.process.runs().then_some(record.process.pid)
+}
+
+/// What the monitor in `run_dir` runs without that should keep it within bounds, each with its cause:
+/// limits that the kernel does not have here, or namespaces that only root can make.
+#[must_use]
+pub fn runs_without(run_dir: &Path) -> Vec<String> {
+    let record = record::Record::load(run_dir).ok().flatten();
+    record.map_or_else(Vec::new, |record| record.without())
 }
 
 /// A handle to freeze or kill the monitor in `run_dir`, for whoever guards it. `None` if there is none.

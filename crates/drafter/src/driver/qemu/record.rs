@@ -29,10 +29,24 @@ pub(super) struct Record {
     pub(super) memory_is_shared: bool,
     pub(super) disk_sockets: Vec<PathBuf>,
     pub(super) shape: MachineShape,
+    /// Why it has no namespaces and no root of its own; `None`: it has.
+    #[serde(default = "started_before")]
+    pub(super) unconfined: Option<String>,
+}
+
+fn started_before() -> Option<String> {
+    Some("it was started by an earlier version".into())
 }
 
 impl Record {
     pub(super) const VERSION: u32 = VERSION;
+
+    /// What it runs without that keeps others from its host, each with its cause.
+    pub(super) fn without(&self) -> Vec<String> {
+        let walls =
+            self.unconfined.iter().map(|why| format!("namespaces and a root of its own: {why}"));
+        walls.chain(self.cgroup.without().iter().cloned()).collect()
+    }
 
     /// Writes the record, whole or not at all.
     pub(super) fn save(&self, run_dir: &Path) -> Result<(), DriverError> {

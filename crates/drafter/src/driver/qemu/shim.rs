@@ -251,7 +251,7 @@ mod tests {
         change(&mut environment);
         let mut command = Command::new("sleep");
         command.arg("60").envs(environment);
-        let setup = sys::BeforeExec { join: vec![], inherit, user: None, file_limit: 1 };
+        let setup = sys::BeforeExec { inherit, file_limit: 1, ..sys::BeforeExec::default() };
         sys::before_exec(&mut command, setup);
         (command.spawn().unwrap(), ours)
     }

@@ -67,6 +67,7 @@ pub(super) fn receive_with_descriptor(
 }
 
 /// What a monitor's process does before it becomes the monitor.
+#[derive(Default)]
 pub(super) struct BeforeExec {
     /// `cgroup.procs` files, open for writing, of the groups to join.
     pub(super) join: Vec<OwnedFd>,
@@ -76,6 +77,8 @@ pub(super) struct BeforeExec {
     pub(super) user: Option<(u32, Vec<u32>)>,
     /// Most bytes of a file that it may write (logs that a guest can fill).
     pub(super) file_limit: u64,
+    /// It was started by a thread with walls (see [`confine`](super::confine)).
+    pub(super) confined: bool,
 }
 
 /// Arranges for `setup` in the child: groups of control, a session of its own (a terminal's
@@ -98,6 +101,7 @@ impl BeforeExec {
         nix::unistd::setsid()?;
         limit(libc::RLIMIT_FSIZE, self.file_limit)?;
         limit(libc::RLIMIT_CORE, 0)?;
+        limit(libc::RLIMIT_MSGQUEUE, 0)?;
         // SAFETY: ignoring a signal installs no handler. A write beyond the limit then fails
         // instead of ending the monitor.
         if unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) } == libc::SIG_ERR {
@@ -114,7 +118,11 @@ impl BeforeExec {
             // SAFETY: sets the flags of a descriptor that `self` owns; clears close-on-exec.
             check(unsafe { libc::fcntl(descriptor.as_raw_fd(), libc::F_SETFD, 0) })?;
         }
+        if self.confined {
+            Self::furnish()?;
+        }
         if let Some((user, groups)) = &self.user {
+            drop_capabilities()?;
             // SAFETY: the slice is valid for its length. Raw calls: the C library's versions
             // would look for other threads, which a child has not.
             check(unsafe {
@@ -128,6 +136,34 @@ impl BeforeExec {
         // SAFETY: takes numbers only.
         check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })
     }
+}
+
+impl BeforeExec {
+    /// What a thread cannot do for its children: let the control groups that this process has just joined
+    /// be all that it sees of them, and mount `/proc` as its process namespace has it.
+    fn furnish() -> io::Result<()> {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWCGROUP)?;
+        let flags = libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+        let (proc, at) = (c"proc".as_ptr(), c"/proc".as_ptr());
+        // SAFETY: all pointers are to constant strings that end with a zero byte.
+        check(unsafe { libc::mount(proc, at, proc, flags, c"subset=pid".as_ptr().cast()) })
+    }
+}
+
+/// No program that this process becomes can get one back. They are numbered, and how many there are is
+/// the kernel's to say.
+fn drop_capabilities() -> io::Result<()> {
+    for capability in 0..64 {
+        // SAFETY: takes numbers only.
+        if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } == -1 {
+            let error = io::Error::last_os_error();
+            // One that this kernel does not have; or a container's root that has no right to drop any,
+            // for which no-new-privileges has to do.
+            let known = [Some(libc::EINVAL), Some(libc::EPERM)].contains(&error.raw_os_error());
+            return if known { Ok(()) } else { Err(error) };
+        }
+    }
+    Ok(())
 }
 
 fn limit(resource: libc::__rlimit_resource_t, bytes: u64) -> io::Result<()> {
@@ -176,7 +212,7 @@ mod tests {
             "-c",
             &format!(
                 "head -c 100000 /dev/zero >&{number}; echo after; id -u; id -G; \
-                 grep NoNewPrivs /proc/self/status"
+                 grep -E 'NoNewPrivs|CapBnd' /proc/self/status"
             ),
         ]);
         let setup = BeforeExec {
@@ -184,12 +220,16 @@ mod tests {
             inherit: vec![file.into()],
             user: Some((64_321, vec![64_321, 64_322])),
             file_limit: 50_000,
+            confined: false,
         };
         before_exec(&mut command, setup);
         let output = command.output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout);
         let lines: Vec<&str> = text.lines().collect();
-        assert_eq!(lines, ["after", "64321", "64321 64322", "NoNewPrivs:\t1"]);
+        assert_eq!(
+            lines,
+            ["after", "64321", "64321 64322", "CapBnd:\t0000000000000000", "NoNewPrivs:\t1"]
+        );
         assert!(String::from_utf8_lossy(&output.stderr).contains("File too large"));
         assert_eq!(fs::metadata(directory.path().join("log")).unwrap().len(), 50_000);
     }

@@ -1,5 +1,6 @@
 //! The driver with real QEMUs and a real guest.
 
+mod confinement;
 mod copies;
 mod disks;
 mod faults;

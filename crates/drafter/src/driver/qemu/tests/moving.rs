@@ -14,7 +14,7 @@ use std::{
 const SOON: Duration = Duration::from_secs(30);
 
 /// Runs in a network namespace of its own, which ends with it.
-fn in_own_network(test: impl FnOnce() + Send) {
+pub(super) fn in_own_network(test: impl FnOnce() + Send) {
     thread::scope(|scope| {
         let inside = scope.spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET).unwrap();
@@ -27,7 +27,7 @@ fn in_own_network(test: impl FnOnce() + Send) {
 }
 
 /// Runs `ip` in this thread's namespace.
-fn ip(arguments: &str) {
+pub(super) fn ip(arguments: &str) {
     let status = Command::new("ip").args(arguments.split(' ')).status().unwrap();
     assert!(status.success(), "ip {arguments}");
 }
