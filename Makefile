@@ -40,7 +40,7 @@ SEEDS ?= 100000
 
 simulate: ## Try to break the rules of who may run a machine, in SEEDS=100000 histories; SEED=n tells one of them
 	@SEEDS=$(SEEDS) cargo test -p drafter --lib -- --exact --nocapture \
-	migrate::switchover::simulator::under_every_seed_the_machine_is_in_one_place_and_comes_to_rest
+	migrate::switchover::simulator::hop_check_04_05_06_under_every_seed_the_machine_is_in_one_place_and_comes_to_rest
 
 model: ## Exhaust every history of two attempts to move a machine with three faults, and more (minutes)
 	@MODEL=whole cargo test -p drafter --lib -- --nocapture --test-threads 1 migrate::switchover::model::

@@ -17,6 +17,7 @@ cargo clippy -p silo-cli --no-default-features --quiet -- -D warnings
 
 say "every behavioural check has a test"
 scripts/silo-checks.sh --check
+scripts/hop-checks.sh --check
 
 say "dependencies: bans, licences, sources"
 if ! cargo deny --version > /dev/null 2>&1; then

@@ -197,7 +197,7 @@ fn a_tap_in_use_is_refused_by_name_and_a_closed_one_is_opened_again() {
 }
 
 #[test]
-fn an_agent_and_an_edge_leave_nothing_behind_when_asked_to() {
+fn hop_check_25_an_agent_and_an_edge_leave_nothing_behind_when_asked_to() {
     in_namespace(|| {
         let listing = || {
             let nft = exec::run("nft", &["list", "tables"], "").unwrap();

@@ -21,6 +21,7 @@ pub mod peer;
 pub mod proxy;
 pub mod soak;
 mod stage;
+pub mod wire;
 pub mod writers;
 
 pub use stage::{Stage, program};

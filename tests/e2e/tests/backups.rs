@@ -426,7 +426,7 @@ fn a_machine_that_was_restored_elsewhere_although_it_ran_is_stopped_at_its_next_
 }
 
 #[test]
-fn a_machine_runs_while_it_is_still_in_the_store_and_waits_for_a_store_that_is_away() {
+fn hop_check_22_a_machine_runs_while_it_is_still_in_the_store_and_waits_for_a_store_that_is_away() {
     let Some(mut stage) = Stage::open() else { return };
     let place = Place::new();
     let a = busy_machine(&mut stage, "vhost-user-blk");

@@ -24,7 +24,7 @@ fn kind_at(stage: &Stage, host: usize) -> String {
 }
 
 #[test]
-fn a_machine_under_disk_load_moves_in_every_mode_and_keeps_its_kind_of_disks() {
+fn hop_check_02_a_machine_under_disk_load_moves_in_every_mode_and_keeps_its_kind_of_disks() {
     let Some(mut stage) = Stage::open() else { return };
     let a = busy_machine(&mut stage, "vhost-user-blk");
     let b = receiver(&mut stage, 1);

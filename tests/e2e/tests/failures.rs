@@ -49,7 +49,7 @@ fn visit(stage: &Stage, from: RunnerId, to: &ScriptedDestination, mode: Mode) ->
 }
 
 #[test]
-fn a_move_can_be_cancelled_in_each_phase_and_the_machine_moves_afterwards() {
+fn hop_check_31_a_move_can_be_cancelled_in_each_phase_and_the_machine_moves_afterwards() {
     let Some(mut stage) = Stage::open() else { return };
     let (a, b) = stage.pair(&stage.plain_spec("redis"));
     start_oracle(stage.fleet.runner(a), IDLE);
@@ -97,7 +97,7 @@ fn a_move_can_be_cancelled_in_each_phase_and_the_machine_moves_afterwards() {
 }
 
 #[test]
-fn whatever_becomes_of_the_token_the_machine_runs_on_where_it_was() {
+fn hop_check_09_whatever_becomes_of_the_token_the_machine_runs_on_where_it_was() {
     let Some(mut stage) = Stage::open() else { return };
     let (a, b) = stage.pair(&stage.plain_spec("redis"));
     start_oracle(stage.fleet.runner(a), IDLE);
@@ -169,7 +169,8 @@ fn whatever_becomes_of_the_token_the_machine_runs_on_where_it_was() {
 }
 
 #[test]
-fn a_destination_that_is_killed_before_the_token_leaves_the_machine_running_and_movable() {
+fn hop_check_04_a_destination_that_is_killed_before_the_token_leaves_the_machine_running_and_movable()
+ {
     let Some(mut stage) = Stage::open() else { return };
     let spec = stage.plain_spec("redis");
     let (a, b) = stage.pair(&spec);

@@ -61,7 +61,7 @@ fn overrun(stage: &Stage, at: RunnerId) -> u64 {
 }
 
 #[test]
-fn old_hosts_disappear_as_soon_as_all_blocks_are_elsewhere_and_no_flow_notices() {
+fn hop_check_24_old_hosts_disappear_as_soon_as_all_blocks_are_elsewhere_and_no_flow_notices() {
     let Some(mut stage) = Stage::with(RigConfig { hosts: 4, ..RigConfig::default() }) else {
         return;
     };

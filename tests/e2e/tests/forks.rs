@@ -77,7 +77,7 @@ fn kind_of(stage: &Stage, machine: &str) -> String {
 }
 
 #[test]
-fn three_copies_of_a_busy_machine_are_machines_of_their_own_and_it_goes_on() {
+fn hop_check_28_three_copies_of_a_busy_machine_are_machines_of_their_own_and_it_goes_on() {
     three_copies("vhost-user-blk");
 }
 

@@ -358,7 +358,7 @@ impl Theatre {
 }
 
 #[test]
-fn post_copy_goes_on_after_a_cut_line_and_after_the_death_of_either_runner() {
+fn hop_check_03_36_post_copy_goes_on_after_a_cut_line_and_after_the_death_of_either_runner() {
     let Some(mut theatre) = Theatre::open(true) else { return };
     for round in 0..4 {
         let (from, to) = (theatre.at, theatre.other);
@@ -474,7 +474,7 @@ fn an_unconfirmed_copy_whose_runner_dies_stands_still_at_the_end_of_its_offer_un
 }
 
 #[test]
-fn whatever_dies_at_whichever_step_one_copy_runs_and_nothing_is_lost() {
+fn hop_check_04_05_06_whatever_dies_at_whichever_step_one_copy_runs_and_nothing_is_lost() {
     let Some(mut theatre) = Theatre::open(false) else { return };
     let all = std::env::var_os("KILLS_ALL").is_some();
     // Without, a ninth of the table, which has every step and every harm: the same in every run, so that

@@ -79,7 +79,7 @@ fn kill_hard(pids: &[u32]) {
 }
 
 #[test]
-fn a_machine_lives_by_the_commands_alone() {
+fn hop_check_33_a_machine_lives_by_the_commands_alone() {
     let Some(stage) = Stage::open() else { return };
     begin(&stage, 0, &["run", "redis", "--memory-mib", "192"]).succeeds();
     assert_eq!(guest(&stage, 0, &["redis-cli", "set", "k", "v"]), "OK");
@@ -126,7 +126,7 @@ fn a_machine_lives_by_the_commands_alone() {
 }
 
 #[test]
-fn a_suspended_machine_goes_on_at_another_host_with_its_data_and_the_right_time() {
+fn hop_check_29_a_suspended_machine_goes_on_at_another_host_with_its_data_and_the_right_time() {
     let Some(stage) = Stage::open() else { return };
     let folder = tempfile::tempdir().unwrap();
     let saved = folder.path().join("saved").display().to_string();
@@ -187,7 +187,7 @@ fn after_a_crash_of_its_host_a_machine_starts_again_from_its_disks() {
 }
 
 #[test]
-fn a_machine_without_its_runner_is_listed_taken_over_moved_and_stopped() {
+fn hop_check_36_a_machine_without_its_runner_is_listed_taken_over_moved_and_stopped() {
     let Some(mut stage) = Stage::open() else { return };
     let spec = stage.plain_spec("redis");
     let (a, b) = stage.pair(&spec);

@@ -33,7 +33,7 @@ fn a_machine_with_two_processors_moves_under_load() {
 }
 
 #[test]
-fn two_machines_move_at_once_in_opposite_directions() {
+fn hop_check_31_two_machines_move_at_once_in_opposite_directions() {
     let Some(mut stage) = Stage::open() else { return };
     let (one, two) = (stage.spec("one", 1), stage.spec("two", 2));
     let (one_a, one_b) = stage.pair(&one);
@@ -59,7 +59,7 @@ fn two_machines_move_at_once_in_opposite_directions() {
 }
 
 #[test]
-fn a_machine_that_comes_back_sends_what_changed_unless_the_stay_was_not_kept() {
+fn hop_check_21_34_a_machine_that_comes_back_sends_what_changed_unless_the_stay_was_not_kept() {
     let Some(mut stage) = Stage::open() else { return };
     let (a, b) = stage.pair(&stage.plain_spec("redis"));
     let fleet = &stage.fleet;

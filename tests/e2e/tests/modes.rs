@@ -33,23 +33,24 @@ fn ten_moves(mode: Mode, budgets: Budgets) -> Option<Vec<MoveReport>> {
 }
 
 #[test]
-fn ten_pre_copy_moves_under_load_lose_nothing() {
+fn hop_check_01_15_ten_pre_copy_moves_under_load_lose_nothing() {
     // Writes never stop, so what is left at the pause is what was written in one round.
     ten_moves(Mode::PreCopy, Budgets { blackout: Duration::from_millis(100), ..budgets() });
 }
 
 #[test]
-fn ten_post_copy_moves_under_load_lose_nothing() {
+fn hop_check_01_03_15_ten_post_copy_moves_under_load_lose_nothing() {
     ten_moves(Mode::PostCopy, budgets());
 }
 
 #[test]
-fn ten_hybrid_moves_under_load_lose_nothing() {
+fn hop_check_01_15_ten_hybrid_moves_under_load_lose_nothing() {
     ten_moves(Mode::Hybrid, budgets());
 }
 
 #[test]
-fn a_guest_that_outpaces_the_line_is_handed_over_in_the_middle_of_a_round_and_loses_nothing() {
+fn hop_check_14_a_guest_that_outpaces_the_line_is_handed_over_in_the_middle_of_a_round_and_loses_nothing()
+ {
     // The oracle writes more than a quarter of this, and a whole move takes seconds.
     let narrow = Budgets { bandwidth: Some(60_000_000), ..budgets() };
     let Some(reports) = ten_moves(Mode::Hybrid, narrow) else { return };

@@ -43,7 +43,7 @@ const WRONG: [Wrong; 9] = [
 ];
 
 #[test]
-fn a_destination_refuses_for_each_reason_in_prepare_and_stays_ready() {
+fn hop_check_10_11_20_a_destination_refuses_for_each_reason_in_prepare_and_stays_ready() {
     let Some(mut stage) = Stage::open() else { return };
     let (a, b) = stage.pair(&stage.plain_spec("redis"));
     let at = stage.fleet.runner(b).address;
@@ -122,7 +122,7 @@ fn a_dry_run_gives_the_verdict_and_numbers_and_moves_nothing() {
 }
 
 #[test]
-fn a_host_without_the_right_certificate_gets_no_machine_and_cannot_send_one() {
+fn hop_check_12_a_host_without_the_right_certificate_gets_no_machine_and_cannot_send_one() {
     let Some(mut stage) = Stage::open() else { return };
     let (a, b) = stage.pair(&stage.plain_spec("redis"));
     let folder = tempfile::tempdir().unwrap();
@@ -192,7 +192,7 @@ fn a_host_without_the_right_certificate_gets_no_machine_and_cannot_send_one() {
 }
 
 #[test]
-fn a_package_that_was_changed_or_cut_short_is_neither_run_nor_taken_over_the_wire() {
+fn hop_check_27_a_package_that_was_changed_or_cut_short_is_neither_run_nor_taken_over_the_wire() {
     let Some(mut stage) = Stage::open() else { return };
     let folder = tempfile::tempdir().unwrap();
     let copy = |name: &str| {

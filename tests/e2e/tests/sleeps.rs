@@ -125,7 +125,8 @@ fn boot_id(runner: &Runner) -> String {
 }
 
 #[test]
-fn a_machine_sleeps_in_a_store_wakes_once_at_any_host_and_goes_back_to_where_it_slept() {
+fn hop_check_23_a_machine_sleeps_in_a_store_wakes_once_at_any_host_and_goes_back_to_where_it_slept()
+{
     let Some(mut stage) = Stage::with(RigConfig { hosts: 3, ..RigConfig::default() }) else {
         return;
     };

@@ -14,7 +14,7 @@ fn number(name: &str) -> Option<u64> {
 }
 
 #[test]
-fn no_acknowledged_write_is_lost_whatever_is_done_to_the_machines_and_their_hosts() {
+fn hop_check_02_no_acknowledged_write_is_lost_whatever_is_done_to_the_machines_and_their_hosts() {
     let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
     let (time, seed) = match number("SOAK_MINUTES") {
         Some(minutes) => (Duration::from_secs(minutes * 60), now()),

@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_runner_left_decides_what_the_next_one_does() {
+    fn hop_check_36_what_a_runner_left_decides_what_the_next_one_does() {
         let boot: Boot = serde_json::from_value(serde_json::json!({
             "package": "/p", "memory_bytes": null, "vcpus": null, "address": null,
             "mtu": 1380, "ports": [], "keep_disks": false,

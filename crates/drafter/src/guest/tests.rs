@@ -191,7 +191,8 @@ fn calls_from_several_threads_get_each_their_own_answer() {
 }
 
 #[test]
-fn hooks_resume_and_shutdown_reach_the_machine_and_a_failing_hook_comes_back_in_words() {
+fn hop_check_07_hooks_resume_and_shutdown_reach_the_machine_and_a_failing_hook_comes_back_in_words()
+{
     let (_folder, path) = socket();
     let mut config = config();
     config.hooks.before_suspend = Some(Hook { argv: sh("echo disk full; exit 1"), timeout: SOON });
@@ -250,7 +251,7 @@ fn waiting_for_a_service_ends_when_it_listens_and_says_why_when_it_does_not() {
 }
 
 #[test]
-fn a_machine_that_vanishes_at_any_byte_loses_the_call_and_the_next_one_works() {
+fn hop_check_30_a_machine_that_vanishes_at_any_byte_loses_the_call_and_the_next_one_works() {
     let (_folder, path) = socket();
     let listener = UnixListener::bind(&path).unwrap();
     let answer_length = GuestMessage::Done { id: 100 }.encode().unwrap().len();
@@ -304,7 +305,8 @@ fn bytes_from_before_the_hello_are_never_taken_for_answers() {
 }
 
 #[test]
-fn an_agent_that_starts_again_below_the_same_connection_loses_the_call_and_is_greeted_anew() {
+fn hop_check_30_an_agent_that_starts_again_below_the_same_connection_loses_the_call_and_is_greeted_anew()
+ {
     let (_folder, path) = socket();
     let listener = UnixListener::bind(&path).unwrap();
     let peer = std::thread::spawn(move || {
@@ -341,7 +343,7 @@ fn an_agent_of_another_version_is_named_in_the_error() {
 }
 
 #[test]
-fn a_call_that_is_never_answered_ends_at_its_deadline_and_the_command_is_cancelled() {
+fn hop_check_30_a_call_that_is_never_answered_ends_at_its_deadline_and_the_command_is_cancelled() {
     let (_folder, path) = socket();
     let listener = UnixListener::bind(&path).unwrap();
     let peer = std::thread::spawn(move || {

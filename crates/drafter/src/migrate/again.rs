@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn the_source_of_the_move_is_let_in_and_nobody_else() {
+    fn hop_check_12_the_source_of_the_move_is_let_in_and_nobody_else() {
         let mut greeter = greeter();
         let (a, c) = (host("a"), host("c"));
         let mut check = |request: &ResumeRequest, proved| greeter.check(request, proved);
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_of_another_size_too_long_or_out_of_order_are_refused() {
+    fn hop_check_11_lists_of_another_size_too_long_or_out_of_order_are_refused() {
         let begun = || {
             let mut roll = Roll::new([100, 10]);
             roll.take(resumed(Standing::Missing)).unwrap();

@@ -252,7 +252,8 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_faster_than_the_link_ends_pre_copy_with_a_reason_and_hybrid_with_a_switchover() {
+    fn hop_check_14_a_guest_faster_than_the_link_ends_pre_copy_with_a_reason_and_hybrid_with_a_switchover()
+     {
         let (decision, _) = simulate(Mode::PreCopy, 1e9, 400e6, 256e6, 100e6);
         assert!(matches!(decision, Decision::GiveUp(why) if why.contains("hybrid")));
         let (decision, rounds) = simulate(Mode::Hybrid, 1e9, 400e6, 256e6, 100e6);
@@ -261,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_expected_follows_the_line_the_mode_and_what_the_last_moves_took() {
+    fn hop_check_16_what_is_expected_follows_the_line_the_mode_and_what_the_last_moves_took() {
         let ms = Duration::from_millis;
         let budgets = Budgets::default();
         assert_eq!(budgets.expected_blackout(None), ms(10));

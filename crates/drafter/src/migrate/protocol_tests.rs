@@ -48,7 +48,7 @@ proptest! {
     }
 
     #[test]
-    fn a_damaged_or_cut_frame_is_refused(frame in arbitrary_frame(), at: usize, bit in 0u8..8) {
+    fn hop_check_11_a_damaged_or_cut_frame_is_refused(frame in arbitrary_frame(), at: usize, bit in 0u8..8) {
         let mut bytes = bytes_of(&frame, true);
         let cut = at % bytes.len();
         prop_assert!(FrameReader::new(&bytes[..cut], true).read().is_err());
@@ -57,7 +57,7 @@ proptest! {
     }
 
     #[test]
-    fn no_bytes_make_the_reader_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+    fn hop_check_11_no_bytes_make_the_reader_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
         let _ = FrameReader::new(&bytes[..], false).read();
         let _ = Preamble::read(&mut &bytes[..]);
     }
@@ -103,7 +103,7 @@ fn a_foreign_or_newer_peer_is_named() {
 }
 
 #[test]
-fn a_huge_length_allocates_nothing() {
+fn hop_check_11_a_huge_length_allocates_nothing() {
     let mut header = [0u8; 32];
     header[0] = 3;
     header[4..8].copy_from_slice(&u32::MAX.to_le_bytes());

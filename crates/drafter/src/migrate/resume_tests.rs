@@ -370,7 +370,7 @@ fn a_source_that_comes_back_to_a_machine_that_never_left_takes_it_back_when_the_
 }
 
 #[test]
-fn a_stranger_is_told_nothing_and_an_ended_move_tells_how_it_ended() {
+fn hop_check_12_a_stranger_is_told_nothing_and_an_ended_move_tells_how_it_ended() {
     use super::messages::ResumeAnswer;
     let ends = Ends::new();
     let door = ends.door();

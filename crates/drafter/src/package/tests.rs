@@ -155,7 +155,7 @@ fn a_flipped_bit_is_found_even_when_length_and_time_are_as_before() {
 }
 
 #[test]
-fn missing_truncated_and_replaced_files_are_told_apart_at_opening() {
+fn hop_check_27_missing_truncated_and_replaced_files_are_told_apart_at_opening() {
     let setup = Setup::new();
     let root = setup.path("pkg/root.ext4");
     fs::File::options().write(true).open(&root).unwrap().set_len(4096).unwrap();
@@ -219,7 +219,7 @@ fn an_archive_opens_by_way_of_the_cache_and_only_once() {
 }
 
 #[test]
-fn an_archive_cut_anywhere_is_refused_and_leaves_nothing() {
+fn hop_check_27_an_archive_cut_anywhere_is_refused_and_leaves_nothing() {
     let setup = Setup::new();
     let archive = setup.packed();
     let whole = fs::read(&archive).unwrap();
@@ -232,7 +232,7 @@ fn an_archive_cut_anywhere_is_refused_and_leaves_nothing() {
 }
 
 #[test]
-fn a_changed_byte_anywhere_in_an_archive_is_noticed() {
+fn hop_check_27_a_changed_byte_anywhere_in_an_archive_is_noticed() {
     let setup = Setup::new();
     let archive = setup.packed();
     let whole = fs::read(&archive).unwrap();

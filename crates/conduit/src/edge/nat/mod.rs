@@ -396,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn with_ten_thousand_machines_one_more_takes_as_long_as_the_first() {
+    fn hop_check_26_with_ten_thousand_machines_one_more_takes_as_long_as_the_first() {
         Space::new().unwrap().run(|| {
             let nat = nat();
             let time = |nat: &Nat, number| {

@@ -185,7 +185,7 @@ fn an_offer_that_ends_during_the_pause_resumes_the_machine_at_once() {
 }
 
 #[test]
-fn every_failure_before_the_token_leaves_the_machine_running_here() {
+fn hop_check_08_every_failure_before_the_token_leaves_the_machine_running_here() {
     let failures = [
         Se::PeerLost,
         Se::Cancel,
@@ -212,7 +212,7 @@ fn every_failure_before_the_token_leaves_the_machine_running_here() {
 }
 
 #[test]
-fn a_refusal_resumes_at_once_and_one_of_another_attempt_does_not() {
+fn hop_check_09_a_refusal_resumes_at_once_and_one_of_another_attempt_does_not() {
     let mut s = source_with_token_out();
     let other = Se::Refused { attempt: AttemptId(7), why: "old".into() };
     assert_eq!(s.on(at(1050), other), []);

@@ -169,7 +169,7 @@ fn pausing_waits_for_what_a_vhost_user_disk_has_in_hand_and_its_rings_rest_after
 }
 
 #[test]
-fn what_does_not_fit_the_machines_phase_is_refused_and_harms_nothing() {
+fn hop_check_20_what_does_not_fit_the_machines_phase_is_refused_and_harms_nothing() {
     let rig = Rig::new();
     let shape = rig.shape();
     let mut machine = rig.boot(&shape, Given::default());
@@ -251,7 +251,7 @@ fn a_machine_outlives_its_runner_and_is_taken_over_with_its_memory() {
 }
 
 #[test]
-fn what_a_dead_qemu_left_is_cleaned_up_by_the_next_runner() {
+fn hop_check_25_what_a_dead_qemu_left_is_cleaned_up_by_the_next_runner() {
     let rig = Rig::new();
     let machine = rig.boot(&rig.shape(), Given::default());
     let membership = proc_file(machine.vm.pid(), "cgroup");

@@ -10,7 +10,7 @@ fn line<'a>(text: &'a str, name: &str) -> &'a str {
 }
 
 #[test]
-fn a_machines_qemu_has_its_own_user_its_own_limits_and_no_way_to_more() {
+fn hop_check_32_a_machines_qemu_has_its_own_user_its_own_limits_and_no_way_to_more() {
     let rig = Rig::new();
     let shape = rig.shape();
     let a = rig.boot(&shape, Given::default());

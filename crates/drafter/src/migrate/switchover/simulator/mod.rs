@@ -93,7 +93,7 @@ fn seeds(default: u64) -> u64 {
 }
 
 #[test]
-fn under_every_seed_the_machine_is_in_one_place_and_comes_to_rest() {
+fn hop_check_04_05_06_under_every_seed_the_machine_is_in_one_place_and_comes_to_rest() {
     let mut tally = Tally::default();
     let begun = std::time::Instant::now();
     for seed in 0..seeds(5000) {
