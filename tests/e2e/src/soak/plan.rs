@@ -153,16 +153,13 @@ impl Deeds {
         let pace = random.of(&[None, None, Some(60_000_000), Some(20_000_000)]);
         let step = random.of(&STEPS);
         let time = random.millis(50, 3000);
-        let mut harm = random.of(&[
+        let harm = random.of(&[
             Harm::KillSource,
             Harm::KillDestination,
             Harm::StopSource(time),
             Harm::StopDestination(time),
             Harm::Cut(time),
         ]);
-        if self.kind != Kind::Forked && harm == Harm::KillSource && is_paused(step) {
-            harm = Harm::KillDestination;
-        }
         let elsewhere = random.below(2) == 0;
         let generation = random.below(1000);
         match (self.kind, random.below(100)) {
@@ -190,13 +187,6 @@ impl Iterator for Deeds {
         let way = 1 + self.random.below(u64::from(HOSTS) - 1) as u8;
         Some(Next { pause, deed: self.deed(), way })
     }
-}
-
-/// Whether the source stands still at this step and may get its machine back. If its runner is killed then,
-/// QEMU 7.2 loses its vhost-user disks and the machine does not go on (docs/progress.md), so this happens
-/// to machines with NBD disks only.
-fn is_paused(step: Step) -> bool {
-    matches!(step, Step::Expect | Step::Token)
 }
 
 /// What happens to all, each with the pause before it. Without end.
@@ -252,9 +242,6 @@ mod tests {
                 let harmed = |deed: Deed| matches!(deed, Deed::Harmed(_, at, _) if at == step);
                 assert_eq!(all(kind).any(harmed), kind != Kind::Protected, "{kind:?}, {step:?}");
             }
-            let killed_paused =
-                |deed| matches!(deed, Deed::Harmed(_, step, Harm::KillSource) if is_paused(step));
-            assert_eq!(all(kind).any(killed_paused), kind == Kind::Forked, "{kind:?}");
             for mode in [Mode::PreCopy, Mode::PostCopy, Mode::Hybrid] {
                 assert!(all(kind).any(|deed| deed == Deed::Move(mode, None)), "{kind:?}, {mode}");
             }
