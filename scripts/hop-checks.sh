@@ -23,8 +23,8 @@ post-copy with most blocks missing: reads are right, faults come first
 destination killed at every message: the source runs, one copy is alive
 source killed before authority: the destination discards; after it, with all blocks there: it runs on
 partition at each step: the same verdict on both sides, never two copies that run
-the guest's hook before the pause fails or hangs: the move ends, the machine runs on, another try works | the guest's half and the channel's; not a move of a whole machine
-the state cannot be saved after the pause: the machine goes on at the source | the rules of a switchover; not with a QEMU whose saving fails
+the guest's hook before the pause fails or hangs: the move ends, the machine runs on, another try works
+the state cannot be saved after the pause: the machine goes on at the source
 it cannot be started at the destination: it goes back
 what does not fit is refused before pre-copy, with a reason
 unknown, missing or wrong devices, hostile lengths: a typed error, no file touched

@@ -21,6 +21,7 @@ pub mod peer;
 pub mod proxy;
 pub mod soak;
 mod stage;
+pub mod sys;
 pub mod wire;
 pub mod writers;
 

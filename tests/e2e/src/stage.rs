@@ -136,6 +136,12 @@ impl Stage {
         &self.package
     }
 
+    /// The package with something changed in its recipe: `name` tells it from others.
+    #[must_use]
+    pub fn package_with(&self, name: &str, change: impl FnOnce(&mut serde_json::Value)) -> PathBuf {
+        build_package(name, change)
+    }
+
     /// A machine with an address and its Redis at the edge, over mutual TLS. `number` tells
     /// machines of one stage apart.
     #[must_use]
@@ -227,14 +233,19 @@ const BUILD: &str = "run scripts/build.sh first";
 /// Builds the package, or finds it built: the builder knows by its inputs. The Redis of the demo,
 /// and a shell with its tools.
 fn package() -> PathBuf {
+    build_package("redis", |_| {})
+}
+
+fn build_package(name: &str, change: impl FnOnce(&mut serde_json::Value)) -> PathBuf {
     let folder = std::env::temp_dir().join("architect-e2e");
     fs::create_dir_all(&folder).unwrap();
-    let (output, recipe) = (folder.join("redis"), folder.join("recipe.json"));
+    let (output, recipe) = (folder.join(name), folder.join(format!("{name}.recipe.json")));
     let oracle = oracle();
     let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packages/redis.json");
     let mut json: serde_json::Value = serde_json::from_slice(&fs::read(demo).unwrap()).unwrap();
     let debian = json["root"]["debian"]["packages"].as_array_mut().expect("a list of packages");
     debian.extend(["dash", "coreutils"].map(serde_json::Value::from));
+    change(&mut json);
     fs::write(&recipe, json.to_string()).unwrap();
     let built = Command::new(program("drafter"))
         .args(["package", "build", "--recipe"])

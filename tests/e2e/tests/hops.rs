@@ -1,14 +1,19 @@
 //! What may go wrong around a move, of the [36 checks](../../../docs/hop-checks.md) those that need a whole
-//! machine and have no other home: secrets, a notice.
+//! machine and have no other home: the guest's own hook, a state that cannot be saved, secrets, a notice.
 #![allow(clippy::unwrap_used, reason = "a test ends by panicking")]
 
-use architect::rig::RigConfig;
+use architect::{
+    fleet::{Fleet, MachineSpec, RunnerId},
+    rig::RigConfig,
+};
 use drafter::migrate::messages::Mode;
 use e2e::{
     Stage,
-    busy::sh,
+    busy::{Work, sh, start_oracle, verify_oracle},
     command::say,
-    moves::{go, slow},
+    eventually,
+    moves::{budgets, follow, go, slow},
+    sys::break_state_channel,
     wire::{Secrets, Tap, files_below},
 };
 use serde_json::{Value, json};
@@ -17,8 +22,86 @@ use std::{
     fs,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
+
+const IDLE: Work = Work { memory_mib: 64, hot_mib: 8, rate_mb_s: 20, file_mib: 8 };
+
+/// The machine runs at `at`, answers, and nothing in it is wrong.
+#[track_caller]
+fn runs_at(fleet: &Fleet, at: RunnerId) {
+    let status = fleet.runner(at).status().unwrap();
+    assert_eq!(status.state, "running", "{}", status.detail);
+    assert_eq!(status.lease_owner.as_deref(), Some(fleet.runner(at).host.as_str()));
+    verify_oracle(fleet.runner(at));
+}
+
+/// A move that fails: its sentence.
+#[track_caller]
+fn fails(fleet: &Fleet, from: RunnerId, to: RunnerId, mode: Mode) -> String {
+    let job = fleet.start_move(from, to, mode, budgets(), false).unwrap();
+    let why = follow(fleet, from, job).unwrap_err();
+    assert!(why.contains("still running here"), "{why}");
+    eventually("the destination waits again", Duration::from_secs(60), || {
+        fleet.runner(to).status().unwrap().state == "standby"
+    });
+    why
+}
+
+/// What the guest calls before each pause: as it is told by a file.
+const HOOK: &str = "echo called >> /tmp/calls; case $(cat /tmp/hook) in \
+    fail) echo no room for the dump >&2; exit 3;; hang) sleep 600;; esac";
+
+#[test]
+fn hop_check_07_a_hook_before_the_pause_that_fails_or_hangs_ends_the_move_and_the_machine_runs_on()
+{
+    let Some(mut stage) = Stage::open() else { return };
+    let package = stage.package_with("hooked", |recipe| {
+        let hook = json!({ "argv": ["/bin/dash", "-c", HOOK], "timeout_ms": 1500 });
+        recipe["entry"]["hooks"] = json!({ "before_suspend": hook });
+    });
+    let (a, b) = stage.pair(&MachineSpec::new("redis", &package));
+    let fleet = &stage.fleet;
+    // The hook is not root.
+    sh(fleet.runner(a), "touch /tmp/calls; chmod 666 /tmp/calls; echo well > /tmp/hook");
+    start_oracle(fleet.runner(a), IDLE);
+    let calls = |at| sh(fleet.runner(at), "cat /tmp/calls").lines().count();
+
+    for (tried, (hook, words)) in
+        [("fail", "no room for the dump"), ("hang", "killed at its time limit")].iter().enumerate()
+    {
+        sh(fleet.runner(a), &format!("echo {hook} > /tmp/hook"));
+        let began = Instant::now();
+        let why = fails(fleet, a, b, Mode::Hybrid);
+        assert!(why.contains("before_suspend") && why.contains(words), "{why}");
+        assert!(began.elapsed() < Duration::from_secs(60), "a hook is waited for without end");
+        runs_at(fleet, a);
+        assert_eq!(calls(a), tried + 1, "it is called once in each attempt");
+    }
+    sh(fleet.runner(a), "echo well > /tmp/hook");
+    go(fleet, a, b, Mode::Hybrid, budgets());
+    runs_at(fleet, b);
+    assert_eq!(calls(b), 3);
+}
+
+#[test]
+fn hop_check_08_a_machine_whose_state_cannot_be_saved_after_the_pause_goes_on_where_it_is() {
+    let Some(mut stage) = Stage::open() else { return };
+    let (a, b) = stage.pair(&stage.plain_spec("redis"));
+    let fleet = &stage.fleet;
+    start_oracle(fleet.runner(a), IDLE);
+    for mode in [Mode::Hybrid, Mode::PostCopy] {
+        let monitor = fleet.runner(a).status().unwrap().monitor_pid.unwrap();
+        assert_eq!(break_state_channel(monitor), 1, "sockets into which a state is written");
+        let why = fails(fleet, a, b, mode);
+        assert!(why.contains("saving its state"), "{why}");
+        runs_at(fleet, a);
+    }
+    // What was broken is made anew: it moves, and back.
+    go(fleet, a, b, Mode::Hybrid, budgets());
+    go(fleet, b, a, Mode::Hybrid, budgets());
+    runs_at(fleet, a);
+}
 
 /// A store in a folder, and the keys to it.
 struct Place(tempfile::TempDir);
