@@ -7,6 +7,8 @@ cd "$(dirname "$0")/.."
 PATH="$PATH:$HOME/.cargo/bin"
 triple=x86_64-unknown-linux-gnu
 
-cargo build --workspace
+# With the examples, Cargo gives dependencies the features that tests want of them; without, it would
+# build half of them a second time for the tests.
+cargo build --workspace --lib --bins --examples
 CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS="-C target-feature=+crt-static" \
     cargo build -p drafter-guest -p oracle --profile guest --target $triple

@@ -200,6 +200,21 @@ fn a_server_that_comes_back_with_everything_lost_nothing_but_the_connection() {
 }
 
 #[test]
+fn a_server_that_refuses_while_it_loads_its_data_is_asked_until_it_has() {
+    let Some(mut server) = Server::start(true) else { return };
+    let load = start(&server, 8);
+    // Some hundred milliseconds of loading, in which Redis answers and refuses.
+    server.meddle("EVAL \"for i=1,200000 do redis.call('SET','x'..i,'y') end return 1\" 0");
+    server.restart();
+    assert!(load.wait_for(500, Duration::from_secs(30)));
+    let report = load.finish().unwrap();
+    assert!(report.problems.iter().any(|problem| problem.contains("LOADING")), "{report:#?}");
+    assert!(report.verified, "{report:#?}");
+    let LoadReport { lost_writes, doubled_writes, wrong_answers, .. } = report;
+    assert_eq!((lost_writes, doubled_writes, wrong_answers), (0, 0, 0), "{report:#?}");
+}
+
+#[test]
 fn data_that_changes_behind_the_clients_back_is_caught_on_an_unbroken_connection() {
     type Count = fn(&LoadReport) -> u64;
     let cases: [(&str, Count); 4] = [

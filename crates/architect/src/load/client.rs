@@ -274,6 +274,30 @@ impl Client {
         Ok(())
     }
 
+    /// Reads every key until none of the reads is refused: a server that still loads its data refuses
+    /// them, and what the old connection had in flight is not known before. False if it still
+    /// refuses at the deadline.
+    fn read_all_keys(
+        &mut self,
+        connection: &mut Connection,
+        deadline: Instant,
+    ) -> Result<bool, Broken> {
+        loop {
+            let refused = self.model.findings.refused;
+            self.all_keys(connection, Operation::Read, deadline)?;
+            if self.model.findings.refused == refused {
+                return Ok(true);
+            }
+            if Instant::now() >= deadline {
+                return Ok(false);
+            }
+            if self.wish() == ABANDON {
+                return Err(Broken::Abandoned);
+            }
+            std::thread::sleep(BREATH);
+        }
+    }
+
     fn lost_connection(&mut self, connection: &Connection, error: &Broken) {
         self.note_tcp(connection);
         self.model.broken();
@@ -291,8 +315,8 @@ impl Client {
                 Ok(mut connection) => {
                     self.reconnects += 1;
                     self.publish_errors();
-                    match self.all_keys(&mut connection, Operation::Read, deadline) {
-                        Ok(()) => return Some(connection),
+                    match self.read_all_keys(&mut connection, deadline) {
+                        Ok(_) => return Some(connection),
                         Err(Broken::Abandoned) => return None,
                         Err(error) => self.lost_connection(&connection, &error),
                     }
@@ -314,16 +338,18 @@ impl Client {
     /// The last reading. True if every key was read and none of the reads was refused.
     fn read_everything_at_last(&mut self, connection: &mut Option<Connection>) -> bool {
         let deadline = Instant::now() + self.config.verify_within;
-        let refused = self.model.findings.refused;
-        if let Some(current) = connection {
-            match self.all_keys(current, Operation::Read, deadline) {
-                Ok(()) => return self.model.findings.refused == refused,
+        for _ in 0..2 {
+            if connection.is_none() {
+                *connection = self.reconnect(deadline);
+            }
+            let Some(current) = connection else { break };
+            match self.read_all_keys(current, deadline) {
+                Ok(answered) => return answered,
                 Err(error) => self.lost_connection(current, &error),
             }
+            *connection = None;
         }
-        // Reconnecting reads every key.
-        *connection = self.reconnect(deadline);
-        connection.is_some() && self.model.findings.refused == refused
+        false
     }
 
     fn note_tcp(&mut self, connection: &Connection) {
