@@ -4,6 +4,8 @@
 #   scripts/fuzz.sh                 60 seconds each
 #   scripts/fuzz.sh 600             as long as that each
 #   scripts/fuzz.sh 60 NAME...      only these
+#   scripts/fuzz.sh --build         only builds
+#   scripts/fuzz.sh --idle 90       with what other programs leave of the processors
 #   FUZZ_TARGET=NAME target/fuzz/x86_64-unknown-linux-gnu/release/fuzz FILE    replays a finding
 #
 # Corpora stay in target/fuzz/corpus/NAME and grow; findings lie in target/fuzz/findings.
@@ -12,6 +14,18 @@ cd "$(dirname "$0")/.."
 PATH="$PATH:$HOME/.cargo/bin"
 target=${CARGO_TARGET_DIR:-$PWD/target}/fuzz
 triple=x86_64-unknown-linux-gnu
+
+if [ "${1:-}" = --idle ]; then
+    shift
+    # A session of its own, and where the kernel divides the processors among sessions, its least share.
+    if [ "${FUZZ_SESSION:-}" != own ]; then
+        FUZZ_SESSION=own exec setsid --wait "$0" --idle "$@"
+    fi
+    { echo 19 > /proc/self/autogroup; } 2> /dev/null || true
+    chrt --idle --pid 0 $$
+fi
+only_build=no
+[ "${1:-}" != --build ] || { only_build=yes; shift; }
 seconds=${1:-60}
 [ $# -eq 0 ] || shift
 
@@ -25,6 +39,7 @@ CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS=$flags \
     cargo build --quiet --release --locked --target $triple --target-dir "$target" \
     --manifest-path fuzz/Cargo.toml
 program=$target/$triple/release/fuzz
+[ $only_build = no ] || exit 0
 
 if [ $# -eq 0 ]; then
     # shellcheck disable=SC2046  # names without spaces

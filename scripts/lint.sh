@@ -12,8 +12,9 @@ cargo fmt --all --check
 
 say "lints"
 cargo clippy --workspace --all-targets --quiet -- -D warnings
-# All features are on above; the command is also built without its optional one.
-cargo clippy -p silo-cli --no-default-features --quiet -- -D warnings
+# All features are on above; once more without those that can be left out. (Of the whole workspace, and
+# with the examples, as above: else most dependencies would be checked again.)
+cargo clippy --workspace --lib --bins --examples --no-default-features --quiet -- -D warnings
 
 say "every behavioural check has a test"
 scripts/silo-checks.sh --check
@@ -22,7 +23,7 @@ scripts/hop-checks.sh --check
 say "dependencies: bans, licences, sources"
 if ! cargo deny --version > /dev/null 2>&1; then
     say "installing cargo-deny"
-    cargo install --locked --quiet cargo-deny
+    cargo install --locked --quiet --debug cargo-deny
 fi
 cargo fetch --quiet --locked --target x86_64-unknown-linux-gnu
 # The fuzz targets have a lock file of their own, which a new dependency of theirs leaves behind.

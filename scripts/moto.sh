@@ -6,6 +6,10 @@ cd "$(dirname "$0")/.."
 target=${CARGO_TARGET_DIR:-target}
 case $target in /*) ;; *) target=$PWD/$target ;; esac
 venv=$target/moto
+# Two tests may ask for it at once.
+mkdir -p "$target"
+exec 9> "$target/moto.lock"
+flock 9
 if [ ! -x "$venv/bin/moto_server" ]; then
     rm -rf "$venv.new"
     python3 -m venv "$venv.new" >&2

@@ -6,7 +6,7 @@
 //! to hold is checked by hash before it is used.
 
 use crate::{
-    backup::{Place, Target, key_ring, pin},
+    backup::{Place, Target, key_ring},
     config::{AssistConfig, Config, MigrateConfig},
     moving::security,
     stack::Host,
@@ -150,7 +150,7 @@ pub(crate) fn at_destination(
         // What is fetched may take hours, and be all that there is once the source has gone.
         let open: Open = Box::new(move || {
             let generation = open()?;
-            pin(&generation)?;
+            generation.pin_if_possible()?;
             Ok(generation)
         });
         options.places.push(Arc::new(StorePlace::new(&name, Naming::Plain, open)));

@@ -10,8 +10,8 @@ use crate::{
 };
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use silo::store::{
-    Access, Backup, BackupOptions, Environment, Generation, KeyRing, Limits, LineName, LineWriter,
-    Objects, Policy, Store, StoreError, StoreUrl, WriterOptions, capture::Capture,
+    Access, Backup, BackupOptions, Environment, KeyRing, Limits, LineName, LineWriter, Objects,
+    Policy, Store, StoreError, StoreUrl, WriterOptions, capture::Capture,
 };
 use std::{
     ffi::OsString,
@@ -24,27 +24,6 @@ use std::{
 
 /// Longest time between two generations' beginnings that the policy keeps by itself.
 const REST: Duration = Duration::from_secs(10);
-
-/// How long a reader may not reach the store before what it reads may be collected.
-const PIN_LEASE: Duration = Duration::from_secs(15 * 60);
-
-/// Keeps what a generation refers to for as long as it is open, where the store lets this host write.
-///
-/// # Errors
-/// If it was pruned already.
-pub(crate) fn pin(generation: &Generation) -> Result<(), StoreError> {
-    match generation.pin(PIN_LEASE) {
-        Err(error) if !matches!(error, StoreError::Pruned { .. }) => {
-            let (line, number) = (generation.line(), generation.number());
-            tracing::warn!(
-                %line, number, %error,
-                "a generation that is read is not pinned: do not prune it meanwhile"
-            );
-            Ok(())
-        }
-        pinned => pinned,
-    }
-}
 
 /// A store, and the environment that its credentials come from.
 #[derive(Clone, Debug)]

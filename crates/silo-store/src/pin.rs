@@ -36,6 +36,8 @@ use std::{
 const MAGIC: &[u8; 8] = b"SILOPIN1";
 /// The longest lease that counts, whatever a pin says.
 const MAX_LEASE: Duration = Duration::from_secs(7 * 24 * 3600);
+/// How long a reader may not reach the store before what it reads may be collected.
+const USUAL_LEASE: Duration = Duration::from_secs(15 * 60);
 /// The shortest: a store's clock may count whole seconds only.
 const MIN_LEASE: Duration = Duration::from_secs(3);
 
@@ -243,6 +245,30 @@ impl Generation {
         }
         *pin = Some(kept);
         Ok(())
+    }
+
+    /// [`Generation::pin`]s it for as long as it is open (15 minutes after a kill), where the store lets
+    /// this host write; where it does not, a warning says so.
+    ///
+    /// # Errors
+    /// [`StoreError::Pruned`] if that has happened already.
+    pub fn pin_if_possible(&self) -> Result<()> {
+        match self.pin(USUAL_LEASE) {
+            Err(error) if !matches!(error, StoreError::Pruned { .. }) => {
+                tracing::warn!(
+                    line = %self.line, number = self.number(), %error,
+                    "a generation that is read is not pinned: do not prune it meanwhile"
+                );
+                Ok(())
+            }
+            pinned => pinned,
+        }
+    }
+
+    /// Ends the pin now rather than when the last holder drops this.
+    pub fn unpin(&self) {
+        let pin = self.pin.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(pin);
     }
 
     /// Whether the entry is still in the line's log.

@@ -18,6 +18,7 @@ pub mod full;
 pub mod gate;
 pub mod moves;
 pub mod peer;
+pub mod place;
 pub mod proxy;
 pub mod soak;
 mod stage;

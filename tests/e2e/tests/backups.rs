@@ -18,6 +18,7 @@ use e2e::{
     command::{Said, say},
     eventually, full,
     moves::{budgets, follow, go, settled, slow},
+    place::Place,
     writers::{busy_machine, receiver, verify_all, works_on, written},
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -38,43 +39,13 @@ use std::{
 
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// A store in a folder, and the keys to it.
-struct Place {
-    folder: tempfile::TempDir,
-    store: PathBuf,
-}
-
-impl Place {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let store = folder.path().join("store");
-        let place = Self { folder, store };
-        fs::write(place.keys(), KeyRing::generate_line("test").unwrap()).unwrap();
-        fs::set_permissions(place.keys(), fs::Permissions::from_mode(0o600)).unwrap();
-        place
-    }
-
-    fn keys(&self) -> PathBuf {
-        self.folder.path().join("keys")
-    }
-
-    fn url(&self) -> String {
-        format!("file://{}", self.store.display())
-    }
-
-    /// `--store … --keys …`.
-    fn words(&self) -> Vec<String> {
-        let keys = self.keys().display().to_string();
-        vec!["--store".into(), self.url(), "--keys".into(), keys]
-    }
-
-    fn open(&self, which: Which) -> Arc<Generation> {
-        let (url, environment) = (self.url().parse().unwrap(), Environment::of_process());
-        let store = Store::open(&url, Access::Read, &environment, Limits::default()).unwrap();
-        let keys = KeyRing::from_file(&self.keys()).unwrap();
-        let line = LineName::parse("machines/redis").unwrap();
-        Generation::open(&store, &keys, &line, which, 16 << 20).unwrap()
-    }
+/// A generation of the machine in a store.
+fn open(place: &Place, which: Which) -> Arc<Generation> {
+    let (url, environment) = (place.url().parse().unwrap(), Environment::of_process());
+    let store = Store::open(&url, Access::Read, &environment, Limits::default()).unwrap();
+    let keys = KeyRing::from_file(&place.keys()).unwrap();
+    let line = LineName::parse("machines/redis").unwrap();
+    Generation::open(&store, &keys, &line, which, 16 << 20).unwrap()
 }
 
 /// `drafter --json WORDS` on a host.
@@ -139,10 +110,10 @@ fn boot_id(runner: &Runner) -> String {
 /// a crash would leave it.
 #[track_caller]
 fn disk_is_sound(place: &Place, which: Which) {
-    let generation = place.open(which);
+    let generation = open(place, which);
     let devices = generation.devices();
     let disk = devices.iter().find(|device| device.name.starts_with("disk-")).unwrap();
-    let image = place.folder.path().join("image");
+    let image = place.folder().join("image");
     let _ = fs::remove_file(&image);
     let target = silo::source::FileDevice::create(&image, disk.geometry.bytes()).unwrap();
     let options = RestoreOptions { target_is_zero: true, ..RestoreOptions::default() };
@@ -323,7 +294,7 @@ fn a_machine_whose_disk_waits_for_room_is_backed_up_and_its_write_ends_here_and_
 fn a_store_that_fails_half_way_harms_no_machine_and_the_next_backup_has_everything() {
     let Some(mut stage) = Stage::open() else { return };
     let place = Place::new();
-    let small = Small::mount(&place.store, "12m");
+    let small = Small::mount(&place.store(), "12m");
     let a = busy_machine(&mut stage, "vhost-user-blk");
     works_on(stage.fleet.runner(a));
     let failed = on(&stage, 0, &["backup", "redis"], &place.words());
@@ -336,11 +307,11 @@ fn a_store_that_fails_half_way_harms_no_machine_and_the_next_backup_has_everythi
     let first = back_up(&stage, 0, &place);
     works_on(stage.fleet.runner(a));
     // Once more, in the middle of a history: what the failed one had taken is in the next.
-    let used: u64 = fs::read_dir(place.store.join("packs")).unwrap().count() as u64;
+    let used: u64 = fs::read_dir(place.store().join("packs")).unwrap().count() as u64;
     assert!(used > 0);
-    fs::set_permissions(&place.store, fs::Permissions::from_mode(0o755)).unwrap();
-    let packs = place.store.join("packs");
-    let aside = place.store.join("packs-aside");
+    fs::set_permissions(&place.store(), fs::Permissions::from_mode(0o755)).unwrap();
+    let packs = place.store().join("packs");
+    let aside = place.store().join("packs-aside");
     fs::rename(&packs, &aside).unwrap();
     fs::write(&packs, "no folder").unwrap();
     on(&stage, 0, &["backup", "redis"], &place.words()).fails_with(&["the machine runs on"]);
@@ -358,7 +329,7 @@ fn a_store_that_fails_half_way_harms_no_machine_and_the_next_backup_has_everythi
 
     // Wrong keys open nothing, and leave what this host has alone.
     die(&mut stage, b);
-    fs::write(place.keys(), KeyRing::generate_line("test").unwrap()).unwrap();
+    place.new_keys();
     refused(&stage, 1, &place, &[]).fails_with(&["key"]);
     let disks = stage.fleet.runner(b).dir().disks();
     assert!(fs::read_dir(disks).unwrap().next().is_some());
@@ -433,7 +404,7 @@ fn hop_check_22_a_machine_runs_while_it_is_still_in_the_store_and_waits_for_a_st
     works_on(stage.fleet.runner(a));
     back_up(&stage, 0, &place);
     die(&mut stage, a);
-    let (packs, aside) = (place.store.join("packs"), place.store.join("packs-aside"));
+    let (packs, aside) = (place.store().join("packs"), place.store().join("packs-aside"));
     let mut tries = 0;
     let b = loop {
         let words: &[&str] = if tries == 0 { &["--take-from", "a", "--lazy"] } else { &["--lazy"] };

@@ -7,6 +7,7 @@ use e2e::{
     busy::{OracleReport, Work, sh, start_oracle, verify_oracle},
     command::{Said, say},
     eventually,
+    place::Place,
     writers::{busy_machine, verify_all, works_on},
 };
 use nix::{
@@ -227,6 +228,131 @@ fn three_copies(kind: &str) {
     assert!(generation.contains("\"generation\":2"), "{generation}");
     on_a(&stage, &["stop", "copy-3", "--grace-s", "0"]).succeeds();
     recovered.wait().unwrap();
+}
+
+/// The words that begin a copy of "redis" from its history.
+fn copy_words(stage: &Stage, place: &Place, name: &str, more: &[&str]) -> Vec<String> {
+    let package = stage.package().display().to_string();
+    let words = ["restore", name, "--copy-of", "redis", "--package", &package];
+    let mut words: Vec<String> = words.map(String::from).into();
+    words.extend(place.words());
+    words.extend(more.iter().map(|word| (*word).to_owned()));
+    words
+}
+
+#[test]
+fn copies_on_another_host_begin_as_a_generation_of_the_machine_which_runs_on() {
+    let Some(mut stage) = Stage::open() else { return };
+    let place = Place::new();
+    let mut spec = stage.spec("redis", 2);
+    spec.memory_mib = Some(MEMORY_MIB);
+    let source = stage.fleet.run(0, &spec).unwrap();
+    stage.fleet.runner(source).wait_ready(e2e::BOOT).unwrap();
+    start_oracle(stage.fleet.runner(source), WORK);
+    sh(stage.fleet.runner(source), "redis-cli set k before; echo disk > /var/lib/note; sync");
+    let load = {
+        let client = stage.fleet.rig().client();
+        let config = architect::load::LoadConfig {
+            think: Duration::from_millis(1),
+            ..architect::load::LoadConfig::default()
+        };
+        client.run(|| architect::load::Load::start(Stage::public(2), config)).unwrap().unwrap()
+    };
+    assert!(load.wait_for(100, LIMIT), "{:?}", load.progress());
+    say(stage.drafter(0).args(["backup", "redis"]).args(place.words()), LIMIT).succeeds();
+    sh(stage.fleet.runner(source), "redis-cli set k after");
+
+    let refused = |stage: &Stage, name: &str, more: &[&str], why: &str| {
+        let mut command = stage.drafter(1);
+        command.args(copy_words(stage, &place, name, more));
+        command.args(["--host", "b", "--plaintext", "--lease"]).arg(stage.leases());
+        say(&mut command, LIMIT).fails_with(&[why]);
+    };
+    refused(&stage, "redis", &[], "needs a name of its own");
+    refused(&stage, "copy-1", &[], "a copy needs an address of its own");
+    refused(&stage, "copy-1", &["--address", "auto"], "--address auto needs an edge");
+    refused(
+        &stage,
+        "copy-1",
+        &["--address", "10.77.0.101", "--take-from", "a"],
+        "cannot be used with",
+    );
+
+    let mut copies = Vec::new();
+    for (number, lazy) in [(1, None), (2, Some("--lazy"))] {
+        let (name, address) = (format!("copy-{number}"), format!("10.77.0.{}", 100 + number));
+        let more: Vec<&str> = ["--address", &address].into_iter().chain(lazy).collect();
+        let mut own = stage.plain_spec(&name);
+        own.on_agent = true;
+        let words = copy_words(&stage, &place, &name, &more);
+        let copy = stage.fleet.start(1, &own, words).unwrap();
+        let runner = stage.fleet.runner(copy);
+        let status = runner.status().unwrap();
+        assert_eq!((status.state.as_str(), status.epoch), ("running", Some(1)), "{status:?}");
+        assert_eq!(status.lease_owner.as_deref(), Some("b"), "{status:?}");
+        // The instant of the generation, and an identity of its own.
+        assert_eq!(sh(runner, "redis-cli get k; cat /var/lib/note").trim(), "before\ndisk");
+        let names = sh(runner, "cat /proc/sys/kernel/hostname /etc/hostname");
+        assert_eq!(names.trim(), format!("{name}\n{name}"));
+        let identity: Value =
+            serde_json::from_str(&sh(runner, "cat /run/drafter/identity.json")).unwrap();
+        assert_eq!((&identity["generation"], &identity["copy_of"]), (&1.into(), &"redis".into()));
+        assert_eq!(identity["address"], address.as_str(), "{identity}");
+        verify_oracle(runner);
+        // From the other host, by the network.
+        eventually("the copy answers at its address", LIMIT, || {
+            let script = format!("redis-cli -h {address} set k {name} || true");
+            sh(stage.fleet.runner(source), &script).trim() == "OK"
+        });
+        copies.push(copy);
+    }
+    // None is another, or the machine, nobody of whose clients noticed.
+    for (copy, name) in copies.iter().zip(["copy-1", "copy-2"]) {
+        assert_eq!(sh(stage.fleet.runner(*copy), "redis-cli get k").trim(), name);
+    }
+    assert_eq!(sh(stage.fleet.runner(source), "redis-cli get k").trim(), "after");
+    assert!(load.wait_for(100, LIMIT), "{:?}", load.progress());
+    let loaded = load.finish().unwrap();
+    assert!(loaded.is_clean(), "the client noticed: {loaded:?}");
+    verify_oracle(stage.fleet.runner(source));
+
+    // It is a machine like any other: another of its name is refused, it moves, and is backed up.
+    let other = ["--address", "10.77.0.111"];
+    refused(&stage, "copy-2", &other, "it has a runner on this host already");
+    say(stage.drafter(1).args(["stop", "copy-2", "--grace-s", "0"]), LIMIT).succeeds();
+    eventually("its runner has ended", LIMIT, || {
+        let record = stage.fleet.runner(copies[1]).dir().read_record().unwrap();
+        !record.is_some_and(|record| record.alive())
+    });
+    refused(&stage, "copy-2", &other, "this host has a machine \"copy-2\" already");
+    let mut there = stage.plain_spec("copy-1");
+    there.on_agent = true;
+    let to = stage.fleet.receive(0, &there).unwrap();
+    let address = stage.fleet.runner(to).address.to_string();
+    let words = ["migrate", "copy-1", "--to", &address, "--peer", "a"];
+    say(stage.drafter(1).args(words), LIMIT).succeeds();
+    verify_oracle(stage.fleet.runner(to));
+    say(stage.drafter(0).args(["backup", "copy-1"]).args(place.words()), LIMIT).succeeds();
+
+    // A machine that sleeps is copied as it sleeps, and wakes as if nothing had been.
+    say(stage.drafter(0).args(["suspend", "redis"]).args(place.words()), LIMIT).succeeds();
+    let mut own = stage.plain_spec("copy-3");
+    own.on_agent = true;
+    let more = ["--line", "machines/redis.suspended", "--address", "10.77.0.103", "--lazy"];
+    let words = copy_words(&stage, &place, "copy-3", &more);
+    let third = stage.fleet.start(1, &own, words).unwrap();
+    let mut itself = stage.plain_spec("redis");
+    itself.on_agent = true;
+    let package = stage.package().display().to_string();
+    let mut words: Vec<String> = ["resume", "redis", "--package", &package].map(Into::into).into();
+    words.extend(place.words());
+    let woken = stage.fleet.start(0, &itself, words).unwrap();
+    for (runner, name) in [(third, "copy-3"), (woken, "redis")] {
+        let runner = stage.fleet.runner(runner);
+        let said = sh(runner, "redis-cli get k; cat /proc/sys/kernel/hostname");
+        assert_eq!(said.trim(), format!("after\n{name}"));
+        verify_oracle(runner);
+    }
 }
 
 #[test]

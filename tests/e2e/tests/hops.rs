@@ -13,15 +13,14 @@ use e2e::{
     command::say,
     eventually,
     moves::{budgets, follow, go, slow},
+    place::Place,
     sys::break_state_channel,
     wire::{Secrets, Tap, files_below},
 };
 use serde_json::{Value, json};
-use silo::store::KeyRing;
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
-    path::{Path, PathBuf},
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -103,28 +102,6 @@ fn hop_check_08_a_machine_whose_state_cannot_be_saved_after_the_pause_goes_on_wh
     runs_at(fleet, a);
 }
 
-/// A store in a folder, and the keys to it.
-struct Place(tempfile::TempDir);
-
-impl Place {
-    fn new() -> (Self, String) {
-        let place = Self(tempfile::tempdir().unwrap());
-        let line = KeyRing::generate_line("test").unwrap();
-        fs::write(place.keys(), &line).unwrap();
-        fs::set_permissions(place.keys(), fs::Permissions::from_mode(0o600)).unwrap();
-        (place, line)
-    }
-
-    fn keys(&self) -> PathBuf {
-        self.0.path().join("keys")
-    }
-
-    fn words(&self) -> Vec<String> {
-        let store = format!("file://{}", self.0.path().join("store").display());
-        vec!["--store".into(), store, "--keys".into(), self.keys().display().to_string()]
-    }
-}
-
 /// All that processes of ours were started with and have in their environment.
 fn spoken_to(pids: &[u32]) -> Vec<u8> {
     let files =
@@ -136,7 +113,8 @@ fn spoken_to(pids: &[u32]) -> Vec<u8> {
 fn hop_check_13_no_key_is_on_the_wire_in_a_log_in_a_file_or_in_a_store_and_no_memory_in_clear() {
     let Some(mut stage) = Stage::open() else { return };
     let identity = stage.fleet.rig().identity().unwrap();
-    let (place, line) = Place::new();
+    let place = Place::new();
+    let line = place.new_keys();
     let mut secrets = Secrets::default();
     for file in fs::read_dir(&identity).unwrap().map(|entry| entry.unwrap().path()) {
         if file.extension().is_some_and(|kind| kind == "key") {
@@ -196,7 +174,7 @@ fn hop_check_13_no_key_is_on_the_wire_in_a_log_in_a_file_or_in_a_store_and_no_me
     for words in [&asleep.stdout, &asleep.stderr] {
         assert_eq!(secrets.found_in(words), Vec::<&str>::new(), "said by suspend");
     }
-    let stored = files_below(place.0.path(), &[place.keys()]);
+    let stored = files_below(&place.folder(), &[place.keys()]);
     let folder = stage.fleet.rig().folder();
     let kept = files_below(folder, &[identity]);
     assert!(kept.iter().any(|path| path.extension().is_some_and(|kind| kind == "log")), "no logs");

@@ -17,6 +17,7 @@ use e2e::{
     BOOT, Stage, eventually,
     gate::{Gate, Step},
     moves::{budgets, go},
+    place::Place,
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -25,24 +26,19 @@ use nix::{
 use std::{
     fs,
     net::TcpStream,
-    os::unix::fs::PermissionsExt,
     time::{Duration, Instant},
 };
 
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// A machine with a network and its Redis at the edge, protected wherever it runs.
-fn spec(stage: &Stage, more: &[&str]) -> (MachineSpec, tempfile::TempDir) {
-    let folder = tempfile::tempdir().unwrap();
-    let keys = folder.path().join("keys");
-    fs::write(&keys, silo::store::KeyRing::generate_line("test").unwrap()).unwrap();
-    fs::set_permissions(&keys, fs::Permissions::from_mode(0o600)).unwrap();
+fn spec(stage: &Stage, more: &[&str]) -> (MachineSpec, Place) {
+    let place = Place::new();
     let mut spec = stage.spec("redis", 1);
-    let url = format!("file://{}", folder.path().join("store").display());
-    let keys = keys.display().to_string();
+    let (url, keys) = (place.url(), place.keys().display().to_string());
     spec.extra = ["--protect", &url, "--protect-keys", &keys].map(String::from).into();
     spec.extra.extend(more.iter().map(|word| (*word).to_owned()));
-    (spec, folder)
+    (spec, place)
 }
 
 fn stand_in(stage: &mut Stage, host: usize, spec: &MachineSpec) -> RunnerId {

@@ -12,51 +12,16 @@ use e2e::{
     busy::sh,
     command::{Said, say},
     eventually,
+    place::Place,
     writers::{busy_machine, verify_all, works_on},
 };
-use silo::store::KeyRing;
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 const LIMIT: Duration = Duration::from_secs(120);
-
-/// A store in a folder, and the keys to it.
-struct Place(tempfile::TempDir);
-
-impl Place {
-    fn new() -> Self {
-        let place = Self(tempfile::tempdir().unwrap());
-        fs::write(place.keys(), KeyRing::generate_line("test").unwrap()).unwrap();
-        fs::set_permissions(place.keys(), fs::Permissions::from_mode(0o600)).unwrap();
-        place
-    }
-
-    fn keys(&self) -> PathBuf {
-        self.0.path().join("keys")
-    }
-
-    fn store(&self) -> PathBuf {
-        self.0.path().join("store")
-    }
-
-    fn words(&self) -> Vec<String> {
-        let store = format!("file://{}", self.store().display());
-        vec!["--store".into(), store, "--keys".into(), self.keys().display().to_string()]
-    }
-
-    fn packs(&self) -> Vec<PathBuf> {
-        let mut all = Vec::new();
-        for folder in fs::read_dir(self.store().join("packs")).unwrap() {
-            let files = fs::read_dir(folder.unwrap().path()).unwrap();
-            all.extend(files.map(|file| file.unwrap().path()));
-        }
-        all
-    }
-}
 
 #[track_caller]
 fn suspend_said(stage: &Stage, host: usize, place: &Place) -> Said {

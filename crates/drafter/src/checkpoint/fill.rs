@@ -285,8 +285,19 @@ impl StoreFill {
         self.devices[device].fill(range.start, &bytes).map(drop).map_err(io::Error::other)
     }
 
-    /// Brings everything. Returns when nothing is missing, or when it was ended: then false.
+    /// Brings everything. Returns when nothing is missing, or when it was ended: then false. What the
+    /// generation refers to is kept in the store until then, also if the generation is pruned.
     pub fn run(&self) -> bool {
+        if let Err(error) = self.generation.pin_if_possible() {
+            // What is missing of it is told when it is missing.
+            tracing::error!(%error, "the generation that the machine is brought from is gone");
+        }
+        let all = self.bring_all();
+        self.generation.unpin();
+        all
+    }
+
+    fn bring_all(&self) -> bool {
         if !self.run_ahead() {
             return false;
         }
@@ -530,6 +541,36 @@ mod tests {
         let mut all = vec![0; BLOCK_SIZE * 8];
         disk.read(BlockIndex(1), &mut all).unwrap();
         assert!(all[..BLOCK_SIZE] == content(1));
+    }
+
+    #[test]
+    fn the_generation_is_pinned_while_it_is_brought_and_not_afterwards() {
+        let folder = tempfile::tempdir().unwrap();
+        let pins = || {
+            let mut found = 0;
+            let mut folders = vec![folder.path().join("store/pins")];
+            while let Some(folder) = folders.pop() {
+                for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+                    match entry.file_type().unwrap().is_dir() {
+                        true => folders.push(entry.path()),
+                        false => found += 1,
+                    }
+                }
+            }
+            found
+        };
+        let (_disk, fill) = armed(folder.path(), &FirstTouches::new());
+        let (packs, aside) = (folder.path().join("store/packs"), folder.path().join("aside"));
+        fs::rename(&packs, &aside).unwrap();
+        thread::scope(|scope| {
+            let _end = End(&fill);
+            let filler = scope.spawn(|| fill.run());
+            wait_for_trouble(&fill);
+            assert_eq!(pins(), 1);
+            fs::rename(&aside, &packs).unwrap();
+            assert!(filler.join().unwrap());
+        });
+        assert_eq!(pins(), 0);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::{
     runner::{
         self,
         api::{Client, ForkReport, Request, Status},
-        config::{Forked, Launch, NetworkConfig, RunnerConfig},
+        config::{CopyOf, Forked, Launch, NetworkConfig, RunnerConfig},
         state::{MachineDir, check_name},
     },
 };
@@ -267,13 +267,11 @@ fn start(
         ..image.config.clone()
     };
     let from = Forked {
-        copy_of: image.machine.clone(),
+        identity: CopyOf { copy_of: image.machine.clone(), address, address_v6 },
         folder: image.folder.clone(),
         memory: image.memory.clone(),
         package: image.package.clone(),
         facts: image.facts.clone(),
-        address,
-        address_v6,
     };
     match spawn(&Start { config, from }, &image.folder, &started.dir, state) {
         Ok(child) => started.child = Some(child),

@@ -9,8 +9,8 @@ use crate::runner::{
     self,
     api::{Client, Request},
     config::{
-        AcceleratorChoice, Boot, Launch, NetworkConfig, ProtectConfig, RestoreFrom, RunnerConfig,
-        SecurityConfig,
+        AcceleratorChoice, Address, Boot, CopyWanted, Launch, NetworkConfig, ProtectConfig,
+        RestoreFrom, RunnerConfig, SecurityConfig,
     },
     state::{MachineDir, check_name},
 };
@@ -222,6 +222,16 @@ pub struct RestoreArgs {
     /// wrongly, the machine runs twice
     #[arg(long, value_name = "HOST")]
     take_from: Option<String>,
+    /// Begin a copy of this machine, as its history has it, with a name, a lease and addresses of its own.
+    /// The machine itself is not touched, wherever it runs
+    #[arg(long, value_name = "MACHINE", conflicts_with = "take_from")]
+    copy_of: Option<String>,
+    /// The copy's address; auto: the edge gives it one
+    #[arg(long, value_name = "ADDRESS|auto", requires = "copy_of")]
+    address: Option<Address>,
+    /// The copy's IPv6 address
+    #[arg(long, requires = "address")]
+    address_v6: Option<std::net::Ipv6Addr>,
     /// Run at once; what the guest touches is fetched first, and then the rest. Until all is here the
     /// store must stay, and the machine cannot move or be suspended
     #[arg(long)]
@@ -328,26 +338,6 @@ impl ProtectFlags {
     }
 }
 
-/// Which address a machine has.
-#[derive(Clone, Copy, Debug)]
-enum Address {
-    /// One that the edge gives it.
-    Auto,
-    /// This one.
-    Own(Ipv4Addr),
-}
-
-impl std::str::FromStr for Address {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            _ => text.parse().map(Self::Own).map_err(|_| "neither an IPv4 address nor auto"),
-        }
-    }
-}
-
 /// The addresses that the edge gives a machine; the same ones whenever it is asked for that name.
 fn given_address(
     machine: &str,
@@ -429,6 +419,7 @@ pub(super) fn resume(args: ResumeArgs, state: &StateArgs) -> anyhow::Result<()> 
             keys: history.keys,
             take_from: args.take_from,
             lazy: true,
+            copy: None,
         };
         return start(config, Launch::Restore(from), args.on.detach);
     };
@@ -437,14 +428,25 @@ pub(super) fn resume(args: ResumeArgs, state: &StateArgs) -> anyhow::Result<()> 
 
 pub(super) fn restore(args: RestoreArgs, state: &StateArgs) -> anyhow::Result<()> {
     let config = config(&args.name, &args.on, args.package, state)?;
+    if let Some(of) = &args.copy_of {
+        check_name(of).map_err(anyhow::Error::msg)?;
+        if *of == args.name {
+            bail!("a copy of \"{of}\" needs a name of its own");
+        }
+    }
     let from = RestoreFrom {
-        line: args.history.line(&args.name),
+        line: args.history.line(args.copy_of.as_ref().unwrap_or(&args.name)),
         store: args.history.store()?,
         generation: args.generation,
         keys: args.history.keys,
         take_from: args.take_from,
         lazy: args.lazy,
         suspended: false,
+        copy: args.copy_of.map(|of| CopyWanted {
+            of,
+            address: args.address,
+            address_v6: args.address_v6,
+        }),
     };
     start(config, Launch::Restore(from), args.on.detach)
 }

@@ -168,11 +168,45 @@ pub enum Launch {
     Recover,
 }
 
-/// A machine of which this one is a copy.
+/// Who a copy is, in place of the machine that it is a copy of.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CopyOf {
+    /// That machine's name.
+    pub copy_of: String,
+    /// The copy's address, if the machine has a network.
+    pub address: Option<Ipv4Addr>,
+    /// The same for IPv6.
+    #[serde(default)]
+    pub address_v6: Option<std::net::Ipv6Addr>,
+}
+
+/// Which address a machine is to have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Address {
+    /// One that the edge gives it, and an IPv6 address where it has some.
+    Auto,
+    /// This one.
+    Own(Ipv4Addr),
+}
+
+impl std::str::FromStr for Address {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            _ => text.parse().map(Self::Own).map_err(|_| "neither an IPv4 address nor auto"),
+        }
+    }
+}
+
+/// A machine on this host of which this one is a copy.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Forked {
-    /// Its name.
-    pub copy_of: String,
+    /// Of which, and who the copy is.
+    #[serde(flatten)]
+    pub identity: CopyOf,
     /// Where its runner has put what it was.
     pub folder: PathBuf,
     /// Its memory, by a descriptor of its runner, which keeps it until the copies have it.
@@ -181,9 +215,16 @@ pub struct Forked {
     pub package: PathBuf,
     /// What this host offers; true when the image was taken.
     pub facts: HostFacts,
+}
+
+/// A copy that begins as a generation of another machine.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CopyWanted {
+    /// Which machine.
+    pub of: String,
     /// The copy's address, if the machine has a network.
-    pub address: Option<Ipv4Addr>,
-    /// The same for IPv6.
+    pub address: Option<Address>,
+    /// Its IPv6 address.
     #[serde(default)]
     pub address_v6: Option<std::net::Ipv6Addr>,
 }
@@ -206,6 +247,9 @@ pub struct RestoreFrom {
     /// It must be what the machine was suspended as, and the machine must not have run since.
     #[serde(default)]
     pub suspended: bool,
+    /// It is another machine's, which stays what and where it is: this one begins as a copy of it.
+    #[serde(default)]
+    pub copy: Option<CopyWanted>,
 }
 
 /// Facts of a new machine.

@@ -15,6 +15,7 @@
 //! The machine's body ([`hosted::Hosted`]) is lent to whoever works on it (a move's job, an
 //! arriving session); everything else answers from what [`Inner`] knows meanwhile.
 //!
+//! [`boot`] starts it from its package, [`end`] watches for its end and brings it about,
 //! [`server`] answers the API, [`peer`] takes connections of other hosts, [`moves`] runs jobs,
 //! [`suspend`] saves to a folder, [`sleep`] to a store, [`backup`] there while the machine runs, [`restore`]
 //! brings it back from there; what they share is in [`saved`]. [`take_over`] finds a machine whose runner is
@@ -25,8 +26,10 @@
 
 pub mod api;
 mod backup;
+mod boot;
 pub mod config;
 mod disks;
+mod end;
 mod fork;
 pub mod guard;
 mod hosted;
@@ -54,18 +57,18 @@ mod trouble;
 use crate::{
     checkpoint::fill::{FirstTouches, StoreFill},
     driver::{
-        Driver, Exit,
+        Driver,
         qemu::{self, QemuConfig, QemuDriver},
     },
-    lease::{AttemptId, LeaseStore, MachineName, Nonce, Outcome, Record},
+    lease::{LeaseStore, MachineName, Nonce},
     migrate::{
         destination::Door, messages::StayId, source::Outage, switchover::Holding,
         timings::MoveReport,
     },
-    package::{Cache, Package},
+    package::Cache,
 };
 use conduit::{DataPath, MachineNet};
-use config::{AcceleratorChoice, Boot, Launch, NetworkConfig, RunnerConfig};
+use config::{AcceleratorChoice, Launch, NetworkConfig, RunnerConfig};
 use hosted::{Content, Hosted, Site};
 use identity::{HostName, Security};
 use moves::Job;
@@ -74,7 +77,7 @@ use silo::device::Device;
 use state::{MachineDir, RunnerRecord, boot_id, process_start};
 use std::{
     collections::BTreeMap,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicUsize, Ordering},
@@ -395,81 +398,6 @@ impl Runner {
         SitePaths { track: self.config.track, run: self.dir.run(), disks: self.dir.disks() }
     }
 
-    /// A package by path: opened and checked.
-    fn open_package(&self, path: &Path) -> Result<Package, String> {
-        let package = Package::open_with(path, &self.cache).map_err(|e| e.to_string())?;
-        package.verify(&self.cache).map_err(|e| e.to_string())?;
-        Ok(package)
-    }
-
-    /// A package by identity, among those that the runner was given.
-    fn find_package(&self, id: &str) -> Option<Package> {
-        let mut candidates: Vec<PathBuf> = Vec::new();
-        for path in &self.config.packages {
-            candidates.push(path.clone());
-            if let Ok(entries) = std::fs::read_dir(path) {
-                candidates.extend(entries.flatten().map(|e| e.path()));
-            }
-        }
-        candidates.into_iter().find_map(|path| {
-            let package = Package::open_with(&path, &self.cache).ok()?;
-            (package.id().to_string() == id).then_some(package)
-        })
-    }
-
-    /// Takes the lease for a machine that starts here.
-    fn acquire(&self) -> Result<Holding, String> {
-        let attempt = AttemptId::random().map_err(|e| e.to_string())?;
-        let nonce = Nonce::random().map_err(|e| e.to_string())?;
-        let found = self.store.read(&self.name).map_err(|e| e.to_string())?;
-        let new = match &found {
-            None => Record::first(self.name.clone(), self.host.clone(), attempt, nonce),
-            Some(record) if record.owner == self.host => {
-                record.taken(self.host.clone(), attempt, nonce)
-            }
-            Some(record) => {
-                return Err(format!(
-                    "host \"{}\" owns it ({}); stop it there, or remove its lease in {} if that \
-                     host will never come back",
-                    record.owner,
-                    record.epoch,
-                    self.config.lease.display()
-                ));
-            }
-        };
-        match self.store.compare_and_set(&self.name, found.as_ref(), &new) {
-            Ok(Outcome::Won) => Ok(Holding::new(new)),
-            Ok(Outcome::Lost(_)) => Err("another host took its lease just now".into()),
-            Err(error) => Err(error.to_string()),
-        }
-    }
-
-    fn boot(self: &Arc<Self>, boot: &Boot) -> Result<(), String> {
-        let package = self.open_package(&boot.package)?;
-        let facts = self.driver.facts().map_err(|e| e.to_string())?;
-        let (shape, net) = hosted::shape_of(&self.config.machine, &package, boot, &facts);
-        let holding = self.acquire()?;
-        let paths = self.site();
-        let content = hosted::new_content(&shape, &package, &paths.disks, boot.keep_disks)
-            .map_err(|e| e.to_string())?;
-        let site = paths.site(&*self.driver, &self.path);
-        let start = crate::driver::Start::Boot;
-        let mut body = Hosted::build(shape, package, net, content, &site, start, None)
-            .map_err(|e| e.to_string())?;
-        let flip = crate::migrate::switchover::FlipEpoch::of(holding.record.epoch, 0).0;
-        // Learns here that a port of the edge is taken, before the guest runs.
-        let started = body.begin(flip).and_then(|()| body.settled(flip, EDGE_LIMIT));
-        if let Err(error) = started {
-            self.lock().net.clone_from(&body.net);
-            body.tear_down();
-            return Err(error.to_string());
-        }
-        let noted = take_over::Noted::of(&body, false);
-        self.install(Box::new(body), holding, None);
-        self.complete(&noted);
-        Ok(())
-    }
-
     /// The machine runs here now.
     fn install(self: &Arc<Self>, mut body: Box<Hosted>, holding: Holding, since: Option<StayId>) {
         body.unguard();
@@ -551,147 +479,6 @@ impl Runner {
             inner.body = Some(body);
         }
         self.set_state(state, detail);
-    }
-
-    /// Waits for the machine's end, looking at its monitor now and then.
-    fn watch(self: &Arc<Self>) -> Result<(), String> {
-        let mut watch = trouble::DiskWatch::default();
-        let mut inner = self.lock();
-        loop {
-            if inner.state.over() {
-                return match inner.state {
-                    State::Failed => Err(inner.detail.clone()),
-                    _ => Ok(()),
-                };
-            }
-            let running = inner.state == State::Running;
-            let exit = match &mut inner.body {
-                Some(body) if running => body.vm().exit(),
-                _ => None,
-            };
-            if let Some(exit) = exit {
-                drop(inner);
-                self.machine_ended(&exit);
-                inner = self.lock();
-                continue;
-            }
-            if running && self.look_at_disks(&mut inner, &mut watch) {
-                let body = inner.body.take();
-                drop(inner);
-                self.try_again(body);
-                inner = self.lock();
-            }
-            if running && inner.body.as_ref().is_some_and(|body| body.may_have_to_rejoin()) {
-                let body = inner.body.take();
-                drop(inner);
-                self.rejoin_disks(body);
-                inner = self.lock();
-            }
-            inner = self
-                .changed
-                .wait_timeout(inner, Duration::from_millis(200))
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
-    }
-
-    fn machine_ended(&self, exit: &Exit) {
-        self.protected_ended(exit);
-        match exit {
-            Exit::Shutdown => self.set_state(State::Stopped, "the guest shut down"),
-            Exit::Reset => self.set_state(State::Stopped, "the guest rebooted or panicked"),
-            Exit::Failed { detail } => {
-                self.set_state(State::Failed, format!("its monitor failed: {detail}"));
-            }
-        }
-    }
-
-    /// SIGTERM and SIGINT stop the machine in an orderly way.
-    fn watch_signals(self: &Arc<Self>) -> Result<(), String> {
-        use signal_hook::{
-            consts::{SIGINT, SIGTERM},
-            iterator::Signals,
-        };
-        let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(|e| e.to_string())?;
-        let runner = Arc::clone(self);
-        std::thread::Builder::new()
-            .name("signals".into())
-            .spawn(move || {
-                for _ in signals.forever() {
-                    if let Err(why) = runner.stop(Duration::from_secs(10)) {
-                        tracing::warn!("not stopping: {why}");
-                    }
-                }
-            })
-            .map(drop)
-            .map_err(|e| e.to_string())
-    }
-
-    /// Ends the machine: by its agent within `grace`, else at once.
-    fn stop(&self, grace: Duration) -> Result<String, String> {
-        let state = self.settled().state;
-        match state {
-            State::Standby | State::StandIn => {
-                self.set_state(State::Stopped, "nothing ran here");
-                return Ok("nothing ran here".into());
-            }
-            State::Stopped | State::Failed => return Ok("it had ended already".into()),
-            State::Running | State::Paused => {}
-            other => return Err(format!("it is {} just now; cancel that first", other.word())),
-        }
-        if let Err(error) = self.let_go() {
-            tracing::error!(
-                error,
-                "the lease store does not learn that the machine is stopped: a stand-in will start it"
-            );
-        }
-        let guest = self.lock().guest.clone();
-        let deadline = Instant::now() + grace;
-        if state == State::Running
-            && !grace.is_zero()
-            && let Some(guest) = guest
-        {
-            match guest.shut_down(grace) {
-                Ok(()) => {
-                    let mut inner = self.lock();
-                    while !inner.state.over() && Instant::now() < deadline {
-                        let left = deadline.saturating_duration_since(Instant::now());
-                        inner = self
-                            .changed
-                            .wait_timeout(inner, left)
-                            .unwrap_or_else(PoisonError::into_inner)
-                            .0;
-                    }
-                    if inner.state.over() {
-                        return Ok("the guest shut down".into());
-                    }
-                }
-                Err(error) => tracing::warn!(%error, "the guest could not be asked to shut down"),
-            }
-        }
-        if state == State::Paused && self.lock().body.is_none() {
-            // What a runner found, and nobody looks after any more.
-            qemu::stop_without_runner(&self.dir.run()).map_err(|e| e.to_string())?;
-        } else {
-            self.borrow(state, State::Stopped)?.tear_down();
-        }
-        self.set_state(State::Stopped, "it was ended at once");
-        Ok("it was ended at once".into())
-    }
-
-    fn drop_stay(&self) -> u64 {
-        let stay = self.lock().stay.take();
-        stay.map_or(0, |stay| stay.content.memory.resident_bytes())
-    }
-
-    fn clean_up(&self) {
-        self.leave_stores();
-        let body = self.lock().body.take();
-        if let Some(mut body) = body {
-            body.tear_down();
-        }
-        let _ = std::fs::remove_file(self.dir.socket());
-        self.record();
     }
 }
 

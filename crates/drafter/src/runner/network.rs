@@ -4,7 +4,8 @@
 //! ```text
 //!   flip that nobody answers ──▶ owed ── asked again, every second at most ──▶ led here
 //!                                  ├── a newer flip, a divert, the machine's end ──▶ owed no more
-//!                                  └── refused: somebody has a newer one        ──▶ owed no more
+//!                                  └── refused: somebody has a newer one        ──▶ owed no more, and said
+//!                                                                                   until the next flip
 //! ```
 //!
 //! A machine runs by its lease, not by its network: an agent that is dead when the machine lands, or when
@@ -31,6 +32,8 @@ pub(super) struct Network {
 #[derive(Default)]
 struct Owing {
     flip: Option<Owed>,
+    /// Why the last flip was refused for good.
+    refused: Option<String>,
     /// Somebody asks again.
     asking: bool,
 }
@@ -56,6 +59,7 @@ impl Network {
             Ok(()) => {}
             Err(error) if is_final(&error) => {
                 tracing::error!(%error, "the network does not lead here");
+                self.lock().refused = Some(error.to_string());
             }
             Err(error) => {
                 tracing::error!(%error, "the network does not lead here yet; it is asked again");
@@ -71,12 +75,23 @@ impl Network {
 
     /// The machine does not run here, or not for long any more: whatever is owed, nobody needs it.
     pub(super) fn owe_nothing(&self) {
-        self.lock().flip = None;
+        let mut owing = self.lock();
+        (owing.flip, owing.refused) = (None, None);
     }
 
     /// In one line: since when the network does not lead here, and what to do.
     pub(super) fn trouble(&self) -> Option<String> {
-        let owed = self.lock().flip.clone()?;
+        let (owed, refused) = {
+            let owing = self.lock();
+            (owing.flip.clone(), owing.refused.clone())
+        };
+        if let Some(refused) = refused {
+            return Some(format!(
+                "the network refused to lead here ({refused}), so that its clients may not reach it: \
+                 somebody has led it elsewhere since. Move the machine, or stop it here if it runs there"
+            ));
+        }
+        let owed = owed?;
         let why = owed.why?;
         Some(format!(
             "the network does not lead here since {:.0} s ({why}), so that its clients do not reach it: it is \
@@ -94,6 +109,7 @@ impl Network {
         if owing.flip.as_ref().is_some_and(|owed| owed.flip >= flip) {
             return;
         }
+        owing.refused = None;
         owing.flip = Some(Owed { net: net.clone(), flip, since: Instant::now(), why });
         if owing.asking {
             return;
@@ -112,6 +128,7 @@ impl Network {
     /// Something was said at `flip`: what was owed up to then is owed no more.
     fn overtaken(&self, flip: u64) {
         let mut owing = self.lock();
+        owing.refused = None;
         if owing.flip.as_ref().is_some_and(|owed| owed.flip <= flip) {
             owing.flip = None;
         }
@@ -127,13 +144,19 @@ impl Network {
             owed
         };
         let Some(Owed { net, flip, since, .. }) = owed else { return false };
-        match self.resume(&net, flip) {
+        match self.path.resume(&net, flip) {
             Ok(()) => {
+                self.overtaken(flip);
                 let after = since.elapsed();
                 tracing::info!(machine = net.machine, flip, ?after, "the network leads here");
             }
             Err(error) if is_final(&error) => {
                 tracing::warn!(%error, "the network does not lead here, and is not asked again");
+                let mut owing = self.lock();
+                // Unless this host itself has said something newer meanwhile.
+                if owing.flip.take_if(|owed| owed.flip == flip).is_some() {
+                    owing.refused = Some(error.to_string());
+                }
             }
             Err(error) => {
                 if let Some(owed) = self.lock().flip.as_mut().filter(|owed| owed.flip == flip) {

@@ -9,9 +9,9 @@
 
 use super::{
     Runner, State,
-    config::RestoreFrom,
+    config::{Address, CopyOf, CopyWanted, RestoreFrom},
     hosted::{self, Content},
-    saved::{Claim, Early, Elsewhere},
+    saved::{As, Claim, Early, Elsewhere},
     sleep::beginning,
 };
 use crate::{
@@ -24,6 +24,7 @@ use crate::{
     driver::qemu,
     lease::Record,
 };
+use conduit::{AgentDataPath, MachineNet};
 use identity::HostName;
 use silo::{
     block::BlockSet,
@@ -129,11 +130,16 @@ impl Runner {
                 of("the machine ran on after it; `drafter restore` goes back to it".into()),
             );
         }
-        let (package, lease) = self.check_saved(&saved).map_err(of)?;
-        // Whoever names a generation may go back.
-        let newer = match from.generation {
-            Some(_) => history.newer(&generation)?,
+        let machine = from.copy.as_ref().map_or(&self.config.machine, |copy| &copy.of);
+        let (package, lease) = self.check_saved(&saved, machine).map_err(of)?;
+        let copy = match &from.copy {
+            Some(wanted) => Some(self.who_a_copy_is(wanted, saved.network.as_ref())?),
             None => None,
+        };
+        // Whoever names a generation may go back.
+        let newer = match (from.generation, &copy) {
+            (Some(_), None) => history.newer(&generation)?,
+            _ => None,
         };
         let newest = match &newer {
             Some(newer) => asleep(&described(newer)?.0),
@@ -148,8 +154,14 @@ impl Runner {
             },
         };
         tracing::info!(took = ?began.elapsed(), number, "its generation is open");
-        // Now rather than after the download.
-        self.may_claim(claim)?;
+        let what = match &copy {
+            Some(copy) => As::Copy(copy),
+            None => {
+                // Now rather than after the download.
+                self.may_claim(claim)?;
+                As::Itself(claim)
+            }
+        };
 
         let aside = Aside::put(&self.dir.disks(), &self.dir.root().join("disks.replaced"))
             .map_err(|error| format!("putting this host's disks of it aside: {error}"))?;
@@ -159,12 +171,12 @@ impl Runner {
             .and_then(|content| {
                 if !from.lazy {
                     self.fetch(&generation, &content, &saved).map_err(of)?;
-                    return self.start_saved(saved, package, content, &state, claim, None);
+                    return self.start_saved(saved, package, content, &state, what, None);
                 }
                 let elsewhere = Self::leave(&generation, &content, &saved).map_err(of)?;
                 let fill = Arc::clone(&elsewhere.fill);
                 let started =
-                    self.start_saved(saved, package, content, &state, claim, Some(elsewhere));
+                    self.start_saved(saved, package, content, &state, what, Some(elsewhere));
                 // Its threads look after the machine, if there is one.
                 started.inspect_err(|_| fill.end())
             });
@@ -182,6 +194,52 @@ impl Runner {
                 Err(why)
             }
         }
+    }
+
+    /// The identity of a copy that is asked for, of a machine with this network.
+    fn who_a_copy_is(
+        &self,
+        wanted: &CopyWanted,
+        network: Option<&MachineNet>,
+    ) -> Result<CopyOf, String> {
+        let name = &self.config.machine;
+        let any = match fs::read_dir(self.dir.disks()) {
+            Ok(mut entries) => entries.next().is_some(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+            Err(error) => return Err(text(error)),
+        };
+        if any {
+            return Err(format!(
+                "this host has a machine \"{name}\" already: `drafter remove {name}`, or choose another \
+                 name"
+            ));
+        }
+        let (address, given_v6) = match (network, wanted.address) {
+            (None, None) => (None, None),
+            (None, Some(_)) => {
+                return Err(format!("\"{}\" has no network, and its copies have none", wanted.of));
+            }
+            (Some(_), None) => {
+                return Err(format!(
+                    "\"{}\" has a network, and a copy needs an address of its own: --address ADDRESS, \
+                     or auto",
+                    wanted.of
+                ));
+            }
+            (Some(_), Some(Address::Own(address))) => (Some(address), None),
+            (Some(network), Some(Address::Auto)) => {
+                let agent = self.config.network.agent().ok_or(
+                    "--address auto needs an edge: use --network agent, or give an address",
+                )?;
+                let agent = AgentDataPath::connect(agent).map_err(|error| {
+                    format!("asking the network agent at {}: {error}", agent.display())
+                })?;
+                let (address, v6) = agent.address(name, network.network).map_err(text)?;
+                (Some(address), v6)
+            }
+        };
+        let address_v6 = wanted.address_v6.or(given_v6);
+        Ok(CopyOf { copy_of: wanted.of.clone(), address, address_v6 })
     }
 
     /// It went back.
@@ -237,6 +295,7 @@ impl Runner {
         content: &Content,
         saved: &Description,
     ) -> Result<(), String> {
+        generation.pin_if_possible().map_err(text)?;
         let memory = MemoryTarget(Arc::clone(&content.memory));
         self.fetch_device(generation, MEMORY, &memory)?;
         for disk in &content.disks {

@@ -3,13 +3,14 @@
 
 use super::{
     Runner,
+    config::CopyOf,
     hosted::{Content, Hosted},
     take_over::Noted,
 };
 use crate::{
     checkpoint::{description::Description, fill::StoreFill},
     driver::Start,
-    lease::{AttemptId, BootClock, Clock as _, HostName, Nonce, Outcome, Record},
+    lease::{AttemptId, BootClock, Clock as _, Epoch, HostName, Nonce, Outcome, Record},
     migrate::{
         destination::DestinationMachine,
         switchover::{FlipEpoch, Holding, Terms},
@@ -23,6 +24,15 @@ use std::{
     thread::JoinHandle,
     time::{Duration, Instant},
 };
+
+/// What a saved machine is started as.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum As<'a> {
+    /// The machine that was saved.
+    Itself(Claim<'a>),
+    /// Another one, which begins as what was saved.
+    Copy(&'a CopyOf),
+}
 
 /// With what right a saved machine is started.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +52,23 @@ pub(super) enum Claim<'a> {
         /// runs nowhere.
         asleep: Option<&'a Record>,
     },
+}
+
+/// How a machine that is being started comes to its lease.
+enum Right<'a> {
+    /// When its state is loaded.
+    Claim(Claim<'a>),
+    /// Has it: nobody else's is.
+    Own(&'a CopyOf, Holding),
+}
+
+impl Right<'_> {
+    fn epoch(&self) -> Option<Epoch> {
+        match self {
+            Self::Claim(_) => None,
+            Self::Own(_, own) => Some(own.record.epoch),
+        }
+    }
 }
 
 /// What of a machine is not here yet.
@@ -178,13 +205,17 @@ impl Runner {
         Ok(description)
     }
 
-    /// Whether a saved machine is the one that this runner is for, and can go on here: its package,
-    /// verified, and the lease under which it was saved.
-    pub(super) fn check_saved(&self, saved: &Description) -> Result<(Package, Record), String> {
-        if saved.shape.name != self.config.machine {
+    /// Whether a saved machine is `machine`, and can go on here: its package, verified, and the lease
+    /// under which it was saved.
+    pub(super) fn check_saved(
+        &self,
+        saved: &Description,
+        machine: &str,
+    ) -> Result<(Package, Record), String> {
+        if saved.shape.name != machine {
             return Err(format!(
-                "what was saved is machine \"{}\", not \"{}\"",
-                saved.shape.name, self.config.machine
+                "what was saved is machine \"{}\", not \"{machine}\"",
+                saved.shape.name
             ));
         }
         let facts = self.driver.facts().map_err(text)?;
@@ -246,28 +277,49 @@ impl Runner {
         package: Package,
         content: Content,
         state: &[u8],
-        claim: Claim<'_>,
+        what: As<'_>,
         mut elsewhere: Option<Elsewhere>,
     ) -> Result<(), String> {
         let began = Instant::now();
         self.lock().first_touches = saved.first_touches();
         let paths = self.site();
         let site = paths.site(&*self.driver, &self.path);
-        // It has stood still since it was saved: long, however long.
-        let (net, expected) = (saved.network, Some(Duration::MAX));
+        let (right, shape, net, expected) = match what {
+            // It has stood still since it was saved: long, however long.
+            As::Itself(claim) => {
+                (Right::Claim(claim), saved.shape, saved.network, Some(Duration::MAX))
+            }
+            As::Copy(identity) => {
+                let (shape, net) = self.own(saved, identity);
+                // Whoever removes what is left of a copy that came to nothing finds it.
+                self.lock().net.clone_from(&net);
+                (Right::Own(identity, self.acquire()?), shape, net, None)
+            }
+        };
         let start = Start::Incoming;
-        let mut body = Hosted::build(saved.shape, package, net, content, &site, start, expected)
-            .map_err(text)?;
+        let mut body =
+            Hosted::build(shape, package, net, content, &site, start, expected).map_err(text)?;
         let built = began.elapsed();
         let early = elsewhere.as_mut().map_or(Ok(()), Elsewhere::await_early);
         let brought = began.elapsed();
-        let started =
-            early.and_then(|()| self.start_loaded(&mut body, state, claim, elsewhere.as_ref()));
+        let epoch = right.epoch();
+        let started = early.and_then(|()| {
+            Self::load_saved(&mut body, state, elsewhere.as_ref())?;
+            match right {
+                Right::Claim(claim) => self.start_loaded(&mut body, claim),
+                Right::Own(identity, own) => {
+                    self.set_going(&mut body, own.record.epoch, identity).map(|()| own)
+                }
+            }
+        });
         tracing::info!(?built, ?brought, runs = ?began.elapsed(), "a saved machine was started");
         let holding = match started {
             Ok(holding) => holding,
             Err(why) => {
-                body.tear_down();
+                match epoch {
+                    Some(epoch) => body.give_up(epoch.0),
+                    None => body.tear_down(),
+                }
                 return Err(why);
             }
         };
@@ -308,14 +360,7 @@ impl Runner {
         filling.map(drop).map_err(|error| format!("no thread to bring the rest of it: {error}"))
     }
 
-    fn start_loaded(
-        &self,
-        body: &mut Hosted,
-        state: &[u8],
-        claim: Claim<'_>,
-        elsewhere: Option<&Elsewhere>,
-    ) -> Result<Holding, String> {
-        Self::load_saved(body, state, elsewhere)?;
+    fn start_loaded(&self, body: &mut Hosted, claim: Claim<'_>) -> Result<Holding, String> {
         // From here on nobody else starts it.
         let holding = self.claim(claim)?;
         Self::run_saved(body, &holding)?;
@@ -360,7 +405,7 @@ pub(super) fn fresh() -> Result<(AttemptId, Nonce), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lease::{Epoch, MachineName};
+    use crate::lease::MachineName;
 
     fn host(name: &str) -> HostName {
         HostName::new(name).unwrap()

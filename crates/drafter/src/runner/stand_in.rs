@@ -286,7 +286,7 @@ impl Runner {
     ) -> Result<Prepared, String> {
         let generation = history.open(Which::Newest)?;
         let (saved, _) = describe(&generation)?;
-        let (package, _) = self.check_saved(&saved)?;
+        let (package, _) = self.check_saved(&saved, &self.config.machine)?;
         if std::mem::take(aside) {
             Aside::put(&self.dir.disks(), &self.dir.root().join("disks.replaced"))
                 .map_err(|error| format!("putting this host's disks of it aside: {error}"))?

@@ -12,7 +12,7 @@ use super::{
     Runner, State,
     disks::unless_full,
     hosted::{self, Content, Hosted},
-    saved::Claim,
+    saved::{As, Claim},
 };
 use crate::{
     checkpoint::description::Description,
@@ -219,7 +219,7 @@ impl Runner {
                 ));
             }
         }
-        let (package, lease) = self.check_saved(&index.machine)?;
+        let (package, lease) = self.check_saved(&index.machine, &self.config.machine)?;
         let paths = self.site();
         let content: Content =
             hosted::new_content(&index.machine.shape, &package, &paths.disks, false)
@@ -234,8 +234,8 @@ impl Runner {
         let state = fs::read(directory.join("state")).map_err(text)?;
 
         // From the claim on no other host resumes the same directory.
-        let claim = Claim::Suspended(&lease);
-        self.start_saved(index.machine, package, content, &state, claim, None)
+        let itself = As::Itself(Claim::Suspended(&lease));
+        self.start_saved(index.machine, package, content, &state, itself, None)
     }
 }
 

@@ -86,15 +86,22 @@ impl Runner {
     }
 
     /// Lets a machine go on that stood still because of a disk. If the disk fails again, an event
-    /// says so.
-    pub(super) fn try_again(&self, body: Option<Box<Hosted>>) {
+    /// says so; if its monitor does not take the command, it is asked again.
+    pub(super) fn try_again(&self, body: Option<Box<Hosted>>, watch: &mut DiskWatch) {
         let Some(mut body) = body else { return };
         let went = body.vm().run();
         let mut inner = self.lock();
         inner.body = Some(body);
         inner.detail = match went {
             Ok(()) => String::new(),
-            Err(error) => format!("it stands still: {error}"),
+            Err(error) => {
+                watch.stopped = Some(Instant::now() + DISK_RETRY);
+                tracing::error!(machine = %self.name.as_str(), %error, "it cannot go on");
+                format!(
+                    "it stands still after a disk failed, and its monitor does not let it go on \
+                     ({error}); it is asked again every {DISK_RETRY:?}"
+                )
+            }
         };
     }
 }

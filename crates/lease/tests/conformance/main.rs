@@ -4,7 +4,6 @@
 
 mod api_server;
 mod history;
-mod moto;
 mod outages;
 mod refusals;
 mod rig;

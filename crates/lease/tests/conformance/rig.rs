@@ -1,9 +1,9 @@
 //! Each kind of store, made ready for one test.
 
-use crate::{api_server::ApiServer, moto};
+use crate::api_server::ApiServer;
 use lease::Cells;
 use lease_testing::{Etcd, Postgres, Security, Server};
-use silo_testing::S3Server;
+use silo_testing::{Moto, S3Server};
 use std::{sync::Arc, time::Duration};
 use tempfile::TempDir;
 
@@ -14,7 +14,7 @@ enum Behind {
     Postgres(Postgres),
     Etcd(Etcd),
     S3(S3Server),
-    Moto(#[expect(dead_code, reason = "it ends with this")] moto::Moto),
+    Moto(#[expect(dead_code, reason = "it ends with this")] Moto),
     Kubernetes(ApiServer),
 }
 
@@ -53,9 +53,9 @@ impl Rig {
                 (Behind::S3(server), address)
             }
             "moto" => {
-                let server = moto::start()?;
-                credentials = moto::credentials();
-                let address = server.address();
+                let server = Moto::start()?;
+                credentials = Moto::CREDENTIALS.map(|(n, v)| (n, v.to_owned())).into();
+                let address = server.address("leases");
                 (Behind::Moto(server), address)
             }
             "kubernetes" => {

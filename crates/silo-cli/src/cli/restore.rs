@@ -9,7 +9,6 @@ use super::{
     store::StoreArgs,
 };
 use crate::{
-    backup::pin,
     config::{Config, DeviceConfig, SourceConfig, StoreConfig},
     service::Service,
 };
@@ -78,7 +77,7 @@ pub(super) fn run(args: &RestoreArgs, json: bool) -> Result<()> {
     let store = target.place.open(Access::Read)?;
     let which = args.generation.map_or(Which::Newest, Which::Number);
     let generation = Generation::open(&store, &target.keys, &target.line, which, CACHE)?;
-    pin(&generation)?;
+    generation.pin_if_possible()?;
     let mut done = Vec::new();
     if let Some(dir) = &args.to_dir {
         std::fs::create_dir_all(dir)

@@ -3,7 +3,7 @@
 
 use super::Host;
 use crate::{
-    backup::{Place, key_ring, pin},
+    backup::{Place, key_ring},
     config::{DeviceConfig, SourceConfig},
 };
 use anyhow::{Context, Result, bail, ensure};
@@ -147,7 +147,7 @@ fn source(
             let which = number.map_or(Which::Newest, Which::Number);
             let (line, keys) = (LineName::parse(line)?, key_ring(keys)?);
             let generation = Generation::open(&store, &keys, &line, which, GENERATION_CACHE)?;
-            pin(&generation)?;
+            generation.pin_if_possible()?;
             let wanted = device.as_deref().unwrap_or(name);
             return Ok(Arc::new(GenerationDevice::new(&generation, wanted, FETCHERS)?));
         }

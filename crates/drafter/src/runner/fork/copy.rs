@@ -5,6 +5,9 @@
 //!         ─ agent: names, addresses, random numbers ─ network ─ heard
 //! ```
 //!
+//! A copy may also begin as a generation in a store, on any host (`restore`): what it has in common with
+//! these is here, too.
+//!
 //! What must hold: the copy's lease is taken before its first instruction; frames are held by the
 //! monitor until the agent has answered, and those from before carry an address that is not this
 //! machine's, which the host's data path drops; a copy that comes to nothing leaves neither process nor
@@ -19,7 +22,7 @@ use crate::{
     package::Package,
     runner::{
         EDGE_LIMIT,
-        config::Forked,
+        config::{CopyOf, Forked},
         hosted::{Content, Hosted, device_name},
         take_over::Noted,
     },
@@ -50,7 +53,7 @@ impl Runner {
             format!(
                 "the image of \"{}\" is gone ({}: {error}): it is kept only while the command that forks \
                  runs",
-                from.copy_of,
+                from.identity.copy_of,
                 from.memory.display()
             )
         };
@@ -66,7 +69,8 @@ impl Runner {
         if saved.shape.disk_kind == DiskKind::VhostUserBlk {
             state = self.driver.with_nbd_disks(&saved.shape, &state).map_err(text)?;
         }
-        let (shape, net) = self.own(saved, from);
+        let (mut shape, net) = self.own(saved, &from.identity);
+        shape.disk_kind = DiskKind::Nbd;
         // Whoever removes what is left of a copy that came to nothing finds it.
         self.lock().net.clone_from(&net);
         let content = self.copied_content(memory, &package, from)?;
@@ -76,7 +80,8 @@ impl Runner {
         let site = paths.site(&*self.driver, &self.path);
         let mut body = Hosted::build(shape, package, net, content, &site, Start::Incoming, None)
             .map_err(text)?;
-        if let Err(why) = self.set_going(&mut body, &state, epoch, from) {
+        let went = body.load(&state).map_err(text);
+        if let Err(why) = went.and_then(|()| self.set_going(&mut body, epoch, &from.identity)) {
             body.give_up(epoch.0);
             return Err(why);
         }
@@ -87,17 +92,20 @@ impl Runner {
     }
 
     /// What the copy is, in place of what it is a copy of.
-    fn own(&self, saved: Description, from: &Forked) -> (MachineShape, Option<MachineNet>) {
+    pub(in crate::runner) fn own(
+        &self,
+        saved: Description,
+        identity: &CopyOf,
+    ) -> (MachineShape, Option<MachineNet>) {
         let name = self.config.machine.clone();
         let mut shape = saved.shape;
         shape.name.clone_from(&name);
-        shape.disk_kind = DiskKind::Nbd;
-        shape.command_line = renamed(&shape.command_line, &name, from);
+        shape.command_line = renamed(&shape.command_line, &name, identity);
         // The guest's interface keeps its MAC; each machine is alone on its tap.
-        let net = saved.network.zip(from.address).map(|(net, address)| MachineNet {
+        let net = saved.network.zip(identity.address).map(|(net, address)| MachineNet {
             machine: name,
             address,
-            address_v6: from.address_v6,
+            address_v6: identity.address_v6,
             // Two machines cannot have the same port, or the same public address.
             ports: Vec::new(),
             policy: Policy { public: Vec::new(), ..net.policy },
@@ -130,21 +138,19 @@ impl Runner {
         Ok(Content { memory: Arc::new(memory), disks })
     }
 
-    /// Runs it, has its agent take its identity, and only then lets it be heard.
-    fn set_going(
+    /// Runs it once its state is loaded, has its agent take its identity, and only then lets it be heard.
+    pub(in crate::runner) fn set_going(
         &self,
         body: &mut Hosted,
-        state: &[u8],
         epoch: Epoch,
-        from: &Forked,
+        own: &CopyOf,
     ) -> Result<(), String> {
-        body.load(state).map_err(text)?;
         body.run().map_err(text)?;
         let identity = NewIdentity {
             host_name: self.config.machine.clone(),
-            copy_of: from.copy_of.clone(),
-            address: from.address,
-            address_v6: from.address_v6,
+            copy_of: own.copy_of.clone(),
+            address: own.address,
+            address_v6: own.address_v6,
             instance: random_name()?,
         };
         let guest = body.guest.clone().ok_or("its guest channel is not there")?;
@@ -172,48 +178,38 @@ fn read_machine(
 }
 
 /// The command line that a machine of this name would have been booted with.
-fn renamed(line: &str, name: &str, from: &Forked) -> String {
+fn renamed(line: &str, name: &str, own: &CopyOf) -> String {
     let Ok(mut instance) = InstanceConfig::parse(line) else { return line.to_owned() };
     instance.host = Some(name.to_owned());
-    instance.address = instance.address.and(from.address);
-    instance.address_v6 = instance.address_v6.and(from.address_v6);
+    instance.address = instance.address.and(own.address);
+    instance.address_v6 = instance.address_v6.and(own.address_v6);
     let ours = |word: &&str| !word.starts_with("drafter.");
     let mut words: Vec<&str> = line.split_ascii_whitespace().filter(ours).collect();
-    let own = instance.to_command_line();
-    words.push(&own);
+    let instance = instance.to_command_line();
+    words.push(&instance);
     words.join(" ")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::driver::{Accelerator, HostFacts};
     use std::net::Ipv4Addr;
 
     #[test]
     fn a_copys_command_line_names_the_copy_and_keeps_the_packages_words() {
-        let from = Forked {
+        let own = CopyOf {
             copy_of: "redis".into(),
-            folder: "/f".into(),
-            memory: "/m".into(),
-            package: "/p".into(),
-            facts: HostFacts {
-                driver: "qemu 7.2.22".into(),
-                accelerator: Accelerator::Tcg,
-                tsc_khz: 1,
-                cpu_features: vec![],
-            },
             address: Some(Ipv4Addr::new(10, 77, 0, 9)),
             address_v6: None,
         };
         let line = "quiet drafter.host=redis drafter.ip=10.77.0.5 drafter.gw=169.254.1.1 \
                     drafter.mtu=1380 x=1";
         assert_eq!(
-            renamed(line, "redis-1", &from),
+            renamed(line, "redis-1", &own),
             "quiet x=1 drafter.host=redis-1 drafter.ip=10.77.0.9 drafter.gw=169.254.1.1 \
              drafter.mtu=1380"
         );
-        let alone = Forked { address: None, ..from };
+        let alone = CopyOf { address: None, ..own };
         assert_eq!(renamed("a drafter.host=redis", "redis-2", &alone), "a drafter.host=redis-2");
     }
 }
