@@ -1,4 +1,5 @@
 //! An S3 server that is not ours, in a process of its own: moto, from PyPI.
+#![allow(clippy::unwrap_used, reason = "for tests, which end by panicking")]
 
 use std::{
     fs,

@@ -309,7 +309,7 @@ fn a_store_that_fails_half_way_harms_no_machine_and_the_next_backup_has_everythi
     // Once more, in the middle of a history: what the failed one had taken is in the next.
     let used: u64 = fs::read_dir(place.store().join("packs")).unwrap().count() as u64;
     assert!(used > 0);
-    fs::set_permissions(&place.store(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(place.store(), fs::Permissions::from_mode(0o755)).unwrap();
     let packs = place.store().join("packs");
     let aside = place.store().join("packs-aside");
     fs::rename(&packs, &aside).unwrap();
