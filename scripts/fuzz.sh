@@ -1,11 +1,10 @@
 #!/bin/bash
-# Fuzzes every decoder for a while, two at a time, with coverage on the stable toolchain.
+# Fuzzes every decoder for a while, two for each processor at a time, with coverage on the stable toolchain.
 #
 #   scripts/fuzz.sh                 60 seconds each
 #   scripts/fuzz.sh 600             as long as that each
 #   scripts/fuzz.sh 60 NAME...      only these
 #   scripts/fuzz.sh --build         only builds
-#   scripts/fuzz.sh --idle 90       with what other programs leave of the processors
 #   FUZZ_TARGET=NAME target/fuzz/x86_64-unknown-linux-gnu/release/fuzz FILE    replays a finding
 #
 # Corpora stay in target/fuzz/corpus/NAME and grow; findings lie in target/fuzz/findings.
@@ -15,15 +14,6 @@ PATH="$PATH:$HOME/.cargo/bin"
 target=${CARGO_TARGET_DIR:-$PWD/target}/fuzz
 triple=x86_64-unknown-linux-gnu
 
-if [ "${1:-}" = --idle ]; then
-    shift
-    # A session of its own, and where the kernel divides the processors among sessions, its least share.
-    if [ "${FUZZ_SESSION:-}" != own ]; then
-        FUZZ_SESSION=own exec setsid --wait "$0" --idle "$@"
-    fi
-    { echo 19 > /proc/self/autogroup; } 2> /dev/null || true
-    chrt --idle --pid 0 $$
-fi
 only_build=no
 [ "${1:-}" != --build ] || { only_build=yes; shift; }
 seconds=${1:-60}
@@ -34,7 +24,7 @@ flags="-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4"
 flags="$flags -Cllvm-args=-sanitizer-coverage-inline-8bit-counters"
 flags="$flags -Cllvm-args=-sanitizer-coverage-pc-table"
 flags="$flags -Cllvm-args=-sanitizer-coverage-trace-compares"
-flags="$flags -Ccodegen-units=1 --cfg fuzzing"
+flags="$flags --cfg fuzzing"
 CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS=$flags \
     cargo build --quiet --release --locked --target $triple --target-dir "$target" \
     --manifest-path fuzz/Cargo.toml
@@ -62,4 +52,4 @@ one() {
 }
 export -f one
 export target program seconds
-printf '%s\n' "$@" | xargs -P 2 -I{} bash -c 'one {}'
+printf '%s\n' "$@" | xargs -P $((2 * $(nproc))) -I{} bash -c 'one {}'

@@ -4,7 +4,7 @@
 //! Then so many moves run at once as the plan reckoned with; whoever is not expected to leave in time is
 //! tried last. A machine that cannot leave runs on here.
 
-use super::{Format, StateArgs, backup::parse_time};
+use super::{Format, StateArgs, backup::parse_time, moves::HostAt};
 use crate::{
     migrate::{messages::Mode, planner::Budgets, timings::MoveReport},
     runner::{
@@ -18,7 +18,6 @@ use evacuation::{Bytes, Load, Plan, Rate, Terms, Way};
 use serde::Serialize;
 use std::{
     collections::BTreeMap,
-    net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
     thread,
@@ -39,8 +38,12 @@ pub struct EvacuateArgs {
     /// Where machines go: a file with a line for each, MACHINE HOST ADDRESS:PORT [WORTH], naming a runner
     /// that waits there (`drafter receive`). WORTH (default 1) weighs it against the others when not all
     /// can leave
-    #[arg(long, value_name = "FILE")]
-    to: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "to_host")]
+    to: Option<PathBuf>,
+    /// A host that takes every machine (`receive --any`), and where it listens; may be given several times.
+    /// Machines that the file does not name are spread over these, by size
+    #[arg(long, value_name = "HOST=ADDRESS:PORT")]
+    to_host: Vec<HostAt>,
     /// When this host is gone, from now, as 30s or 2m
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     deadline: Duration,
@@ -64,15 +67,42 @@ pub struct EvacuateArgs {
 /// Where a machine goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Destination {
-    host: String,
-    address: SocketAddr,
+    place: Place,
     worth: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Place {
+    /// To a runner that waits for it.
+    Runner(HostAt),
+    /// To the first of these hosts that has a runner for it.
+    Hosts(Vec<HostAt>),
+}
+
+/// Spreads machines over hosts by their bytes, the largest first, each to the host with the fewest so far;
+/// the others are asked, in the same order, should that refuse it.
+fn spread(loads: &[(&str, u64)], hosts: &[HostAt]) -> BTreeMap<String, Destination> {
+    let mut taken: Vec<(u64, &HostAt)> = hosts.iter().map(|host| (0, host)).collect();
+    let mut largest: Vec<_> = loads.to_vec();
+    largest.sort_by_key(|&(name, bytes)| (std::cmp::Reverse(bytes), name));
+    let mut all = BTreeMap::new();
+    for (name, bytes) in largest {
+        taken.sort_by_key(|(taken, _)| *taken);
+        let place = Place::Hosts(taken.iter().map(|(_, host)| (*host).clone()).collect());
+        if let Some((first, _)) = taken.first_mut() {
+            *first += bytes;
+        }
+        all.insert(name.to_owned(), Destination { place, worth: 1 });
+    }
+    all
 }
 
 /// What became of a machine.
 #[derive(Debug, Serialize)]
 struct Outcome {
     machine: String,
+    /// The host that has it now, if it left.
+    host: Option<String>,
     way: Option<Way>,
     /// Whether the plan expected it to leave in time.
     expected: bool,
@@ -122,7 +152,8 @@ fn parse_destinations(text: &str) -> Result<BTreeMap<String, Destination>, Strin
                 .map_err(|_| wrong(format!("\"{worth}\" is no worth: write a whole number")))?,
             more => return Err(wrong(format!("{} words too many", more.len() - 1))),
         };
-        let to = Destination { host: host.to_owned(), address, worth };
+        let place = Place::Runner(HostAt { host: host.to_owned(), address });
+        let to = Destination { place, worth };
         if all.insert(machine.to_owned(), to).is_some() {
             return Err(wrong(format!("\"{machine}\" has a destination already")));
         }
@@ -200,21 +231,42 @@ fn mode(way: Way) -> Mode {
 }
 
 /// Moves one machine, to the end.
-fn go(state: &StateArgs, name: &str, to: &Destination, way: Way) -> Result<MoveReport, String> {
-    let request = MigrateRequest {
-        to: to.address,
-        peer: to.host.clone(),
-        mode: mode(way),
-        budgets: Budgets::default(),
-        dry_run: false,
-    };
+fn go(state: &StateArgs, name: &str, to: &Destination, way: Way) -> Result<Left, String> {
     let text = |e: crate::runner::api::ClientError| e.to_string();
     let mut client = Client::connect(&MachineDir::at(&state.state, name).socket()).map_err(text)?;
     // For each answer: a job that is followed tells ten times a second how far it is. A runner that hangs
     // keeps no other machine from leaving.
     client.set_deadline(Some(ANSWER)).map_err(text)?;
+    let HostAt { host, address } = match &to.place {
+        Place::Runner(runner) => runner.clone(),
+        Place::Hosts(hosts) => {
+            let mut refused = Vec::new();
+            let asked = hosts.iter().find_map(|host| match host.ask(&mut client) {
+                Ok(address) => Some(HostAt { host: host.host.clone(), address }),
+                Err(why) => {
+                    refused.push(why.to_string());
+                    None
+                }
+            });
+            asked.ok_or_else(|| refused.join("; "))?
+        }
+    };
+    let request = MigrateRequest {
+        to: address,
+        peer: host.clone(),
+        mode: mode(way),
+        budgets: Budgets::default(),
+        dry_run: false,
+    };
     let job: u64 = client.get(&Request::Migrate(request)).map_err(text)?;
-    client.get(&Request::Follow { job }).map_err(text)
+    let report = client.get(&Request::Follow { job }).map_err(text)?;
+    Ok(Left { host, report })
+}
+
+/// A machine that has left.
+struct Left {
+    host: String,
+    report: MoveReport,
 }
 
 pub(super) fn evacuate(
@@ -223,8 +275,14 @@ pub(super) fn evacuate(
     format: Format,
 ) -> anyhow::Result<()> {
     let began = Instant::now();
-    let to = destinations(&args.to)?;
+    let mut to = args.to.as_deref().map_or(Ok(BTreeMap::new()), destinations)?;
     let Measured { reports, unknown } = measure(state, args.sample)?;
+    if !args.to_host.is_empty() {
+        let unnamed = reports.iter().filter(|report| !to.contains_key(&report.machine));
+        let loads: Vec<_> =
+            unnamed.map(|one| (one.machine.as_str(), one.memory_bytes + one.disk_bytes)).collect();
+        to.extend(spread(&loads, &args.to_host));
+    }
     let loads: Vec<Load> =
         reports.iter().map(|report| load(report, to.get(&report.machine))).collect();
     let terms = Terms {
@@ -249,6 +307,7 @@ pub(super) fn evacuate(
     }
     let stays = unknown.into_iter().map(|(machine, why)| Outcome {
         machine,
+        host: None,
         way: None,
         expected: false,
         safe_s: None,
@@ -273,8 +332,9 @@ pub(super) fn evacuate(
 fn lines(outcomes: &[Outcome]) -> String {
     let line = |one: &Outcome| match (&one.error, one.safe_s) {
         (None, Some(safe)) => format!(
-            "  {}: safe after {safe:.1} s ({}, blackout {:.1} ms){}",
+            "  {}: safe at {} after {safe:.1} s ({}, blackout {:.1} ms){}",
             one.machine,
+            one.host.as_deref().unwrap_or("-"),
             one.way.map_or("", Way::name),
             one.blackout_ms.unwrap_or_default(),
             if one.in_time { "" } else { ", after the deadline" }
@@ -285,7 +345,7 @@ fn lines(outcomes: &[Outcome]) -> String {
 }
 
 /// How a machine is moved.
-type Go<'a> = &'a (dyn Fn(&str, &Destination, Way) -> Result<MoveReport, String> + Sync);
+type Go<'a> = &'a (dyn Fn(&str, &Destination, Way) -> Result<Left, String> + Sync);
 
 /// Does the plan: so many machines at a time, in its order, then those who are left.
 fn run(
@@ -308,11 +368,12 @@ fn run(
             let name = &loads[machine].name;
             let result = match (way, to.get(name)) {
                 (Some(way), Some(to)) => go(name, to, way),
-                _ => Err(format!("{} names no host for it", args.to.display())),
+                _ => Err("nobody has named a host for it".into()),
             };
             let safe = began.elapsed();
             let mut outcome = Outcome {
                 machine: name.clone(),
+                host: None,
                 way,
                 expected,
                 safe_s: None,
@@ -321,7 +382,8 @@ fn run(
                 error: None,
             };
             match result {
-                Ok(report) => {
+                Ok(Left { host, report }) => {
+                    outcome.host = Some(host);
                     outcome.safe_s = Some(safe.as_secs_f64());
                     outcome.in_time = safe <= args.deadline;
                     outcome.blackout_ms = Some(report.blackout_ms);
@@ -349,7 +411,8 @@ mod tests {
         let all = parse_destinations(text).unwrap();
         assert_eq!(all.len(), 2);
         assert_eq!((all["redis"].worth, all["web"].worth), (1, 5));
-        assert_eq!(all["web"].address, "[::1]:7501".parse().unwrap());
+        let web = HostAt { host: "c".into(), address: "[::1]:7501".parse().unwrap() };
+        assert_eq!(all["web"].place, Place::Runner(web));
         for (bad, what) in [
             ("redis b", "line 1: write MACHINE"),
             ("\nredis B 10.0.0.2:1", "line 2: \"B\" cannot name a host"),
@@ -362,6 +425,22 @@ mod tests {
             let why = parse_destinations(bad).unwrap_err();
             assert!(why.contains(what), "{bad}: {why}");
         }
+    }
+
+    #[test]
+    fn machines_are_spread_by_size_and_every_host_is_asked_in_turn() {
+        let hosts = ["b=10.0.0.2:1", "c=10.0.0.3:1"].map(|host| host.parse::<HostAt>().unwrap());
+        let all = spread(&[("s", 10), ("l", 100), ("m", 60), ("t", 50)], &hosts);
+        let first = |name: &str| match &all[name].place {
+            Place::Hosts(order) => {
+                assert_eq!(order.len(), 2);
+                order[0].host.clone()
+            }
+            other => panic!("{other:?}"),
+        };
+        // b: 100, then c: 60, c: 110, b: 110.
+        assert_eq!(["l", "m", "t", "s"].map(first), ["b", "c", "c", "b"].map(String::from));
+        assert!(spread(&[], &hosts).is_empty());
     }
 
     #[test]

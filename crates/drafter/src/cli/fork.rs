@@ -4,11 +4,14 @@
 //! run (or have failed), and hangs up, which ends the image. A copy that failed is removed again and
 //! told by name; the others and the machine itself run on.
 
-use super::{Format, StateArgs, output::bytes};
+use super::{
+    Format, StateArgs,
+    output::bytes,
+    spawned::{self, Spawned},
+};
 use crate::{
     driver::qemu,
     runner::{
-        self,
         api::{Client, ForkReport, Request, Status},
         config::{CopyOf, Forked, Launch, NetworkConfig, RunnerConfig},
         state::{MachineDir, check_name},
@@ -16,12 +19,11 @@ use crate::{
 };
 use anyhow::{Context, bail, ensure};
 use clap::Args;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use std::{
-    fs::{self, File},
+    fs,
     net::{Ipv4Addr, Ipv6Addr},
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::Child,
     time::{Duration, Instant},
 };
 
@@ -52,20 +54,6 @@ pub struct ForkArgs {
     /// The first copy's IPv6 address, the others have the ones after it
     #[arg(long, requires = "address")]
     address_v6: Option<Ipv6Addr>,
-}
-
-/// `drafter forked`.
-#[derive(Args, Debug)]
-pub struct ForkedArgs {
-    /// What `fork` wrote for this copy
-    file: PathBuf,
-}
-
-/// What a copy's runner is started with.
-#[derive(Serialize, Deserialize)]
-struct Start {
-    config: RunnerConfig,
-    from: Forked,
 }
 
 /// A copy and what became of it.
@@ -101,13 +89,6 @@ struct Started {
     copy: Copy,
     dir: MachineDir,
     child: Option<Child>,
-}
-
-/// The command of a copy's runner.
-pub(super) fn forked(args: &ForkedArgs) -> anyhow::Result<()> {
-    let text = fs::read(&args.file).with_context(|| format!("reading {}", args.file.display()))?;
-    let start: Start = serde_json::from_slice(&text).context("reading what this copy is")?;
-    runner::serve(start.config, Launch::Forked(start.from)).map_err(Into::into)
 }
 
 pub(super) fn fork(args: &ForkArgs, state: &StateArgs, format: Format) -> anyhow::Result<()> {
@@ -273,34 +254,12 @@ fn start(
         package: image.package.clone(),
         facts: image.facts.clone(),
     };
-    match spawn(&Start { config, from }, &image.folder, &started.dir, state) {
+    let start = Spawned { config, launch: Launch::Forked(from) };
+    match spawned::spawn(&start, &image.folder, state) {
         Ok(child) => started.child = Some(child),
         Err(error) => started.fail(format!("{error:#}")),
     }
     started
-}
-
-fn spawn(
-    start: &Start,
-    folder: &Path,
-    dir: &MachineDir,
-    state: &StateArgs,
-) -> anyhow::Result<Child> {
-    use std::os::unix::process::CommandExt;
-    MachineDir::create(&start.config.state, &start.config.machine)?;
-    let file = folder.join(format!("{}.json", start.config.machine));
-    fs::write(&file, serde_json::to_vec(start)?)
-        .with_context(|| format!("writing {}", file.display()))?;
-    let log = File::options().create(true).append(true).open(log(dir))?;
-    let mut command = Command::new(std::env::current_exe()?);
-    command.arg("--state").arg(&state.state).arg("forked").arg(file);
-    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-    // A process group of its own: Ctrl-C at the terminal is not for the machine.
-    command.process_group(0).spawn().context("starting the runner")
-}
-
-fn log(dir: &MachineDir) -> PathBuf {
-    dir.root().join("runner.log")
 }
 
 impl Started {
@@ -342,9 +301,8 @@ impl Started {
 
     /// It does not run: what was made for it goes, and what it said is told.
     fn fail(&mut self, why: String) {
-        let said = fs::read_to_string(log(&self.dir)).unwrap_or_default();
-        let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
-        let mut error = if last.is_empty() { why } else { format!("{why}: {}", last.trim()) };
+        let last = spawned::last_words(&self.dir);
+        let mut error = if last.is_empty() { why } else { format!("{why}: {last}") };
         self.child = None;
         let gone = qemu::stop_without_runner(&self.dir.run()).map(drop);
         if let Err(left) = gone.map_err(anyhow::Error::from).and_then(|()| {

@@ -11,8 +11,10 @@ mod moves;
 mod output;
 pub mod package;
 mod protect;
+mod reception;
 mod recover;
 mod run;
+mod spawned;
 
 pub use output::{Format, fail, log_to_stderr};
 
@@ -35,8 +37,8 @@ pub struct StateArgs {
 pub enum Command {
     /// Run a package as a machine on this host
     Run(run::RunArgs),
-    /// Wait here for a machine that moves to this host
-    Receive(run::ReceiveArgs),
+    /// Wait here for a machine that moves to this host, or for any number of them
+    Receive(reception::ReceiveArgs),
     /// Go on where a runner of this host died, from its state directory alone
     Recover(recover::RecoverArgs),
     /// Keep a machine's runner alive: as `recover`, again and again, until the machine has ended or left
@@ -62,9 +64,9 @@ pub enum Command {
     Job(moves::JobCommand),
     /// Begin copies of a running machine on this host, each a machine of its own
     Fork(fork::ForkArgs),
-    /// The runner of a copy: `fork` starts this
+    /// A runner with settings from a file: `fork` and `receive --any` start this
     #[command(hide = true)]
-    Forked(fork::ForkedArgs),
+    Spawned(spawned::SpawnedArgs),
     /// Save a machine to a store or a directory, and end it here
     Suspend(machine::SuspendArgs),
     /// Store a generation of a running machine in an object store, once or every so often
@@ -100,7 +102,7 @@ pub fn execute(command: Command, state: &StateArgs) -> anyhow::Result<()> {
     let format = if state.json { Format::Json } else { Format::Human };
     match command {
         Command::Run(args) => run::run(args, state),
-        Command::Receive(args) => run::receive(args, state),
+        Command::Receive(args) => reception::receive(&args, state),
         Command::Recover(args) => recover::recover(&args, state),
         Command::Supervise(args) => recover::supervise(&args, state),
         Command::Resume(args) => run::resume(args, state),
@@ -113,7 +115,7 @@ pub fn execute(command: Command, state: &StateArgs) -> anyhow::Result<()> {
         Command::Evacuate(args) => evacuate::evacuate(&args, state, format),
         Command::Job(command) => moves::job(command, state, format),
         Command::Fork(args) => fork::fork(&args, state, format),
-        Command::Forked(args) => fork::forked(&args),
+        Command::Spawned(args) => spawned::serve(&args),
         Command::Suspend(args) => machine::suspend(&args, state, format),
         Command::Backup(args) => backup::backup(&args, state, format),
         Command::Protect(args) => protect::protect(&args, state, format),

@@ -4,7 +4,7 @@ use super::{Format, StateArgs, output::bytes};
 use crate::{
     migrate::{messages::Mode, planner::Budgets, timings::MoveReport},
     runner::{
-        api::{Client, MigrateRequest, Phase, Progress, Reply, Request},
+        api::{Client, ClientError, MigrateRequest, Phase, Progress, Reply, Request},
         state::MachineDir,
     },
 };
@@ -19,11 +19,14 @@ pub struct MigrateArgs {
     /// The machine's name
     name: String,
     /// Where the destination's runner listens
-    #[arg(long)]
-    to: SocketAddr,
+    #[arg(long, requires = "peer", required_unless_present = "to_host")]
+    to: Option<SocketAddr>,
     /// The destination's name, as in its certificate
-    #[arg(long)]
-    peer: String,
+    #[arg(long, requires = "to")]
+    peer: Option<String>,
+    /// A host that takes every machine (`receive --any`): its name, and where it listens
+    #[arg(long, value_name = "HOST=ADDRESS:PORT", conflicts_with = "to")]
+    to_host: Option<HostAt>,
     /// How to move
     #[arg(long, value_enum, default_value = "hybrid")]
     mode: Mode,
@@ -42,6 +45,34 @@ pub struct MigrateArgs {
     /// Return when the job has started
     #[arg(long)]
     detach: bool,
+}
+
+/// A host that takes every machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct HostAt {
+    /// Its name, as in its certificate.
+    pub(super) host: String,
+    /// Where it listens.
+    pub(super) address: SocketAddr,
+}
+
+impl std::str::FromStr for HostAt {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (host, address) =
+            text.split_once('=').ok_or("write HOST=ADDRESS:PORT, as in host-b=10.0.0.2:7500")?;
+        identity::HostName::new(host).map_err(|error| error.to_string())?;
+        let address = address.parse().map_err(|_| format!("\"{address}\" is no ADDRESS:PORT"))?;
+        Ok(Self { host: host.to_owned(), address })
+    }
+}
+
+impl HostAt {
+    /// Has a machine's runner ask there for one that takes the machine; where that listens.
+    pub(super) fn ask(&self, client: &mut Client) -> Result<SocketAddr, ClientError> {
+        client.get(&Request::AskHost { to: self.address, peer: self.host.clone() })
+    }
 }
 
 /// `drafter job`.
@@ -65,9 +96,14 @@ pub enum JobCommand {
 
 pub(super) fn migrate(args: MigrateArgs, state: &StateArgs, format: Format) -> anyhow::Result<()> {
     let mut client = Client::connect(&MachineDir::at(&state.state, &args.name).socket())?;
+    let (to, peer) = match (args.to_host, args.to.zip(args.peer)) {
+        (Some(host), _) => (host.ask(&mut client)?, host.host),
+        (None, Some(runner)) => runner,
+        (None, None) => anyhow::bail!("say where it goes: --to and --peer, or --to-host"),
+    };
     let request = MigrateRequest {
-        to: args.to,
-        peer: args.peer,
+        to,
+        peer,
         mode: args.mode,
         budgets: Budgets {
             blackout: Duration::from_millis(args.blackout_ms),
@@ -130,4 +166,23 @@ fn line(progress: &Progress) -> String {
         Phase::Ended => "done".to_owned(),
     };
     format!("{phase}: {} sent, {} left", bytes(progress.sent_bytes), bytes(progress.left_bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_is_read_with_its_name_and_what_is_wrong_is_named() {
+        let at: HostAt = "host-b=[::1]:7500".parse().unwrap();
+        assert_eq!((at.host.as_str(), at.address), ("host-b", "[::1]:7500".parse().unwrap()));
+        for (bad, what) in [
+            ("10.0.0.2:7500", "write HOST=ADDRESS:PORT"),
+            ("B=10.0.0.2:7500", "cannot name a host"),
+            ("b=10.0.0.2", "\"10.0.0.2\" is no ADDRESS:PORT"),
+        ] {
+            let why = bad.parse::<HostAt>().unwrap_err();
+            assert!(why.contains(what), "{bad}: {why}");
+        }
+    }
 }

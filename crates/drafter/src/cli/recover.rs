@@ -157,6 +157,7 @@ mod tests {
             keep_stay_bytes: 0,
             track: true,
             packages: vec![],
+            wait_ms: None,
         };
         RunnerRecord {
             machine: "m".into(),

@@ -1,4 +1,4 @@
-//! `run`, `receive`, `resume`, `restore`: the commands that become (or start) a runner.
+//! `run`, `resume`, `restore`, `stand-in`: the commands that become (or start) a runner.
 
 use super::{
     StateArgs,
@@ -31,7 +31,7 @@ pub(super) struct HostArgs {
     host: Option<String>,
     /// Where other hosts' runners connect, to send or take this machine
     #[arg(long)]
-    listen: Option<SocketAddr>,
+    pub(super) listen: Option<SocketAddr>,
     /// Directory with ca.crt and this host's certificate and key [default: STATE/certs]
     #[arg(long, env = "DRAFTER_CERTS")]
     certs: Option<PathBuf>,
@@ -65,7 +65,7 @@ pub(super) struct HostArgs {
     protect: ProtectFlags,
     /// Return when the machine runs; it goes on in the background
     #[arg(long)]
-    detach: bool,
+    pub(super) detach: bool,
 }
 
 /// That the machine is to survive the loss of this host.
@@ -155,18 +155,6 @@ pub struct RunArgs {
     /// Take over the running monitor of a runner that is gone
     #[arg(long, conflicts_with = "keep_disks")]
     take_over: bool,
-    #[command(flatten)]
-    on: HostArgs,
-}
-
-/// `drafter receive`.
-#[derive(Args, Debug)]
-pub struct ReceiveArgs {
-    /// The machine's name
-    name: String,
-    /// Packages, or directories of packages, that the machine may need
-    #[arg(long, required = true)]
-    package: Vec<PathBuf>,
     #[command(flatten)]
     on: HostArgs,
 }
@@ -276,7 +264,7 @@ fn parse_allow(text: &str) -> Result<conduit::policy::Allow, String> {
     Ok(Allow { to: to.transpose()?, from: vec![from] })
 }
 
-fn config(
+pub(super) fn config(
     name: &str,
     on: &HostArgs,
     packages: Vec<PathBuf>,
@@ -316,6 +304,7 @@ fn config(
         track: !on.no_tracking,
         packages,
         protect: on.protect.config(name)?,
+        wait_ms: None,
     })
 }
 
@@ -391,14 +380,6 @@ pub(super) fn run(args: RunArgs, state: &StateArgs) -> anyhow::Result<()> {
     start(config, launch, args.on.detach)
 }
 
-pub(super) fn receive(args: ReceiveArgs, state: &StateArgs) -> anyhow::Result<()> {
-    if args.on.listen.is_none() {
-        bail!("a runner that waits for a machine needs --listen ADDRESS:PORT");
-    }
-    let config = config(&args.name, &args.on, args.package, state)?;
-    start(config, Launch::Receive, args.on.detach)
-}
-
 pub(super) fn stand_in(args: StandInArgs, state: &StateArgs) -> anyhow::Result<()> {
     if args.on.protect.protect.is_none() {
         bail!("a stand-in needs to know where the machine's generations are: --protect URL");
@@ -461,7 +442,7 @@ fn patience(launch: &Launch) -> Duration {
 }
 
 /// Becomes the runner, or starts one in the background and waits until it answers.
-fn start(config: RunnerConfig, launch: Launch, detach: bool) -> anyhow::Result<()> {
+pub(super) fn start(config: RunnerConfig, launch: Launch, detach: bool) -> anyhow::Result<()> {
     if !detach {
         return runner::serve(config, launch).map_err(Into::into);
     }

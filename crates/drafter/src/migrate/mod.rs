@@ -29,6 +29,8 @@
 //!   SourceDurable, Blocks … BulkEnd ───────────────────▶  and faults, as before
 //! ```
 //!
+//! A host may have one place where sources ask for a runner first: [`reception`].
+//!
 //! [`protocol`] is the wire, [`messages`] its JSON payloads, [`planner`] decides when to switch
 //! over, [`switchover`] decides who may run, [`source`] and [`destination`] do the work over a
 //! [`link`] and a machine behind a trait, [`timings`] is what they report.
@@ -39,6 +41,7 @@ pub mod link;
 pub mod messages;
 pub mod planner;
 pub mod protocol;
+pub mod reception;
 pub mod source;
 pub mod switchover;
 pub mod timings;

@@ -38,6 +38,13 @@ pub enum Request {
         /// At most this many seconds.
         timeout_s: u64,
     },
+    /// Asks another host's reception for a runner that takes this machine; answers with its address.
+    AskHost {
+        /// Where it listens.
+        to: std::net::SocketAddr,
+        /// The name in its certificate.
+        peer: String,
+    },
     /// Starts a move; answers with the job's number at once.
     Migrate(MigrateRequest),
     /// Follows a job until it ends: progress lines, then its result.

@@ -44,6 +44,9 @@ pub struct RunnerConfig {
     /// it came.
     #[serde(default)]
     pub protect: Option<ProtectConfig>,
+    /// How long it waits for its first machine before it ends, milliseconds; for ever if absent.
+    #[serde(default)]
+    pub wait_ms: Option<u64>,
 }
 
 /// How a machine is protected. Keys and credentials are this host's own: they never travel.

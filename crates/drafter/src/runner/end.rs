@@ -7,10 +7,36 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// How long a runner waits for its first machine.
+struct Waiting {
+    limit: Option<Duration>,
+    since: Instant,
+}
+
+impl Waiting {
+    fn of(limit_ms: Option<u64>) -> Self {
+        Self { limit: limit_ms.map(Duration::from_millis), since: Instant::now() }
+    }
+
+    /// The limit, if it has passed. A runner that has had a machine waits for it as long as it lives.
+    fn is_over(&mut self, state: State) -> Option<Duration> {
+        match state {
+            State::Standby => self.limit.filter(|limit| self.since.elapsed() >= *limit),
+            // What arrives may come to nothing yet.
+            State::Receiving => {
+                self.since = Instant::now();
+                None
+            }
+            _ => self.limit.take().and(None),
+        }
+    }
+}
+
 impl Runner {
     /// Waits for the machine's end, looking at its monitor now and then.
     pub(super) fn watch(self: &Arc<Self>) -> Result<(), String> {
         let mut watch = trouble::DiskWatch::default();
+        let mut waiting = Waiting::of(self.config.wait_ms);
         let mut inner = self.lock();
         loop {
             if inner.state.over() {
@@ -20,6 +46,15 @@ impl Runner {
                 };
             }
             let running = inner.state == State::Running;
+            if let Some(limit) = waiting.is_over(inner.state) {
+                inner.state = State::Stopped;
+                inner.detail = format!("no machine came within {limit:?}");
+                tracing::info!(machine = %self.name.as_str(), detail = inner.detail, "it has waited");
+                drop(inner);
+                self.record();
+                inner = self.lock();
+                continue;
+            }
             let exit = match &mut inner.body {
                 Some(body) if running => body.vm().exit(),
                 _ => None,

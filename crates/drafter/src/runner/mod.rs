@@ -77,9 +77,10 @@ use silo::device::Device;
 use state::{MachineDir, RunnerRecord, boot_id, process_start};
 use std::{
     collections::BTreeMap,
+    net::SocketAddr,
     path::PathBuf,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
         atomic::{AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
@@ -205,6 +206,8 @@ pub struct Runner {
     cache: Cache,
     inner: Mutex<Inner>,
     changed: Condvar,
+    /// Where it takes machines from peers, once it does.
+    listens: OnceLock<SocketAddr>,
     /// Requests whose answer has not been written.
     answering: AtomicUsize,
 }
@@ -308,6 +311,7 @@ impl Runner {
             cache: Cache::default_for_user(),
             inner: Mutex::new(inner),
             changed: Condvar::new(),
+            listens: OnceLock::new(),
             answering: AtomicUsize::new(0),
             config,
         }))

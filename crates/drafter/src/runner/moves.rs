@@ -13,6 +13,7 @@ use crate::{
         link::session_hex,
         messages::{Mode, PrepareRequest, StayId},
         planner,
+        reception::{self, Ask},
         source::{self, MoveError, Moved, Outage, Plan, ProtectedSource, Surroundings},
         switchover::{Holding, SourceAuthority, SourceParts, Terms},
         timings::MoveReport,
@@ -21,6 +22,7 @@ use crate::{
 use identity::HostName;
 use silo::memory::Tracking;
 use std::{
+    net::SocketAddr,
     sync::{
         Arc, Condvar, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -84,6 +86,14 @@ impl Job {
 }
 
 impl Runner {
+    /// Asks another host for a runner that takes this machine; where that listens.
+    pub(super) fn ask_host(&self, to: SocketAddr, peer: &str) -> Result<SocketAddr, String> {
+        let peer = HostName::new(peer).map_err(|e| e.to_string())?;
+        let security = self.config.security.load(&self.host).map_err(|e| e.to_string())?;
+        let asked = Ask { host: self.config.host.clone(), machine: self.config.machine.clone() };
+        reception::ask(to, &peer, &security, &asked)
+    }
+
     /// Starts a move; returns its job's number.
     pub(super) fn migrate(self: &Arc<Self>, request: MigrateRequest) -> Result<u64, String> {
         let peer = HostName::new(&request.peer).map_err(|e| e.to_string())?;

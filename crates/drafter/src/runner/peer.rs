@@ -45,8 +45,10 @@ type Halves = Mutex<HashMap<[u8; 16], mpsc::Sender<Channel>>>;
 
 /// Listens for peers on a thread of its own.
 pub(super) fn listen(runner: &Arc<Runner>, address: SocketAddr) -> Result<(), String> {
-    let listener = TcpListener::bind(address)
-        .map_err(|e| format!("listening for other hosts on {address}: {e}"))?;
+    let wrong = |e| format!("listening for other hosts on {address}: {e}");
+    let listener = TcpListener::bind(address).map_err(wrong)?;
+    // The kernel chooses the port if it was 0.
+    let _ = runner.listens.set(listener.local_addr().map_err(wrong)?);
     let runner = Arc::clone(runner);
     let halves: Arc<Halves> = Arc::default();
     std::thread::Builder::new()

@@ -132,6 +132,7 @@ fn answer(
             runner.wait_ready(Duration::from_secs(timeout_s))?;
             Ok(serde_json::Value::Null)
         }
+        Request::AskHost { to, peer } => json(runner.ask_host(to, &peer)?),
         Request::Migrate(request) => json(runner.migrate(request)?),
         Request::Follow { job } => runner.follow(job, out),
         Request::Cancel { job } => {

@@ -60,7 +60,7 @@ impl Runner {
                 .map(|d| (d.name().as_str().to_owned(), d.missing_blocks()))
                 .collect(),
             stay_bytes: inner.stay.as_ref().map_or(0, |s| s.content.memory.resident_bytes()),
-            listen: self.config.listen,
+            listen: self.listens.get().copied(),
             job: inner.jobs.values().next_back().map(|job| job.progress()),
             moves: inner.moves.clone(),
             backup,
