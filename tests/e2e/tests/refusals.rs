@@ -4,7 +4,7 @@
 
 use drafter::{
     driver::Accelerator,
-    migrate::messages::{Mode, PrepareRequest},
+    migrate::messages::{Mode, PrepareRequest, Verdict},
     runner::api::{MigrateRequest, Request},
 };
 use e2e::{
@@ -17,7 +17,7 @@ use e2e::{
     program,
 };
 use identity::{Authority, HostName};
-use std::{fs, io::Write, net::TcpStream, path::Path, process::Command, time::Duration};
+use std::{fs, io::Write, net::TcpStream, path::Path, process::Command, thread, time::Duration};
 
 /// A change of a request, and words of the refusal that it must get.
 type Wrong = (&'static str, fn(&mut PrepareRequest));
@@ -79,9 +79,30 @@ fn hop_check_10_11_20_a_destination_refuses_for_each_reason_in_prepare_and_stays
     let second = ScriptedSource::connect(&stage, at).ask(&honest);
     assert!(second.refusals.join(";").contains("not waiting for a machine"), "{second:?}");
     drop(first);
-    eventually("it waits again", Duration::from_secs(20), || {
-        stage.fleet.runner(b).status().unwrap().state == "standby"
-    });
+    let waits = || {
+        eventually("it waits again", Duration::from_secs(20), || {
+            stage.fleet.runner(b).status().unwrap().state == "standby"
+        });
+    };
+    waits();
+
+    // Nor when they ask at once.
+    for round in 0..5 {
+        let mut sources: Vec<_> = (0..4).map(|_| ScriptedSource::connect(&stage, at)).collect();
+        let verdicts: Vec<_> = thread::scope(|scope| {
+            let asked: Vec<_> =
+                sources.iter_mut().map(|source| scope.spawn(|| source.ask(&honest))).collect();
+            asked.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        let taken = verdicts.iter().filter(|verdict| verdict.refusals.is_empty()).count();
+        assert_eq!(taken, 1, "round {round}: {verdicts:?}");
+        let busy = |verdict: &Verdict| {
+            verdict.refusals.is_empty() || verdict.refusals.join(";").contains("not waiting")
+        };
+        assert!(verdicts.iter().all(busy), "round {round}: {verdicts:?}");
+        drop(sources);
+        waits();
+    }
 
     go(&stage.fleet, a, b, Mode::Hybrid, budgets());
     sh(stage.fleet.runner(b), "true");
@@ -156,7 +177,7 @@ fn hop_check_12_a_host_without_the_right_certificate_gets_no_machine_and_cannot_
         if said.code != Some(0) {
             return said.err; // it did not even start, which is as good
         }
-        std::thread::sleep(Duration::from_millis(1200)); // until the short one is over
+        thread::sleep(Duration::from_millis(1200)); // until the short one is over
         let said = say(
             stage.drafter(0).args(["migrate", "redis", "--peer", "b", "--to", &to]),
             Duration::from_secs(30),

@@ -225,7 +225,7 @@ impl Runner {
     ) -> Result<Option<Built>, String> {
         let state = self.lock().state;
         if state != State::Standby {
-            return Err(format!("this runner is {}, not waiting for a machine", state.word()));
+            return Err(not_waiting(state));
         }
         let facts = self.driver.facts().map_err(|e| e.to_string())?;
         let package = self.find_package(&request.package);
@@ -246,7 +246,7 @@ impl Runner {
         if request.dry_run {
             return Ok(None);
         }
-        self.set_state(State::Receiving, format!("from {}", request.host));
+        self.begin_to_receive(&request.host)?;
         let built = self.build_for(request, package, holds).and_then(|mut body| {
             match self.expect_protected(request, &mut body) {
                 Ok(arriving) => Ok((Box::new(body), arriving)),
@@ -260,6 +260,19 @@ impl Runner {
             self.set_state(State::Standby, "");
         }
         built.map(Some)
+    }
+
+    /// From here on it waits for no other: of two who passed the checks at once, one comes here first.
+    fn begin_to_receive(&self, from: &str) -> Result<(), String> {
+        {
+            let mut inner = self.lock();
+            if inner.state != State::Standby {
+                return Err(not_waiting(inner.state));
+            }
+            inner.state = State::Receiving;
+        }
+        self.set_state(State::Receiving, format!("from {from}"));
+        Ok(())
     }
 
     fn build_for(
@@ -434,6 +447,10 @@ impl Runner {
             tracing::error!(%error, "no thread to refresh the guest");
         }
     }
+}
+
+fn not_waiting(state: State) -> String {
+    format!("this runner is {}, not waiting for a machine", state.word())
 }
 
 fn send_verdict(main: &mut Channel, verdict: &Verdict) {
