@@ -1,6 +1,10 @@
 //! Copies of a running machine on its host, by the command that a person types.
 #![allow(clippy::unwrap_used, reason = "a test ends by panicking")]
 
+use architect::{
+    fleet::RunnerId,
+    load::{Load, LoadConfig, LoadHandle},
+};
 use drafter::runner::state::process_start;
 use e2e::{
     Stage,
@@ -87,8 +91,9 @@ fn so_are_copies_of_a_machine_with_nbd_disks() {
     three_copies("nbd");
 }
 
-fn three_copies(kind: &str) {
-    let Some(mut stage) = Stage::open() else { return };
+/// A machine on host a with something in memory and on disk, that works, and whose Redis a client uses. A
+/// copy's connections end with its old address; the machine's own one is kept and asked after.
+fn used_machine(stage: &mut Stage, kind: &str) -> (RunnerId, LoadHandle) {
     let mut spec = stage.spec("redis", 2);
     spec.memory_mib = Some(MEMORY_MIB);
     spec.extra_boot = vec!["--disk-kind".into(), kind.into()];
@@ -96,16 +101,18 @@ fn three_copies(kind: &str) {
     stage.fleet.runner(source).wait_ready(e2e::BOOT).unwrap();
     start_oracle(stage.fleet.runner(source), WORK);
     sh(stage.fleet.runner(source), "redis-cli set k before; echo disk > /var/lib/note; sync");
-    // A copy's connections end with its old address; the machine's own one is kept and asked after.
     let load = {
         let client = stage.fleet.rig().client();
-        let config = architect::load::LoadConfig {
-            think: Duration::from_millis(1),
-            ..architect::load::LoadConfig::default()
-        };
-        client.run(|| architect::load::Load::start(Stage::public(2), config)).unwrap().unwrap()
+        let config = LoadConfig { think: Duration::from_millis(1), ..LoadConfig::default() };
+        client.run(|| Load::start(Stage::public(2), config)).unwrap().unwrap()
     };
     assert!(load.wait_for(100, LIMIT), "{:?}", load.progress());
+    (source, load)
+}
+
+fn three_copies(kind: &str) {
+    let Some(mut stage) = Stage::open() else { return };
+    let (source, load) = used_machine(&mut stage, kind);
 
     on_a(&stage, &["fork", "redis"]).fails_with(&["each copy needs an address of its own"]);
     let report = on_a(
@@ -244,21 +251,7 @@ fn copy_words(stage: &Stage, place: &Place, name: &str, more: &[&str]) -> Vec<St
 fn copies_on_another_host_begin_as_a_generation_of_the_machine_which_runs_on() {
     let Some(mut stage) = Stage::open() else { return };
     let place = Place::new();
-    let mut spec = stage.spec("redis", 2);
-    spec.memory_mib = Some(MEMORY_MIB);
-    let source = stage.fleet.run(0, &spec).unwrap();
-    stage.fleet.runner(source).wait_ready(e2e::BOOT).unwrap();
-    start_oracle(stage.fleet.runner(source), WORK);
-    sh(stage.fleet.runner(source), "redis-cli set k before; echo disk > /var/lib/note; sync");
-    let load = {
-        let client = stage.fleet.rig().client();
-        let config = architect::load::LoadConfig {
-            think: Duration::from_millis(1),
-            ..architect::load::LoadConfig::default()
-        };
-        client.run(|| architect::load::Load::start(Stage::public(2), config)).unwrap().unwrap()
-    };
-    assert!(load.wait_for(100, LIMIT), "{:?}", load.progress());
+    let (source, load) = used_machine(&mut stage, "vhost-user-blk");
     say(stage.drafter(0).args(["backup", "redis"]).args(place.words()), LIMIT).succeeds();
     sh(stage.fleet.runner(source), "redis-cli set k after");
 

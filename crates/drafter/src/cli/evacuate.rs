@@ -6,7 +6,7 @@
 
 use super::{Format, StateArgs, backup::parse_time, moves::HostAt};
 use crate::{
-    migrate::{messages::Mode, planner::Budgets, timings::MoveReport},
+    migrate::{messages::Mode, planner::Budgets, reception::ASK_LIMIT, timings::MoveReport},
     runner::{
         api::{Client, LoadReport, MigrateRequest, Request},
         state::{self, MachineDir},
@@ -233,15 +233,20 @@ fn mode(way: Way) -> Mode {
 /// Moves one machine, to the end.
 fn go(state: &StateArgs, name: &str, to: &Destination, way: Way) -> Result<Left, String> {
     let text = |e: crate::runner::api::ClientError| e.to_string();
-    let mut client = Client::connect(&MachineDir::at(&state.state, name).socket()).map_err(text)?;
     // For each answer: a job that is followed tells ten times a second how far it is. A runner that hangs
     // keeps no other machine from leaving.
-    client.set_deadline(Some(ANSWER)).map_err(text)?;
+    let client = |limit| -> Result<Client, crate::runner::api::ClientError> {
+        let client = Client::connect(&MachineDir::at(&state.state, name).socket())?;
+        client.set_deadline(Some(limit))?;
+        Ok(client)
+    };
     let HostAt { host, address } = match &to.place {
         Place::Runner(runner) => runner.clone(),
         Place::Hosts(hosts) => {
             let mut refused = Vec::new();
-            let asked = hosts.iter().find_map(|host| match host.ask(&mut client) {
+            // By a connection each: a late answer is never taken for another host's.
+            let ask = |host: &HostAt| host.ask(&mut client(ASK_LIMIT + ANSWER)?);
+            let asked = hosts.iter().find_map(|host| match ask(host) {
                 Ok(address) => Some(HostAt { host: host.host.clone(), address }),
                 Err(why) => {
                     refused.push(why.to_string());
@@ -258,6 +263,7 @@ fn go(state: &StateArgs, name: &str, to: &Destination, way: Way) -> Result<Left,
         budgets: Budgets::default(),
         dry_run: false,
     };
+    let mut client = client(ANSWER).map_err(text)?;
     let job: u64 = client.get(&Request::Migrate(request)).map_err(text)?;
     let report = client.get(&Request::Follow { job }).map_err(text)?;
     Ok(Left { host, report })

@@ -14,15 +14,18 @@ use super::link::CONNECT_LIMIT;
 use identity::{HostName, Security, Stream};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{
-    io::{BufRead, BufReader, Read, Write},
+    io::{Read, Write},
     net::SocketAddr,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// How long a host may take to start a runner.
-pub const ANSWER_LIMIT: Duration = Duration::from_secs(15);
+const ANSWER_LIMIT: Duration = Duration::from_secs(15);
+/// How long all of [`ask`] may take.
+pub const ASK_LIMIT: Duration =
+    Duration::from_secs(CONNECT_LIMIT.as_secs() + ANSWER_LIMIT.as_secs());
 /// A longer line is nobody's.
-const MAX_LINE: u64 = 4096;
+const MAX_LINE: usize = 4096;
 
 /// What a source asks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,19 +57,31 @@ pub fn say(stream: &mut Stream, message: &impl Serialize) -> std::io::Result<()>
     stream.flush()
 }
 
-/// Reads one line, within `limit` for each piece of it.
+/// Reads one line, all of it within `limit`. Nothing follows it.
 ///
 /// # Errors
 /// A sentence for people: nothing came in time, or something else than a line of ours.
 pub fn hear<T: DeserializeOwned>(stream: &mut Stream, limit: Duration) -> Result<T, String> {
-    stream.control().set_read_timeout(Some(limit));
-    let mut line = String::new();
-    let mut reader = BufReader::new(stream).take(MAX_LINE);
-    reader.read_line(&mut line).map_err(|error| error.to_string())?;
-    match line.strip_suffix('\n') {
-        Some(line) => serde_json::from_str(line).map_err(|error| error.to_string()),
-        None if line.is_empty() => Err("it hung up without a word".into()),
-        None => Err(format!("a line that does not end within {MAX_LINE} bytes")),
+    let deadline = Instant::now() + limit;
+    let mut heard = Vec::new();
+    let mut piece = [0; 512];
+    while !heard.contains(&b'\n') && heard.len() < MAX_LINE {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(format!("it has not finished its line within {limit:?}"));
+        }
+        stream.control().set_read_timeout(Some(left));
+        match stream.read(&mut piece).map_err(|error| error.to_string())? {
+            0 => break,
+            read => heard.extend_from_slice(&piece[..read]),
+        }
+    }
+    match heard.split(|&byte| byte == b'\n').next() {
+        Some(line) if line.len() < heard.len() => {
+            serde_json::from_slice(line).map_err(|error| error.to_string())
+        }
+        _ if heard.is_empty() => Err("it hung up without a word".into()),
+        _ => Err(format!("a line that does not end within {MAX_LINE} bytes")),
     }
 }
 
