@@ -29,21 +29,21 @@ bench: build ## Measure against QEMU, nbdkit and others; writes the table of REA
 	$(ARCHITECT) bench-table && exit $$status
 
 kills: build ## Kill, stop and cut at every step of a move, all cases, with a table (minutes)
-	@KILLS_ALL=1 cargo nextest run -p e2e --test kills --no-capture $(ARGS)
+	@KILLS_ALL=1 cargo nextest run --workspace -E 'package(e2e) & binary(kills)' --no-capture $(ARGS)
 
 MINUTES ?= 5
 
 soak: build ## Random moves, kills, cuts and losses of hosts for MINUTES=5, every write checked; SEED=n plays one again
-	@SOAK_MINUTES=$(MINUTES) SEED=$(SEED) cargo test -p e2e --test soak -- --nocapture
+	@SOAK_MINUTES=$(MINUTES) SEED=$(SEED) cargo test --workspace --test soak -- --nocapture
 
 SEEDS ?= 100000
 
 simulate: ## Try to break the rules of who may run a machine, in SEEDS=100000 histories; SEED=n tells one of them
-	@SEEDS=$(SEEDS) cargo test -p drafter --lib -- --exact --nocapture \
+	@SEEDS=$(SEEDS) cargo test --workspace --lib -- --exact --nocapture \
 	migrate::switchover::simulator::hop_check_04_05_06_under_every_seed_the_machine_is_in_one_place_and_comes_to_rest
 
 model: ## Exhaust every history of two attempts to move a machine with three faults, and more (minutes)
-	@MODEL=whole cargo test -p drafter --lib -- --nocapture --test-threads 1 migrate::switchover::model::
+	@MODEL=whole cargo test --workspace --lib -- --nocapture --test-threads 1 migrate::switchover::model::
 
 lint: ## Format, lints, licences and sources of dependencies
 	@scripts/lint.sh

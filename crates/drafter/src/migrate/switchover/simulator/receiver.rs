@@ -42,10 +42,11 @@ impl World {
         self.tally.receivers_died += 1;
         self.peer_lost(m, 0);
         if let Some(until) = until.filter(|_| self.terms.keeps(Rule::GuardOutlivesRunner)) {
-            let due = self.hosts[host].true_time(until).max(self.now);
-            // As late as a freeze may be, and as late as the guard may wake.
+            let due = self.hosts[host].true_time(until);
+            // As late as a freeze may be, and as late as the guard may wake: from the end of the offer, also
+            // where the runner died after it. The guard was there all the time.
             let late = self.random.below(2 * self.half_margin());
-            self.at(due + late, Event::GuardFreezes(m));
+            self.at((due + late).max(self.now), Event::GuardFreezes(m));
         }
         let back = self.random.between(10 * MS, 5 * SECOND);
         self.after(back, Event::ReceiverBack(m));
