@@ -55,8 +55,10 @@ impl Runner {
                 inner = self.lock();
                 continue;
             }
+            // Whoever found that another host has the machine has ended it, and is about to say so.
+            let lost = inner.protection.as_ref().is_some_and(|protection| protection.is_over());
             let exit = match &mut inner.body {
-                Some(body) if running => body.vm().exit(),
+                Some(body) if running && !lost => body.vm().exit(),
                 _ => None,
             };
             if let Some(exit) = exit {

@@ -349,8 +349,9 @@ impl Runner {
         );
         tracing::error!(machine = %self.name.as_str(), "{detail}");
         protection.freeze();
-        self.set_state(State::Stopped, detail);
+        // First the monitor: this process ends as soon as its state says that the machine has.
         protection.end();
+        self.set_state(State::Stopped, detail);
     }
 
     /// Ends protection of a machine that runs on: nobody may take it any more.
