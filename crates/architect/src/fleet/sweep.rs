@@ -91,6 +91,7 @@ mod tests {
             boot_id: state::boot_id(),
             state: "running".into(),
             detail: String::new(),
+            left_as: None,
             launch: serde_json::Value::Null,
             config: None,
             network: None,

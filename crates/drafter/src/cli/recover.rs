@@ -63,15 +63,17 @@ fn next(
     if monitor.is_some() {
         return Ok(Next::Start(config, Box::new(Launch::Recover)));
     }
-    if record.state == "stopped" {
+    // One that has found out nothing yet tells nothing.
+    let state = record.left_as.as_deref().unwrap_or(&record.state);
+    if state == "stopped" {
         let how = if record.detail.is_empty() { "it was stopped" } else { &record.detail };
         return Ok(Next::Nothing(format!("\"{name}\" does not run here: {how}")));
     }
-    let waited = ["standby", "receiving"].contains(&record.state.as_str());
+    let waited = ["standby", "receiving"].contains(&state);
     if waited && !arrived && config.listen.is_some() {
         return Ok(Next::Start(config, Box::new(Launch::Receive)));
     }
-    if record.state == "receiving" && arrived && config.listen.is_some() {
+    if state == "receiving" && arrived && config.listen.is_some() {
         // A monitor that waits for its state ends with its runner. Whether the machine had become this
         // host's, the lease says.
         return Ok(Next::Start(config, Box::new(Launch::Recover)));
@@ -167,6 +169,7 @@ mod tests {
             boot_id: String::new(),
             state: state.into(),
             detail: String::new(),
+            left_as: None,
             launch: serde_json::to_value(launch).unwrap(),
             config: Some(config),
             network: None,
@@ -201,6 +204,11 @@ mod tests {
         assert_eq!(what("standby", &boot, false, false, false), "receive", "it had moved away");
         assert_eq!(what("receiving", &boot, false, true, false), "recover", "the lease tells");
         assert!(what("stopped", &boot, false, true, true).starts_with("nothing"));
+        let mut again = record("booting", &Launch::Receive);
+        again.left_as = Some("receiving".into());
+        let next = next("m", again, None, true, false).unwrap();
+        let Next::Start(_, launch) = next else { panic!("{next:?}") };
+        assert!(matches!(*launch, Launch::Recover), "the runner in between had found out nothing");
         let lost = what("running", &boot, false, true, false);
         assert!(lost.contains("restore") && lost.contains("--keep-disks"), "{lost}");
         assert_eq!(what("running", &boot, false, true, true), "boot, keep disks true");

@@ -210,6 +210,8 @@ pub struct Runner {
     listens: OnceLock<SocketAddr>,
     /// Requests whose answer has not been written.
     answering: AtomicUsize,
+    /// In which state the last runner left the machine, if this one comes after it.
+    left_as: Option<String>,
 }
 
 /// Runs until the machine has ended or left for good.
@@ -264,6 +266,12 @@ impl Runner {
             Launch::StandIn => State::StandIn,
             _ => State::Booting,
         };
+        let left_as = match (launch, &before) {
+            (Launch::Recover, Some(before)) => {
+                Some(before.left_as.clone().unwrap_or_else(|| before.state.clone()))
+            }
+            _ => None,
+        };
         let inner = Inner {
             state,
             detail: String::new(),
@@ -313,6 +321,7 @@ impl Runner {
             changed: Condvar::new(),
             listens: OnceLock::new(),
             answering: AtomicUsize::new(0),
+            left_as,
             config,
         }))
     }
@@ -383,6 +392,7 @@ impl Runner {
                 boot_id: boot_id(),
                 state: inner.state.word().to_owned(),
                 detail: inner.detail.clone(),
+                left_as: self.left_as.clone().filter(|_| inner.state == State::Booting),
                 launch: inner.launch.clone(),
                 config: Some(self.config.clone()),
                 network: self

@@ -271,6 +271,9 @@ impl Runner {
             }
             inner.state = State::Receiving;
         }
+        // Of an earlier stay: what arrives is noted when it may become this host's, and a runner that comes
+        // after this one must not take it for that machine.
+        super::take_over::forget(&self.dir);
         self.set_state(State::Receiving, format!("from {from}"));
         Ok(())
     }

@@ -46,6 +46,10 @@ pub struct RunnerRecord {
     pub state: String,
     /// For people.
     pub detail: String,
+    /// While a runner that comes after another finds out what there is to do: the state in which that left
+    /// the machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left_as: Option<String>,
     /// What is needed to start the machine again from its disks.
     pub launch: serde_json::Value,
     /// What the runner was started with, for one that comes after it.
@@ -213,6 +217,7 @@ mod tests {
             boot_id: boot_id(),
             state: "running".into(),
             detail: String::new(),
+            left_as: None,
             launch: serde_json::Value::Null,
             config: None,
             network: None,
