@@ -12,7 +12,7 @@ use anyhow::Context;
 use clap::Args;
 use silo::store::{Access, Environment, KeyRing, Limits, LineName, Store, StoreUrl};
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -51,6 +51,12 @@ impl HistoryArgs {
         self.line.clone().unwrap_or_else(|| format!("machines/{machine}"))
     }
 
+    /// A history in `store`, with the keys of a file or of their variable.
+    pub(super) fn at(store: &str, keys: Option<&Path>, line: String) -> Self {
+        let keys = keys.map(Path::to_owned);
+        Self { store: Some(store.to_owned()), keys, line: Some(line) }
+    }
+
     /// The keys as text, and where they were read.
     fn key_text(&self) -> anyhow::Result<(String, String)> {
         let Some(path) = &self.keys else {
@@ -86,9 +92,24 @@ pub(super) struct SuspendHistory {
 impl SuspendHistory {
     /// The history of a machine's sleeps.
     pub(super) fn of(&self, machine: &str) -> HistoryArgs {
-        let line = self.line.clone().unwrap_or_else(|| format!("machines/{machine}.suspended"));
+        let line = self.line.clone().unwrap_or_else(|| sleeps_line(machine));
         HistoryArgs { store: self.store.clone(), keys: self.keys.clone(), line: Some(line) }
     }
+}
+
+/// Where a machine's sleeps are, unless somebody says otherwise.
+pub(super) fn sleeps_line(machine: &str) -> String {
+    format!("machines/{machine}.suspended")
+}
+
+/// Whether a store's address and its keys, in a file or in their variable, can be read.
+pub(super) fn check_store(store: &str, keys: Option<&Path>) -> anyhow::Result<()> {
+    store.parse::<StoreUrl>()?;
+    match keys {
+        Some(path) => KeyRing::from_file(path)?,
+        None => KeyRing::from_env(KEYS)?,
+    };
+    Ok(())
 }
 
 /// `drafter backup`.

@@ -7,24 +7,28 @@
 //!                       ──────────────── the move, as ever ──────────────▶│
 //! ```
 //!
+//! With a store (`--store`), a machine that another host has put to sleep there is woken here when that host
+//! asks for it: `Wake { machine }` starts a runner as `drafter resume --store` would, and is answered when
+//! the machine runs. The store, its keys and its credentials are this host's.
+//!
 //! What must hold: nobody gets a runner whose host is not accepted; of one machine there is one runner; a
-//! runner whose machine does not come ends by itself; and this process may end or be killed at any time,
-//! runners go on.
+//! runner whose machine does not come ends by itself; nobody has a machine woken that another host put to
+//! sleep; and this process may end or be killed at any time, runners go on.
 
 use super::{
     StateArgs,
-    backup::parse_time,
+    backup::{self, parse_time},
     run::{self, HostArgs},
     spawned::{self, Spawned},
 };
 use crate::{
     migrate::{
         link::CONNECT_LIMIT,
-        reception::{Answer, Ask, hear, say},
+        reception::{Answer, Ask, Asked, say},
     },
     runner::{
         api::{Client, Request, Status},
-        config::Launch,
+        config::{Launch, RestoreFrom, RunnerConfig},
         state::{MachineDir, check_name},
     },
 };
@@ -34,6 +38,7 @@ use identity::{HostName, Security, Stream};
 use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     path::PathBuf,
+    process::Child,
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -46,6 +51,8 @@ use std::{
 const WAIT: Duration = Duration::from_secs(120);
 /// How long such a runner may take until it waits.
 const START_LIMIT: Duration = Duration::from_secs(10);
+/// How long a machine may take to wake until whoever asked is told that it takes long; it goes on.
+const WAKE_LIMIT: Duration = Duration::from_secs(75);
 /// How often it is looked.
 const LOOK: Duration = Duration::from_millis(5);
 /// Hosts that ask at once, at most.
@@ -65,6 +72,14 @@ pub struct ReceiveArgs {
     /// two minutes for each runner that --any starts]
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     wait: Option<Duration>,
+    /// Also wake machines that other hosts put to sleep in this store (`evacuate --store`), when they ask
+    /// for it: s3://bucket/folder?endpoint=…&region=…, gs://…, az://… or file:///folder; credentials come
+    /// from the provider's usual variables, as AWS_ACCESS_KEY_ID
+    #[arg(long, value_name = "URL", conflicts_with = "name")]
+    store: Option<String>,
+    /// The file with the keys to that store; without it the variable SILO_KEYS holds them
+    #[arg(long, value_name = "FILE", env = "SILO_KEY_FILE")]
+    keys: Option<PathBuf>,
     /// Packages, or directories of packages, that machines may need
     #[arg(long, required = true)]
     package: Vec<PathBuf>,
@@ -92,14 +107,48 @@ struct Reception<'a> {
     state: &'a StateArgs,
     security: Security,
     address: SocketAddr,
+    /// Where it wakes machines from.
+    sleeps: Option<Sleeps>,
     /// One runner is started at a time: two who ask for one machine get the same.
     starting: Mutex<()>,
     asking: AtomicUsize,
 }
 
+/// The store with machines that sleep.
+struct Sleeps {
+    store: String,
+    keys: Option<PathBuf>,
+}
+
+impl Sleeps {
+    /// That of the flags.
+    fn of(args: &ReceiveArgs) -> anyhow::Result<Option<Self>> {
+        let Some(store) = args.store.clone() else { return Ok(None) };
+        let keys = args.keys.as_ref().map(std::path::absolute).transpose()?;
+        backup::check_store(&store, keys.as_deref())?;
+        Ok(Some(Self { store, keys }))
+    }
+
+    /// What a machine sleeps as that `host` put to sleep.
+    fn of_machine(&self, machine: &str, host: &HostName) -> RestoreFrom {
+        RestoreFrom {
+            store: self.store.clone(),
+            line: backup::sleeps_line(machine),
+            generation: None,
+            keys: self.keys.clone(),
+            take_from: None,
+            lazy: true,
+            suspended: true,
+            slept_at: Some(host.as_str().to_owned()),
+            copy: None,
+        }
+    }
+}
+
 fn serve(args: &ReceiveArgs, state: &StateArgs) -> anyhow::Result<()> {
     // Whatever is wrong with the flags shows now. (The name is nobody's.)
     let config = run::config("any", &args.on, args.package.clone(), state)?;
+    let sleeps = Sleeps::of(args)?;
     let security = config.security.load(&HostName::new(&config.host)?)?;
     let address = config.listen.context("it listens nowhere")?;
     let listener = TcpListener::bind(address)
@@ -110,6 +159,7 @@ fn serve(args: &ReceiveArgs, state: &StateArgs) -> anyhow::Result<()> {
         state,
         security,
         address,
+        sleeps,
         starting: Mutex::new(()),
         asking: AtomicUsize::new(0),
     };
@@ -148,9 +198,13 @@ impl Reception<'_> {
             Err(error) => return tracing::warn!(%error, "a peer was turned away"),
         };
         let peer = stream.peer_name().cloned();
-        let asked = hear::<Ask>(&mut stream, CONNECT_LIMIT)
+        let asked = Asked::hear(&mut stream, CONNECT_LIMIT)
             .map_err(|error| format!("it does not ask for a runner: {error}"));
-        let answer = match asked.and_then(|ask| self.runner_for(&ask, peer.as_ref())) {
+        let found = asked.and_then(|asked| match asked {
+            Asked::ToTake(ask) => self.runner_for(&ask, peer.as_ref()),
+            Asked::ToWake(ask) => self.wake(&ask, peer.as_ref()),
+        });
+        let answer = match found {
             Ok(address) => Answer::Runner(address),
             Err(why) => {
                 tracing::info!(why, "no runner for a peer");
@@ -162,8 +216,12 @@ impl Reception<'_> {
         }
     }
 
-    /// Where a runner waits for the machine.
-    fn runner_for(&self, ask: &Ask, peer: Option<&HostName>) -> Result<SocketAddr, String> {
+    /// What a runner of the machine is started with, if whoever asks may have one.
+    fn config(
+        &self,
+        ask: &Ask,
+        peer: Option<&HostName>,
+    ) -> Result<(RunnerConfig, HostName), String> {
         let from = HostName::new(&ask.host).map_err(|error| error.to_string())?;
         if let Some(proved) = peer.filter(|proved| **proved != from) {
             return Err(format!(
@@ -176,7 +234,14 @@ impl Reception<'_> {
         let mut config = config.map_err(|error| format!("{error:#}"))?;
         config.accepts(&from)?;
         config.listen = Some(SocketAddr::new(self.address.ip(), 0));
+        // Until it has had the machine; from then on it waits for it to come back.
         config.wait_ms = Some(self.args.wait.unwrap_or(WAIT).as_millis() as u64);
+        Ok((config, from))
+    }
+
+    /// Where a runner waits for the machine.
+    fn runner_for(&self, ask: &Ask, peer: Option<&HostName>) -> Result<SocketAddr, String> {
+        let (config, from) = self.config(ask, peer)?;
         let dir = MachineDir::at(&self.state.state, &ask.machine);
         let _one = self.starting.lock().unwrap_or_else(PoisonError::into_inner);
         match status(&dir) {
@@ -188,13 +253,86 @@ impl Reception<'_> {
             }
             None => {}
         }
-        let folder = dir.root().to_owned();
-        MachineDir::create(&self.state.state, &ask.machine).map_err(|e| e.to_string())?;
-        let start = Spawned { config, launch: Launch::Receive };
+        let (child, address) = self.start(config, Launch::Receive, &from)?;
+        reap(child, ask.machine.clone());
+        Ok(address)
+    }
+
+    /// Wakes the machine that the other host has put to sleep; where its runner listens.
+    fn wake(&self, ask: &Ask, peer: Option<&HostName>) -> Result<SocketAddr, String> {
+        let (config, from) = self.config(ask, peer)?;
+        let sleeps = self.sleeps.as_ref().ok_or(
+            "it was given no store to wake machines from (`receive --any --store URL --keys FILE`)",
+        )?;
+        let dir = MachineDir::at(&self.state.state, &ask.machine);
+        let (mut child, address) = {
+            let _one = self.starting.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(status) = status(&dir) {
+                Self::end_waiting(&dir, &status)?;
+            }
+            let launch = Launch::Restore(sleeps.of_machine(&ask.machine, &from));
+            self.start(config, launch, &from)?
+        };
+        // Others are attended to meanwhile.
+        let deadline = Instant::now() + WAKE_LIMIT;
+        loop {
+            if let Ok(Some(ended)) = child.try_wait() {
+                return Err(format!("its runner ended ({ended}): {}", spawned::last_words(&dir)));
+            }
+            if status(&dir)
+                .is_some_and(|now| now.state == "running" && now.runner_pid == child.id())
+            {
+                reap(child, ask.machine.clone());
+                return Ok(address);
+            }
+            if Instant::now() > deadline {
+                // By now it may have taken the lease: it is not ended.
+                reap(child, ask.machine.clone());
+                return Err(format!(
+                    "it does not run within {WAKE_LIMIT:?}; its runner goes on (`drafter status {}` there)",
+                    ask.machine
+                ));
+            }
+            thread::sleep(LOOK);
+        }
+    }
+
+    /// Ends a runner that waits here for this very machine, which comes from the store now.
+    fn end_waiting(dir: &MachineDir, status: &Status) -> Result<(), String> {
+        if status.state != "standby" {
+            return Err(format!("\"{}\" is {} there already", status.machine, status.state));
+        }
+        let lives = || matches!(dir.read_record(), Ok(Some(record)) if record.alive());
+        let end = || -> Result<String, crate::runner::api::ClientError> {
+            let mut client = Client::connect(&dir.socket())?;
+            client.set_deadline(Some(START_LIMIT))?;
+            client.get(&Request::Stop { grace_s: 0 })
+        };
+        end().map_err(|error| format!("its runner there does not end: {error}"))?;
+        let deadline = Instant::now() + START_LIMIT;
+        while lives() {
+            if Instant::now() > deadline {
+                return Err(format!("its runner there has not ended within {START_LIMIT:?}"));
+            }
+            thread::sleep(LOOK);
+        }
+        Ok(())
+    }
+
+    /// Starts a runner; returns when it listens, and where.
+    fn start(
+        &self,
+        config: RunnerConfig,
+        launch: Launch,
+        from: &HostName,
+    ) -> Result<(Child, SocketAddr), String> {
+        let machine = config.machine.clone();
+        let dir = MachineDir::create(&self.state.state, &machine).map_err(|e| e.to_string())?;
+        let start = Spawned { config, launch };
         let mut child =
-            spawned::spawn(&start, &folder, self.state).map_err(|error| format!("{error:#}"))?;
+            spawned::spawn(&start, dir.root(), self.state).map_err(|error| format!("{error:#}"))?;
         let pid = child.id();
-        tracing::info!(machine = ask.machine, %from, pid, "a runner was started");
+        tracing::info!(machine, %from, pid, "a runner was started");
         let deadline = Instant::now() + START_LIMIT;
         loop {
             if let Ok(Some(ended)) = child.try_wait() {
@@ -202,8 +340,7 @@ impl Reception<'_> {
             }
             let found = status(&dir).filter(|status| status.runner_pid == pid);
             if let Some(address) = found.and_then(|status| status.listen) {
-                reap(child, ask.machine.clone());
-                return Ok(address);
+                return Ok((child, address));
             }
             if Instant::now() > deadline {
                 let _ = child.kill().and_then(|()| child.wait());
@@ -221,7 +358,7 @@ fn status(dir: &MachineDir) -> Option<Status> {
 }
 
 /// Waits for a runner's end, whenever that is.
-fn reap(mut child: std::process::Child, machine: String) {
+fn reap(mut child: Child, machine: String) {
     let reaping = thread::Builder::new().name("reap".into()).spawn(move || match child.wait() {
         Ok(ended) if ended.success() => tracing::info!(machine, "its runner has ended"),
         Ok(ended) => tracing::warn!(machine, %ended, "its runner has ended"),
@@ -229,5 +366,44 @@ fn reap(mut child: std::process::Child, machine: String) {
     });
     if let Err(error) = reaping {
         tracing::warn!(%error, "an ended runner stays a zombie until this ends");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::Command;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Typed {
+        #[command(subcommand)]
+        command: Command,
+    }
+
+    fn typed(words: &[&str]) -> Result<ReceiveArgs, String> {
+        let all = ["drafter", "receive", "--listen", "127.0.0.1:0", "--package", "p"];
+        match Typed::try_parse_from([&all, words].concat()) {
+            Ok(Typed { command: Command::Receive(args) }) => Ok(args),
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    #[test]
+    fn only_a_host_that_takes_all_wakes_and_only_what_the_host_that_asks_put_to_sleep() {
+        let why = typed(&["redis", "--store", "file:///s"]).unwrap_err();
+        assert!(why.contains("'--store <URL>' cannot be used with"), "{why}");
+        assert!(Sleeps::of(&typed(&["--any"]).unwrap()).unwrap().is_none());
+        let folder = tempfile::tempdir().unwrap();
+        let keys = folder.path().join("keys").display().to_string();
+        let args = typed(&["--any", "--store", "file:///s", "--keys", &keys]).unwrap();
+        let why = Sleeps::of(&args).err().unwrap().to_string();
+        assert!(why.contains(&keys), "{why}");
+        let sleeps = Sleeps { store: "file:///s".into(), keys: None };
+        let from = sleeps.of_machine("redis", &HostName::new("a").unwrap());
+        assert_eq!(from.line, "machines/redis.suspended");
+        assert_eq!((from.suspended, from.slept_at.as_deref()), (true, Some("a")));
+        assert_eq!((from.generation, from.take_from), (None, None));
     }
 }

@@ -400,6 +400,7 @@ pub(super) fn resume(args: ResumeArgs, state: &StateArgs) -> anyhow::Result<()> 
             keys: history.keys,
             take_from: args.take_from,
             lazy: true,
+            slept_at: None,
             copy: None,
         };
         return start(config, Launch::Restore(from), args.on.detach);
@@ -423,6 +424,7 @@ pub(super) fn restore(args: RestoreArgs, state: &StateArgs) -> anyhow::Result<()
         take_from: args.take_from,
         lazy: args.lazy,
         suspended: false,
+        slept_at: None,
         copy: args.copy_of.map(|of| CopyWanted {
             of,
             address: args.address,

@@ -1,14 +1,19 @@
-//! Asking a host for a runner that takes a machine.
+//! Asking a host for a runner that takes a machine, or to wake a machine that sleeps in a store.
 //!
 //! ```text
 //!   source's runner                              reception of the other host (`receive --any`)
 //!   Ask { host, machine } ─────────────────────▶ may it? is one there? else: starts one
 //!                          ◀──────────── Answer  where that runner listens, or why there is none
+//!
+//!   `drafter evacuate`                           the same (`receive --any --store`)
+//!   Wake { Ask } ──────────────────────────────▶ may it? wakes it, from the store that it was given itself
+//!                          ◀──────────── Answer  where its runner listens, once it runs; or why it does not
 //! ```
 //!
 //! One line of JSON each way, over a connection as every other between hosts (mutual TLS, or plaintext
 //! where that was asked for). The runner then decides about the machine as if somebody had started it by
-//! hand: nothing that is asked here moves anything.
+//! hand: nothing that is asked here moves anything, and a machine is woken by its lease alone, once. No
+//! store, key or path is named: each host has its own.
 
 use super::link::CONNECT_LIMIT;
 use identity::{HostName, Security, Stream};
@@ -21,6 +26,8 @@ use std::{
 
 /// How long a host may take to start a runner.
 const ANSWER_LIMIT: Duration = Duration::from_secs(15);
+/// How long a host may take to wake a machine.
+const WAKE_LIMIT: Duration = Duration::from_secs(90);
 /// How long all of [`ask`] may take.
 pub const ASK_LIMIT: Duration =
     Duration::from_secs(CONNECT_LIMIT.as_secs() + ANSWER_LIMIT.as_secs());
@@ -36,11 +43,43 @@ pub struct Ask {
     pub machine: String,
 }
 
+/// The other thing that is asked: that a machine runs again which that host put to sleep. (A host that
+/// does not know it yet says that a field is missing, and starts nothing.)
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wake {
+    /// Who asks, and for which machine.
+    pub wake: Ask,
+}
+
+/// What a host was asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// For a runner that takes a machine.
+    ToTake(Ask),
+    /// To wake one.
+    ToWake(Ask),
+}
+
+impl Asked {
+    /// Reads it, within `limit`.
+    ///
+    /// # Errors
+    /// As [`hear`].
+    pub fn hear(stream: &mut Stream, limit: Duration) -> Result<Self, String> {
+        let said: serde_json::Value = hear(stream, limit)?;
+        let asked = match said.get("wake") {
+            Some(_) => serde_json::from_value::<Wake>(said).map(|asked| Self::ToWake(asked.wake)),
+            None => serde_json::from_value(said).map(Self::ToTake),
+        };
+        asked.map_err(|error| error.to_string())
+    }
+}
+
 /// What the other host says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Answer {
-    /// A runner waits for the machine there.
+    /// A runner waits for the machine there; or the machine, which was to be woken, runs there.
     Runner(SocketAddr),
     /// There is none, and why.
     Refused(String),
@@ -97,43 +136,112 @@ pub fn ask(
 ) -> Result<SocketAddr, String> {
     let wrong =
         |error: String| format!("asking host \"{peer}\" at {address} for a runner: {error}");
-    let mut stream = Stream::connect(address, peer, security, CONNECT_LIMIT)
-        .map_err(|error| wrong(error.to_string()))?;
-    say(&mut stream, ask).map_err(|error| wrong(error.to_string()))?;
-    match hear(&mut stream, ANSWER_LIMIT).map_err(wrong)? {
-        // One that listens everywhere is where it was asked for.
-        Answer::Runner(found) if found.ip().is_unspecified() => {
-            Ok(SocketAddr::new(address.ip(), found.port()))
-        }
+    match answer((address, peer), security, ask, ANSWER_LIMIT).map_err(wrong)? {
         Answer::Runner(found) => Ok(found),
         Answer::Refused(why) => Err(format!("host \"{peer}\" takes no machine: {why}")),
     }
 }
 
+/// Asks the host `peer` at `address` to wake a machine that sleeps in a store, and waits until it runs
+/// there.
+///
+/// # Errors
+/// A sentence for people: who cannot be reached, or why it does not run there.
+pub fn wake(
+    address: SocketAddr,
+    peer: &HostName,
+    security: &Security,
+    ask: Ask,
+) -> Result<(), String> {
+    let wrong =
+        |error: String| format!("asking host \"{peer}\" at {address} to wake the machine: {error}");
+    match answer((address, peer), security, &Wake { wake: ask }, WAKE_LIMIT).map_err(wrong)? {
+        Answer::Runner(_) => Ok(()),
+        Answer::Refused(why) => Err(format!("host \"{peer}\" does not wake it: {why}")),
+    }
+}
+
+/// What a host says to one question.
+fn answer(
+    (address, peer): (SocketAddr, &HostName),
+    security: &Security,
+    question: &impl Serialize,
+    limit: Duration,
+) -> Result<Answer, String> {
+    let mut stream = Stream::connect(address, peer, security, CONNECT_LIMIT)
+        .map_err(|error| error.to_string())?;
+    say(&mut stream, question).map_err(|error| error.to_string())?;
+    Ok(match hear(&mut stream, limit)? {
+        // One that listens everywhere is where it was asked for.
+        Answer::Runner(found) if found.ip().is_unspecified() => {
+            Answer::Runner(SocketAddr::new(address.ip(), found.port()))
+        }
+        other => other,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::TcpListener;
+    use std::{net::TcpListener, thread::JoinHandle};
 
     fn name(name: &str) -> HostName {
         HostName::new(name).unwrap()
     }
 
-    /// What a source makes of a host that answers so.
-    fn answered(answer: &'static [u8]) -> Result<SocketAddr, String> {
+    /// A host that answers so, and what it was asked.
+    fn host(answer: &'static [u8]) -> (SocketAddr, JoinHandle<Result<Asked, String>>) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let host = std::thread::spawn(move || {
             let (socket, _) = listener.accept().unwrap();
             let mut stream = Stream::server(socket, &Security::Plaintext, CONNECT_LIMIT).unwrap();
-            let heard: Ask = hear(&mut stream, CONNECT_LIMIT).unwrap();
+            let heard = Asked::hear(&mut stream, CONNECT_LIMIT);
             let _ = stream.write_all(answer).and_then(|()| stream.flush());
             heard
         });
-        let asked = Ask { host: "a".into(), machine: "redis".into() };
-        let found = ask(address, &name("b"), &Security::Plaintext, &asked);
-        assert_eq!(host.join().unwrap(), asked);
+        (address, host)
+    }
+
+    fn redis() -> Ask {
+        Ask { host: "a".into(), machine: "redis".into() }
+    }
+
+    /// What a source makes of a host that answers so.
+    fn answered(answer: &'static [u8]) -> Result<SocketAddr, String> {
+        let (address, host) = host(answer);
+        let found = ask(address, &name("b"), &Security::Plaintext, &redis());
+        assert_eq!(host.join().unwrap().unwrap(), Asked::ToTake(redis()));
         found
+    }
+
+    #[test]
+    fn a_host_knows_a_runner_from_a_waking_and_whoever_wakes_hears_why_it_does_not_run() {
+        for (answer, why) in [
+            (&b"{\"runner\":\"10.0.0.2:7500\"}\n"[..], ""),
+            (b"{\"refused\":\"it has no store\"}\n", "\"b\" does not wake it: it has no store"),
+            (b"{}\n", "asking host \"b\" at 127.0.0.1"),
+        ] {
+            let (address, host) = host(answer);
+            let woken = wake(address, &name("b"), &Security::Plaintext, redis());
+            assert_eq!(host.join().unwrap().unwrap(), Asked::ToWake(redis()));
+            match woken {
+                Ok(()) => assert_eq!(why, ""),
+                Err(said) => assert!(!why.is_empty() && said.contains(why), "{said}"),
+            }
+        }
+        for (bad, what) in [
+            (&b"{\"wake\":1}\n"[..], "invalid type"),
+            (b"{\"wake\":{\"host\":\"a\"}}\n", "missing field `machine`"),
+            (b"[]\n", "invalid"),
+        ] {
+            let (address, host) = host(b"{}\n");
+            let mut stream =
+                Stream::connect(address, &name("b"), &Security::Plaintext, CONNECT_LIMIT).unwrap();
+            stream.write_all(bad).and_then(|()| stream.flush()).unwrap();
+            let why = host.join().unwrap().unwrap_err();
+            assert!(why.contains(what), "{why}");
+        }
     }
 
     #[test]
@@ -165,8 +273,7 @@ mod tests {
     #[test]
     fn a_host_that_is_not_there_is_named() {
         let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let asked = Ask { host: "a".into(), machine: "redis".into() };
-        let why = ask(nobody, &name("b"), &Security::Plaintext, &asked).unwrap_err();
+        let why = ask(nobody, &name("b"), &Security::Plaintext, &redis()).unwrap_err();
         assert!(why.contains(&nobody.to_string()) && why.contains("\"b\""), "{why}");
     }
 }

@@ -250,6 +250,9 @@ pub struct RestoreFrom {
     /// It must be what the machine was suspended as, and the machine must not have run since.
     #[serde(default)]
     pub suspended: bool,
+    /// And it must have been suspended at this host, which asks for it.
+    #[serde(default)]
+    pub slept_at: Option<String>,
     /// It is another machine's, which stays what and where it is: this one begins as a copy of it.
     #[serde(default)]
     pub copy: Option<CopyWanted>,

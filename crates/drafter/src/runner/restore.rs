@@ -132,6 +132,12 @@ impl Runner {
         }
         let machine = from.copy.as_ref().map_or(&self.config.machine, |copy| &copy.of);
         let (package, lease) = self.check_saved(&saved, machine).map_err(of)?;
+        if let Some(host) = from.slept_at.as_deref().filter(|host| lease.owner.as_str() != *host) {
+            return Err(of(format!(
+                "it was put to sleep at host \"{}\", and \"{host}\" asks for it",
+                lease.owner
+            )));
+        }
         let copy = match &from.copy {
             Some(wanted) => Some(self.who_a_copy_is(wanted, saved.network.as_ref())?),
             None => None,
