@@ -13,7 +13,7 @@ use std::time::Duration;
 pub struct Times {
     /// Its move begins.
     pub begin: Duration,
-    /// It runs elsewhere (a suspended one: it stands still).
+    /// It runs elsewhere (one that is put to sleep: it stands still).
     pub handed_over: Duration,
     /// Nothing of it is needed here any more.
     pub safe: Duration,
@@ -111,7 +111,7 @@ impl UnderWay {
     fn advance(&mut self, load: &Load, way: Way, now: f64) {
         self.stage = match self.stage {
             Stage::Setup(_) => {
-                // One that is copied while it runs here is handed over later.
+                // One that is copied while it runs here is handed over, or stands still, later.
                 self.handed_over = now;
                 Stage::First(way.first_copy(load).0 as f64, now)
             }
@@ -158,8 +158,11 @@ mod tests {
         near(times.safe, 5.2);
         let stored = Load { in_store: Bytes(400 * MIB), ..load("a", 500) };
         near(alone(stored.clone(), Way::PostCopyWithStore).safe, 1.2);
-        near(alone(stored.clone(), Way::Suspend).safe, 1.2);
-        near(alone(stored, Way::HybridWithStore).safe, 1.21);
+        near(alone(stored.clone(), Way::HybridWithStore).safe, 1.21);
+        // It stands still when what the store lacked is stored, and is safe when the rest is.
+        let times = alone(stored, Way::Suspend);
+        near(times.handed_over, 1.2);
+        near(times.safe, 1.21);
     }
 
     #[test]

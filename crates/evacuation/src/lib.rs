@@ -80,6 +80,8 @@ pub struct Load {
     pub hot: Bytes,
     /// Some host can take it while it runs.
     pub destination: bool,
+    /// It can be put to sleep in a store, if there is one.
+    pub may_sleep: bool,
     /// Its generations are in a store, so that it can come back from one: as of this long ago.
     pub generation_age: Option<Duration>,
 }
@@ -98,8 +100,21 @@ pub struct Terms {
     pub parallel: u16,
     /// What a move costs before its first byte: a monitor is started, connections are made.
     pub setup: Duration,
-    /// A store can be reached from here and from the destinations.
-    pub store: bool,
+    /// What a store helps with.
+    pub store: StoreUse,
+}
+
+/// What a store is good for, of an evacuation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StoreUse {
+    /// There is none.
+    #[default]
+    None,
+    /// Machines can be put to sleep in it.
+    Sleeps,
+    /// The same, and destinations of moves fetch from it what it has.
+    SleepsAndMoves,
 }
 
 impl Terms {
@@ -123,7 +138,8 @@ pub enum Way {
     PostCopy,
     /// The same, without what a store has.
     PostCopyWithStore,
-    /// It is stopped, and what the store lacks is stored; it goes on elsewhere later.
+    /// What the store lacks is stored while it runs here, then it is stopped, and what it wrote meanwhile
+    /// follows; it goes on elsewhere later.
     Suspend,
 }
 
@@ -140,11 +156,11 @@ impl Way {
     /// Whether a machine can go this way.
     #[must_use]
     pub fn is_open(self, load: &Load, terms: &Terms) -> bool {
-        let helps = terms.store && load.in_store > Bytes(0);
+        let helps = terms.store == StoreUse::SleepsAndMoves && load.in_store > Bytes(0);
         match self {
             Self::Hybrid | Self::PostCopy => load.destination,
             Self::HybridWithStore | Self::PostCopyWithStore => load.destination && helps,
-            Self::Suspend => terms.store,
+            Self::Suspend => terms.store != StoreUse::None && load.may_sleep,
         }
     }
 
@@ -162,7 +178,25 @@ impl Way {
     /// Whether what the machine writes during the first copy is sent again.
     #[must_use]
     pub fn copies_while_it_runs_here(self) -> bool {
-        matches!(self, Self::Hybrid | Self::HybridWithStore)
+        matches!(self, Self::Hybrid | Self::HybridWithStore | Self::Suspend)
+    }
+
+    /// The most that is sent, however long it takes.
+    #[must_use]
+    pub fn most(self, load: &Load) -> Bytes {
+        let first = self.first_copy(load);
+        // Who has nothing to copy writes nothing meanwhile.
+        let again = self.copies_while_it_runs_here() && first > Bytes(0);
+        Bytes(first.0.saturating_add(if again { load.hot.0 } else { 0 }))
+    }
+
+    /// What is sent if it has the line for itself.
+    #[must_use]
+    pub fn alone(self, load: &Load, line: Rate) -> Bytes {
+        let (first, most) = (self.first_copy(load), self.most(load));
+        let written = u128::from(first.0) * u128::from(load.dirties.0) / u128::from(line.0.max(1));
+        let written = u64::try_from(written).unwrap_or(u64::MAX);
+        Bytes(first.0.saturating_add(written).min(most.0))
     }
 
     /// Its name, as in the commands.
@@ -200,6 +234,7 @@ pub(crate) mod samples {
             dirties: Rate(MIB),
             hot: Bytes(4 * MIB),
             destination: true,
+            may_sleep: true,
             generation_age: None,
         }
     }
@@ -212,7 +247,7 @@ pub(crate) mod samples {
             line: Rate::from_megabits(1000),
             parallel: 2,
             setup: Duration::from_millis(200),
-            store: true,
+            store: StoreUse::SleepsAndMoves,
         }
     }
 }

@@ -9,7 +9,7 @@
 //! Whoever is not chosen is named, with what becomes of it, and is tried last: lines and guests may
 //! turn out better than they were measured.
 
-use crate::{Bytes, Load, Rate, Terms, Times, Way, foresee, subset};
+use crate::{Bytes, Load, Rate, StoreUse, Terms, Times, Way, foresee, subset};
 use serde::{Deserialize, Serialize};
 use std::{cmp::Reverse, fmt, time::Duration};
 
@@ -67,10 +67,11 @@ pub struct Plan {
     pub needed: Option<Needed>,
 }
 
-/// The way of least bytes; among equals the gentlest that sends nothing twice.
+/// The way of least bytes, whatever the others send meanwhile; among equals the gentlest.
 fn leanest(load: &Load, terms: &Terms) -> Option<Way> {
-    let open = |way: &Way| way.is_open(load, terms) && !way.copies_while_it_runs_here();
-    Way::ALL.into_iter().filter(open).min_by_key(|way| (way.first_copy(load), *way))
+    let lean = |way: &Way| !matches!(way, Way::Hybrid | Way::HybridWithStore);
+    let open = |way: &Way| lean(way) && way.is_open(load, terms);
+    Way::ALL.into_iter().filter(open).min_by_key(|way| (way.most(load), *way))
 }
 
 /// The gentlest way.
@@ -86,7 +87,7 @@ fn end(loads: &[Load], steps: &[(usize, Way)], terms: &Terms) -> Option<Duration
 
 /// Worth per byte, largest first; who has nothing to come back from before who has.
 fn order(load: &Load, way: Way) -> impl Ord + use<> {
-    let bytes = u128::from(way.first_copy(load).0.max(1));
+    let bytes = u128::from(way.most(load).0.max(1));
     let density = (u128::from(load.weight.max(1)) << 64) / bytes;
     (Reverse(density), load.generation_age.is_some())
 }
@@ -126,7 +127,7 @@ fn choose(loads: &[Load], able: &[(usize, Way)], terms: &Terms) -> Vec<(usize, W
     let fits = |steps: &[(usize, Way)]| end(loads, steps, terms).is_some_and(|end| end <= usable);
     let items: Vec<(u64, u64)> = able
         .iter()
-        .map(|(at, way)| (way.first_copy(&loads[*at]).0, u64::from(loads[*at].weight)))
+        .map(|(at, way)| (way.alone(&loads[*at], terms.line).0, u64::from(loads[*at].weight)))
         .collect();
     let sending = usable.saturating_sub(terms.setup).as_secs_f64();
     let capacity = (sending * terms.line.0 as f64) as u64;
@@ -170,10 +171,7 @@ fn soften(
         // Bytes saved for each step of harm, among all ways that save any.
         let gain = |place: usize, way: Way| {
             let (at, now) = steps[place];
-            let cost = |way: Way| {
-                let tail = if way.copies_while_it_runs_here() { loads[at].hot.0 } else { 0 };
-                way.first_copy(&loads[at]).0 + tail
-            };
+            let cost = |way: Way| way.most(&loads[at]).0;
             let saved = cost(now).saturating_sub(cost(way));
             (way > now && saved > 0).then(|| saved / (way as u64 - now as u64))
         };
@@ -259,7 +257,10 @@ impl fmt::Display for Verdict<'_> {
             write!(f, "\n  not \"{}\" (", load.name)?;
             match left.way {
                 Some(way) => write!(f, "{} to send; tried last", way.first_copy(load))?,
-                None => f.write_str("no host takes it, and there is no store")?,
+                None if terms.store == StoreUse::None => {
+                    f.write_str("no host takes it, and there is no store")?;
+                }
+                None => f.write_str("no host takes it, and it cannot sleep in the store")?,
             }
             match left.fate {
                 Fate::FromGeneration(age) => {
@@ -358,7 +359,7 @@ mod tests {
         assert_eq!([way(0), way(1)], [Way::HybridWithStore; 2]);
         assert_eq!([way(2), way(3)], [Way::Suspend; 2]);
 
-        let alone = Terms { store: false, ..terms(10) };
+        let alone = Terms { store: StoreUse::None, ..terms(10) };
         let seen = plan(&loads, &alone);
         assert!(seen.steps.is_empty());
         assert_eq!(seen.left.len(), 4);
@@ -369,6 +370,42 @@ mod tests {
         assert_eq!(fates[3], Fate::FromDisks);
         let text = seen.verdict(&loads, &alone).to_string();
         assert!(text.contains("no host takes it") && text.contains("15 s old"), "{text}");
+    }
+
+    #[test]
+    fn who_cannot_move_in_time_sleeps_where_most_of_it_is_already() {
+        let store = |name, mib, stored| Load { in_store: Bytes(stored * MIB), ..load(name, mib) };
+        let loads = [store("small", 200, 0), store("large", 4000, 3600), store("new", 300, 0)];
+        let sleeps = |seconds| Terms { store: StoreUse::Sleeps, ..terms(seconds) };
+        let ways = |plan: &Plan| -> Vec<(String, Way)> {
+            let named = |step: &Step| (loads[step.machine].name.clone(), step.way);
+            plan.steps.iter().map(named).collect()
+        };
+        // 119 MiB a second. There is time for all to move, and nobody sleeps who need not.
+        let calm = plan(&loads, &sleeps(60));
+        assert!(calm.saves_all() && calm.steps.iter().all(|step| step.way == Way::Hybrid));
+        let short = plan(&loads, &sleeps(15));
+        assert!(short.saves_all(), "{}", short.verdict(&loads, &sleeps(15)));
+        let expected = [("small", Way::Hybrid), ("new", Way::Hybrid), ("large", Way::Suspend)];
+        assert_eq!(ways(&short), expected.map(|(name, way)| (name.to_owned(), way)));
+        // Who writes all of it over and over gains nothing by what the store has.
+        let busy = Load { hot: Bytes(4000 * MIB), dirties: Rate(900 * MIB), ..loads[1].clone() };
+        let hopeless = plan(&[busy], &sleeps(15));
+        assert_eq!(hopeless.left[0].way, Some(Way::PostCopy));
+    }
+
+    #[test]
+    fn without_a_host_all_sleep_who_may_and_the_others_are_named() {
+        let homeless = |name| Load { destination: false, ..load(name, 100) };
+        let guarded = Load { may_sleep: false, ..homeless("guarded") };
+        let loads = [homeless("a"), guarded, homeless("b")];
+        let terms = Terms { store: StoreUse::Sleeps, ..terms(10) };
+        let plan = plan(&loads, &terms);
+        assert_eq!(names(&loads, &plan), ["a", "b"]);
+        assert!(plan.steps.iter().all(|step| step.way == Way::Suspend));
+        assert_eq!((plan.left.len(), plan.left[0].way), (1, None));
+        let text = plan.verdict(&loads, &terms).to_string();
+        assert!(text.contains("\"guarded\" (no host takes it, and it cannot sleep"), "{text}");
     }
 
     #[test]
@@ -396,14 +433,17 @@ mod tests {
         }
     }
 
-    fn loads_of(raw: Vec<(u64, u32, u64, u64, u64, bool, bool)>) -> Vec<Load> {
+    const STORES: [StoreUse; 3] = [StoreUse::None, StoreUse::Sleeps, StoreUse::SleepsAndMoves];
+
+    fn loads_of(raw: Vec<(u64, u32, u64, u64, u64, [bool; 3])>) -> Vec<Load> {
         raw.into_iter()
-            .map(|(mib, weight, stored, dirties, hot, destination, generation)| Load {
+            .map(|(mib, weight, stored, dirties, hot, [destination, may_sleep, generation])| Load {
                 weight,
                 in_store: Bytes(stored.min(mib) * MIB),
                 dirties: Rate(dirties * MIB),
                 hot: Bytes(hot.min(mib) * MIB),
                 destination,
+                may_sleep,
                 generation_age: generation.then_some(Duration::from_secs(1)),
                 ..load("m", mib)
             })
@@ -414,13 +454,13 @@ mod tests {
         #[test]
         fn what_a_plan_calls_saved_is_saved_and_nobody_is_forgotten(
             raw in prop::collection::vec(
-                (0u64..3000, 0u32..9, 0u64..3000, 0u64..300, 0u64..900, any::<bool>(), any::<bool>()),
+                (0u64..3000, 0u32..9, 0u64..3000, 0u64..300, 0u64..900, any::<[bool; 3]>()),
                 0..14,
             ),
             seconds in 1u64..90,
             reserve_percent in 0u8..40,
             parallel in 0u16..4,
-            store in any::<bool>(),
+            store in prop::sample::select(STORES.to_vec()),
         ) {
             let loads = loads_of(raw);
             let terms = Terms { reserve_percent, parallel, store, ..terms(seconds) };
@@ -431,6 +471,9 @@ mod tests {
                 prop_assert!(step.way.is_open(&loads[step.machine], &terms));
                 prop_assert_eq!(Some(step.times), times);
                 prop_assert!(step.times.safe <= terms.usable());
+                let sent = step.way.most(&loads[step.machine]);
+                prop_assert!(step.way.first_copy(&loads[step.machine]) <= sent);
+                prop_assert!(step.way.alone(&loads[step.machine], terms.line) <= sent);
             }
             let mut told: Vec<usize> = plan
                 .steps
@@ -447,14 +490,15 @@ mod tests {
         #[test]
         fn no_set_of_machines_that_could_be_saved_is_worth_more(
             raw in prop::collection::vec(
-                (1u64..3000, 1u32..9, 0u64..3000, 0u64..9, 0u64..9, any::<bool>(), any::<bool>()),
+                (1u64..3000, 1u32..9, 0u64..3000, 0u64..9, 0u64..9, any::<[bool; 3]>()),
                 1..8,
             ),
             seconds in 2u64..60,
+            store in prop::sample::select(STORES.to_vec()),
         ) {
             let loads = loads_of(raw);
             // Costs of each move that the knapsack does not know would make it a search.
-            let terms = Terms { setup: Duration::ZERO, parallel: 1, ..terms(seconds) };
+            let terms = Terms { setup: Duration::ZERO, parallel: 1, store, ..terms(seconds) };
             let plan = plan(&loads, &terms);
             let worth = |set: &[usize]| set.iter().map(|at| loads[*at].weight).sum::<u32>();
             let saved: Vec<usize> = plan.steps.iter().map(|step| step.machine).collect();

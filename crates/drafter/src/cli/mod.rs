@@ -57,7 +57,7 @@ pub enum Command {
     Exec(machine::ExecArgs),
     /// Move a machine to another host
     Migrate(moves::MigrateArgs),
-    /// Move all machines of this host to others before a deadline
+    /// Move all machines of this host to others before a deadline, or put them to sleep in a store
     Evacuate(evacuate::EvacuateArgs),
     /// Follow or cancel a move
     #[command(subcommand)]

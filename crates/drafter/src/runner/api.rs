@@ -2,6 +2,7 @@
 //! [`Reply::Progress`] and [`Reply::Output`] lines and then one [`Reply::Done`] or
 //! [`Reply::Failed`]; then the connection may carry the next request.
 
+pub use super::held::{CompareRequest, HeldReport};
 use crate::migrate::{messages::Mode, planner::Budgets, timings::MoveReport};
 use serde::{Deserialize, Serialize};
 use silo::store::Stored;
@@ -89,6 +90,9 @@ pub enum Request {
     Load {
         /// How long the guest's writes are watched, milliseconds, at most 10,000.
         sample_ms: u64,
+        /// A history of sleeps, to be told what it has of the machine already.
+        #[serde(default)]
+        compare: Option<CompareRequest>,
     },
 }
 
@@ -137,6 +141,12 @@ pub struct LoadReport {
     pub sample_ms: u64,
     /// How old the newest generation of its continuous backup is, seconds.
     pub generation_age_s: Option<f64>,
+    /// It is protected, so that it is not suspended.
+    #[serde(default)]
+    pub protected: bool,
+    /// What the history has of it that was asked about.
+    #[serde(default)]
+    pub held: Option<HeldReport>,
 }
 
 /// Parameters of a move.

@@ -4,7 +4,11 @@
 //! The machine notices as much of it as of the first round of a move: for the length of the sample each
 //! page that it writes costs a fault.
 
-use super::{Runner, State, api::LoadReport};
+use super::{
+    Runner, State,
+    api::{CompareRequest, LoadReport},
+    held,
+};
 use silo::{
     block::BLOCK_SIZE,
     device::{Device, DeviceName},
@@ -17,8 +21,12 @@ const LONGEST: Duration = Duration::from_secs(10);
 const MEMORY: &str = crate::checkpoint::MEMORY;
 
 impl Runner {
-    /// Measures for as long as `sample`.
-    pub(super) fn load(&self, sample: Duration) -> Result<LoadReport, String> {
+    /// Measures for as long as `sample`, and then what a history has of the machine, if that is asked for.
+    pub(super) fn load(
+        &self,
+        sample: Duration,
+        compare: Option<&CompareRequest>,
+    ) -> Result<LoadReport, String> {
         let sample = sample.min(LONGEST);
         let (subject, devices) = {
             let inner = self.lock();
@@ -62,6 +70,15 @@ impl Runner {
             written_bytes: written,
             sample_ms: sample.as_millis() as u64,
             generation_age_s: backup.and_then(|backup| backup.age_s),
+            protected: self.protection().is_some(),
+            held: compare.map(|compare| held::held(compare, &devices, self.stored_twice(&devices))),
         })
+    }
+
+    /// Blocks that a sleep stores although the history has them, so that they lie together.
+    fn stored_twice(&self, devices: &[Arc<dyn Device>]) -> u64 {
+        let memory = devices.iter().find(|device| device.name().as_str() == MEMORY);
+        let early = memory.map(|memory| self.touched_first(memory.blocks())).unwrap_or_default();
+        early.iter().map(|range| range.count).sum()
     }
 }

@@ -32,6 +32,7 @@ mod disks;
 mod end;
 mod fork;
 pub mod guard;
+mod held;
 mod hosted;
 mod load;
 mod moves;

@@ -151,7 +151,9 @@ fn answer(
         // Whoever has the connection keeps the image.
         Request::Fork => Err("an image is made by the connection that asks for it".into()),
         Request::DropStay => json(runner.drop_stay()),
-        Request::Load { sample_ms } => json(runner.load(Duration::from_millis(sample_ms))?),
+        Request::Load { sample_ms, compare } => {
+            json(runner.load(Duration::from_millis(sample_ms), compare.as_ref())?)
+        }
     }
 }
 

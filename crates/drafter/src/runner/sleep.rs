@@ -170,7 +170,7 @@ impl Runner {
     }
 
     /// The blocks of memory that its last start from a store touched first.
-    fn touched_first(&self, blocks: u64) -> Vec<BlockRange> {
+    pub(super) fn touched_first(&self, blocks: u64) -> Vec<BlockRange> {
         let inner = self.lock();
         let known = inner.first_touches.get(MEMORY).filter(|known| known.blocks == blocks);
         known.map_or_else(Vec::new, |known| beginning(&known.order))

@@ -2,24 +2,30 @@
 //!
 //! Each machine is measured, [`evacuation::plan`] decides, and the plan is told before anything moves.
 //! Then so many moves run at once as the plan reckoned with; whoever is not expected to leave in time is
-//! tried last. A machine that cannot leave runs on here.
+//! tried last. With a store, a machine can also leave by being put to sleep in it: by plan, where that
+//! costs the line less, or because its move came to nothing. A machine that cannot leave runs on here.
 
-use super::{Format, StateArgs, backup::parse_time, moves::HostAt};
-use crate::{
-    migrate::{messages::Mode, planner::Budgets, reception::ASK_LIMIT, timings::MoveReport},
-    runner::{
-        api::{Client, LoadReport, MigrateRequest, Request},
-        state::{self, MachineDir},
-    },
+mod course;
+mod deeds;
+mod destinations;
+mod report;
+
+use super::{Format, StateArgs, backup, backup::parse_time, moves::HostAt};
+use crate::runner::{
+    api::{Client, CompareRequest, LoadReport, Request, Status},
+    state::{self, MachineDir},
 };
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::Args;
-use evacuation::{Bytes, Load, Plan, Rate, Terms, Way};
+use course::Course;
+use deeds::{ByRunners, SleepsIn};
+use destinations::{Destination, destinations, spread};
+use evacuation::{Bytes, Load, Plan, Rate, StoreUse, Terms};
+use report::{Outcome, Planned, lines, planned_lines};
 use serde::Serialize;
 use std::{
     collections::BTreeMap,
-    path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    path::PathBuf,
     thread,
     time::{Duration, Instant},
 };
@@ -38,12 +44,22 @@ pub struct EvacuateArgs {
     /// Where machines go: a file with a line for each, MACHINE HOST ADDRESS:PORT [WORTH], naming a runner
     /// that waits there (`drafter receive`). WORTH (default 1) weighs it against the others when not all
     /// can leave
-    #[arg(long, value_name = "FILE", required_unless_present = "to_host")]
+    #[arg(long, value_name = "FILE")]
     to: Option<PathBuf>,
     /// A host that takes every machine (`receive --any`), and where it listens; may be given several times.
     /// Machines that the file does not name are spread over these, by size
     #[arg(long, value_name = "HOST=ADDRESS:PORT")]
     to_host: Vec<HostAt>,
+    /// A store that machines may be put to sleep in (as by `suspend --store`): those for which no host is
+    /// named, those that cannot all move in time and of which the store has much already, and those whose
+    /// move comes to nothing. Hosts of --to-host that were given the store wake them. s3://bucket/folder?…,
+    /// gs://…, az://… or file:///folder; credentials come from the provider's usual variables
+    #[arg(long, value_name = "URL", env = "SILO_STORE")]
+    store: Option<String>,
+    /// The file with the tenant's keys (`silo keys create`); without it the variable SILO_KEYS holds
+    /// them
+    #[arg(long, value_name = "FILE", env = "SILO_KEY_FILE")]
+    keys: Option<PathBuf>,
     /// When this host is gone, from now, as 30s or 2m
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     deadline: Duration,
@@ -64,101 +80,42 @@ pub struct EvacuateArgs {
     dry_run: bool,
 }
 
-/// Where a machine goes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Destination {
-    place: Place,
-    worth: u32,
-}
+/// The longest comparison with the store.
+const LONGEST_COMPARISON: Duration = Duration::from_secs(10);
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Place {
-    /// To a runner that waits for it.
-    Runner(HostAt),
-    /// To the first of these hosts that has a runner for it.
-    Hosts(Vec<HostAt>),
-}
-
-/// Spreads machines over hosts by their bytes, the largest first, each to the host with the fewest so far;
-/// the others are asked, in the same order, should that refuse it.
-fn spread(loads: &[(&str, u64)], hosts: &[HostAt]) -> BTreeMap<String, Destination> {
-    let mut taken: Vec<(u64, &HostAt)> = hosts.iter().map(|host| (0, host)).collect();
-    let mut largest: Vec<_> = loads.to_vec();
-    largest.sort_by_key(|&(name, bytes)| (std::cmp::Reverse(bytes), name));
-    let mut all = BTreeMap::new();
-    for (name, bytes) in largest {
-        taken.sort_by_key(|(taken, _)| *taken);
-        let place = Place::Hosts(taken.iter().map(|(_, host)| (*host).clone()).collect());
-        if let Some((first, _)) = taken.first_mut() {
-            *first += bytes;
-        }
-        all.insert(name.to_owned(), Destination { place, worth: 1 });
+impl EvacuateArgs {
+    /// The store that machines may sleep in, if one is named; there must be that or a host.
+    fn sleeps(&self) -> anyhow::Result<Option<SleepsIn>> {
+        let Some(store) = self.store.clone() else {
+            if self.to.is_none() && self.to_host.is_empty() {
+                bail!(
+                    "say where machines go: --to FILE, --to-host HOST=ADDRESS:PORT, or --store URL to put \
+                     them to sleep"
+                );
+            }
+            return Ok(None);
+        };
+        let keys = self.keys.as_ref().map(std::path::absolute).transpose()?;
+        backup::check_store(&store, keys.as_deref())?;
+        Ok(Some(SleepsIn { store, keys }))
     }
-    all
-}
 
-/// What became of a machine.
-#[derive(Debug, Serialize)]
-struct Outcome {
-    machine: String,
-    /// The host that has it now, if it left.
-    host: Option<String>,
-    way: Option<Way>,
-    /// Whether the plan expected it to leave in time.
-    expected: bool,
-    /// From the beginning of the evacuation until nothing of it was needed here, seconds.
-    safe_s: Option<f64>,
-    /// Whether that was before the deadline.
-    in_time: bool,
-    blackout_ms: Option<f64>,
-    error: Option<String>,
+    /// How long it may take to find out what the store has: a part of the time that there is.
+    fn comparison(&self) -> Duration {
+        (self.deadline / 10).min(LONGEST_COMPARISON)
+    }
 }
 
 #[derive(Debug, Serialize)]
 struct Report<'a> {
     plan: &'a Plan,
     loads: &'a [Load],
+    /// The same by machine.
+    planned: &'a [Planned],
+    /// Machines that are not put to sleep although there is a store, and why.
+    sleepless: BTreeMap<&'a str, String>,
     verdict: String,
     outcomes: Vec<Outcome>,
-}
-
-/// Reads the file of destinations.
-fn destinations(path: &Path) -> anyhow::Result<BTreeMap<String, Destination>> {
-    let text =
-        std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-    parse_destinations(&text).map_err(|why| anyhow::anyhow!("{}: {why}", path.display()))
-}
-
-fn parse_destinations(text: &str) -> Result<BTreeMap<String, Destination>, String> {
-    let mut all = BTreeMap::new();
-    for (number, line) in text.lines().enumerate() {
-        let line = line.split('#').next().unwrap_or_default().trim();
-        if line.is_empty() {
-            continue;
-        }
-        let wrong = |what: String| format!("line {}: {what}", number + 1);
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let (&[machine, host, address], rest) = words
-            .split_first_chunk::<3>()
-            .ok_or_else(|| wrong("write MACHINE HOST ADDRESS:PORT [WORTH]".into()))?;
-        state::check_name(machine).map_err(wrong)?;
-        identity::HostName::new(host).map_err(|e| wrong(e.to_string()))?;
-        let address =
-            address.parse().map_err(|_| wrong(format!("\"{address}\" is no ADDRESS:PORT")))?;
-        let worth = match rest {
-            [] => 1,
-            [worth] => worth
-                .parse()
-                .map_err(|_| wrong(format!("\"{worth}\" is no worth: write a whole number")))?,
-            more => return Err(wrong(format!("{} words too many", more.len() - 1))),
-        };
-        let place = Place::Runner(HostAt { host: host.to_owned(), address });
-        let to = Destination { place, worth };
-        if all.insert(machine.to_owned(), to).is_some() {
-            return Err(wrong(format!("\"{machine}\" has a destination already")));
-        }
-    }
-    Ok(all)
 }
 
 /// What is planned with.
@@ -170,14 +127,18 @@ fn load(report: &LoadReport, to: Option<&Destination>) -> Load {
         None => (report.memory_bytes, report.memory_bytes),
     };
     let per_second = written.saturating_mul(1000) / report.sample_ms.max(1);
+    let held = report.held.as_ref();
+    // Zeros cost neither a move nor a sleep anything.
+    let bytes = bytes.saturating_sub(held.map_or(0, |held| held.zero_bytes));
     Load {
         name: report.machine.clone(),
         weight: to.map_or(1, |to| to.worth),
         bytes: Bytes(bytes),
-        in_store: Bytes(0),
+        in_store: Bytes(held.map_or(0, |held| held.known_bytes.min(bytes))),
         dirties: Rate(per_second),
         hot: Bytes(hot),
         destination: to.is_some(),
+        may_sleep: !report.protected && held.is_some_and(|held| held.error.is_none()),
         generation_age: report.generation_age_s.and_then(|s| Duration::try_from_secs_f64(s).ok()),
     }
 }
@@ -190,19 +151,31 @@ struct Measured {
     unknown: Vec<(String, String)>,
 }
 
-/// Measures all running machines of this host, side by side.
-fn measure(state: &StateArgs, sample: Duration) -> anyhow::Result<Measured> {
+/// Measures all running machines of this host, side by side; also what a store has of each.
+fn measure(
+    state: &StateArgs,
+    args: &EvacuateArgs,
+    sleeps: Option<&SleepsIn>,
+) -> anyhow::Result<Measured> {
     let names = state::machines(&state.state)?;
+    let (sample, comparison) = (args.sample, args.comparison());
     let ask = |name: &str| -> Option<Result<LoadReport, String>> {
         let mut client = Client::connect(&MachineDir::at(&state.state, name).socket()).ok()?;
-        client.set_deadline(Some(sample + ANSWER)).ok()?;
-        let status: crate::runner::api::Status = client.get(&Request::Status).ok()?;
+        // A request to the store on its way when the time is over is waited for.
+        client.set_deadline(Some(sample + comparison * 3 + ANSWER)).ok()?;
+        let status: Status = client.get(&Request::Status).ok()?;
         // One that waits for a machine, or has ended, has nothing to save.
         if matches!(status.state.as_str(), "standby" | "stopped" | "failed" | "receiving") {
             return None;
         }
         let sample_ms = sample.as_millis() as u64;
-        Some(client.get(&Request::Load { sample_ms }).map_err(|e| e.to_string()))
+        let compare = sleeps.map(|sleeps| {
+            let limit_ms = comparison.as_millis() as u64;
+            sleeps.request(name).map(|history| CompareRequest { history, limit_ms })
+        });
+        Some(compare.transpose().map_err(|error| format!("{error:#}")).and_then(|compare| {
+            client.get(&Request::Load { sample_ms, compare }).map_err(|e| e.to_string())
+        }))
     };
     let answers: Vec<_> = thread::scope(|scope| {
         let asked: Vec<_> = names.iter().map(|name| scope.spawn(|| ask(name))).collect();
@@ -222,59 +195,6 @@ fn measure(state: &StateArgs, sample: Duration) -> anyhow::Result<Measured> {
     Ok(measured)
 }
 
-fn mode(way: Way) -> Mode {
-    match way {
-        Way::Hybrid | Way::HybridWithStore => Mode::Hybrid,
-        // Stores are not planned with, so that nobody is suspended.
-        Way::PostCopy | Way::PostCopyWithStore | Way::Suspend => Mode::PostCopy,
-    }
-}
-
-/// Moves one machine, to the end.
-fn go(state: &StateArgs, name: &str, to: &Destination, way: Way) -> Result<Left, String> {
-    let text = |e: crate::runner::api::ClientError| e.to_string();
-    // For each answer: a job that is followed tells ten times a second how far it is. A runner that hangs
-    // keeps no other machine from leaving.
-    let client = |limit| -> Result<Client, crate::runner::api::ClientError> {
-        let client = Client::connect(&MachineDir::at(&state.state, name).socket())?;
-        client.set_deadline(Some(limit))?;
-        Ok(client)
-    };
-    let HostAt { host, address } = match &to.place {
-        Place::Runner(runner) => runner.clone(),
-        Place::Hosts(hosts) => {
-            let mut refused = Vec::new();
-            // By a connection each: a late answer is never taken for another host's.
-            let ask = |host: &HostAt| host.ask(&mut client(ASK_LIMIT + ANSWER)?);
-            let asked = hosts.iter().find_map(|host| match ask(host) {
-                Ok(address) => Some(HostAt { host: host.host.clone(), address }),
-                Err(why) => {
-                    refused.push(why.to_string());
-                    None
-                }
-            });
-            asked.ok_or_else(|| refused.join("; "))?
-        }
-    };
-    let request = MigrateRequest {
-        to: address,
-        peer: host.clone(),
-        mode: mode(way),
-        budgets: Budgets::default(),
-        dry_run: false,
-    };
-    let mut client = client(ANSWER).map_err(text)?;
-    let job: u64 = client.get(&Request::Migrate(request)).map_err(text)?;
-    let report = client.get(&Request::Follow { job }).map_err(text)?;
-    Ok(Left { host, report })
-}
-
-/// A machine that has left.
-struct Left {
-    host: String,
-    report: MoveReport,
-}
-
 pub(super) fn evacuate(
     args: &EvacuateArgs,
     state: &StateArgs,
@@ -282,7 +202,8 @@ pub(super) fn evacuate(
 ) -> anyhow::Result<()> {
     let began = Instant::now();
     let mut to = args.to.as_deref().map_or(Ok(BTreeMap::new()), destinations)?;
-    let Measured { reports, unknown } = measure(state, args.sample)?;
+    let sleeps = args.sleeps()?;
+    let Measured { reports, unknown } = measure(state, args, sleeps.as_ref())?;
     if !args.to_host.is_empty() {
         let unnamed = reports.iter().filter(|report| !to.contains_key(&report.machine));
         let loads: Vec<_> =
@@ -297,34 +218,46 @@ pub(super) fn evacuate(
         line: Rate::from_megabits(args.line),
         parallel: args.parallel,
         setup: SETUP,
-        store: false,
+        store: if sleeps.is_some() { StoreUse::Sleeps } else { StoreUse::None },
     };
     let plan = evacuation::plan(&loads, &terms);
     let verdict = plan.verdict(&loads, &terms).to_string();
+    let planned = Planned::of(&plan, &loads, &to);
+    let sleepless = sleepless(&reports);
     if format == Format::Human {
-        println!("{verdict}");
+        println!("{verdict}{}", planned_lines(&planned));
         for (name, why) in &unknown {
             println!("  not planned with: \"{name}\": {why}");
+        }
+        for (name, why) in &sleepless {
+            println!("  not put to sleep: \"{name}\": {why}");
         }
     }
     let mut outcomes = Vec::new();
     if !args.dry_run {
-        outcomes = run(&plan, &loads, &to, args, began, &|name, to, way| go(state, name, to, way));
+        let share = Rate(terms.line.0 / u64::from(terms.parallel.max(1)));
+        let deeds = ByRunners { state, sleeps: sleeps.as_ref(), share };
+        let course = Course {
+            loads: &loads,
+            to: &to,
+            hosts: &args.to_host,
+            terms: &terms,
+            began,
+            deadline: args.deadline,
+            deeds: &deeds,
+        };
+        outcomes = course.run(&plan);
     }
     let stays = unknown.into_iter().map(|(machine, why)| Outcome {
         machine,
-        host: None,
-        way: None,
-        expected: false,
-        safe_s: None,
-        in_time: false,
-        blackout_ms: None,
         error: Some(why),
+        ..Outcome::default()
     });
     outcomes.extend(stays);
     let failed = outcomes.iter().filter(|outcome| outcome.error.is_some()).count();
     let late = outcomes.iter().filter(|one| one.error.is_none() && !one.in_time).count();
-    let report = Report { plan: &plan, loads: &loads, verdict, outcomes };
+    let (plan, loads, planned) = (&plan, &loads[..], &planned[..]);
+    let report = Report { plan, loads, planned, sleepless, verdict, outcomes };
     format.print(&report, || lines(&report.outcomes))?;
     match (args.dry_run, failed, late) {
         (true, ..) if !plan.saves_all() || failed > 0 => {
@@ -335,119 +268,21 @@ pub(super) fn evacuate(
     }
 }
 
-fn lines(outcomes: &[Outcome]) -> String {
-    let line = |one: &Outcome| match (&one.error, one.safe_s) {
-        (None, Some(safe)) => format!(
-            "  {}: safe at {} after {safe:.1} s ({}, blackout {:.1} ms){}",
-            one.machine,
-            one.host.as_deref().unwrap_or("-"),
-            one.way.map_or("", Way::name),
-            one.blackout_ms.unwrap_or_default(),
-            if one.in_time { "" } else { ", after the deadline" }
-        ),
-        (why, _) => format!("  {}: still here: {}", one.machine, why.as_deref().unwrap_or("-")),
+/// Machines that are not put to sleep although there is a store, and why.
+fn sleepless(reports: &[LoadReport]) -> BTreeMap<&str, String> {
+    let why = |report: &LoadReport| {
+        let held = report.held.as_ref()?;
+        let protected = report.protected.then_some("it is protected");
+        protected.map(str::to_owned).or_else(|| held.error.clone())
     };
-    outcomes.iter().map(line).collect::<Vec<_>>().join("\n")
-}
-
-/// How a machine is moved.
-type Go<'a> = &'a (dyn Fn(&str, &Destination, Way) -> Result<Left, String> + Sync);
-
-/// Does the plan: so many machines at a time, in its order, then those who are left.
-fn run(
-    plan: &Plan,
-    loads: &[Load],
-    to: &BTreeMap<String, Destination>,
-    args: &EvacuateArgs,
-    began: Instant,
-    go: Go<'_>,
-) -> Vec<Outcome> {
-    let planned = plan.steps.iter().map(|step| (step.machine, Some(step.way), true));
-    let left = plan.left.iter().map(|left| (left.machine, left.way, false));
-    let todo: Vec<(usize, Option<Way>, bool)> = planned.chain(left).collect();
-    let next = Mutex::new(todo.iter());
-    let outcomes = Mutex::new(Vec::new());
-    let work = || {
-        loop {
-            let one = next.lock().unwrap_or_else(PoisonError::into_inner).next();
-            let Some(&(machine, way, expected)) = one else { return };
-            let name = &loads[machine].name;
-            let result = match (way, to.get(name)) {
-                (Some(way), Some(to)) => go(name, to, way),
-                _ => Err("nobody has named a host for it".into()),
-            };
-            let safe = began.elapsed();
-            let mut outcome = Outcome {
-                machine: name.clone(),
-                host: None,
-                way,
-                expected,
-                safe_s: None,
-                in_time: false,
-                blackout_ms: None,
-                error: None,
-            };
-            match result {
-                Ok(Left { host, report }) => {
-                    outcome.host = Some(host);
-                    outcome.safe_s = Some(safe.as_secs_f64());
-                    outcome.in_time = safe <= args.deadline;
-                    outcome.blackout_ms = Some(report.blackout_ms);
-                }
-                Err(why) => outcome.error = Some(why),
-            }
-            outcomes.lock().unwrap_or_else(PoisonError::into_inner).push(outcome);
-        }
-    };
-    thread::scope(|scope| {
-        for _ in 0..args.parallel.max(1) {
-            scope.spawn(work);
-        }
-    });
-    outcomes.into_inner().unwrap_or_else(PoisonError::into_inner)
+    reports.iter().filter_map(|report| Some((report.machine.as_str(), why(report)?))).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn destinations_are_read_and_what_is_wrong_is_named_with_its_line() {
-        let text = "# where they go\n redis  b 10.0.0.2:7500\nweb c [::1]:7501 5 # dear\n\n";
-        let all = parse_destinations(text).unwrap();
-        assert_eq!(all.len(), 2);
-        assert_eq!((all["redis"].worth, all["web"].worth), (1, 5));
-        let web = HostAt { host: "c".into(), address: "[::1]:7501".parse().unwrap() };
-        assert_eq!(all["web"].place, Place::Runner(web));
-        for (bad, what) in [
-            ("redis b", "line 1: write MACHINE"),
-            ("\nredis B 10.0.0.2:1", "line 2: \"B\" cannot name a host"),
-            ("redis b 10.0.0.2", "no ADDRESS:PORT"),
-            ("redis b 10.0.0.2:1 dear", "no worth"),
-            ("redis b 10.0.0.2:1 1 2 3", "2 words too many"),
-            ("a b 10.0.0.2:1\na c 10.0.0.3:1", "line 2: \"a\" has a destination already"),
-            ("../a b 10.0.0.2:1", "line 1: "),
-        ] {
-            let why = parse_destinations(bad).unwrap_err();
-            assert!(why.contains(what), "{bad}: {why}");
-        }
-    }
-
-    #[test]
-    fn machines_are_spread_by_size_and_every_host_is_asked_in_turn() {
-        let hosts = ["b=10.0.0.2:1", "c=10.0.0.3:1"].map(|host| host.parse::<HostAt>().unwrap());
-        let all = spread(&[("s", 10), ("l", 100), ("m", 60), ("t", 50)], &hosts);
-        let first = |name: &str| match &all[name].place {
-            Place::Hosts(order) => {
-                assert_eq!(order.len(), 2);
-                order[0].host.clone()
-            }
-            other => panic!("{other:?}"),
-        };
-        // b: 100, then c: 60, c: 110, b: 110.
-        assert_eq!(["l", "m", "t", "s"].map(first), ["b", "c", "c", "b"].map(String::from));
-        assert!(spread(&[], &hosts).is_empty());
-    }
+    use crate::{cli::Command, runner::api::HeldReport};
+    use clap::Parser;
 
     #[test]
     fn a_machine_nobody_could_watch_may_write_all_of_its_memory() {
@@ -459,6 +294,8 @@ mod tests {
             written_bytes: Some(1 << 20),
             sample_ms: 500,
             generation_age_s: Some(2.5),
+            protected: false,
+            held: None,
         };
         let one = load(&seen, None);
         assert_eq!((one.bytes, one.dirties), (Bytes(1024 << 20), Rate(2 << 20)));
@@ -466,5 +303,73 @@ mod tests {
         assert_eq!(one.generation_age, Some(Duration::from_millis(2500)));
         let unseen = load(&LoadReport { written_bytes: None, ..seen }, None);
         assert_eq!(unseen.hot, Bytes(1000 << 20));
+    }
+    #[test]
+    fn what_a_store_has_is_planned_with_and_a_machine_that_must_not_sleep_does_not() {
+        let held = HeldReport {
+            generation: Some(3),
+            known_bytes: 700 << 20,
+            zero_bytes: 100 << 20,
+            whole: true,
+            error: None,
+        };
+        let seen = LoadReport {
+            machine: "a".into(),
+            memory_bytes: 1000 << 20,
+            disk_bytes: 0,
+            missing_bytes: 0,
+            written_bytes: Some(0),
+            sample_ms: 500,
+            generation_age_s: None,
+            protected: false,
+            held: Some(held.clone()),
+        };
+        let one = load(&seen, None);
+        assert_eq!((one.bytes, one.in_store), (Bytes(900 << 20), Bytes(700 << 20)));
+        assert!(one.may_sleep && sleepless(std::slice::from_ref(&seen)).is_empty());
+        // More than there is would be a cost below nothing.
+        let more = HeldReport { known_bytes: u64::MAX, ..held.clone() };
+        let one = load(&LoadReport { held: Some(more), ..seen.clone() }, None);
+        assert_eq!(one.in_store, one.bytes);
+
+        let protected = LoadReport { protected: true, ..seen.clone() };
+        let broken = HeldReport { error: Some("it is not there".into()), ..held };
+        let broken = LoadReport { held: Some(broken), ..seen.clone() };
+        for report in [&protected, &broken, &LoadReport { held: None, ..seen }] {
+            assert!(!load(report, None).may_sleep);
+        }
+        let why = |report| sleepless(&[report]).remove("a").unwrap();
+        assert_eq!([protected, broken].map(why), ["it is protected", "it is not there"]);
+    }
+
+    #[derive(Debug, Parser)]
+    struct Typed {
+        #[command(subcommand)]
+        command: Command,
+    }
+
+    fn typed(words: &[&str]) -> Result<EvacuateArgs, String> {
+        let all = ["drafter", "evacuate", "--deadline", "30s", "--line", "100"];
+        match Typed::try_parse_from([&all, words].concat()) {
+            Ok(Typed { command: Command::Evacuate(args) }) => Ok(args),
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    #[test]
+    fn a_store_alone_is_somewhere_to_go_and_a_bad_one_is_named_before_anything_is_done() {
+        assert!(typed(&["--to-host", "b=10.0.0.2:1"]).unwrap().sleeps().unwrap().is_none());
+        assert!(typed(&["--to-host", "b"]).unwrap_err().contains("HOST=ADDRESS:PORT"));
+        let error = |words: &[&str]| typed(words).unwrap().sleeps().unwrap_err().to_string();
+        assert!(error(&[]).contains("--to FILE, --to-host HOST=ADDRESS:PORT, or --store URL"));
+        let folder = tempfile::tempdir().unwrap();
+        let keys = folder.path().join("keys").display().to_string();
+        let why = error(&["--store", "ftp://somewhere", "--keys", &keys]);
+        assert!(why.contains("\"ftp://somewhere\" is no store"), "{why}");
+        let why = error(&["--store", "file:///somewhere", "--keys", &keys]);
+        assert!(why.contains(&keys), "{why}");
+        let long = typed(&["--store", "file:///somewhere"]).unwrap();
+        assert_eq!(long.comparison(), Duration::from_secs(3));
     }
 }

@@ -39,8 +39,9 @@ use silo::{
     mapped::staging::StagingOptions,
     memory::Memory,
     store::{
-        Access, Backup, BackupOptions, Environment, Keeper, Keeping, KeyRing, Limits, LineName,
-        LineWriter, Policy, Retention, Store, StoreError, StoreUrl, Stored, WriterOptions,
+        Access, Backup, BackupOptions, Environment, Generation, Keeper, Keeping, KeyRing, Limits,
+        LineName, LineWriter, Policy, Retention, Store, StoreError, StoreUrl, Stored, Which,
+        WriterOptions,
         capture::{Capture, Want},
     },
 };
@@ -181,14 +182,37 @@ impl Target {
         request: &BackupRequest,
         options: WriterOptions,
     ) -> Result<LineWriter, String> {
+        let (store, keys) = self.store(request, Access::Write, Limits::default())?;
+        LineWriter::open(store, &keys, &self.line, options).map_err(text)
+    }
+
+    /// The newest generation, for reading; none of a history that has none yet.
+    pub(super) fn newest(
+        &self,
+        request: &BackupRequest,
+        limits: Limits,
+        cache: usize,
+    ) -> Result<Option<Arc<Generation>>, String> {
+        let (store, keys) = self.store(request, Access::Read, limits)?;
+        match Generation::open(&store, &keys, &self.line, Which::Newest, cache) {
+            Ok(generation) => Ok(Some(generation)),
+            Err(StoreError::NoGeneration { .. }) => Ok(None),
+            Err(error) => Err(text(error)),
+        }
+    }
+
+    fn store(
+        &self,
+        request: &BackupRequest,
+        access: Access,
+        limits: Limits,
+    ) -> Result<(Arc<Store>, KeyRing), String> {
         let url: StoreUrl = self.store.parse().map_err(text)?;
         let keys = KeyRing::from_text(&request.keys.0, &request.keys_from).map_err(text)?;
         let pairs = request.environment.iter();
         let environment =
             Environment::given(pairs.map(|(name, value)| (name.as_str(), value.0.as_str())));
-        let store: Arc<Store> =
-            Store::open(&url, Access::Write, &environment, Limits::default()).map_err(text)?;
-        LineWriter::open(store, &keys, &self.line, options).map_err(text)
+        Ok((Store::open(&url, access, &environment, limits).map_err(text)?, keys))
     }
 }
 
