@@ -20,6 +20,7 @@ pub mod moves;
 pub mod peer;
 pub mod place;
 pub mod proxy;
+pub mod reception;
 pub mod soak;
 mod stage;
 pub mod sys;

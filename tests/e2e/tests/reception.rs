@@ -3,10 +3,9 @@
 
 use drafter::{driver::qemu, migrate::messages::Mode};
 use e2e::{
-    BOOT, Stage,
-    command::{Said, say},
-    eventually,
+    BOOT, Stage, eventually,
     moves::{budgets, go},
+    reception::{LIMIT, Reception, inside, on, state},
 };
 use identity::{HostName, Identity, Security, Stream};
 use nix::{
@@ -16,67 +15,10 @@ use nix::{
 use serde_json::Value;
 use std::{
     io::{BufRead, BufReader, Read, Write},
-    net::{SocketAddr, TcpStream},
-    process::{Child, Stdio},
+    net::TcpStream,
     thread,
     time::{Duration, Instant},
 };
-
-const LIMIT: Duration = Duration::from_secs(120);
-const PORT: u16 = 7400;
-
-/// The process that takes machines on a host. Killed with this.
-struct Reception {
-    child: Child,
-    host: String,
-    address: SocketAddr,
-}
-
-impl Drop for Reception {
-    fn drop(&mut self) {
-        let _ = self.child.kill().and_then(|()| self.child.wait().map(drop));
-    }
-}
-
-impl Reception {
-    #[track_caller]
-    fn open(stage: &Stage, host: usize, more: &[&str]) -> Self {
-        let place = &stage.fleet.rig().hosts()[host];
-        let address = SocketAddr::from((place.migration, PORT));
-        let mut command = stage.drafter(host);
-        command.args(["receive", "--any", "--package"]).arg(stage.package());
-        command.args(["--host", &place.name, "--listen", &address.to_string(), "--lease"]);
-        command.arg(stage.leases()).arg("--certs").arg(stage.fleet.rig().identity().unwrap());
-        command.args(["--network", "agent", "--agent"]).arg(&place.agent_socket).args(more);
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        assert!(line.contains("takes machines at"), "{line}");
-        Self { child, host: place.name.clone(), address }
-    }
-
-    /// As `--to-host` takes it.
-    fn name(&self) -> String {
-        format!("{}={}", self.host, self.address)
-    }
-}
-
-#[track_caller]
-fn on(stage: &Stage, host: usize, words: &[&str]) -> Said {
-    say(stage.drafter(host).arg("--json").args(words), LIMIT)
-}
-
-#[track_caller]
-fn state(stage: &Stage, host: usize, machine: &str) -> Value {
-    let said = on(stage, host, &["status", machine]);
-    if said.code == Some(0) { said.json() } else { Value::Null }
-}
-
-#[track_caller]
-fn inside(stage: &Stage, host: usize, machine: &str, script: &str) -> String {
-    let said = on(stage, host, &["exec", machine, "--", "/bin/dash", "-c", script]);
-    said.json()["stdout"].as_str().unwrap_or_default().trim().to_owned()
-}
 
 #[test]
 fn a_host_takes_whatever_machines_come_and_they_come_back() {
@@ -87,7 +29,7 @@ fn a_host_takes_whatever_machines_come_and_they_come_back() {
         stage.fleet.runner(id).wait_ready(BOOT).unwrap();
         inside(&stage, 0, name, &format!("echo {name} > /tmp/note"));
     }
-    let b = Reception::open(&stage, 1, &[]);
+    let b = Reception::open::<&str>(&stage, 1, &[]);
     let evacuate = |more: &[&str]| {
         let words = ["evacuate", "--to-host", &b.name(), "--deadline", "60s", "--line", "1000"];
         on(&stage, 0, &[&words[..], more].concat())
@@ -113,7 +55,7 @@ fn a_host_takes_whatever_machines_come_and_they_come_back() {
     // Whoever took them may die: they run on. Back goes one to a runner that has waited here since, and
     // has most of its memory.
     drop(b);
-    let a = Reception::open(&stage, 0, &[]);
+    let a = Reception::open::<&str>(&stage, 0, &[]);
     on(&stage, 1, &["migrate", "one", "--to-host", &a.name()]).succeeds();
     assert_eq!(inside(&stage, 0, "one", "cat /tmp/note"), "one");
     assert_eq!(state(&stage, 1, "two")["state"], "running");
@@ -134,7 +76,7 @@ fn nobody_gets_a_runner_who_may_not_have_one_and_one_whose_machine_does_not_come
     assert!(state(&stage, 1, "one").is_null());
     drop(b);
 
-    let b = Reception::open(&stage, 1, &[]);
+    let b = Reception::open::<&str>(&stage, 1, &[]);
     let (folder, namespace) = {
         let rig = stage.fleet.rig();
         (rig.identity().unwrap(), &rig.hosts()[0].namespace)

@@ -1,0 +1,280 @@
+//! Hosts that are emptied with a store: machines that cannot move in time, have nowhere to go, or are
+//! refused, sleep in the store and go on elsewhere, under clients that know every write.
+#![allow(clippy::unwrap_used, reason = "a test ends by panicking")]
+
+use architect::load::{Load, LoadConfig, LoadHandle};
+use drafter::migrate::reception::{self, Ask};
+use e2e::{
+    BOOT, Stage,
+    busy::{Work, start_oracle},
+    eventually,
+    place::Place,
+    reception::{LIMIT, Reception, inside, on, state},
+};
+use identity::{HostName, Identity, Security};
+use serde_json::{Value, json};
+use std::time::Duration;
+
+const MIB: u64 = 1 << 20;
+/// The part of the deadline that is planned with.
+const USABLE: f64 = 0.85;
+const DEADLINE_S: u64 = 60;
+
+/// A client of machine `number`, which has had answers.
+#[track_caller]
+fn client(stage: &Stage, number: u8) -> LoadHandle {
+    let config = LoadConfig {
+        keys: 30,
+        think: Duration::from_millis(5),
+        answer_within: LIMIT,
+        verify_within: LIMIT,
+        ..LoadConfig::default()
+    };
+    let client = stage.fleet.rig().client();
+    let load = client.run(|| Load::start(Stage::public(number), config)).unwrap().unwrap();
+    served(&load);
+    load
+}
+
+#[track_caller]
+fn served(load: &LoadHandle) {
+    assert!(load.wait_for(20, LIMIT), "no answers: {:?}", load.progress());
+}
+
+/// Ends a client, which must have noticed nothing but time.
+#[track_caller]
+fn all_is_there(load: LoadHandle) {
+    served(&load);
+    let report = load.finish().unwrap();
+    assert!(report.is_clean(), "the client noticed: {report:?}");
+    eprintln!("{} writes, silent for {:.0} ms", report.writes, report.longest_gap_ms);
+}
+
+fn evacuate(host: &Reception, more: &[String]) -> Vec<String> {
+    let line = ["evacuate", "--to-host", &host.name(), "--deadline"].map(String::from);
+    let mut words: Vec<String> = line.into();
+    words.push(format!("{DEADLINE_S}s"));
+    words.extend(more.iter().cloned());
+    words
+}
+
+fn line(megabits: u64) -> Vec<String> {
+    vec!["--line".into(), megabits.to_string()]
+}
+
+/// What an evacuation says of a machine.
+#[track_caller]
+fn of<'a>(report: &'a Value, list: &str, machine: &str) -> &'a Value {
+    let all = report[list].as_array().unwrap();
+    all.iter().find(|one| one["machine"] == machine).unwrap_or_else(|| panic!("{report}"))
+}
+
+/// Waits until all of a machine is on a host.
+#[track_caller]
+fn whole(stage: &Stage, host: usize, machine: &str) {
+    eventually("all of it is here", LIMIT, || {
+        let status = state(stage, host, machine);
+        let missing = status["missing"].as_object();
+        status["state"] == "running" && missing.is_some_and(|all| all.values().all(|n| *n == 0))
+    });
+}
+
+/// Runs the command that wakes a machine as it was told, on a host, in the background.
+#[track_caller]
+fn wake_as_told(stage: &Stage, host: usize, outcome: &Value) {
+    let told = outcome["asleep"]["resume"].as_str().unwrap();
+    let mut words = told.split(' ');
+    assert_eq!(words.next(), Some("drafter"), "{told}");
+    let place = &stage.fleet.rig().hosts()[host];
+    let mut command = stage.drafter(host);
+    command.args(words).args(["--detach", "--host", &place.name, "--certs"]);
+    command.arg(stage.fleet.rig().identity().unwrap());
+    command.arg("--agent").arg(&place.agent_socket);
+    command.args(["--listen", &format!("{}:7450", place.migration)]);
+    e2e::command::say(&mut command, LIMIT).succeeds();
+}
+
+#[test]
+fn a_machine_that_does_not_fit_through_the_line_sleeps_and_is_woken_where_the_others_moved() {
+    let Some(mut stage) = Stage::open() else { return };
+    let place = Place::new();
+    let store = place.words();
+    for (number, name, memory) in [(1, "small", 128), (2, "large", 256)] {
+        let mut spec = stage.spec(name, number);
+        spec.memory_mib = Some(memory);
+        let id = stage.fleet.run(0, &spec).unwrap();
+        stage.fleet.runner(id).wait_ready(BOOT).unwrap();
+        if name == "small" {
+            continue;
+        }
+        // What makes it large is written once.
+        let work = Work { memory_mib: 96, hot_mib: 1, rate_mb_s: 1, file_mib: 4 };
+        start_oracle(stage.fleet.runner(id), work);
+        // It has slept before, so that the store has most of it.
+        let mut words: Vec<String> = ["suspend", "large"].map(String::from).into();
+        words.extend(store.iter().cloned());
+        on(&stage, 0, &words).succeeds();
+        let record = || stage.fleet.runner(id).dir().read_record().unwrap().unwrap();
+        eventually("its runner ends", LIMIT, || !record().alive());
+        let package = stage.package().display().to_string();
+        let mut words: Vec<String> = ["resume", name, "--package", &package].map(Into::into).into();
+        words.extend(store.iter().cloned());
+        stage.fleet.start(0, &spec, words).unwrap();
+        whole(&stage, 0, "large");
+    }
+    let clients = [client(&stage, 1), client(&stage, 2)];
+    let b = Reception::open(&stage, 1, &store);
+
+    // With a line on which all can move nobody sleeps; and what the store has is known, not guessed.
+    let words = [evacuate(&b, &store), line(1000), vec!["--dry-run".into()]].concat();
+    let calm = on(&stage, 0, &words).json();
+    for name in ["small", "large"] {
+        let planned = of(&calm, "planned", name);
+        assert_eq!((&planned["way"], &planned["to"]), (&json!("hybrid"), &json!("b")), "{calm}");
+    }
+    let figure = |name: &str, what: &str| -> u64 {
+        let loads = calm["loads"].as_array().unwrap();
+        let load = loads.iter().find(|load| load["name"] == name).unwrap();
+        load[what].as_u64().unwrap()
+    };
+    let (known, bytes, hot) =
+        (figure("large", "in_store"), figure("large", "bytes"), figure("large", "hot"));
+    eprintln!("large: {} of {} MiB known, {} hot", known / MIB, bytes / MIB, hot / MIB);
+    assert!(known > 64 * MIB && known < bytes, "the store has the oracle's memory: {calm}");
+    assert_eq!(figure("small", "in_store"), 0, "{calm}");
+
+    // A line on which both fit if the large one sends only what the store lacks, and not else.
+    let small = figure("small", "bytes");
+    let least = small + bytes - known + hot;
+    let most = small + bytes;
+    assert!(least + 16 * MIB < most, "the guest writes too much for this test: {calm}");
+    let middle = (least + most) / 2;
+    let megabits = (middle as f64 / 125_000.0 / (DEADLINE_S as f64 * USABLE)) as u64;
+    let report = on(&stage, 0, &[evacuate(&b, &store), line(megabits)].concat()).json();
+    eprintln!("{}", report["verdict"]);
+    let moved = of(&report, "outcomes", "small");
+    assert_ne!(moved["way"], "suspend", "{report}");
+    let slept = of(&report, "outcomes", "large");
+    assert_eq!((&slept["way"], &slept["not_moved"]), (&json!("suspend"), &Value::Null), "{report}");
+    for outcome in [moved, slept] {
+        assert_eq!((&outcome["host"], &outcome["error"]), (&json!("b"), &Value::Null), "{report}");
+        assert_eq!(
+            (&outcome["expected"], &outcome["in_time"]),
+            (&json!(true), &json!(true)),
+            "{report}"
+        );
+    }
+    let stored = slept["asleep"]["stored_bytes"].as_u64().unwrap();
+    assert!(stored < bytes - known + hot, "it was told to cost less than it did: {report}");
+    assert!(slept["woken_s"].as_f64() >= slept["safe_s"].as_f64(), "{report}");
+
+    // Both run there with all that their clients were told, and nothing of them is here.
+    clients.into_iter().for_each(all_is_there);
+    whole(&stage, 1, "large");
+    assert_eq!(state(&stage, 1, "small")["state"], "running");
+    assert!(state(&stage, 0, "large").is_null());
+    assert_eq!(state(&stage, 0, "small")["state"], "standby");
+    let oracle: Value = serde_json::from_str(&inside(&stage, 1, "large", "oracle verify")).unwrap();
+    assert_eq!((&oracle["ok"], &oracle["mismatches"]), (&json!(true), &json!(0)), "{oracle}");
+}
+
+#[test]
+fn without_any_host_all_machines_sleep_and_the_command_that_is_told_wakes_them() {
+    let Some(mut stage) = Stage::open() else { return };
+    let place = Place::new();
+    let id = stage.fleet.run(0, &stage.spec("one", 1)).unwrap();
+    stage.fleet.runner(id).wait_ready(BOOT).unwrap();
+    let load = client(&stage, 1);
+    let evacuate = |more: &[String]| {
+        let words = ["evacuate", "--deadline", "60s", "--line", "1000"].map(String::from);
+        on(&stage, 0, &[&words[..], more].concat())
+    };
+
+    // What is wrong is said, and nothing is done.
+    evacuate(&[]).fails_with(&["--to FILE", "--store URL"]);
+    let no_keys = place.folder().join("no-keys").display().to_string();
+    evacuate(&["--store".into(), place.url(), "--keys".into(), no_keys.clone()])
+        .fails_with(&[&no_keys]);
+    evacuate(&["--store".into(), "ftp://x".into(), "--keys".into(), no_keys])
+        .fails_with(&["\"ftp://x\" is no store"]);
+    let mut nowhere = place.words();
+    nowhere[1] = format!("file://{}/store", place.keys().display());
+    nowhere.push("--dry-run".into());
+    let said = evacuate(&nowhere);
+    said.fails_with(&["not all machines of this host can be saved"]);
+    assert!(said.out.contains("it cannot sleep in the store"), "{said:?}");
+    let dry = [place.words(), vec!["--dry-run".into()]].concat();
+    let report = evacuate(&dry).json();
+    assert_eq!(of(&report, "planned", "one")["way"], "suspend", "{report}");
+    assert_eq!(report["outcomes"], json!([]), "{report}");
+    assert_eq!(state(&stage, 0, "one")["state"], "running");
+
+    let report = evacuate(&place.words()).json();
+    let outcome = of(&report, "outcomes", "one");
+    assert_eq!((&outcome["host"], &outcome["error"]), (&Value::Null, &Value::Null), "{report}");
+    assert_eq!((&outcome["in_time"], &outcome["not_woken"]), (&json!(true), &Value::Null));
+    eventually("its runner ends", LIMIT, || state(&stage, 0, "one").is_null());
+    wake_as_told(&stage, 1, outcome);
+    all_is_there(load);
+    whole(&stage, 1, "one");
+}
+
+#[test]
+fn a_machine_that_every_host_refuses_sleeps_and_wakes_where_it_may() {
+    let Some(mut stage) = Stage::open() else { return };
+    let place = Place::new();
+    let store = place.words();
+    // Its runner here takes it back from nobody but a host that there is not.
+    let mut spec = stage.spec("one", 1);
+    spec.extra = ["--accept-from", "c"].map(String::from).into();
+    let id = stage.fleet.run(0, &spec).unwrap();
+    stage.fleet.runner(id).wait_ready(BOOT).unwrap();
+    let load = client(&stage, 1);
+    let b = Reception::open(&stage, 1, &store);
+    let report = on(&stage, 0, &[evacuate(&b, &store), line(1000)].concat()).json();
+    assert_eq!(of(&report, "outcomes", "one")["way"], "hybrid", "{report}");
+    served(&load);
+
+    // Back it does not move, and is put to sleep; the host wakes it, in place of the runner that waits.
+    let a = Reception::open(&stage, 0, &store);
+    let report = on(&stage, 1, &[evacuate(&a, &store), line(1000)].concat()).json();
+    let outcome = of(&report, "outcomes", "one");
+    let why = outcome["not_moved"].as_str().unwrap_or_default();
+    assert!(why.contains("takes this machine from c only, not from \"b\""), "{report}");
+    assert_eq!((&outcome["way"], &outcome["host"]), (&json!("suspend"), &json!("a")), "{report}");
+    assert_eq!((&outcome["expected"], &outcome["error"]), (&json!(true), &Value::Null));
+    served(&load);
+    whole(&stage, 0, "one");
+
+    // A host that does not wake for this one: it sleeps on, and is woken by hand.
+    drop((a, b));
+    let more = [store.clone(), ["--accept-from", "c"].map(String::from).into()].concat();
+    let b = Reception::open(&stage, 1, &more);
+    let report = on(&stage, 0, &[evacuate(&b, &store), line(1000)].concat()).json();
+    let outcome = of(&report, "outcomes", "one");
+    for what in ["not_moved", "not_woken"] {
+        let why = outcome[what].as_str().unwrap_or_default();
+        assert!(why.contains("takes this machine from c only, not from \"a\""), "{what}: {report}");
+    }
+    assert_eq!((&outcome["host"], &outcome["error"]), (&Value::Null, &Value::Null), "{report}");
+    assert!(state(&stage, 1, "one").is_null(), "something was started for it");
+    // Nor is it woken because a host wants to have it that has not put it to sleep.
+    let a = Reception::open(&stage, 0, &store);
+    let wake = |host: usize, machine: &str| {
+        let rig = stage.fleet.rig();
+        let (name, namespace) = (&rig.hosts()[host].name, &rig.hosts()[host].namespace);
+        let own = HostName::new(name).unwrap();
+        let security = Security::Mutual(Identity::load(&rig.identity().unwrap(), &own).unwrap());
+        let ask = Ask { host: name.clone(), machine: machine.into() };
+        let to = HostName::new("a").unwrap();
+        namespace.run(|| reception::wake(a.address, &to, &security, ask)).unwrap().unwrap_err()
+    };
+    let why = wake(1, "one");
+    assert!(why.contains("it was put to sleep at host \"a\", and \"b\" asks for it"), "{why}");
+    let why = wake(1, "nobody");
+    assert!(why.contains("has no generation"), "{why}");
+    drop(a);
+    wake_as_told(&stage, 1, outcome);
+    all_is_there(load);
+    whole(&stage, 1, "one");
+}
