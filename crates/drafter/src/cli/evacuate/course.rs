@@ -89,6 +89,7 @@ enum Came {
 fn mode(way: Way) -> Mode {
     match way {
         Way::Hybrid | Way::HybridWithStore => Mode::Hybrid,
+        // (Whoever sleeps does not move.)
         Way::PostCopy | Way::PostCopyWithStore | Way::Suspend => Mode::PostCopy,
     }
 }
@@ -104,7 +105,7 @@ impl Course<'_> {
             loop {
                 let todo = lock(&queue).next();
                 let Some(todo) = todo else { return };
-                match self.attempt(todo) {
+                match self.attempt(&todo) {
                     Came::Again(todo) => lock(&queue).again.push_back(todo),
                     Came::To(outcome) if self.is_to_be_woken(&outcome) => {
                         // Those who wake are there for as long as somebody may send.
@@ -134,8 +135,9 @@ impl Course<'_> {
         });
         outcomes.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
+
     /// Tries one machine, to the end.
-    fn attempt(&self, todo: Todo) -> Came {
+    fn attempt(&self, todo: &Todo) -> Came {
         let load = &self.loads[todo.machine];
         let mut outcome = Outcome {
             machine: load.name.clone(),
@@ -151,8 +153,9 @@ impl Course<'_> {
             (Some(Way::Suspend), _) => self.deeds.sleep(load).map(Done::Asleep),
             (Some(way), Some(to)) => match self.deeds.go(&load.name, to, mode(way)) {
                 Err(why) if Way::Suspend.is_open(load, self.terms) => {
+                    let Todo { machine, expected, .. } = *todo;
                     let (way, not_moved) = (Some(Way::Suspend), Some(why));
-                    return Came::Again(Todo { way, not_moved, ..todo });
+                    return Came::Again(Todo { machine, way, expected, not_moved });
                 }
                 moved => moved.map(Done::Moved),
             },

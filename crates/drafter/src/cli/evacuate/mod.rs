@@ -304,6 +304,7 @@ mod tests {
         let unseen = load(&LoadReport { written_bytes: None, ..seen }, None);
         assert_eq!(unseen.hot, Bytes(1000 << 20));
     }
+
     #[test]
     fn what_a_store_has_is_planned_with_and_a_machine_that_must_not_sleep_does_not() {
         let held = HeldReport {
