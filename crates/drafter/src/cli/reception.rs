@@ -75,7 +75,7 @@ pub struct ReceiveArgs {
     /// Also wake machines that other hosts put to sleep in this store (`evacuate --store`), when they ask
     /// for it: s3://bucket/folder?endpoint=…&region=…, gs://…, az://… or file:///folder; credentials come
     /// from the provider's usual variables, as AWS_ACCESS_KEY_ID
-    #[arg(long, value_name = "URL", conflicts_with = "name")]
+    #[arg(long, value_name = "URL")]
     store: Option<String>,
     /// The file with the keys to that store; without it the variable SILO_KEYS holds them
     #[arg(long, value_name = "FILE", env = "SILO_KEY_FILE")]
@@ -92,6 +92,9 @@ pub(super) fn receive(args: &ReceiveArgs, state: &StateArgs) -> anyhow::Result<(
         bail!("whoever waits for a machine needs --listen ADDRESS:PORT");
     }
     match &args.name {
+        Some(_) if args.store.is_some() => {
+            bail!("--store is for hosts that wake machines when others ask: it goes with --any")
+        }
         Some(name) => {
             let mut config = run::config(name, &args.on, args.package.clone(), state)?;
             config.wait_ms = args.wait.map(|wait| wait.as_millis() as u64);
@@ -392,10 +395,13 @@ mod tests {
 
     #[test]
     fn only_a_host_that_takes_all_wakes_and_only_what_the_host_that_asks_put_to_sleep() {
-        let why = typed(&["redis", "--store", "file:///s"]).unwrap_err();
-        assert!(why.contains("'--store <URL>' cannot be used with"), "{why}");
-        assert!(Sleeps::of(&typed(&["--any"]).unwrap()).unwrap().is_none());
         let folder = tempfile::tempdir().unwrap();
+        let state = StateArgs { state: folder.path().to_owned(), json: false };
+        let one = typed(&["redis", "--store", "file:///s"]).unwrap();
+        let why = receive(&one, &state).unwrap_err().to_string();
+        assert!(why.contains("it goes with --any"), "{why}");
+        assert!(typed(&["--store", "file:///s"]).unwrap_err().contains("<NAME>"));
+        assert!(Sleeps::of(&typed(&["--any"]).unwrap()).unwrap().is_none());
         let keys = folder.path().join("keys").display().to_string();
         let args = typed(&["--any", "--store", "file:///s", "--keys", &keys]).unwrap();
         let why = Sleeps::of(&args).err().unwrap().to_string();
