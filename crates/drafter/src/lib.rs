@@ -13,6 +13,7 @@ pub mod package;
 pub mod runner;
 pub mod tenure;
 
+mod keeper;
 mod socket;
 
 pub use lease;

@@ -19,6 +19,7 @@ pub mod gate;
 pub mod moves;
 pub mod peer;
 pub mod place;
+pub mod protected;
 pub mod proxy;
 pub mod reception;
 pub mod soak;

@@ -5,138 +5,28 @@
 
 use architect::rig::RigConfig;
 use architect::{
-    fleet::{MachineSpec, RunnerId},
-    load::{Increments, Load, LoadConfig, PATIENCE},
+    fleet::RunnerId,
+    load::{Increments, Load, LoadConfig},
 };
 use drafter::{
     driver::qemu,
     migrate::messages::Mode,
-    runner::api::{MigrateRequest, ProtectionState, Request, Status, TakenOver},
+    runner::api::{MigrateRequest, Request, TakenOver},
 };
 use e2e::{
     BOOT, Stage, eventually,
     gate::{Gate, Step},
     moves::{budgets, go},
-    place::Place,
+    protected::{
+        LIMIT, die, forgotten, goes_on, increments, is_protected, processes, protection, signal,
+        spec, stand_in, stores_more, taken_over,
+    },
 };
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use nix::sys::signal::{Signal, kill};
 use std::{
     fs,
-    net::TcpStream,
     time::{Duration, Instant},
 };
-
-const LIMIT: Duration = Duration::from_secs(120);
-
-/// A machine with a network and its Redis at the edge, protected wherever it runs.
-fn spec(stage: &Stage, more: &[&str]) -> (MachineSpec, Place) {
-    let place = Place::new();
-    let mut spec = stage.spec("redis", 1);
-    let (url, keys) = (place.url(), place.keys().display().to_string());
-    spec.extra = ["--protect", &url, "--protect-keys", &keys].map(String::from).into();
-    spec.extra.extend(more.iter().map(|word| (*word).to_owned()));
-    (spec, place)
-}
-
-fn stand_in(stage: &mut Stage, host: usize, spec: &MachineSpec) -> RunnerId {
-    let package = spec.package.display().to_string();
-    let words = ["stand-in", "redis", "--package", &package].map(String::from).into();
-    let id = stage.fleet.start(host, spec, words).unwrap();
-    eventually("the stand-in is prepared", LIMIT, || {
-        let status = stage.fleet.runner(id).status().unwrap();
-        status.state == "stand-in" && status.monitor_pid.is_some()
-    });
-    id
-}
-
-fn protection(stage: &Stage, at: RunnerId) -> Option<ProtectionState> {
-    // One that has ended answers nothing.
-    stage.fleet.runner(at).status().ok()?.protection
-}
-
-#[track_caller]
-fn is_protected(stage: &Stage, at: RunnerId) {
-    eventually("it is protected", LIMIT, || {
-        let state = protection(stage, at);
-        state.is_some_and(|state| state.word == "protected") && {
-            let backup = stage.fleet.runner(at).status().unwrap().backup;
-            backup.is_some_and(|backup| backup.generations > 1)
-        }
-    });
-}
-
-/// Waits for so many more generations.
-#[track_caller]
-fn stores_more(stage: &Stage, at: RunnerId, count: u64) {
-    let newest = || {
-        let backup = stage.fleet.runner(at).status().unwrap().backup;
-        backup.and_then(|backup| backup.newest).unwrap_or(0)
-    };
-    let before = newest();
-    eventually("generations follow", LIMIT, || newest() >= before + count);
-}
-
-/// Waits until it runs there.
-#[track_caller]
-fn taken_over(stage: &Stage, at: RunnerId) -> TakenOver {
-    let mut taken = None;
-    eventually("the stand-in runs it", LIMIT, || {
-        taken = protection(stage, at).and_then(|state| state.taken_over);
-        taken.is_some()
-    });
-    let taken = taken.unwrap();
-    eprintln!("{taken:?}");
-    taken
-}
-
-/// Runner, monitor and guard.
-fn processes(stage: &Stage, at: RunnerId) -> [Pid; 3] {
-    let status: Status = stage.fleet.runner(at).status().unwrap();
-    let guard = status.protection.unwrap().guard_pid.unwrap();
-    [status.runner_pid, status.monitor_pid.unwrap(), guard].map(|pid| Pid::from_raw(pid as i32))
-}
-
-fn signal(to: &[Pid], what: Signal) {
-    for pid in to {
-        let _ = kill(*pid, what);
-    }
-}
-
-/// Ends everything of the machine on a host at once.
-fn die(stage: &mut Stage, at: RunnerId) -> Instant {
-    let all = processes(stage, at);
-    signal(&all, Signal::SIGKILL);
-    let died = Instant::now();
-    stage.fleet.runner_mut(at).kill();
-    died
-}
-
-/// A client that increments as fast as it is answered.
-fn increments(stage: &Stage) -> Increments {
-    let (client, to) = (stage.fleet.rig().client().clone(), Stage::public(1));
-    let connect = move || {
-        let connected = client.run(|| TcpStream::connect_timeout(&to, PATIENCE));
-        connected.map_err(std::io::Error::other)?
-    };
-    Increments::start(connect).unwrap()
-}
-
-#[track_caller]
-fn goes_on(load: &Increments) {
-    assert!(load.wait_after(Instant::now(), LIMIT).is_some(), "the client is not answered");
-}
-
-/// How much of what was answered before `died` is forgotten, and when the first answer came after it.
-#[track_caller]
-fn forgotten(load: &Increments, died: Instant) -> (Duration, Instant) {
-    // What was on its way still comes.
-    let first = load.wait_after(died + Duration::from_millis(100), LIMIT);
-    let first = first.expect("the client is answered again");
-    (load.lost(first, died), first.at)
-}
 
 #[test]
 fn a_protected_machine_survives_every_loss_of_its_host_in_one_place_and_loses_no_more_than_it_says()
@@ -257,7 +147,7 @@ fn waits(stage: &Stage, at: RunnerId) {
 fn a_protected_machine_that_moves_is_brought_back_whichever_of_its_hosts_is_lost_and_when() {
     let config = RigConfig { hosts: 3, ..RigConfig::default() };
     let Some(mut stage) = Stage::with(config) else { return };
-    let (mut spec, _folder) = spec(&stage, &["--every", "300ms", "--term", "2s"]);
+    let (mut spec, _folder) = spec(&stage, &["--every", "300ms", "--term", "2s", "--host-beat"]);
     spec.tls = false;
     let a = stage.fleet.run(0, &spec).unwrap();
     stage.fleet.runner(a).wait_ready(BOOT).unwrap();
@@ -347,7 +237,7 @@ fn under_output_commit_a_move_a_loss_right_after_it_and_dead_runners_lose_no_ack
     let Some(mut stage) = Stage::with(RigConfig { hosts: 3, ..RigConfig::default() }) else {
         return;
     };
-    let more = ["--every", "200ms", "--term", "2s", "--output-commit"];
+    let more = ["--every", "200ms", "--term", "2s", "--output-commit", "--host-beat"];
     let (spec, _folder) = spec(&stage, &more);
     let a = stage.fleet.run(0, &spec).unwrap();
     stage.fleet.runner(a).wait_ready(BOOT).unwrap();

@@ -78,6 +78,9 @@ pub enum Command {
     /// Freeze a machine when its lease ends: a runner starts this
     #[command(hide = true)]
     Guard(protect::GuardArgs),
+    /// Keep one sign of life for all protected machines of this host (--host-beat). Runners start one by
+    /// themselves; as a service of its own it stays
+    Keeper(protect::KeeperArgs),
     /// What a store has of machines
     Generations(backup::GenerationsArgs),
     /// Run a machine from a generation in a store, on this host
@@ -120,6 +123,7 @@ pub fn execute(command: Command, state: &StateArgs) -> anyhow::Result<()> {
         Command::Backup(args) => backup::backup(&args, state, format),
         Command::Protect(args) => protect::protect(&args, state, format),
         Command::StandIn(args) => run::stand_in(args, state),
+        Command::Keeper(args) => protect::keep(&args, state),
         Command::Guard(args) => crate::runner::guard::serve(&args.run_dir),
         Command::Generations(args) => backup::generations(&args, format),
         Command::Restore(args) => run::restore(args, state),

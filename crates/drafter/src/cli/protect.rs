@@ -5,6 +5,7 @@ use super::{
     Format, StateArgs,
     backup::{self, HistoryArgs, parse_time},
 };
+use crate::keeper::{self, Settings};
 use crate::runner::{
     api::{BackupReport, Client, KeepPolicy, ProtectRequest, ProtectionState, Request},
     state::{MachineDir, check_name},
@@ -16,6 +17,8 @@ use std::{path::PathBuf, time::Duration};
 const EVERY: Duration = Duration::from_secs(1);
 /// T, if nothing else is said: availability after a loss is this and about a second.
 const TERM: Duration = Duration::from_secs(3);
+/// A keeper renews the host's sign of life this often, if nothing else is said and the term is not shorter.
+const RENEWAL: Duration = Duration::from_millis(250);
 
 /// How a machine is protected.
 #[derive(Args, Clone, Debug)]
@@ -31,6 +34,10 @@ pub(super) struct How {
     /// time go back, and wait for each answer
     #[arg(long)]
     pub(super) output_commit: bool,
+    /// Its lease refers to one sign of life of this host, which all machines with this share: the lease
+    /// store sees one write a renewal, not one for each machine. All of them have the same --term
+    #[arg(long)]
+    pub(super) host_beat: bool,
     /// Keep the newest so many generations
     #[arg(long, value_name = "COUNT", default_value_t = 10)]
     keep_last: usize,
@@ -93,6 +100,47 @@ pub struct GuardArgs {
     pub(super) run_dir: PathBuf,
 }
 
+/// `drafter keeper`.
+#[derive(Args, Debug)]
+pub struct KeeperArgs {
+    /// This host's name, as in leases
+    #[arg(long, required_unless_present = "settings")]
+    host: Option<String>,
+    /// Where leases are kept, as for `run` [default: STATE/leases]
+    #[arg(long, value_name = "STORE")]
+    lease: Option<PathBuf>,
+    /// How long leases hold that are not renewed; that of all machines that use it
+    #[arg(long, value_name = "TIME", value_parser = parse_time, default_value = "3s")]
+    term: Duration,
+    /// How often the sign of life is renewed [default: a quarter of the term, at most 250ms]
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    renewal: Option<Duration>,
+    /// Settings as JSON, from standard input: a runner that needs a keeper starts one so
+    #[arg(long, value_name = "-", hide = true, conflicts_with_all = ["host", "lease", "renewal"])]
+    settings: Option<String>,
+}
+
+/// Keeps the sign of life of this host.
+pub(super) fn keep(args: &KeeperArgs, state: &StateArgs) -> anyhow::Result<()> {
+    use anyhow::Context as _;
+    let Some(host) = &args.host else {
+        let given = std::io::read_to_string(std::io::stdin())?;
+        let settings = serde_json::from_str(&given).context("reading the settings of a keeper")?;
+        return keeper::serve(&settings, false);
+    };
+    let renewal = args.renewal.unwrap_or_else(|| (args.term / 4).min(RENEWAL));
+    let lease = args.lease.clone().unwrap_or_else(|| state.state.join("leases"));
+    let settings = Settings {
+        state: state.state.clone(),
+        host: host.clone(),
+        leases: lease.to_str().context("the lease store's address is no text")?.to_owned(),
+        term_ms: args.term.as_millis() as u64,
+        renewal_ms: renewal.as_millis() as u64,
+        linger_ms: None,
+    };
+    keeper::serve(&settings, true)
+}
+
 pub(super) fn protect(args: &ProtectArgs, state: &StateArgs, format: Format) -> anyhow::Result<()> {
     check_name(&args.name).map_err(anyhow::Error::msg)?;
     let mut client = Client::connect(&MachineDir::at(&state.state, &args.name).socket())?;
@@ -107,6 +155,7 @@ pub(super) fn protect(args: &ProtectArgs, state: &StateArgs, format: Format) -> 
         backup: request,
         term_ms: args.how.term().as_millis() as u64,
         output_commit: args.how.output_commit,
+        host_beat: args.how.host_beat,
     };
     let report: BackupReport = client.get(&Request::Protect(request))?;
     format.print(&report, || {
@@ -129,6 +178,9 @@ pub(super) fn state_line(protection: &ProtectionState) -> String {
             protection.term_ms as f64 / 1e3
         ),
     };
+    if let Some(beat) = protection.beat.as_ref().filter(|beat| !beat.contains('/')) {
+        text += &format!(", kept by the sign of life of host \"{beat}\"");
+    }
     if protection.output_commit {
         text += ", what it sends waits for its generation";
     }

@@ -322,6 +322,7 @@ impl ProtectFlags {
             every_ms: self.how.every().as_millis() as u64,
             term_ms: self.how.term().as_millis() as u64,
             output_commit: self.how.output_commit,
+            host_beat: self.how.host_beat,
             keep: Some(self.how.keep()),
         }))
     }

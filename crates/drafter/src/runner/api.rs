@@ -260,6 +260,9 @@ pub struct ProtectRequest {
     pub term_ms: u64,
     /// What the guest sends waits until the generation that it is of is durable.
     pub output_commit: bool,
+    /// Its lease refers to the one sign of life that all machines of the host share.
+    #[serde(default)]
+    pub host_beat: bool,
 }
 
 /// How protection does.
@@ -277,6 +280,9 @@ pub struct ProtectionState {
     pub freezes: u64,
     /// What the guest sends waits for its generation.
     pub output_commit: bool,
+    /// The sign of life that its lease refers to: HOST, or HOST/MACHINE for one of its own.
+    #[serde(default)]
+    pub beat: Option<String>,
     /// The process that guards the lease's end.
     pub guard_pid: Option<u32>,
     /// How this host came to have the machine, if it took it over.

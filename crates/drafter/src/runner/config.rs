@@ -64,6 +64,9 @@ pub struct ProtectConfig {
     pub term_ms: u64,
     /// What the guest sends waits until the generation that it is of is durable.
     pub output_commit: bool,
+    /// Its lease refers to the one sign of life that all machines of the host share.
+    #[serde(default)]
+    pub host_beat: bool,
     /// What stays of the history; all of it if absent.
     pub keep: Option<KeepPolicy>,
 }
@@ -71,7 +74,8 @@ pub struct ProtectConfig {
 impl ProtectConfig {
     /// How long its lease holds, and how often that is renewed.
     pub(super) fn pace(&self) -> Pace {
-        Pace::of(Duration::from_millis(self.term_ms), Duration::from_millis(self.every_ms))
+        let (term, every) = (self.term_ms, self.every_ms);
+        Pace::of(Duration::from_millis(term), Duration::from_millis(every), self.host_beat)
     }
 }
 

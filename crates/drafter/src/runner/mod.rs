@@ -61,7 +61,7 @@ use crate::{
         Driver,
         qemu::{self, QemuConfig, QemuDriver},
     },
-    lease::{LeaseStore, MachineName, Nonce},
+    lease::{LeaseStore, MachineName},
     migrate::{
         destination::Door, messages::StayId, source::Outage, switchover::Holding,
         timings::MoveReport,
@@ -495,12 +495,6 @@ impl Runner {
         }
         self.set_state(state, detail);
     }
-}
-
-/// Random nonces for writes to the lease. The kernel's generator does not fail once it is seeded,
-/// which it is before any service starts.
-fn nonces() -> crate::migrate::switchover::Nonces {
-    Box::new(|| Nonce::random().expect("getrandom works after boot"))
 }
 
 struct SitePaths {

@@ -18,6 +18,7 @@ use crate::{
         switchover::{Holding, SourceAuthority, SourceParts, Terms},
         timings::MoveReport,
     },
+    tenure::random_nonces,
 };
 use identity::HostName;
 use silo::memory::Tracking;
@@ -306,7 +307,7 @@ impl Runner {
             attempt,
             view: self.term_view(),
             terms: Terms::default(),
-            nonces: super::nonces(),
+            nonces: random_nonces(),
         });
         let security = self.config.security.load(&self.host).map_err(|e| e.to_string())?;
         let plan = Plan {

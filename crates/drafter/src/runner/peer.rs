@@ -17,6 +17,7 @@ use crate::{
         protocol::{Frame, Role, SessionId},
         switchover::{DestinationParts, Terms},
     },
+    tenure::random_nonces,
 };
 use conduit::DataPath as _;
 use identity::{HostName, Stream};
@@ -363,7 +364,7 @@ impl Runner {
                 attempt: AttemptId(request.attempt),
                 beat: life,
                 terms: Terms::default(),
-                nonces: super::nonces(),
+                nonces: random_nonces(),
             },
             store: Arc::clone(&self.store),
             on_report: Box::new(|_| {}),
@@ -382,7 +383,7 @@ impl Runner {
                 Box::new(move || runner.complete(&noted))
             },
             on_owner: {
-                let (runner, source) = (Arc::clone(self), from);
+                let runner = Arc::clone(self);
                 Box::new(move |body: Box<Hosted>, holding| {
                     let since = since(holding.record.epoch.0);
                     let record = holding.record.clone();
@@ -392,7 +393,7 @@ impl Runner {
                     runner.install(body, holding, Some(since));
                     if let Some(arriving) = arriving.as_ref() {
                         arriving.own(&record);
-                        runner.watch_source(&source);
+                        arriving.watch_source(&runner);
                     }
                     // The guest's clock and entropy, once it has answered its clients.
                     runner.refresh();

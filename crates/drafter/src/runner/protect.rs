@@ -25,12 +25,13 @@ use super::{
     guard::Guard,
     protected_move::Arrived,
     protection::Protection,
-    tenure::{Deeds, Pace, Tenure},
+    tenure::{Deeds, Known, Pace, Tenure},
 };
 use crate::{
     checkpoint::description::LifeSign,
     driver::{Exit, Fence},
-    lease::{BeatName, BootTime, Epoch, HostName, Record},
+    keeper::Place,
+    lease::{BootTime, Epoch, HostName, Record},
     migrate::{
         source::MachineError,
         switchover::{FlipEpoch, Holding},
@@ -143,6 +144,7 @@ impl ProtectConfig {
             },
             term_ms: self.term_ms,
             output_commit: self.output_commit,
+            host_beat: self.host_beat,
         })
     }
 }
@@ -155,11 +157,18 @@ impl Runner {
 
     /// How protection does, for the status.
     pub(super) fn protection_state(&self, backup: Option<&BackupState>) -> Option<ProtectionState> {
-        let (protection, taken_over, unprotected) = {
+        let (protection, taken_over, unprotected, beat) = {
             let inner = self.lock();
-            (inner.protection.clone(), inner.taken_over.clone(), inner.unprotected.clone())
+            let beat = inner.holding.as_ref().and_then(|holding| holding.record.beat.as_ref());
+            let beat = beat.map(|life| life.name.to_string());
+            (inner.protection.clone(), inner.taken_over.clone(), inner.unprotected.clone(), beat)
         };
         let state = protection.map(|protection| protection.state()).map(|mut state| {
+            state.beat = beat;
+            if state.word == "starting" {
+                // What kept it from more, the last time that it was tried.
+                state.detail = unprotected.clone().unwrap_or_default();
+            }
             if backup.is_some_and(|backup| backup.ended) && state.detail.is_empty() {
                 "another writer has taken its history: no generation is stored any more"
                     .clone_into(&mut state.detail);
@@ -176,6 +185,7 @@ impl Runner {
                 left_ms: 0,
                 freezes: 0,
                 output_commit: false,
+                beat: None,
                 guard_pid: None,
                 taken_over,
             }),
@@ -201,7 +211,7 @@ impl Runner {
             None => {
                 let fence = self.fence()?;
                 let every = request.backup.every_ms.unwrap_or(request.term_ms);
-                let pace = Pace::of(term, Duration::from_millis(every));
+                let pace = Pace::of(term, Duration::from_millis(every), request.host_beat);
                 self.install_protection(fence, pace, request.output_commit)?
             }
         };
@@ -299,8 +309,15 @@ impl Runner {
         };
         // Nothing refers to it: the machine is not protected.
         drop(other);
-        let name = BeatName::of_runner(self.host.clone(), self.name.clone());
-        let begun = Tenure::begin(Arc::clone(&self.store), name, self.host.clone(), pace);
+        let place = Place {
+            state: self.config.state.clone(),
+            host: self.host.clone(),
+            leases: self.config.lease.to_string_lossy().into_owned(),
+            machine: self.name.clone(),
+            term: pace.term,
+            renewal: pace.renewal,
+        };
+        let begun = Tenure::begin(Arc::clone(&self.store), place, pace);
         let tenure = Arc::new(begun.map_err(|e| format!("no threads for a sign of life: {e}"))?);
         self.lock().tenure = Some(Arc::clone(&tenure));
         Ok(tenure)
@@ -314,7 +331,7 @@ impl Runner {
         let detail = self.lock().detail.clone();
         let body = self.borrow(State::Running, State::Saving)?;
         let bound = self.held_record().and_then(|record| {
-            tenure.hold(record, self.hands(protection));
+            tenure.hold(record, Known::Surely, self.hands(protection));
             tenure.protect(true, BEGIN_LIMIT)
         });
         self.give_back(body, State::Running, detail);

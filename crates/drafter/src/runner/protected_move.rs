@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     checkpoint::description,
-    lease::{Beat, BeatName, BeatRef, HostName, Record},
+    lease::{Beat, BeatName, BeatRef, HostName, LeaseStore, Record},
     migrate::{
         messages::{BackupMark, PrepareRequest, Protected},
         protocol::DeviceNumber,
@@ -56,13 +56,57 @@ pub(super) struct Arriving {
     protection: Arc<Protection>,
     /// Under which it will run.
     pub(super) life: BeatRef,
+    /// What tells that its source is gone.
+    signs: Mutex<SourceSigns>,
+}
+
+/// Signs of life of a source whose blocks are missing.
+#[derive(Clone)]
+struct SourceSigns {
+    /// The beat that the lease referred to when it was handed over.
+    beat: BeatName,
+    /// Its runner's own, which the keeper of a host's beat ends when that runner is gone.
+    own: BeatName,
+    /// As that was before.
+    own_before: Option<Beat>,
+}
+
+impl SourceSigns {
+    fn of(runner: &Runner, from: &HostName) -> Self {
+        let own = BeatName::of_runner(from.clone(), runner.name.clone());
+        // A store that is silent: any end of it that is seen later counts.
+        let own_before = runner.store.read_beat(&own).ok().flatten();
+        Self { beat: own.clone(), own, own_before }
+    }
+
+    /// The newest sign. Of a runner that its host has given up that is its end.
+    fn read(&self, store: &dyn LeaseStore) -> Option<Beat> {
+        if self.beat != self.own {
+            let own = store.read_beat(&self.own).ok().flatten();
+            let ended = own.filter(|beat| beat.fenced_by.is_some());
+            if ended.is_some() && ended != self.own_before {
+                return ended;
+            }
+        }
+        store.read_beat(&self.beat).ok().flatten()
+    }
 }
 
 impl Arriving {
     /// The token is here: the machine is held to this host's term before it runs.
     pub(super) fn hold(&self, runner: &Arc<Runner>, handed: &Record) -> Result<(), String> {
         let deeds = runner.hands(&self.protection);
+        if let Some(life) = &handed.beat {
+            let mut signs = self.signs.lock().unwrap_or_else(PoisonError::into_inner);
+            signs.beat.clone_from(&life.name);
+        }
         self.tenure.arrive(handed.clone(), self.life.clone(), deeds)
+    }
+
+    /// Looks after it, as long as it lacks blocks of its source.
+    pub(super) fn watch_source(&self, runner: &Arc<Runner>) {
+        let signs = self.signs.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        runner.watch_source(signs);
     }
 
     /// It is this host's.
@@ -313,6 +357,7 @@ impl Runner {
             (Some(_), Some(config)) => config,
             _ => return Ok(None),
         };
+        let from = HostName::new(&request.host).map_err(|error| error.to_string())?;
         let tenure = self.tenure(config.pace())?;
         let life = tenure.wait_alive(ALIVE_LIMIT)?.of;
         let protection =
@@ -324,7 +369,8 @@ impl Runner {
                 return Err(error.to_string());
             }
         }
-        Ok(Some(Arriving { tenure, protection, life }))
+        let signs = Mutex::new(SourceSigns::of(self, &from));
+        Ok(Some(Arriving { tenure, protection, life, signs }))
     }
 
     /// What the source of a machine that arrived told of its history, or that it told nothing.
@@ -346,8 +392,7 @@ impl Runner {
     /// Looks after a machine that lacks blocks of its source: when that has shown no sign of life for as
     /// long as a lease holds, and no block has come, they are gone with it. Then the machine is given up
     /// here, so that a stand-in may go on with its last generation at once.
-    pub(super) fn watch_source(self: &Arc<Self>, from: &HostName) {
-        let name = BeatName::of_runner(from.clone(), self.name.clone());
+    fn watch_source(self: &Arc<Self>, signs: SourceSigns) {
         let (runner, subject) = (Arc::clone(self), self.lock().subject.clone());
         let watch = std::thread::Builder::new().name("source-watch".into()).spawn(move || {
             let mut seen: Option<(Beat, u64, Instant)> = None;
@@ -356,15 +401,15 @@ impl Runner {
                 if missing == 0 {
                     return;
                 }
-                match (runner.store.read_beat(&name), &seen) {
-                    (Ok(Some(beat)), Some((last, left, since)))
+                match (signs.read(&*runner.store), &seen) {
+                    (Some(beat), Some((last, left, since)))
                         if beat == *last && missing == *left =>
                     {
                         if since.elapsed() > Times::default().patience(beat.term) {
-                            return runner.give_up_incomplete(&name, missing);
+                            return runner.give_up_incomplete(&signs.beat, missing);
                         }
                     }
-                    (Ok(Some(beat)), _) => seen = Some((beat, missing, Instant::now())),
+                    (Some(beat), _) => seen = Some((beat, missing, Instant::now())),
                     // A store that is silent says nothing of the source.
                     _ => seen = None,
                 }

@@ -192,6 +192,7 @@ impl Protection {
             left_ms: left.as_millis() as u64,
             freezes: self.freezes.load(Ordering::Relaxed),
             output_commit: self.commits_output(),
+            beat: None,
             guard_pid: Some(self.guard.pid()),
             taken_over: None,
         }

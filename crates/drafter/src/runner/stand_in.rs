@@ -23,7 +23,7 @@ use super::{
     restore::{Aside, CACHE},
     saved::{Elsewhere, fresh},
     signs::{Signs, Waited, sentence},
-    tenure::Tenure,
+    tenure::{Known, Tenure},
 };
 use crate::{
     checkpoint::{
@@ -38,7 +38,9 @@ use crate::{
     migrate::destination::DestinationMachine as _,
     migrate::switchover::Holding,
     package::Package,
-    tenure::{Answer, Call, OperationId, Taker, TakerAction, TakerEvent, TakerParts},
+    tenure::{
+        Answer, Call, OperationId, Taker, TakerAction, TakerEvent, TakerParts, random_nonces,
+    },
 };
 use silo::{
     block::BlockSet,
@@ -201,7 +203,7 @@ impl Runner {
                     here: self.host.clone(),
                     attempt: fresh()?.0,
                     times: tenure.pace().times(),
-                    nonces: super::nonces(),
+                    nonces: random_nonces(),
                 };
                 let (new, first) = Taker::start(now, parts);
                 actions.extend(first);
@@ -383,7 +385,7 @@ impl Runner {
         };
         let commit = config.output_commit;
         let protection = self.install_protection(fence, tenure.pace(), commit)?;
-        tenure.hold(record.clone(), self.hands(&protection));
+        tenure.hold(record.clone(), Known::Surely, self.hands(&protection));
         let number = self.patiently(&protection, || history.take())?;
         if number == 0 {
             return Err("its history has no generation".into());

@@ -1,4 +1,4 @@
-//! Drives this runner's sign of life and, while the machine is protected, the rules of its term
+//! Drives this runner's sign of life, or hears how its host's is, and, while the machine is protected, the rules of its term
 //! (`crate::tenure`).
 //!
 //! One thread feeds the state machines and does what they say at once; another asks the store, so that
@@ -7,23 +7,29 @@
 
 use crate::{
     checkpoint::description::LifeSign,
+    keeper::{Client, Place, Said},
     lease::{
-        BeatName, BeatRef, BootClock, BootTime, Clock as _, Epoch, HostName, LeaseStore, Nonce,
-        Record,
+        BeatName, BeatRef, BootClock, BootTime, Clock as _, Epoch, HostName, LeaseStore,
+        MachineName, Nonce, Record, StoreError,
     },
     tenure::{
-        Answer, Call, Holder, HolderAction, HolderEvent, HolderParts, HolderState, OperationId,
-        Pulse, PulseAction, PulseEvent, PulseParts, Times, View,
+        Answer, Call, HolderEvent, OperationId, Pulse, PulseParts, Surrender, SurrenderAction,
+        SurrenderEvent, SurrenderParts, Times, View, random_nonces,
     },
 };
 use std::{
+    collections::VecDeque,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        mpsc::{self, Receiver, RecvTimeoutError, Sender},
+        mpsc::{self, Sender},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
+
+mod work;
+
+use work::{Source, Work};
 
 /// Longest time without a look.
 const LOOK: Duration = Duration::from_secs(1);
@@ -31,6 +37,8 @@ const LOOK: Duration = Duration::from_secs(1);
 const LEAST_RENEWAL: Duration = Duration::from_millis(200);
 /// How long the thread of the state machines may take for an answer; it waits for nothing but the kernel.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// How long the store may take to learn that nobody looks after a machine any more.
+const RESIGN_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long a lease holds, and how often the sign of life behind it is renewed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,26 +47,20 @@ pub(super) struct Pace {
     pub(super) term: Duration,
     /// Between two renewals.
     pub(super) renewal: Duration,
+    /// The host's one sign of life keeps it, not one of this runner's own.
+    pub(super) shared: bool,
 }
 
 impl Pace {
     /// For a machine with a generation this often: a stand-in knows when its owner ended, and so how much
     /// is lost, no better than from one sign of life to the next.
-    pub(super) fn of(term: Duration, every: Duration) -> Self {
-        Self { term, renewal: (every / 4).max(LEAST_RENEWAL).min(term / 4) }
+    pub(super) fn of(term: Duration, every: Duration, shared: bool) -> Self {
+        Self { term, renewal: (every / 4).max(LEAST_RENEWAL).min(term / 4), shared }
     }
 
     /// The times that go with it.
     pub(super) fn times(self) -> Times {
-        let Self { term, renewal } = self;
-        Times {
-            term,
-            renew_every: renewal,
-            poll: (renewal / 2).clamp(Duration::from_millis(20), Duration::from_millis(250)),
-            stop_margin: (term / 20).clamp(Duration::from_millis(20), Duration::from_millis(100)),
-            start_margin: (term / 10).clamp(Duration::from_millis(40), Duration::from_millis(200)),
-            ..Times::default()
-        }
+        Times::of(self.term, self.renewal)
     }
 }
 
@@ -80,10 +82,20 @@ pub(super) trait Deeds: Send {
     fn discard(&self, owner: &HostName, epoch: Epoch);
 }
 
+/// Whether the lease is known to be as it is said to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Known {
+    /// Nobody can have given it up.
+    Surely,
+    /// It was read once: it is got back before the machine runs.
+    Perhaps,
+}
+
 enum Input {
     Pulse(OperationId, Answer),
+    Keeper(Said),
     Holder(u64, OperationId, Answer),
-    Hold(Record, Box<dyn Deeds>),
+    Hold(Record, Known, Box<dyn Deeds>),
     Arrive(Record, BeatRef, Box<dyn Deeds>, Sender<bool>),
     Moving(bool, Sender<bool>),
     Holding(HolderEvent),
@@ -101,10 +113,14 @@ struct Seen {
     serial: u64,
     /// When the store was known to have it.
     told: BootTime,
+    /// How often it is renewed.
+    renewal: Duration,
     /// The lease, as the holder has it.
     record: Option<Record>,
     /// The last thing that went wrong.
     trouble: Option<String>,
+    /// What the keeper said went wrong, the last time.
+    said: Option<String>,
     ended: bool,
 }
 
@@ -127,6 +143,7 @@ pub(super) struct Tenure {
     inputs: Sender<Input>,
     thread: Option<JoinHandle<()>>,
     store: Arc<dyn LeaseStore>,
+    machine: MachineName,
     here: HostName,
     pace: Pace,
 }
@@ -144,31 +161,44 @@ impl Drop for Tenure {
 }
 
 impl Tenure {
-    /// Begins to show a sign of life.
+    /// Begins to show a sign of life: its own, or with the host's keeper.
     ///
     /// # Errors
     /// If this host gives no threads.
     pub(super) fn begin(
         store: Arc<dyn LeaseStore>,
-        name: BeatName,
-        here: HostName,
+        place: Place,
         pace: Pace,
     ) -> std::io::Result<Self> {
+        let (machine, here) = (place.machine.clone(), place.host.clone());
         let shared = Arc::new(Shared::default());
+        shared.lock().renewal = pace.renewal;
         let (inputs, receiver) = mpsc::channel();
         let calls = callers(&store, &inputs)?;
+        let (source, first) = if pace.shared {
+            let said = inputs.clone();
+            let client = Client::begin(place, move |words| said.send(Input::Keeper(words)).is_ok());
+            (Source::Kept { client: client?, given_up: None }, Vec::new())
+        } else {
+            let name = BeatName::of_runner(here.clone(), machine.clone());
+            let parts = PulseParts { name, times: pace.times(), nonces: random_nonces() };
+            let (pulse, first) = Pulse::start(BootClock.now(), parts);
+            (Source::Own(Box::new(pulse)), first)
+        };
         let work = Work {
             shared: Arc::clone(&shared),
             calls,
             here: here.clone(),
             times: pace.times(),
+            source,
+            view: None,
             holder: None,
             number: 0,
         };
         let thread = std::thread::Builder::new()
             .name("tenure".into())
-            .spawn(move || work.run(name, &receiver))?;
-        Ok(Self { shared, inputs, thread: Some(thread), store, here, pace })
+            .spawn(move || work.run(first, &receiver))?;
+        Ok(Self { shared, inputs, thread: Some(thread), store, machine, here, pace })
     }
 
     /// T, and how often this life is renewed.
@@ -191,7 +221,7 @@ impl Tenure {
             serial: seen.serial,
             of: Some(view.of.name.to_string()),
             age_us: BootClock.now().since(seen.told).as_micros() as u64,
-            every_us: self.pace.renewal.as_micros() as u64,
+            every_us: seen.renewal.as_micros() as u64,
         })
     }
 
@@ -207,9 +237,9 @@ impl Tenure {
     }
 
     /// Holds the machine whose lease is this; `deeds` are done from now on.
-    pub(super) fn hold(&self, record: Record, deeds: Box<dyn Deeds>) {
+    pub(super) fn hold(&self, record: Record, known: Known, deeds: Box<dyn Deeds>) {
         self.shared.lock().record = Some(record.clone());
-        let _ = self.inputs.send(Input::Hold(record, deeds));
+        let _ = self.inputs.send(Input::Hold(record, known, deeds));
     }
 
     /// Holds a machine that arrives, under `life`, before it runs: this is the lease that is handed over.
@@ -280,26 +310,71 @@ impl Tenure {
         let _ = self.inputs.send(Input::LetGo);
     }
 
-    /// Ends this life at once and says so in the store: nobody need wait for the end of the term. What
-    /// it held must have ended.
+    /// Says in the store at once that nobody looks after what it held, which must have ended: nobody need
+    /// wait for the end of the term.
     pub(super) fn resign(mut self) {
         let _ = self.inputs.send(Input::End);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-        let own = self.shared.lock().view.take();
-        let Some(own) = own else { return };
-        let fenced = self.store.read_beat(&own.of.name).and_then(|found| {
-            let Some(beat) = found.filter(|beat| beat.of == own.of && beat.fenced_by.is_none())
-            else {
-                return Ok(());
-            };
-            let Ok(nonce) = Nonce::random() else { return Ok(()) };
-            let over = beat.fenced(self.here.clone(), nonce);
-            self.store.compare_and_set_beat(&own.of.name, Some(&beat), &over).map(drop)
-        });
-        if let Err(error) = fenced {
+        let done = if self.pace.shared { self.give_up() } else { self.end_life() };
+        if let Err(error) = done {
             tracing::warn!(%error, "a stand-in has to wait for the end of the term");
+        }
+    }
+
+    /// Ends a life of its own.
+    fn end_life(&self) -> Result<(), String> {
+        let own = self.shared.lock().view.take();
+        let Some(own) = own else { return Ok(()) };
+        let text = |error: StoreError| error.to_string();
+        let found = self.store.read_beat(&own.of.name).map_err(text)?;
+        let Some(beat) = found.filter(|beat| beat.of == own.of && beat.fenced_by.is_none()) else {
+            return Ok(());
+        };
+        let nonce = Nonce::random().map_err(|error| error.to_string())?;
+        let over = beat.fenced(self.here.clone(), nonce);
+        self.store.compare_and_set_beat(&own.of.name, Some(&beat), &over).map(drop).map_err(text)
+    }
+
+    /// The host's life goes on: the machine's lease is given up.
+    fn give_up(&self) -> Result<(), String> {
+        // As the holder knew it last: what is not bound nobody can take.
+        if self.shared.lock().record.as_ref().is_none_or(|record| record.beat.is_none()) {
+            return Ok(());
+        }
+        let mut surrender = Surrender::new(SurrenderParts {
+            machine: self.machine.clone(),
+            here: self.here.clone(),
+            not_before: BootClock.now(),
+            times: self.pace.times(),
+            nonces: random_nonces(),
+        });
+        let deadline = Instant::now() + RESIGN_LIMIT;
+        let mut actions = VecDeque::from(surrender.on(BootClock.now(), SurrenderEvent::Tick));
+        loop {
+            match actions.pop_front() {
+                Some(SurrenderAction::Store(Call { operation, content })) => {
+                    let answer = Call { operation, content }.perform(&*self.store);
+                    let event = SurrenderEvent::Answer { operation, answer };
+                    actions.extend(surrender.on(BootClock.now(), event));
+                }
+                Some(SurrenderAction::Done(what)) => {
+                    tracing::info!(machine = %self.machine, "{what}");
+                    return Ok(());
+                }
+                Some(SurrenderAction::Report(text)) => tracing::warn!("{text}"),
+                Some(SurrenderAction::GivingUp(_)) => {}
+                None if Instant::now() > deadline => {
+                    return Err("the lease store does not learn it in time".to_owned());
+                }
+                None => {
+                    let now = BootClock.now();
+                    let rest = surrender.wake_at().map_or(LOOK, |at| at.since(now));
+                    std::thread::park_timeout(rest.min(LOOK));
+                    actions.extend(surrender.on(BootClock.now(), SurrenderEvent::Tick));
+                }
+            }
         }
     }
 
@@ -350,164 +425,4 @@ fn callers(store: &Arc<dyn LeaseStore>, inputs: &Sender<Input>) -> std::io::Resu
         }
     })?;
     Ok(Callers { pulse, holder })
-}
-
-struct Work {
-    shared: Arc<Shared>,
-    calls: Callers,
-    here: HostName,
-    times: Times,
-    holder: Option<(Holder, Box<dyn Deeds>)>,
-    /// Of the holder: answers to an earlier one's questions are nobody's.
-    number: u64,
-}
-
-impl Work {
-    fn run(mut self, name: BeatName, inputs: &Receiver<Input>) {
-        let parts = PulseParts { name, times: self.times.clone(), nonces: super::nonces() };
-        let (mut pulse, first) = Pulse::start(BootClock.now(), parts);
-        self.beat(first);
-        loop {
-            let now = BootClock.now();
-            let held = self.holder.as_ref().and_then(|(holder, _)| holder.wake_at());
-            let wake = [pulse.wake_at(), held].into_iter().flatten().min();
-            let rest = wake.map_or(LOOK, |at| at.since(now).min(LOOK));
-            let input = match inputs.recv_timeout(rest) {
-                Ok(input) => Some(input),
-                Err(RecvTimeoutError::Timeout) => None,
-                Err(RecvTimeoutError::Disconnected) => break,
-            };
-            let now = BootClock.now();
-            match input {
-                Some(Input::End) => break,
-                Some(Input::LetGo) => self.holder = None,
-                Some(Input::Hold(record, deeds)) => self.hold(now, record, None, deeds, &pulse),
-                Some(Input::Arrive(record, life, deeds, done)) => {
-                    self.hold(now, record, Some(life), deeds, &pulse);
-                    let may = |(holder, _): &(Holder, _)| holder.may_run(BootClock.now());
-                    let _ = done.send(self.holder.as_ref().is_some_and(may));
-                }
-                Some(Input::Moving(moving, done)) => {
-                    let may =
-                        !moving || self.holder.as_ref().is_none_or(|(holder, _)| holder.settled());
-                    if may {
-                        self.feed(now, HolderEvent::Moving(moving));
-                    }
-                    let _ = done.send(may);
-                }
-                Some(Input::Holding(event)) => self.feed(now, event),
-                Some(Input::Pulse(operation, answer)) => {
-                    let actions = pulse.on(now, PulseEvent::Answer { operation, answer });
-                    self.beat(actions);
-                }
-                Some(Input::Holder(number, operation, answer)) if number == self.number => {
-                    self.feed(now, HolderEvent::Answer { operation, answer });
-                }
-                Some(Input::Holder(..)) | None => {}
-            }
-            // Whatever came: what is due is done.
-            let now = BootClock.now();
-            if pulse.wake_at().is_some_and(|at| now >= at) {
-                let actions = pulse.on(now, PulseEvent::Tick);
-                self.beat(actions);
-            }
-            let due = self.holder.as_ref().and_then(|(holder, _)| holder.wake_at());
-            if due.is_some_and(|at| now >= at) {
-                self.feed(now, HolderEvent::Tick);
-            }
-        }
-        self.shared.lock().ended = true;
-        self.shared.changed.notify_all();
-    }
-
-    fn beat(&mut self, actions: Vec<PulseAction>) {
-        for action in actions {
-            match action {
-                PulseAction::Store(call) => {
-                    let _ = self.calls.pulse.send(call);
-                }
-                PulseAction::Report(text) => self.report(text),
-                PulseAction::Tell(view) => {
-                    {
-                        let mut seen = self.shared.lock();
-                        let life = |view: &Option<View>| view.as_ref().map(|view| view.of.clone());
-                        let same = life(&seen.view) == life(&view);
-                        seen.serial = if same { seen.serial + 1 } else { 0 };
-                        seen.view.clone_from(&view);
-                        seen.told = BootClock.now();
-                        seen.beats += 1;
-                        seen.trouble = None;
-                    }
-                    self.shared.changed.notify_all();
-                    self.feed(BootClock.now(), HolderEvent::View(view));
-                }
-            }
-        }
-    }
-
-    fn report(&self, text: String) {
-        tracing::warn!("{text}");
-        self.shared.lock().trouble = Some(text);
-    }
-
-    fn hold(
-        &mut self,
-        now: BootTime,
-        record: Record,
-        arriving: Option<BeatRef>,
-        deeds: Box<dyn Deeds>,
-        pulse: &Pulse,
-    ) {
-        let parts = HolderParts {
-            record,
-            here: self.here.clone(),
-            view: pulse.view().cloned(),
-            times: self.times.clone(),
-            nonces: super::nonces(),
-        };
-        self.number += 1;
-        let (holder, first) = match arriving {
-            Some(life) => Holder::arriving(now, parts, Some(life)),
-            None => Holder::new(now, parts),
-        };
-        self.holder = Some((holder, deeds));
-        self.act(first);
-    }
-
-    fn feed(&mut self, now: BootTime, event: HolderEvent) {
-        let Some((holder, _)) = &mut self.holder else { return };
-        let actions = holder.on(now, event);
-        self.act(actions);
-    }
-
-    fn act(&mut self, actions: Vec<HolderAction>) {
-        let Some((holder, deeds)) = &self.holder else { return };
-        // Of one that stands still the guard is told nothing: its time has not come.
-        if holder.state() == HolderState::Running {
-            deeds.runs_until(holder.freeze_at());
-        }
-        let mut gone = false;
-        for action in actions {
-            match action {
-                HolderAction::Freeze => deeds.freeze(),
-                HolderAction::Thaw => deeds.thaw(),
-                HolderAction::Held(record) => {
-                    deeds.held(&record);
-                    self.shared.lock().record = Some(record);
-                    self.shared.changed.notify_all();
-                }
-                HolderAction::Store(call) => {
-                    let _ = self.calls.holder.send((self.number, call));
-                }
-                HolderAction::Discard { owner, epoch } => {
-                    deeds.discard(&owner, epoch);
-                    gone = true;
-                }
-                HolderAction::Report(text) => self.report(text),
-            }
-        }
-        if gone {
-            self.holder = None;
-        }
-    }
 }

@@ -71,7 +71,7 @@ impl Holder {
     }
 
     pub(crate) fn digest(&self, d: &mut Digest, now: BootTime) {
-        d.put(&(self.state() as u8, self.moving, self.protect));
+        d.put(&(self.state() as u8, self.moving, self.protect, self.is_given_up()));
         if self.state() == HolderState::Gone {
             return;
         }

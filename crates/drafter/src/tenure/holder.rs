@@ -16,6 +16,8 @@ pub struct HolderParts {
     pub here: HostName,
     /// The life that runs here, if it has begun ([`Pulse::view`](super::Pulse::view)).
     pub view: Option<View>,
+    /// As [`HolderEvent::GivenUp`], from the beginning.
+    pub given_up: Option<Epoch>,
     /// The times.
     pub times: Times,
     /// For writes.
@@ -41,6 +43,10 @@ pub enum HolderEvent {
     /// Protect the machine from now on (`true`), or no more: the lease is bound to this host's life,
     /// or unbound. During a move it waits for its end. An unbound machine runs without a term.
     Protect(bool),
+    /// Whoever keeps the sign of life of this host may have given up the lease, if it is of this epoch or
+    /// an earlier one ([`Surrender`](super::Surrender)): whatever life it names here, the machine runs only
+    /// after the lease was got back.
+    GivenUp(Epoch),
     /// The store's answer to a [`HolderAction::Store`].
     Answer {
         /// The call.
@@ -200,6 +206,15 @@ impl Holder {
         self.write.is_none()
     }
 
+    /// Whether the lease may have been given up since it was known: until it is got back no life that it
+    /// names counts, for a source's tokens neither.
+    #[must_use]
+    pub fn is_given_up(&self) -> bool {
+        self.parts.given_up.is_some_and(|epoch| self.parts.record.epoch <= epoch)
+            && self.life().is_some()
+            && self.parts.times.keeps(Rule::GivenUpIsGotBack)
+    }
+
     /// Under which life the machine runs: the lease's, or the one that was asked for and may be there
     /// already.
     fn life(&self) -> Option<&BeatRef> {
@@ -218,6 +233,9 @@ impl Holder {
         let life = self.life()?;
         if !self.parts.times.keeps(Rule::FreezeAtTermEnd) {
             return None;
+        }
+        if self.is_given_up() {
+            return Some(BootTime::default());
         }
         let any = !self.parts.times.keeps(Rule::ReclaimBeforeRun);
         let view = self.parts.view.as_ref().filter(|view| any || view.of == *life);
@@ -249,6 +267,9 @@ impl Holder {
             }
             HolderEvent::Moving(moving) => self.moving = moving,
             HolderEvent::Protect(protect) => self.protect = protect,
+            HolderEvent::GivenUp(epoch) => {
+                self.parts.given_up = self.parts.given_up.max(Some(epoch));
+            }
             HolderEvent::Answer { operation, answer } => {
                 self.on_answer(now, operation, answer, &mut out);
             }
@@ -264,6 +285,7 @@ impl Holder {
             self.state = HolderState::Frozen;
             out.push(HolderAction::Freeze);
             let text = match &self.parts.view {
+                _ if self.is_given_up() => "its lease may have been given up meanwhile",
                 Some(view) if Some(&view.of) == self.life() => {
                     "its term has ended, because the lease store does not answer"
                 }
@@ -287,15 +309,16 @@ impl Holder {
 
     fn write_what_is_due(&mut self, now: BootTime, out: &mut Vec<HolderAction>) {
         let moving = self.moving && self.parts.times.keeps(Rule::NoReclaimWhileMoving);
+        let given_up = self.is_given_up();
         if self.write.is_some() || moving || self.arriving.is_some() {
             return;
         }
-        let HolderParts { record, here, view, times, nonces } = &mut self.parts;
+        let HolderParts { record, here, view, times, nonces, .. } = &mut self.parts;
         // A life that is over soon is no ground to stand on.
         let alive = view.as_ref().filter(|view| now < view.until).map(|view| &view.of);
         let (purpose, new) = match (&record.beat, alive) {
             (Some(_), _) if !self.protect => (Purpose::Unbind, record.rebound(None, nonces())),
-            (Some(life), Some(alive)) if life != alive => {
+            (Some(life), Some(alive)) if life != alive || given_up => {
                 let taken = record.taken(here.clone(), record.attempt, nonces());
                 (Purpose::Reclaim, taken.bound(Some(alive.clone())))
             }

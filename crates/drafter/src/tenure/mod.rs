@@ -1,6 +1,6 @@
 //! Authority in time: how long a protected machine may run, and when another host may take it.
 //!
-//! Three state machines without any input or output of their own, driven as those of
+//! Four state machines without any input or output of their own, driven as those of
 //! [`switchover`](crate::migrate::switchover) are: feed an event, do the returned actions in order,
 //! ask [`wake_at`](Holder::wake_at) again, send a `Tick` then. They run in the same simulator. The
 //! argument why no two hosts run a machine: `docs/protocol.md`, "Terms and fencing".
@@ -10,6 +10,7 @@
 //! * [`Holder`], one per machine, says when the machine must stand still because the life that its
 //!   lease refers to has ended, and gets it back when a new life has begun.
 //! * [`Taker`], on another host, watches, waits, fences, and takes.
+//! * [`Surrender`] gives one machine up whose runner is gone, where the beat is its whole host's.
 //!
 //! ```text
 //!  Pulse      Reading ──▶ Beginning ──won──▶ Alive ◀──won── Renewing ◀─┐ every T/3
@@ -51,6 +52,7 @@
 mod holder;
 mod pulse;
 mod store;
+mod surrender;
 mod taker;
 mod times;
 
@@ -62,6 +64,7 @@ mod tests;
 pub use holder::{Holder, HolderAction, HolderEvent, HolderParts, HolderState};
 pub use pulse::{Pulse, PulseAction, PulseEvent, PulseParts, View};
 pub use store::{Answer, Call, Content, OperationId};
+pub use surrender::{Surrender, SurrenderAction, SurrenderEvent, SurrenderParts};
 pub use taker::{Taker, TakerAction, TakerEvent, TakerParts, TakerState};
 pub use times::Times;
 
@@ -69,3 +72,11 @@ pub use times::Times;
 pub(crate) use times::Rule;
 
 pub use crate::migrate::switchover::Nonces;
+
+use crate::lease::Nonce;
+
+/// Random nonces for writes to leases and beats. The kernel's generator does not fail once it is seeded,
+/// which it is before any service starts.
+pub(crate) fn random_nonces() -> Nonces {
+    Box::new(|| Nonce::random().expect("getrandom works after boot"))
+}

@@ -63,7 +63,14 @@ fn pulse() -> (Pulse, Vec<Pa>) {
 
 fn holder(now: u64, view: Option<View>) -> (Holder, Vec<Ha>) {
     let times = Times::default();
-    let parts = HolderParts { record: record(), here: host("a"), view, times, nonces: nonces(200) };
+    let parts = HolderParts {
+        record: record(),
+        here: host("a"),
+        view,
+        given_up: None,
+        times,
+        nonces: nonces(200),
+    };
     Holder::new(at(now), parts)
 }
 
@@ -231,6 +238,7 @@ fn protection_counts_from_the_moment_it_is_asked_for() {
         record: unbound.clone(),
         here: host("a"),
         view: view("a", 1, T),
+        given_up: None,
         times: Times::default(),
         nonces: nonces(200),
     };
@@ -254,6 +262,7 @@ fn protection_counts_from_the_moment_it_is_asked_for() {
         record: record().bound(None),
         here: host("a"),
         view: view("a", 1, T),
+        given_up: None,
         times: Times { broken: Some(Rule::BoundFromSending), ..Times::default() },
         nonces: nonces(200),
     };
@@ -269,6 +278,7 @@ fn a_machine_that_arrives_is_within_its_hosts_term_from_the_token_on() {
         record: handed.clone(),
         here: host("b"),
         view: view("b", 3, T),
+        given_up: None,
         times: Times::default(),
         nonces: nonces(200),
     };
@@ -287,6 +297,7 @@ fn a_machine_that_arrives_is_within_its_hosts_term_from_the_token_on() {
         record: handed.clone(),
         here: host("b"),
         view: view("b", 3, T),
+        given_up: None,
         times: Times { broken: Some(Rule::TermFromTheToken), ..Times::default() },
         nonces: nonces(200),
     };

@@ -48,6 +48,19 @@ impl Default for Times {
 }
 
 impl Times {
+    /// For a term that is renewed this often.
+    #[must_use]
+    pub fn of(term: Duration, renewal: Duration) -> Self {
+        Self {
+            term,
+            renew_every: renewal,
+            poll: (renewal / 2).clamp(Duration::from_millis(20), Duration::from_millis(250)),
+            stop_margin: (term / 20).clamp(Duration::from_millis(20), Duration::from_millis(100)),
+            start_margin: (term / 10).clamp(Duration::from_millis(40), Duration::from_millis(200)),
+            ..Self::default()
+        }
+    }
+
     #[cfg(test)]
     pub(super) fn keeps(&self, rule: Rule) -> bool {
         self.broken != Some(rule)
@@ -98,4 +111,8 @@ pub(crate) enum Rule {
     TermFromTheToken,
     /// Protection counts from the moment at which it was asked for.
     BoundFromSending,
+    /// A machine that nobody looks after is given up only when all that was said of its term is over.
+    GiveUpAfterTerm,
+    /// Whoever comes back after that gets its lease back before the machine runs.
+    GivenUpIsGotBack,
 }

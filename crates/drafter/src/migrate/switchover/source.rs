@@ -335,9 +335,17 @@ impl SourceAuthority {
         let ours = found.owner == known.owner
             && found.epoch == known.epoch.next()
             && found.attempt == self.parts.attempt;
+        let given_up = found.owner == known.owner
+            && found.epoch == known.epoch
+            && found.handing_to == known.handing_to
+            && found.beat != known.beat;
         if ours {
             // Asked for by an earlier life of this runner.
             self.resume_at(found, out);
+        } else if given_up {
+            // Whoever keeps this host's sign of life has, and nobody has taken it since.
+            self.parts.holding.record = found;
+            self.take_back(out);
         } else if found.owner != known.owner && found.epoch > known.epoch {
             out.push(self.report(&format!(
                 "{} owns the machine at {}; its pages are served from here",

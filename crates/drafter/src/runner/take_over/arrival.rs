@@ -21,6 +21,7 @@ use crate::{
         Runner, State,
         hosted::{Content, Found, Hosted},
     },
+    tenure::random_nonces,
 };
 use identity::HostName;
 use silo::{block::BlockSet, device::Device, disk::DiskStatus};
@@ -84,7 +85,7 @@ impl Runner {
                 attempt: AttemptId(by.attempt),
                 beat: None,
                 terms: Terms::default(),
-                nonces: crate::runner::nonces(),
+                nonces: random_nonces(),
             },
             store: Arc::clone(&self.store),
             freezer: Arc::new(Fenced(Arc::clone(&fence))),

@@ -15,6 +15,7 @@ use crate::{
         hosted::{Found, Hosted},
         moves::Job,
     },
+    tenure::random_nonces,
 };
 use conduit::DataPath as _;
 use identity::HostName;
@@ -71,7 +72,7 @@ impl Runner {
             &self.host,
             lease.clone(),
             terms,
-            crate::runner::nonces(),
+            random_nonces(),
         );
         let job = self.new_job();
         self.lock().devices = found.content.devices();

@@ -12,7 +12,7 @@ use crate::{
     driver::{Fence, qemu},
     lease::Record,
     migrate::switchover::Holding,
-    runner::{Runner, guard::Left},
+    runner::{Runner, guard::Left, tenure::Known},
 };
 use std::sync::Arc;
 
@@ -43,7 +43,8 @@ impl Runner {
         }
         // Until the holder has looked at the lease.
         protection.freeze();
-        tenure.hold(record.clone(), self.hands(&protection));
+        // Where its host's life went on, it may have been given up: it is got back in any case.
+        tenure.hold(record.clone(), Known::Perhaps, self.hands(&protection));
         match protection.wait_for_time(|| self.lock().state.over()) {
             Ok(()) => {}
             Err(_) if protection.is_over() => {

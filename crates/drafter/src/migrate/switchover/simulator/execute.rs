@@ -15,6 +15,10 @@ type Checked = Result<(), String>;
 
 impl World {
     pub(super) fn happens(&mut self, event: Event) -> Checked {
+        if let Some(host) = self.is_held(&event) {
+            self.hold_back(host, event);
+            return Ok(());
+        }
         match event {
             Event::StartMove => return self.start_move(),
             Event::Source(m, event) => return self.source_event(m, event),
@@ -484,7 +488,8 @@ impl World {
 
     /// The source's runner dies; the machine stays as it is, and what was sent stays sent.
     fn crash_runner(&mut self, m: usize) {
-        if self.moves[m].source.take().is_none() {
+        // Where a stand-in waits there is no other runner of the machine.
+        if self.stands_in(self.moves[m].from) || self.moves[m].source.take().is_none() {
             return;
         }
         self.tell(&format!("{m} the source's runner dies"));

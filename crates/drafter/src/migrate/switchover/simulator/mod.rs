@@ -7,6 +7,7 @@
 
 mod checks;
 mod execute;
+mod neglect;
 mod receiver;
 mod store;
 mod terms;
@@ -70,6 +71,8 @@ struct Tally {
     receivers_died: u64,
     receivers_back: u64,
     guarded: u64,
+    hung: u64,
+    given_up: u64,
 }
 
 /// Runs one seed; the error is the broken invariant with the story that led to it.
@@ -117,8 +120,8 @@ fn hop_check_04_05_06_under_every_seed_the_machine_is_in_one_place_and_comes_to_
     for reached in [terms_ended, fenced, taken_over, got_back] {
         assert!(reached * 500 > tally.runs, "a state is hardly reached: {tally:?}");
     }
-    let Tally { receivers_died, receivers_back, guarded, .. } = tally;
-    for reached in [receivers_died, receivers_back, guarded] {
+    let Tally { receivers_died, receivers_back, guarded, hung, given_up, .. } = tally;
+    for reached in [receivers_died, receivers_back, guarded, hung, given_up] {
         assert!(reached * 2000 > tally.runs, "a state is hardly reached: {tally:?}");
     }
     assert!(
@@ -174,6 +177,8 @@ fn every_rule_that_is_broken_is_found_out() {
         TermRule::ReclaimBeforeRun,
         TermRule::NoReclaimWhileMoving,
         TermRule::WaitForOffers,
+        TermRule::GiveUpAfterTerm,
+        TermRule::GivenUpIsGotBack,
     ];
     let rules = rules.into_iter().map(Broken::Move);
     let mut missed = Vec::new();

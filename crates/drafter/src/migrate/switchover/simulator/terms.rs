@@ -2,7 +2,10 @@
 //! hosts that have no part in a move wait for the machine of one that is silent. Hosts die with all
 //! that they have and come back with nothing; hosts lose the store while the others reach it.
 
-use super::world::{Copy, Event, MS, SECOND, World};
+use super::{
+    neglect::Neglect,
+    world::{Copy, Event, MS, SECOND, World},
+};
 use crate::{
     lease::{AttemptId, Beat, BeatName, BeatRef, BootTime, Drift, Outcome, Record},
     migrate::switchover::{
@@ -10,7 +13,8 @@ use crate::{
     },
     tenure::{
         Answer, Call, Content, Holder, HolderAction, HolderEvent, HolderParts, Pulse, PulseAction,
-        PulseEvent, PulseParts, Taker, TakerAction, TakerEvent, TakerParts, Times, View,
+        PulseEvent, PulseParts, Surrender, SurrenderEvent, Taker, TakerAction, TakerEvent,
+        TakerParts, Times, View,
     },
 };
 
@@ -22,6 +26,9 @@ pub(super) enum Who {
     Pulse(usize),
     Holder(usize),
     Taker(usize),
+    /// Of a host's keeper, for its machine.
+    /// Which of its times.
+    Surrender(usize, u64),
 }
 
 /// What happens to protected machines.
@@ -39,6 +46,13 @@ pub(super) enum TermEvent {
     Dies(usize),
     Revives(usize),
     CutOff(usize, bool),
+    /// See `neglect`.
+    Hangs(usize),
+    GoesOn(usize),
+    Welcomed(usize),
+    Surrender(usize, u64, SurrenderEvent),
+    GuardFreezes(usize, u64),
+    GuardEndsOffer(usize, u64),
     /// The last faults are over: what follows must come to rest.
     Calm,
 }
@@ -54,10 +68,11 @@ pub(super) struct Keeper {
     pub(super) dead: bool,
     pulse_wake: Option<BootTime>,
     taker_wake: Option<BootTime>,
+    pub(super) neglect: Neglect,
 }
 
 impl World {
-    fn times(&self) -> Times {
+    pub(super) fn times(&self) -> Times {
         Times {
             stop_margin: self.terms.stop_margin,
             longest_offer: self.terms.longest_offer,
@@ -105,6 +120,7 @@ impl World {
                 self.after(when, Event::Term(TermEvent::Dies(host)));
             }
         }
+        self.neglect();
     }
 
     pub(super) fn life_of(&self, host: usize) -> Option<BeatRef> {
@@ -128,10 +144,13 @@ impl World {
     /// The copy is held to its host's term from now on; `arriving` under that life.
     pub(super) fn hold(&mut self, copy: usize, record: Record, arriving: Option<Option<BeatRef>>) {
         let host = self.copies[copy].host;
+        let view = self.view_of(host);
+        self.was_told(host, view.as_ref());
         let parts = HolderParts {
             record,
             here: self.hosts[host].name.clone(),
-            view: self.view_of(host),
+            view,
+            given_up: None,
             times: self.times(),
             nonces: self.nonces(),
         };
@@ -156,6 +175,9 @@ impl World {
                     Who::Pulse(host) => self.pulse(host, PulseEvent::Tick),
                     Who::Holder(copy) => self.holder(copy, HolderEvent::Tick),
                     Who::Taker(host) => self.taker(host, TakerEvent::Tick),
+                    Who::Surrender(host, times) => {
+                        self.surrenders(host, times, SurrenderEvent::Tick);
+                    }
                 }
             }
             TermEvent::Pulse(host, event) => self.pulse(host, event),
@@ -174,6 +196,12 @@ impl World {
             TermEvent::Watch(host) => self.watch(host),
             TermEvent::Dies(host) => self.host_dies(host),
             TermEvent::Revives(host) => self.revive(host),
+            TermEvent::Hangs(host) => self.hangs(host),
+            TermEvent::GoesOn(host) => self.goes_on(host),
+            TermEvent::Welcomed(host) => return self.welcomed(host),
+            TermEvent::Surrender(host, times, event) => self.surrenders(host, times, event),
+            TermEvent::GuardFreezes(copy, times) => self.guard_ends_term(copy, times),
+            TermEvent::GuardEndsOffer(m, times) => self.guard_ends_offer(m, times),
             TermEvent::Calm => {
                 self.store.is_sound();
                 for keeper in &mut self.keepers {
@@ -201,25 +229,36 @@ impl World {
             match action {
                 PulseAction::Store(call) => self.ask(Who::Pulse(host), host, call),
                 PulseAction::Tell(view) => {
-                    let ours = |copy: &usize| self.copies[*copy].host == host;
-                    for copy in (0..self.copies.len()).filter(ours).collect::<Vec<_>>() {
-                        self.holder(copy, HolderEvent::View(view.clone()));
+                    if self.is_told(host, view.as_ref()) {
+                        self.tell_view(host, &view);
                     }
-                    for m in 0..self.moves.len() {
-                        if self.moves[m].from == host
-                            && let Some(source) = &mut self.moves[m].source
-                        {
-                            let now = self.hosts[host].local(self.now);
-                            // It only notes it.
-                            let none = source.on(now, SourceEvent::Term(view.clone()));
-                            debug_assert!(none.is_empty());
-                        }
-                    }
-                    self.taker(host, TakerEvent::View(view));
                 }
                 PulseAction::Report(text) => self.tell(&format!("host {host}: {text}")),
             }
         }
+    }
+
+    /// Everything of a runner hears until when its host's life holds.
+    pub(super) fn tell_view(&mut self, host: usize, view: &Option<View>) {
+        self.was_told(host, view.as_ref());
+        let ours = |copy: &usize| self.copies[*copy].host == host;
+        for copy in (0..self.copies.len()).filter(ours).collect::<Vec<_>>() {
+            self.holder(copy, HolderEvent::View(view.clone()));
+        }
+        for m in 0..self.moves.len() {
+            let given_up =
+                |copy: usize| self.copies[copy].holder.as_ref().is_some_and(Holder::is_given_up);
+            let shown = view.clone().filter(|_| !given_up(self.moves[m].source_copy));
+            if self.moves[m].from == host
+                && let Some(source) = &mut self.moves[m].source
+            {
+                let now = self.hosts[host].local(self.now);
+                // It only notes it.
+                let none = source.on(now, SourceEvent::Term(shown));
+                debug_assert!(none.is_empty());
+            }
+        }
+        self.taker(host, TakerEvent::View(view.clone()));
     }
 
     pub(super) fn holder(&mut self, copy: usize, event: HolderEvent) {
@@ -323,16 +362,24 @@ impl World {
         self.term_alarm(Who::Taker(host));
     }
 
+    pub(super) fn stands_in(&self, host: usize) -> bool {
+        self.keepers[host].taker.is_some()
+    }
+
     /// Its runner is busy with a move of this machine.
     fn takes_part(&self, host: usize) -> bool {
         use {DestinationState as D, SourceState as S};
         self.moves.iter().any(|mv| {
             let source = mv.source.as_ref().map(SourceAuthority::state);
+            // One whose runner is dead has a monitor here, and a runner that comes back to it.
+            let copy = &self.copies[mv.source_copy];
+            let gone = copy.crashed || copy.discarded;
             let sends = mv.from == host
-                && !matches!(
-                    source,
-                    None | Some(S::Aborted | S::Resumed(_) | S::Released | S::ServingPages(_))
-                );
+                && match source {
+                    None => !gone,
+                    Some(S::Aborted | S::Resumed(_) | S::Released | S::ServingPages(_)) => false,
+                    Some(_) => true,
+                };
             let destination = mv.destination.as_ref().map(DestinationAuthority::state);
             let takes = mv.to == host
                 && !matches!(
@@ -411,13 +458,17 @@ impl World {
             Who::Pulse(host) => &mut self.keepers[host].pulse_wake,
             Who::Holder(copy) => &mut self.copies[copy].holder_wake,
             Who::Taker(host) => &mut self.keepers[host].taker_wake,
+            Who::Surrender(host, _) => &mut self.keepers[host].neglect.wake,
         }
     }
 
-    fn term_alarm(&mut self, who: Who) {
+    pub(super) fn term_alarm(&mut self, who: Who) {
         let (host, wanted) = match who {
             Who::Pulse(h) => (h, self.keepers[h].pulse.as_ref().and_then(Pulse::wake_at)),
             Who::Taker(h) => (h, self.keepers[h].taker.as_ref().and_then(Taker::wake_at)),
+            Who::Surrender(h, _) => {
+                (h, self.keepers[h].neglect.surrender.as_ref().and_then(Surrender::wake_at))
+            }
             Who::Holder(copy) => {
                 let copy = &self.copies[copy];
                 (copy.host, copy.holder.as_ref().and_then(Holder::wake_at))
@@ -435,7 +486,7 @@ impl World {
         self.at(due + late, Event::Term(TermEvent::Wake(who, at)));
     }
 
-    fn ask(&mut self, who: Who, host: usize, call: Call) {
+    pub(super) fn ask(&mut self, who: Who, host: usize, call: Call) {
         let off = self.keepers[host].cut_off;
         let life = self.keepers[host].life;
         let mut course = self.store.course_for(off, &mut self.random);
@@ -474,7 +525,7 @@ impl World {
             Content::SetBeat { expected, new } => self.set_beat(expected.as_ref(), new),
         };
         let host = match who {
-            Who::Pulse(host) | Who::Taker(host) => host,
+            Who::Pulse(host) | Who::Taker(host) | Who::Surrender(host, _) => host,
             Who::Holder(copy) => self.copies[copy].host,
         };
         if let Some(delay) = delay.filter(|_| self.keepers[host].life == life) {
@@ -503,5 +554,8 @@ fn answered(who: Who, call: &Call, answer: Answer) -> Event {
         Who::Pulse(host) => TermEvent::Pulse(host, PulseEvent::Answer { operation, answer }),
         Who::Holder(copy) => TermEvent::Holder(copy, HolderEvent::Answer { operation, answer }),
         Who::Taker(host) => TermEvent::Taker(host, TakerEvent::Answer { operation, answer }),
+        Who::Surrender(host, times) => {
+            TermEvent::Surrender(host, times, SurrenderEvent::Answer { operation, answer })
+        }
     })
 }

@@ -355,6 +355,8 @@ impl World {
         sum.receivers_died += t.receivers_died;
         sum.receivers_back += t.receivers_back;
         sum.guarded += t.guarded;
+        sum.hung += t.hung;
+        sum.given_up += t.given_up;
     }
 
     /// The copy that may move on, with what its host holds; `None` while nothing is settled.
@@ -387,6 +389,9 @@ impl World {
     }
 
     pub(super) fn start_move(&mut self) -> Result<(), String> {
+        if self.anyone_hangs() {
+            return Ok(());
+        }
         self.end_earlier_moves()?;
         let Some((source_copy, holding)) = self.movable() else { return Ok(()) };
         let from = self.copies[source_copy].host;

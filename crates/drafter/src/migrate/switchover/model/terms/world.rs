@@ -248,6 +248,7 @@ impl World {
             record,
             here: host(index),
             view: self.view(index),
+            given_up: None,
             times: Times::clone(&self.times),
             nonces: self.nonces(),
         }
