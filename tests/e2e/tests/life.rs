@@ -78,6 +78,28 @@ fn kill_hard(pids: &[u32]) {
     eventually("the killed are gone", QUICK, || pids.iter().all(|p| process_start(*p).is_none()));
 }
 
+/// All threads of a runner are without the capabilities and system calls that none of them needs.
+#[track_caller]
+fn gives_up_what_it_does_not_need(runner: u32) {
+    // Those of /usr/include/linux/capability.h: modules, clocks, raw devices, restarts, the kernel's log, audit.
+    let given_up = [16, 17, 22, 25, 27, 29, 30, 34];
+    let tasks = fs::read_dir(format!("/proc/{runner}/task")).unwrap();
+    for task in tasks {
+        let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        let says = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.unwrap_or_else(|| panic!("no {name} {status}")).trim().to_owned()
+        };
+        for set in ["CapEff:", "CapPrm:", "CapBnd:", "CapInh:"] {
+            let has = u64::from_str_radix(&says(set), 16).unwrap();
+            let kept = given_up.iter().filter(|one| has >> **one & 1 == 1).collect::<Vec<_>>();
+            assert!(kept.is_empty(), "{set} {kept:?}");
+        }
+        // A filter, and no way to more.
+        assert_eq!((says("Seccomp:"), says("NoNewPrivs:")), ("2".into(), "1".into()));
+    }
+}
+
 #[test]
 fn hop_check_33_a_machine_lives_by_the_commands_alone() {
     let Some(stage) = Stage::open() else { return };
@@ -92,6 +114,8 @@ fn hop_check_33_a_machine_lives_by_the_commands_alone() {
     let inspected = on(&stage, 0, &["inspect", "redis"]).json();
     assert_eq!(inspected["machine"]["shape"]["memory_bytes"], 192 << 20);
     assert!(on(&stage, 0, &["console", "redis"]).out.to_lowercase().contains("redis"));
+
+    gives_up_what_it_does_not_need(pid(&listed, "runner_pid"));
 
     // An exit code comes through, and so does what was said.
     let said = on(

@@ -28,6 +28,7 @@ pub mod api;
 mod backup;
 mod boot;
 pub mod config;
+mod confine;
 mod disks;
 mod end;
 mod fork;
@@ -219,6 +220,7 @@ pub struct Runner {
 pub fn serve(config: RunnerConfig, launch: Launch) -> Result<(), RunnerError> {
     let machine = config.machine.clone();
     let failed = |what: String| RunnerError { machine: machine.clone(), what };
+    confine::confine();
     let runner = Runner::new(config, &launch).map_err(failed)?;
     let ended = runner.live(launch);
     runner.clean_up();
