@@ -47,6 +47,18 @@ pub trait BlockDevice: Send + Sync {
         Ok(false)
     }
 
+    /// Writes if that needs no waiting; false if it does, or might: then nothing is known of the bytes, and
+    /// they are to be written again by whoever may wait.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::write_at`].
+    fn try_write_at(&self, offset: u64, data: &[u8]) -> io::Result<bool> {
+        if self.may_wait(offset, data.len() as u64) {
+            return Ok(false);
+        }
+        self.write_at(offset, data).map(|()| true)
+    }
+
     /// Whether an access to these bytes may have to wait for something other than a file.
     fn may_wait(&self, offset: u64, length: u64) -> bool {
         let _ = (offset, length);

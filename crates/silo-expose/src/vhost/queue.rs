@@ -56,8 +56,10 @@ pub(super) struct Work {
     pub(super) pool: Pool,
     /// Requests that fail now are left for a successor, where there can be one.
     pub(super) stopping: AtomicBool,
-    /// How often waits at the device were ended for the sake of one queue.
+    /// How often waits at the device have been ended for the sake of one queue.
     pub(super) called_off: AtomicU64,
+    /// How many are at that just now.
+    pub(super) calling_off: AtomicU32,
     /// Longest time to look for requests before sleeping.
     pub(super) poll: Duration,
 }
@@ -69,8 +71,17 @@ impl Work {
 
     /// Ends all waits at the device. Requests of queues that go on are tried again.
     fn call_off(&self) {
-        self.called_off.fetch_add(1, Ordering::SeqCst);
+        self.calling_off.fetch_add(1, Ordering::SeqCst);
         self.device().interrupt();
+        self.called_off.fetch_add(1, Ordering::SeqCst);
+        self.calling_off.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Whether waits may have ended for the sake of some queue since `called_off` was `before`.
+    fn called_off_since(&self, before: u64) -> bool {
+        // In the opposite order to that in which they are set.
+        self.calling_off.load(Ordering::SeqCst) > 0
+            || self.called_off.load(Ordering::SeqCst) != before
     }
 }
 
@@ -365,7 +376,7 @@ impl Shared {
             Tried::Done(status, written) => self.complete(head, &request, status, written),
             Tried::Failed(_) if self.sets_aside(turn) => return None,
             // Another queue's waits were ended, and with them this one.
-            Tried::Failed(_) if work.called_off.load(Ordering::SeqCst) != before => {
+            Tried::Failed(_) if work.called_off_since(before) => {
                 return Some(request);
             }
             Tried::Failed(error) => self.failed(head, &request, &error),

@@ -340,11 +340,21 @@ impl Request {
                 }
             }
         } else {
-            let waits = self.length > SMALL || device.may_wait(offset, self.length);
-            if by == By::Queue && waits {
-                return Ok(None);
-            }
             let mut left = self.data.clone();
+            if by == By::Queue {
+                if self.length > SMALL {
+                    return Ok(None);
+                }
+                let length = self.length as usize;
+                if buffer.len() < length {
+                    buffer.resize(length, 0);
+                }
+                let all = &mut buffer[..length];
+                take_front(&mut left, all);
+                // The queue's thread waits for nothing: it has to be there when the ring is stopped.
+                let done = device.try_write_at(offset, all)?;
+                return Ok(done.then_some(0));
+            }
             while done < self.length {
                 let count = (self.length - done).min(PIECE as u64) as usize;
                 if buffer.len() < count {

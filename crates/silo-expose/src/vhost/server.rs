@@ -27,7 +27,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, TryLockError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -199,6 +199,7 @@ impl VhostServer {
             pool: Pool::new(options.workers),
             stopping: AtomicBool::new(false),
             called_off: AtomicU64::new(0),
+            calling_off: AtomicU32::new(0),
             poll: options.poll,
         };
         let server = Arc::new(Server {

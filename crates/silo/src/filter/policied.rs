@@ -239,6 +239,14 @@ impl BlockDevice for Policied {
         self.run("write", range, || self.inner.write_at(offset, data))
     }
 
+    fn try_write_at(&self, offset: u64, data: &[u8]) -> io::Result<bool> {
+        if self.state().stopped.is_some() {
+            return Ok(false);
+        }
+        // An error comes again, and is dealt with, when the write is done in full.
+        Ok(self.inner.try_write_at(offset, data).unwrap_or(false))
+    }
+
     /// An error of a flush is passed on unless there is no room: what it was for may be lost, and
     /// a second flush that succeeds would hide that.
     fn flush(&self) -> io::Result<()> {
@@ -300,6 +308,25 @@ mod tests {
         device.read_at(4096, &mut buf).unwrap();
         assert_eq!(buf, [7; 4096]);
         assert_eq!(device.waiting(), 0);
+    }
+
+    #[test]
+    fn whoever_must_not_wait_is_told_so_and_the_write_waits_when_it_is_done_in_full() {
+        let (faulty, device, told) = rig(ErrorPolicy::default());
+        assert!(device.may_wait(4096, 4096) || device.try_write_at(4096, &[6; 4096]).unwrap());
+        faulty.set(full);
+        assert!(!device.try_write_at(4096, &[7; 4096]).unwrap());
+        assert!(told.try_recv().is_err() && device.waiting() == 0, "it waited, or told of it");
+        thread::scope(|scope| {
+            let writer = scope.spawn(|| device.write_at(4096, &[7; 4096]));
+            told.recv_timeout(Duration::from_secs(10)).unwrap();
+            faulty.heal();
+            device.resume();
+            writer.join().unwrap().unwrap();
+        });
+        let mut buf = [0; 4096];
+        device.read_at(4096, &mut buf).unwrap();
+        assert_eq!(buf, [7; 4096]);
     }
 
     #[test]
