@@ -256,10 +256,24 @@ impl Taker {
                     out.push(self.report(&format!("taken over by this host at {}", record.epoch)));
                     out.push(TakerAction::Taken(record));
                 }
+                Verdict::Lost(Some(found)) if Self::is_given_up(write.new_record(), &found) => {
+                    self.state = State::Taken;
+                    out.push(self.report("taken over by this host, which has given it up since"));
+                    out.push(TakerAction::Taken(found));
+                }
                 Verdict::Lost(found) => self.examine(now, found, out),
             },
             _ => {}
         }
+    }
+
+    /// Whether what we wrote was there, and was bound to another beat since, by whoever keeps this host's
+    /// ([`Surrender`](super::Surrender)): its holder gets it back, unless somebody is faster.
+    fn is_given_up(written: &Record, found: &Record) -> bool {
+        found.owner == written.owner
+            && found.epoch == written.epoch
+            && found.attempt == written.attempt
+            && found.beat != written.beat
     }
 
     /// The lease as it is.

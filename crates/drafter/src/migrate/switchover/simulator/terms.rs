@@ -275,6 +275,8 @@ impl World {
                 HolderAction::Freeze => {
                     self.tally.terms_ended += 1;
                     self.copies[copy].freeze_wanted = true;
+                    // One that has not been started is not.
+                    self.copies[copy].term_frozen |= !self.copies[copy].running;
                     let late = self.random.below(self.half_margin());
                     self.after(late, Event::Term(TermEvent::Freezes(copy)));
                 }
