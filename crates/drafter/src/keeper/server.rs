@@ -371,11 +371,11 @@ impl Keeper {
         let Some(served) = self.served.get_mut(&from) else { return };
         match words {
             ToKeeper::Hello { host, leases, machine, term_ms } if served.machine.is_none() => {
-                if let Err((why, again)) = self.welcome(from, &host, &leases, &machine, term_ms) {
-                    if let Some(served) = self.served.remove(&from) {
-                        let _ = say(&served.stream, &FromKeeper::Refused { why, again });
-                        let _ = served.stream.shutdown(std::net::Shutdown::Both);
-                    }
+                if let Err((why, again)) = self.welcome(from, &host, &leases, &machine, term_ms)
+                    && let Some(served) = self.served.remove(&from)
+                {
+                    let _ = say(&served.stream, &FromKeeper::Refused { why, again });
+                    let _ = served.stream.shutdown(std::net::Shutdown::Both);
                 }
             }
             // Said twice, it is no runner of ours.

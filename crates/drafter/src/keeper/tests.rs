@@ -279,7 +279,7 @@ fn who_does_not_belong_here_hears_why_and_harms_nobody() {
         assert_eq!(hear::<FromKeeper>(&mut reader).unwrap(), None);
     }
     for nonsense in
-        [&b"{}\n"[..], b"\xff\xfe\n", b"{\"say\":\"took\",\"number\":7}\n", &[b'x'; 100_000]]
+        [&b"{}\n"[..], b"\xff\xfe\n", b"{\"say\":\"took\",\"number\":7}\n", &vec![b'x'; 100_000]]
     {
         let (mut stream, _) = host.raw();
         let _ = stream.write_all(nonsense);

@@ -159,7 +159,7 @@ impl Runner {
             return; // a dry run
         };
         send_verdict(&mut main, &verdict);
-        self.arrive(main, fault, session, body, arriving, &request, from);
+        self.arrive(main, fault, session, body, arriving, &request, &from);
     }
 
     /// A source takes a move up again.
@@ -324,7 +324,7 @@ impl Runner {
         body: Box<Hosted>,
         arriving: Option<Arriving>,
         request: &PrepareRequest,
-        from: HostName,
+        from: &HostName,
     ) {
         let since = move |epoch: u64| StayId { epoch, session: session_hex(session) };
         {

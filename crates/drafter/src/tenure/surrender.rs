@@ -51,6 +51,7 @@ pub enum SurrenderEvent {
 }
 
 /// What a surrender wants done, in this order.
+#[expect(clippy::large_enum_variant, reason = "a handful each")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SurrenderAction {
     /// Ask the store.

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     lease::{BootTime, Epoch},
-    migrate::switchover::SourceEvent,
+    migrate::switchover::{DestinationAuthority, SourceEvent},
     tenure::{HolderEvent, Surrender, SurrenderAction, SurrenderEvent, SurrenderParts, View},
 };
 
@@ -47,12 +47,16 @@ impl World {
     /// The host whose hanging runner keeps this from happening.
     pub(super) fn is_held(&mut self, event: &Event) -> Option<usize> {
         let host = match event {
-            Event::Source(m, _) | Event::MachinePaused(m, _) | Event::CrashRunner(m) => {
-                self.moves[*m].from
-            }
-            Event::Arrives(m, Message::ToSource(_)) | Event::Wake(m, 0, _) => self.moves[*m].from,
-            Event::Arrives(m, _) | Event::Wake(m, ..) => self.moves[*m].to,
-            Event::Destination(m, _) | Event::MachineLoaded(m, _) => self.moves[*m].to,
+            Event::Source(m, _)
+            | Event::MachinePaused(m, _)
+            | Event::CrashRunner(m)
+            | Event::RunnerBack(m)
+            | Event::Arrives(m, Message::ToSource(_))
+            | Event::Wake(m, 0, _) => self.moves[*m].from,
+            Event::Arrives(m, _)
+            | Event::Wake(m, ..)
+            | Event::Destination(m, _)
+            | Event::MachineLoaded(m, _) => self.moves[*m].to,
             Event::MachineFrozen(m) => {
                 let mv = &self.moves[*m];
                 if self.keepers[mv.to].neglect.hung && mv.freezing {
@@ -61,7 +65,6 @@ impl World {
                 }
                 mv.to
             }
-            Event::RunnerBack(m) => self.moves[*m].from,
             Event::Joined(m) => {
                 let mv = &self.moves[*m];
                 let to = self.keepers[mv.to].neglect.hung;
@@ -124,7 +127,7 @@ impl World {
             }
         }
         for m in 0..self.moves.len() {
-            let end = self.moves[m].destination.as_ref().and_then(|d| d.freeze_at());
+            let end = self.moves[m].destination.as_ref().and_then(DestinationAuthority::freeze_at);
             if let Some(end) = end.filter(|_| self.moves[m].to == host) {
                 self.guarded_until(host, end, TermEvent::GuardEndsOffer(m, times));
             }
