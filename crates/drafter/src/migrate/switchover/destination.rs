@@ -414,6 +414,16 @@ impl DestinationAuthority {
                 let record = take.new_record().clone();
                 self.become_owner(record, out);
             }
+            // Ours was there, and whoever keeps this host's sign of life has bound it to another beat since:
+            // nobody has taken it, and its holder gets it back before it runs.
+            Verdict::Lost(found)
+                if found.owner == take.new_record().owner
+                    && found.epoch == take.new_record().epoch
+                    && found.attempt == take.new_record().attempt
+                    && found.beat.is_some() =>
+            {
+                self.become_owner(found, out);
+            }
             Verdict::Lost(found) => {
                 if !self.parts.terms.keeps(Rule::DiscardWhenLost) {
                     let record = take.new_record().clone();
