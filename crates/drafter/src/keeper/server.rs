@@ -424,8 +424,11 @@ impl Keeper {
         }
         // A runner that comes after another: of the one before no end was told that this one need know.
         let other = |(_, served): &(&u64, &Served)| served.machine.as_ref() == Some(&machine);
-        if let Some((&before, _)) = self.served.iter().find(other) {
-            self.served.remove(&before);
+        if let Some((&before, _)) = self.served.iter().find(other)
+            && let Some(before) = self.served.remove(&before)
+        {
+            // Were it there after all, it had to hear that it is told nothing more.
+            let _ = before.stream.shutdown(std::net::Shutdown::Both);
         }
         let Some(served) = self.served.get_mut(&from) else { return Ok(()) };
         served.machine = Some(machine.clone());

@@ -67,24 +67,25 @@ struct SourceSigns {
     beat: BeatName,
     /// Its runner's own, which the keeper of a host's beat ends when that runner is gone.
     own: BeatName,
-    /// As that was before.
-    own_before: Option<Beat>,
+    /// As that was before; an error if the store did not say, and then it tells nothing.
+    own_before: Result<Option<Beat>, ()>,
 }
 
 impl SourceSigns {
     fn of(runner: &Runner, from: &HostName) -> Self {
         let own = BeatName::of_runner(from.clone(), runner.name.clone());
-        // A store that is silent: any end of it that is seen later counts.
-        let own_before = runner.store.read_beat(&own).ok().flatten();
+        let own_before = runner.store.read_beat(&own).map_err(drop);
         Self { beat: own.clone(), own, own_before }
     }
 
     /// The newest sign. Of a runner that its host has given up that is its end.
     fn read(&self, store: &dyn LeaseStore) -> Option<Beat> {
-        if self.beat != self.own {
+        if self.beat != self.own
+            && let Ok(before) = &self.own_before
+        {
             let own = store.read_beat(&self.own).ok().flatten();
             let ended = own.filter(|beat| beat.fenced_by.is_some());
-            if ended.is_some() && ended != self.own_before {
+            if ended.is_some() && ended != *before {
                 return ended;
             }
         }
