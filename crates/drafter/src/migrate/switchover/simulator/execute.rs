@@ -510,6 +510,12 @@ impl World {
             return Ok(());
         }
         if copy.running {
+            // Of a protected machine it keeps the lease from here on, and has no move.
+            if self.protected && !mv.source_over {
+                let copy = mv.source_copy;
+                self.moves[m].source_over = true;
+                self.holder(copy, HolderEvent::Moving(false));
+            }
             return Ok(());
         }
         self.tally.recovered += 1;
