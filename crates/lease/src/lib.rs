@@ -48,7 +48,7 @@ pub use identity::HostName;
 pub use ids::{AttemptId, BadMachineName, Epoch, MachineName, Nonce, OfferSerial};
 #[cfg(feature = "object")]
 pub use open::open_bucket;
-pub use open::{OpenError, open, open_cells};
+pub use open::{OpenError, bills_requests, open, open_cells};
 #[cfg(feature = "sqlite")]
 pub use sqlite::SqliteStore;
 

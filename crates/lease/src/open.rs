@@ -23,6 +23,13 @@ pub enum OpenError {
 const KNOWN: [&str; 8] =
     ["sqlite", "postgres", "postgresql", "etcd", "kubernetes", "s3", "gs", "az"];
 
+/// Whether whoever runs the store at this address bills each request, as object stores do.
+#[must_use]
+pub fn bills_requests(address: &str) -> bool {
+    let scheme = address.split_once(':').map(|(scheme, _)| scheme);
+    scheme.is_some_and(|scheme| ["s3", "gs", "az"].contains(&scheme))
+}
+
 /// Opens the store at `address`: see [`open_cells`].
 ///
 /// # Errors
@@ -148,6 +155,13 @@ fn shown(address: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_object_store_bills_requests_and_no_other_store_does() {
+        assert!(["s3://b/f?region=x", "gs://b/f", "az://c/f"].into_iter().all(bills_requests));
+        let free = ["/s3", "file:/s3", "sqlite:/s3", "etcd://s3:1/gs", "postgres://s3@a/b", "s3"];
+        assert!(!free.into_iter().any(bills_requests));
+    }
 
     #[test]
     fn an_address_is_a_directory_or_says_what_it_is() {

@@ -11,5 +11,5 @@ mod server;
 
 pub use dying::{Death, Dying};
 pub use faults::{Fault, Faults, Request, Rule};
-pub use moto::{Moto, missing};
+pub use moto::{Installed, Moto, missing};
 pub use server::{S3Server, ServerError};

@@ -35,6 +35,31 @@ impl Drop for Moto {
     }
 }
 
+/// A moto that can be started: the command.
+pub struct Installed(String);
+
+impl Installed {
+    /// Starts it, in this thread's network.
+    ///
+    /// # Panics
+    /// If it does not start.
+    #[must_use]
+    pub fn start(self) -> Moto {
+        let mut words = self.0.split_whitespace();
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let child = Command::new(words.next().unwrap())
+            .args(words)
+            .args(["-H", "127.0.0.1", "-p", &port.to_string()])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let moto = Moto { child, port };
+        moto.make_bucket();
+        moto
+    }
+}
+
 impl Moto {
     /// It takes any.
     pub const CREDENTIALS: [(&str, &str); 2] =
@@ -47,25 +72,19 @@ impl Moto {
     /// If it is there and does not start.
     #[must_use]
     pub fn start() -> Option<Self> {
+        Self::install().map(Installed::start)
+    }
+
+    /// Installs it if need be, which takes a network; see [`Moto::start`].
+    #[must_use]
+    pub fn install() -> Option<Installed> {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/moto.sh");
         let made = Command::new("timeout").arg("240").arg(script).output().ok()?;
         if !made.status.success() {
             missing("moto (a second S3 server, from PyPI): it could not be installed");
             return None;
         }
-        let command = String::from_utf8(made.stdout).unwrap();
-        let mut words = command.split_whitespace();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let child = Command::new(words.next().unwrap())
-            .args(words)
-            .args(["-H", "127.0.0.1", "-p", &port.to_string()])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let moto = Self { child, port };
-        moto.make_bucket();
-        Some(moto)
+        Some(Installed(String::from_utf8(made.stdout).unwrap()))
     }
 
     /// The address of a folder of its bucket.
