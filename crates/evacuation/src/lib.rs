@@ -104,6 +104,15 @@ pub struct Terms {
     pub store: StoreUse,
 }
 
+impl Load {
+    /// What it takes to say what all blocks are called, so that a destination finds those that it has: 32
+    /// bytes for 4096.
+    #[must_use]
+    pub fn names(&self) -> Bytes {
+        Bytes(self.bytes.0 / 128)
+    }
+}
+
 /// What a store is good for, of an evacuation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -156,7 +165,7 @@ impl Way {
     /// Whether a machine can go this way.
     #[must_use]
     pub fn is_open(self, load: &Load, terms: &Terms) -> bool {
-        let helps = terms.store == StoreUse::SleepsAndMoves && load.in_store > Bytes(0);
+        let helps = terms.store == StoreUse::SleepsAndMoves && load.in_store > load.names();
         match self {
             Self::Hybrid | Self::PostCopy => load.destination,
             Self::HybridWithStore | Self::PostCopyWithStore => load.destination && helps,
@@ -169,10 +178,18 @@ impl Way {
     pub fn first_copy(self, load: &Load) -> Bytes {
         match self {
             Self::Hybrid | Self::PostCopy => load.bytes,
-            Self::HybridWithStore | Self::PostCopyWithStore | Self::Suspend => {
-                Bytes(load.bytes.0.saturating_sub(load.in_store.0))
+            Self::HybridWithStore | Self::PostCopyWithStore => {
+                let lacking = load.bytes.0.saturating_sub(load.in_store.0);
+                Bytes(lacking.saturating_add(load.names().0))
             }
+            Self::Suspend => Bytes(load.bytes.0.saturating_sub(load.in_store.0)),
         }
+    }
+
+    /// Whether it moves with what the store has.
+    #[must_use]
+    pub fn brings(self) -> bool {
+        matches!(self, Self::HybridWithStore | Self::PostCopyWithStore)
     }
 
     /// Whether what the machine writes during the first copy is sent again.
