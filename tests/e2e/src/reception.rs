@@ -20,7 +20,8 @@ const PORT: u16 = 7400;
 /// The process that takes machines on a host. Killed with this.
 pub struct Reception {
     child: Child,
-    host: String,
+    /// Its name.
+    pub host: String,
     /// Where it listens.
     pub address: SocketAddr,
 }

@@ -13,7 +13,7 @@ use e2e::{
 };
 use identity::{HostName, Identity, Security};
 use serde_json::{Value, json};
-use std::time::Duration;
+use std::{fs, time::Duration};
 
 const MIB: u64 = 1 << 20;
 /// The part of the deadline that is planned with.
@@ -126,31 +126,21 @@ fn a_machine_that_does_not_fit_through_the_line_sleeps_and_is_woken_where_the_ot
     let b = Reception::open(&stage, 1, &store);
 
     // With a line on which all can move nobody sleeps; and what the store has is known, not guessed.
-    let words = [evacuate(&b, &store), line(1000), vec!["--dry-run".into()]].concat();
-    let calm = on(&stage, 0, &words).json();
-    for name in ["small", "large"] {
-        let planned = of(&calm, "planned", name);
-        assert_eq!((&planned["way"], &planned["to"]), (&json!("hybrid"), &json!("b")), "{calm}");
-    }
-    let figure = |name: &str, what: &str| -> u64 {
-        let loads = calm["loads"].as_array().unwrap();
-        let load = loads.iter().find(|load| load["name"] == name).unwrap();
-        load[what].as_u64().unwrap()
-    };
+    let calm = calm(&stage, 0, &b, &store);
+    let figure = |name: &str, what: &str| figure(&calm, name, what);
     let (known, bytes, hot) =
         (figure("large", "in_store"), figure("large", "bytes"), figure("large", "hot"));
     eprintln!("large: {} of {} MiB known, {} hot", known / MIB, bytes / MIB, hot / MIB);
     assert!(known > 64 * MIB && known < bytes, "the store has the oracle's memory: {calm}");
     assert_eq!(figure("small", "in_store"), 0, "{calm}");
 
-    // A line on which both fit if the large one sends only what the store lacks, and not else.
-    let small = figure("small", "bytes");
-    let least = small + bytes - known + hot;
-    let most = small + bytes;
-    assert!(least + 16 * MIB < most, "the guest writes too much for this test: {calm}");
-    let middle = (least + most) / 2;
-    let megabits = (middle as f64 / 125_000.0 / (DEADLINE_S as f64 * USABLE)) as u64;
-    let report = on(&stage, 0, &[evacuate(&b, &store), line(megabits)].concat()).json();
+    // A line on which both fit if the large one sends only what the store lacks, and not else. (Where a file
+    // names hosts, what those can bring is not known.)
+    let nobody = place.folder().join("nobody");
+    fs::write(&nobody, "# no machine has a host of its own\n").unwrap();
+    let file = vec!["--to".into(), nobody.display().to_string()];
+    let narrow = narrow(&calm);
+    let report = on(&stage, 0, &[evacuate(&b, &store), narrow, file].concat()).json();
     eprintln!("{}", report["verdict"]);
     let moved = of(&report, "outcomes", "small");
     assert_ne!(moved["way"], "suspend", "{report}");
@@ -169,13 +159,72 @@ fn a_machine_that_does_not_fit_through_the_line_sleeps_and_is_woken_where_the_ot
     assert!(slept["woken_s"].as_f64() >= slept["safe_s"].as_f64(), "{report}");
 
     // Both run there with all that their clients were told, and nothing of them is here.
-    clients.into_iter().for_each(all_is_there);
+    clients.iter().for_each(served);
     whole(&stage, 1, "large");
     assert_eq!(state(&stage, 1, "small")["state"], "running");
     assert!(state(&stage, 0, "large").is_null());
     assert_eq!(state(&stage, 0, "small")["state"], "standby");
-    let oracle: Value = serde_json::from_str(&inside(&stage, 1, "large", "oracle verify")).unwrap();
-    assert_eq!((&oracle["ok"], &oracle["mismatches"]), (&json!(true), &json!(0)), "{oracle}");
+    let verify = |host: usize| {
+        let said = inside(&stage, host, "large", "oracle verify");
+        let oracle: Value = serde_json::from_str(&said).unwrap();
+        assert_eq!((&oracle["ok"], &oracle["mismatches"]), (&json!(true), &json!(0)), "{oracle}");
+    };
+    verify(1);
+
+    // Back on such a line the large one moves, with what that host brings from its store.
+    let a = Reception::open(&stage, 0, &store);
+    let calm = self::calm(&stage, 1, &a, &store);
+    let known = self::figure(&calm, "large", "in_store");
+    let report = on(&stage, 1, &[evacuate(&a, &store), self::narrow(&calm)].concat()).json();
+    eprintln!("{}", report["verdict"]);
+    let moved = of(&report, "outcomes", "large");
+    assert_eq!(
+        (&moved["way"], &moved["host"]),
+        (&json!("hybrid-with-store"), &json!("a")),
+        "{report}"
+    );
+    assert_eq!((&moved["error"], &moved["in_time"]), (&Value::Null, &json!(true)), "{report}");
+    let brought = moved["known_bytes"].as_u64().unwrap();
+    assert!(brought > known / 2, "{} of {} MiB: {report}", brought / MIB, known / MIB);
+    clients.into_iter().for_each(all_is_there);
+    whole(&stage, 0, "large");
+    verify(0);
+}
+
+/// A plan with a line on which all can move: nobody sleeps.
+#[track_caller]
+fn calm(stage: &Stage, host: usize, to: &Reception, store: &[String]) -> Value {
+    let words = [&evacuate(to, store)[..], &line(1000), &["--dry-run".into()]].concat();
+    let calm = on(stage, host, &words).json();
+    for name in ["small", "large"] {
+        let planned = of(&calm, "planned", name);
+        assert_eq!(
+            (&planned["way"], &planned["to"]),
+            (&json!("hybrid"), &json!(to.host)),
+            "{calm}"
+        );
+    }
+    calm
+}
+
+/// What is planned with for a machine.
+#[track_caller]
+fn figure(report: &Value, name: &str, what: &str) -> u64 {
+    let loads = report["loads"].as_array().unwrap();
+    let load = loads.iter().find(|load| load["name"] == name).unwrap();
+    load[what].as_u64().unwrap()
+}
+
+/// A line on which both fit if the large one sends only what the store lacks, and not else.
+#[track_caller]
+fn narrow(calm: &Value) -> Vec<String> {
+    let (large, small) = (|what| figure(calm, "large", what), figure(calm, "small", "bytes"));
+    let bytes = large("bytes");
+    let least = small + bytes - large("in_store") + bytes / 128 + large("hot");
+    let most = small + bytes;
+    assert!(least + 16 * MIB < most, "the guest writes too much for this test: {calm}");
+    let middle = (least + most) / 2;
+    line((middle as f64 / 125_000.0 / (DEADLINE_S as f64 * USABLE)) as u64)
 }
 
 #[test]

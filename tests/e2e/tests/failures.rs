@@ -43,6 +43,7 @@ fn visit(stage: &Stage, from: RunnerId, to: &ScriptedDestination, mode: Mode) ->
         mode,
         budgets: budgets(),
         dry_run: false,
+        stored_as: None,
     };
     let job = stage.fleet.runner(from).client().unwrap().get(&Request::Migrate(request)).unwrap();
     (job, to.accept())
@@ -285,6 +286,7 @@ fn move_over(stage: &Stage, from: RunnerId, to: SocketAddr) -> u64 {
         mode: Mode::Hybrid,
         budgets: budgets(),
         dry_run: false,
+        stored_as: None,
     };
     stage.fleet.runner(from).client().unwrap().get(&Request::Migrate(request)).unwrap()
 }

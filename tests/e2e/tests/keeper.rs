@@ -4,9 +4,10 @@
 #![allow(clippy::unwrap_used, reason = "a test ends by panicking")]
 
 use architect::rig::RigConfig;
-use drafter::lease::{BeatName, FileStore, HostName, LeaseStore as _};
+use drafter::lease::{self, BeatName, FileStore, HostName, LeaseStore as _, MachineName};
 use e2e::{
     BOOT, Stage, eventually,
+    place::Place,
     protected::{
         LIMIT, die, forgotten, goes_on, increments, is_protected, processes, protection, signal,
         spec, stand_in, stores_more, taken_over,
@@ -19,6 +20,8 @@ use nix::{
     },
     unistd::Pid,
 };
+use silo::store::{Environment, StoreUrl};
+use silo_testing::Moto;
 use std::{os::unix::net::UnixStream, time::Duration};
 
 /// The keeper of a host.
@@ -54,9 +57,8 @@ fn machines_that_share_their_hosts_sign_of_life_are_kept_and_lost_each_for_itsel
     let host = HostName::new("a").unwrap();
     let beat = |name: &BeatName| store.read_beat(name).unwrap();
     let of_host = BeatName::of_host(host.clone());
-    let of_runner = |machine: &str| {
-        BeatName::of_runner(host.clone(), drafter::lease::MachineName::new(machine).unwrap())
-    };
+    let of_runner =
+        |machine: &str| BeatName::of_runner(host.clone(), MachineName::new(machine).unwrap());
     assert!(beat(&of_host).is_some());
     assert_eq!(beat(&of_runner("redis")), None);
     assert_eq!(beat(&of_runner("other")), None);
@@ -131,4 +133,60 @@ fn machines_that_share_their_hosts_sign_of_life_are_kept_and_lost_each_for_itsel
         protection(&stage, c).is_some_and(|state| state.detail.contains("the same --term"))
     });
     is_protected(&stage, beside);
+}
+
+#[test]
+fn machines_whose_leases_are_objects_share_a_sign_of_life_unless_they_are_told_otherwise() {
+    let Some(mut stage) = Stage::open() else { return };
+    let Some(moto) = Moto::install() else { return };
+    let moto = stage.fleet.rig().hosts()[0].namespace.run(|| moto.start()).unwrap();
+    let leases = moto.address("leases");
+    let place = Place::new();
+    let spec = |name: &str, own: bool| {
+        let mut spec = stage.plain_spec(name);
+        let (url, keys) = (place.url(), place.keys().display().to_string());
+        let words = ["--protect", &url, "--protect-keys", &keys, "--term", "2s"];
+        spec.extra = words.map(String::from).into();
+        if own {
+            spec.extra.push("--host-beat=false".into());
+        }
+        spec.lease = Some(leases.clone());
+        spec.environment =
+            Moto::CREDENTIALS.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        spec
+    };
+    let specs = [spec("one", false), spec("two", false), spec("alone", true)];
+    let ids = specs.map(|spec| stage.fleet.run(0, &spec).unwrap());
+    let beats = ["a", "a", "a/alone"];
+    for (id, beat) in ids.into_iter().zip(beats) {
+        stage.fleet.runner(id).wait_ready(BOOT).unwrap();
+        is_protected(&stage, id);
+        assert_eq!(protection(&stage, id).unwrap().beat.as_deref(), Some(beat));
+    }
+    let beat = |name: BeatName| {
+        let url: StoreUrl = leases.parse().unwrap();
+        let environment = Environment::given(Moto::CREDENTIALS);
+        let read = || {
+            let store = lease::open_bucket(&url, &environment, LIMIT).unwrap();
+            store.read_beat(&name).unwrap()
+        };
+        stage.fleet.rig().hosts()[0].namespace.run(read).unwrap()
+    };
+    let host = HostName::new("a").unwrap();
+    let of = |machine| BeatName::of_runner(host.clone(), MachineName::new(machine).unwrap());
+    let of_host = || beat(BeatName::of_host(host.clone()));
+    assert!(of_host().is_some() && beat(of("alone")).is_some());
+    assert_eq!((beat(of("one")), beat(of("two"))), (None, None));
+
+    // It is renewed, and by whoever comes after a keeper that died.
+    let life = of_host().unwrap().of.incarnation;
+    kill(keeper(&stage, 0).unwrap(), Signal::SIGKILL).unwrap();
+    eventually("another keeper begins another life", LIMIT, || {
+        of_host().is_some_and(|beat| beat.of.incarnation > life)
+    });
+    for id in ids {
+        is_protected(&stage, id);
+    }
+    // The other two may have stood still meanwhile; the one with a sign of its own has not.
+    assert_eq!(protection(&stage, ids[2]).unwrap().freezes, 0);
 }

@@ -251,6 +251,7 @@ impl Theatre {
             mode: Mode::Hybrid,
             budgets: budgets(),
             dry_run: false,
+            stored_as: None,
         };
         let mut client = self.stage.fleet.runner(from).client().unwrap();
         let _: u64 = client.get(&Request::Migrate(request)).unwrap();
@@ -289,6 +290,7 @@ impl Theatre {
             mode,
             budgets: Budgets { blackout: Duration::from_millis(5), ..budgets() },
             dry_run: false,
+            stored_as: None,
         };
         let mut client = self.stage.fleet.runner(from).client().unwrap();
         let _: u64 = client.get(&Request::Migrate(request)).unwrap();

@@ -118,6 +118,7 @@ fn held_move(stage: &Stage, from: RunnerId, to: RunnerId, host: usize, step: Ste
         mode: if step == Step::PostCopy { Mode::PostCopy } else { Mode::Hybrid },
         budgets: budgets(),
         dry_run: false,
+        stored_as: None,
     };
     let mut client = stage.fleet.runner(from).client().unwrap();
     let _: u64 = client.get(&Request::Migrate(request)).unwrap();

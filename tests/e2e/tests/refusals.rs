@@ -56,6 +56,7 @@ fn hop_check_10_11_20_a_destination_refuses_for_each_reason_in_prepare_and_stays
         mode: Mode::Hybrid,
         budgets: budgets(),
         dry_run: false,
+        stored_as: None,
     };
     let job = stage.fleet.runner(a).client().unwrap().get(&Request::Migrate(request)).unwrap();
     let visit = scripted.accept();

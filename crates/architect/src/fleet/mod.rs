@@ -85,6 +85,8 @@ pub struct MachineSpec {
     pub extra_boot: Vec<String>,
     /// Further arguments of `drafter run` and `drafter receive`.
     pub extra: Vec<String>,
+    /// What their environment has besides: credentials of a store.
+    pub environment: Vec<(String, String)>,
 }
 
 impl MachineSpec {
@@ -104,6 +106,7 @@ impl MachineSpec {
             tls: true,
             extra_boot: Vec::new(),
             extra: Vec::new(),
+            environment: Vec::new(),
         }
     }
 
@@ -257,6 +260,7 @@ impl Fleet {
                 None => self.leases.get(&host).cloned().unwrap_or_else(|| self.leases()),
             })
             .args(&spec.extra)
+            .envs(spec.environment.iter().cloned())
             .stdin(Stdio::null())
             .stdout(output)
             .stderr(errors);
@@ -346,6 +350,7 @@ impl Fleet {
             mode,
             budgets,
             dry_run,
+            stored_as: None,
         };
         Ok(self.runner(from).client()?.get(&Request::Migrate(request))?)
     }

@@ -1,6 +1,9 @@
 //! Commands about one machine: status, inspect, console, exec, suspend, stop, remove, stays, certs.
 
-use super::{Format, StateArgs, output::bytes};
+use super::{
+    Format, StateArgs,
+    output::{bytes, put, say},
+};
 use crate::{
     driver::qemu,
     runner::{
@@ -177,7 +180,7 @@ pub(super) fn inspect(args: &NameArgs, state: &StateArgs) -> anyhow::Result<()> 
             None => return Err(no_runner.into()),
         },
     };
-    println!("{}", serde_json::to_string_pretty(&value)?);
+    say(&serde_json::to_string_pretty(&value)?);
     Ok(())
 }
 
@@ -218,18 +221,17 @@ pub(super) fn exec(args: ExecArgs, state: &StateArgs, format: Format) -> anyhow:
     let value = client.call(&request, |reply| {
         if let Reply::Output { stream, text } = reply {
             match (format, stream) {
-                (Format::Human, OutputStream::Stdout) => print!("{text}"),
+                (Format::Human, OutputStream::Stdout) => put(text),
                 (Format::Human, OutputStream::Stderr) => eprint!("{text}"),
                 (Format::Json, OutputStream::Stdout) => stdout.push_str(text),
                 (Format::Json, OutputStream::Stderr) => stderr.push_str(text),
             }
-            let _ = std::io::stdout().flush();
         }
     })?;
     let code = value.get("exit_code").and_then(serde_json::Value::as_i64);
     if format == Format::Json {
         let all = serde_json::json!({ "result": value, "stdout": stdout, "stderr": stderr });
-        println!("{}", serde_json::to_string_pretty(&all)?);
+        say(&serde_json::to_string_pretty(&all)?);
     }
     match code {
         Some(0) => Ok(()),

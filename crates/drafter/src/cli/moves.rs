@@ -1,10 +1,10 @@
 //! `migrate` and `job`: a move is a job of the runner; these commands start, follow and cancel it.
 
-use super::{Format, StateArgs, output::bytes};
+use super::{Format, StateArgs, backup, output::bytes};
 use crate::{
     migrate::{messages::Mode, planner::Budgets, timings::MoveReport},
     runner::{
-        api::{Client, ClientError, MigrateRequest, Phase, Progress, Reply, Request},
+        api::{Client, ClientError, MigrateRequest, Phase, Progress, Reply, Request, Status},
         state::MachineDir,
     },
 };
@@ -39,6 +39,10 @@ pub struct MigrateArgs {
     /// Bytes per second at most, in MB/s [default: no limit]
     #[arg(long)]
     bandwidth_mb_s: Option<u64>,
+    /// Have the destination bring what its store (`receive --store`) has of the machine: of its backup or
+    /// protection that is on, or else of its last sleep. Blocks that are still the same are not sent
+    #[arg(long)]
+    from_store: bool,
     /// Only ask the destination, and say what would happen
     #[arg(long)]
     dry_run: bool,
@@ -101,6 +105,10 @@ pub(super) fn migrate(args: MigrateArgs, state: &StateArgs, format: Format) -> a
         (None, Some(runner)) => runner,
         (None, None) => anyhow::bail!("say where it goes: --to and --peer, or --to-host"),
     };
+    let stored_as = match args.from_store {
+        true => Some(history_of(&mut client, &args.name)?),
+        false => None,
+    };
     let request = MigrateRequest {
         to,
         peer,
@@ -112,6 +120,7 @@ pub(super) fn migrate(args: MigrateArgs, state: &StateArgs, format: Format) -> a
             ..Budgets::default()
         },
         dry_run: args.dry_run,
+        stored_as,
     };
     let job: u64 = client.get(&Request::Migrate(request))?;
     if args.detach {
@@ -120,6 +129,12 @@ pub(super) fn migrate(args: MigrateArgs, state: &StateArgs, format: Format) -> a
         });
     }
     follow(&mut client, job, format)
+}
+
+/// The history that a store has of a machine.
+fn history_of(client: &mut Client, machine: &str) -> Result<String, ClientError> {
+    let status: Status = client.get(&Request::Status)?;
+    Ok(status.backup.map_or_else(|| backup::sleeps_line(machine), |backup| backup.line))
 }
 
 pub(super) fn job(command: JobCommand, state: &StateArgs, format: Format) -> anyhow::Result<()> {

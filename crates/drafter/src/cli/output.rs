@@ -1,6 +1,7 @@
 //! How commands print: for people or as JSON, and errors with their causes.
 
 use serde::Serialize;
+use std::io::{ErrorKind, Write as _};
 
 /// What the user wants to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,10 +20,27 @@ impl Format {
         human: impl FnOnce() -> String,
     ) -> anyhow::Result<()> {
         match self {
-            Self::Json => println!("{}", serde_json::to_string_pretty(value)?),
-            Self::Human => println!("{}", human()),
+            Self::Json => say(&serde_json::to_string_pretty(value)?),
+            Self::Human => say(&human()),
         }
         Ok(())
+    }
+}
+
+/// Prints text and ends the line; see [`put`].
+pub(super) fn say(text: &str) {
+    put(&format!("{text}\n"));
+}
+
+/// Prints text. Whoever does not read it to its end (`| head`, `| grep -q`) ends nothing: what a command has
+/// begun, it finishes.
+pub(super) fn put(text: &str) {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            tracing::warn!(%error, "writing to standard output");
+        }
+        _ => {}
     }
 }
 

@@ -36,8 +36,12 @@ pub(super) struct How {
     pub(super) output_commit: bool,
     /// Its lease refers to one sign of life of this host, which all machines with this share: the lease
     /// store sees one write a renewal, not one for each machine. All of them have the same --term
-    #[arg(long)]
-    pub(super) host_beat: bool,
+    /// [default: true where leases are in an object store, which bills requests]
+    #[arg(
+        long, value_name = "BOOL", num_args = 0..=1, require_equals = true,
+        default_missing_value = "true"
+    )]
+    pub(super) host_beat: Option<bool>,
     /// Keep the newest so many generations
     #[arg(long, value_name = "COUNT", default_value_t = 10)]
     keep_last: usize,

@@ -9,7 +9,8 @@
 //!
 //! With a store (`--store`), a machine that another host has put to sleep there is woken here when that host
 //! asks for it: `Wake { machine }` starts a runner as `drafter resume --store` would, and is answered when
-//! the machine runs. The store, its keys and its credentials are this host's.
+//! the machine runs. And what is there of a machine that comes is brought from it. The store, its keys and
+//! its credentials are this host's.
 //!
 //! What must hold: nobody gets a runner whose host is not accepted; of one machine there is one runner; a
 //! runner whose machine does not come ends by itself; nobody has a machine woken that another host put to
@@ -18,17 +19,19 @@
 use super::{
     StateArgs,
     backup::{self, parse_time},
+    output,
     run::{self, HostArgs},
     spawned::{self, Spawned},
 };
 use crate::{
     migrate::{
         link::CONNECT_LIMIT,
-        reception::{Answer, Ask, Asked, say},
+        reception::{Answer, Ask, Asked, Offers, say},
     },
     runner::{
         api::{Client, Request, Status},
-        config::{Launch, RestoreFrom, RunnerConfig},
+        config::{Launch, RestoreFrom, RunnerConfig, StoreAt},
+        free_memory,
         state::{MachineDir, check_name},
     },
 };
@@ -72,9 +75,10 @@ pub struct ReceiveArgs {
     /// two minutes for each runner that --any starts]
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     wait: Option<Duration>,
-    /// Also wake machines that other hosts put to sleep in this store (`evacuate --store`), when they ask
-    /// for it: s3://bucket/folder?endpoint=…&region=…, gs://…, az://… or file:///folder; credentials come
-    /// from the provider's usual variables, as AWS_ACCESS_KEY_ID
+    /// Bring from this store what it has of a machine that comes, so that it need not be sent (`migrate
+    /// --from-store`, `evacuate --store`). With --any also wake machines that other hosts put to sleep there,
+    /// when they ask for it. s3://bucket/folder?endpoint=…&region=…, gs://…, az://… or file:///folder;
+    /// credentials come from the provider's usual variables, as AWS_ACCESS_KEY_ID
     #[arg(long, value_name = "URL")]
     store: Option<String>,
     /// The file with the keys to that store; without it the variable SILO_KEYS holds them
@@ -92,12 +96,10 @@ pub(super) fn receive(args: &ReceiveArgs, state: &StateArgs) -> anyhow::Result<(
         bail!("whoever waits for a machine needs --listen ADDRESS:PORT");
     }
     match &args.name {
-        Some(_) if args.store.is_some() => {
-            bail!("--store is for hosts that wake machines when others ask: it goes with --any")
-        }
         Some(name) => {
             let mut config = run::config(name, &args.on, args.package.clone(), state)?;
             config.wait_ms = args.wait.map(|wait| wait.as_millis() as u64);
+            config.bring_from = args.store_at()?;
             run::start(config, Launch::Receive, args.on.detach)
         }
         None => serve(args, state),
@@ -108,65 +110,62 @@ pub(super) fn receive(args: &ReceiveArgs, state: &StateArgs) -> anyhow::Result<(
 struct Reception<'a> {
     args: &'a ReceiveArgs,
     state: &'a StateArgs,
+    /// That of a runner of no machine.
+    config: RunnerConfig,
     security: Security,
     address: SocketAddr,
-    /// Where it wakes machines from.
-    sleeps: Option<Sleeps>,
+    /// Where it wakes machines from, and brings what is there of those that come.
+    sleeps: Option<StoreAt>,
     /// One runner is started at a time: two who ask for one machine get the same.
     starting: Mutex<()>,
     asking: AtomicUsize,
 }
 
-/// The store with machines that sleep.
-struct Sleeps {
-    store: String,
-    keys: Option<PathBuf>,
+impl ReceiveArgs {
+    /// The store of the flags, if one is named.
+    fn store_at(&self) -> anyhow::Result<Option<StoreAt>> {
+        let Some(store) = self.store.clone() else { return Ok(None) };
+        let keys = self.keys.as_ref().map(std::path::absolute).transpose()?;
+        backup::check_store(&store, keys.as_deref())?;
+        Ok(Some(StoreAt { store, keys }))
+    }
 }
 
-impl Sleeps {
-    /// That of the flags.
-    fn of(args: &ReceiveArgs) -> anyhow::Result<Option<Self>> {
-        let Some(store) = args.store.clone() else { return Ok(None) };
-        let keys = args.keys.as_ref().map(std::path::absolute).transpose()?;
-        backup::check_store(&store, keys.as_deref())?;
-        Ok(Some(Self { store, keys }))
-    }
-
-    /// What a machine sleeps as that `host` put to sleep.
-    fn of_machine(&self, machine: &str, host: &HostName) -> RestoreFrom {
-        RestoreFrom {
-            store: self.store.clone(),
-            line: backup::sleeps_line(machine),
-            generation: None,
-            keys: self.keys.clone(),
-            take_from: None,
-            lazy: true,
-            suspended: true,
-            slept_at: Some(host.as_str().to_owned()),
-            copy: None,
-        }
+/// What a machine sleeps as in a store that `host` put to sleep.
+fn asleep(from: &StoreAt, machine: &str, host: &HostName) -> RestoreFrom {
+    RestoreFrom {
+        store: from.store.clone(),
+        line: backup::sleeps_line(machine),
+        generation: None,
+        keys: from.keys.clone(),
+        take_from: None,
+        lazy: true,
+        suspended: true,
+        slept_at: Some(host.as_str().to_owned()),
+        copy: None,
     }
 }
 
 fn serve(args: &ReceiveArgs, state: &StateArgs) -> anyhow::Result<()> {
     // Whatever is wrong with the flags shows now. (The name is nobody's.)
     let config = run::config("any", &args.on, args.package.clone(), state)?;
-    let sleeps = Sleeps::of(args)?;
+    let sleeps = args.store_at()?;
     let security = config.security.load(&HostName::new(&config.host)?)?;
     let address = config.listen.context("it listens nowhere")?;
     let listener = TcpListener::bind(address)
         .with_context(|| format!("listening for other hosts on {address}"))?;
     let address = listener.local_addr()?;
+    output::say(&format!("host \"{}\" takes machines at {address}", config.host));
     let reception = Reception {
         args,
         state,
+        config,
         security,
         address,
         sleeps,
         starting: Mutex::new(()),
         asking: AtomicUsize::new(0),
     };
-    println!("host \"{}\" takes machines at {address}", config.host);
     let reception = &reception;
     thread::scope(|scope| {
         for socket in listener.incoming() {
@@ -204,19 +203,36 @@ impl Reception<'_> {
         let asked = Asked::hear(&mut stream, CONNECT_LIMIT)
             .map_err(|error| format!("it does not ask for a runner: {error}"));
         let found = asked.and_then(|asked| match asked {
-            Asked::ToTake(ask) => self.runner_for(&ask, peer.as_ref()),
-            Asked::ToWake(ask) => self.wake(&ask, peer.as_ref()),
+            Asked::ToTake(ask) => self.runner_for(&ask, peer.as_ref()).map(Answer::Runner),
+            Asked::ToWake(ask) => self.wake(&ask, peer.as_ref()).map(Answer::Runner),
+            Asked::ToLook(host) => self.offers(&host, peer.as_ref()).map(Answer::Offers),
         });
-        let answer = match found {
-            Ok(address) => Answer::Runner(address),
-            Err(why) => {
-                tracing::info!(why, "no runner for a peer");
-                Answer::Refused(why)
-            }
-        };
+        let answer = found.unwrap_or_else(|why| {
+            tracing::info!(why, "nothing for a peer");
+            Answer::Refused(why)
+        });
         if let Err(error) = say(&mut stream, &answer).and_then(|()| stream.finish()) {
             tracing::warn!(%error, "a peer did not hear the answer");
         }
+    }
+
+    /// The host that asks, if its machines are taken.
+    fn who_asks(&self, host: &str, peer: Option<&HostName>) -> Result<HostName, String> {
+        let from = HostName::new(host).map_err(|error| error.to_string())?;
+        if let Some(proved) = peer.filter(|proved| **proved != from) {
+            return Err(format!(
+                "the peer says it is \"{from}\", but its certificate is \"{proved}\"'s"
+            ));
+        }
+        self.config.accepts(&from)?;
+        Ok(from)
+    }
+
+    /// What this host has for machines of the host that asks.
+    fn offers(&self, host: &str, peer: Option<&HostName>) -> Result<Offers, String> {
+        self.who_asks(host, peer)?;
+        let memory_bytes = free_memory().ok_or("the kernel does not say how much memory it has")?;
+        Ok(Offers { memory_bytes, store: self.sleeps.is_some() })
     }
 
     /// What a runner of the machine is started with, if whoever asks may have one.
@@ -225,20 +241,15 @@ impl Reception<'_> {
         ask: &Ask,
         peer: Option<&HostName>,
     ) -> Result<(RunnerConfig, HostName), String> {
-        let from = HostName::new(&ask.host).map_err(|error| error.to_string())?;
-        if let Some(proved) = peer.filter(|proved| **proved != from) {
-            return Err(format!(
-                "the peer says it is \"{from}\", but its certificate is \"{proved}\"'s"
-            ));
-        }
+        let from = self.who_asks(&ask.host, peer)?;
         check_name(&ask.machine)?;
         let config =
             run::config(&ask.machine, &self.args.on, self.args.package.clone(), self.state);
         let mut config = config.map_err(|error| format!("{error:#}"))?;
-        config.accepts(&from)?;
         config.listen = Some(SocketAddr::new(self.address.ip(), 0));
         // Until it has had the machine; from then on it waits for it to come back.
         config.wait_ms = Some(self.args.wait.unwrap_or(WAIT).as_millis() as u64);
+        config.bring_from = self.sleeps.clone();
         Ok((config, from))
     }
 
@@ -273,7 +284,7 @@ impl Reception<'_> {
             if let Some(status) = status(&dir) {
                 Self::end_waiting(&dir, &status)?;
             }
-            let launch = Launch::Restore(sleeps.of_machine(&ask.machine, &from));
+            let launch = Launch::Restore(asleep(sleeps, &ask.machine, &from));
             self.start(config, launch, &from)?
         };
         // Others are attended to meanwhile.
@@ -394,20 +405,18 @@ mod tests {
     }
 
     #[test]
-    fn only_a_host_that_takes_all_wakes_and_only_what_the_host_that_asks_put_to_sleep() {
+    fn a_store_is_read_with_its_keys_and_only_what_the_host_that_asks_put_to_sleep_is_woken() {
         let folder = tempfile::tempdir().unwrap();
-        let state = StateArgs { state: folder.path().to_owned(), json: false };
-        let one = typed(&["redis", "--store", "file:///s"]).unwrap();
-        let why = receive(&one, &state).unwrap_err().to_string();
-        assert!(why.contains("it goes with --any"), "{why}");
         assert!(typed(&["--store", "file:///s"]).unwrap_err().contains("<NAME>"));
-        assert!(Sleeps::of(&typed(&["--any"]).unwrap()).unwrap().is_none());
+        assert!(typed(&["--any"]).unwrap().store_at().unwrap().is_none());
         let keys = folder.path().join("keys").display().to_string();
-        let args = typed(&["--any", "--store", "file:///s", "--keys", &keys]).unwrap();
-        let why = Sleeps::of(&args).err().unwrap().to_string();
-        assert!(why.contains(&keys), "{why}");
-        let sleeps = Sleeps { store: "file:///s".into(), keys: None };
-        let from = sleeps.of_machine("redis", &HostName::new("a").unwrap());
+        for who in ["--any", "redis"] {
+            let args = typed(&[who, "--store", "file:///s", "--keys", &keys]).unwrap();
+            let why = args.store_at().err().unwrap().to_string();
+            assert!(why.contains(&keys), "{why}");
+        }
+        let store = StoreAt { store: "file:///s".into(), keys: None };
+        let from = asleep(&store, "redis", &HostName::new("a").unwrap());
         assert_eq!(from.line, "machines/redis.suspended");
         assert_eq!((from.suspended, from.slept_at.as_deref()), (true, Some("a")));
         assert_eq!((from.generation, from.take_from), (None, None));

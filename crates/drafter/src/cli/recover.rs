@@ -11,7 +11,7 @@
 //! | is gone | ended orderly | nothing is to be done |
 //! | is gone | ran the machine | the machine is lost: boots it from its disks if `--boot-from-disks`, as after a power cut; else says so |
 
-use super::StateArgs;
+use super::{StateArgs, output::say};
 use crate::{
     driver::qemu,
     runner::{
@@ -69,8 +69,10 @@ fn next(
         let how = if record.detail.is_empty() { "it was stopped" } else { &record.detail };
         return Ok(Next::Nothing(format!("\"{name}\" does not run here: {how}")));
     }
-    let waited = ["standby", "receiving"].contains(&state);
-    if waited && !arrived && config.listen.is_some() {
+    // Of one that waited nothing had come: a note is of an earlier stay (the machine has been put to sleep
+    // since, say).
+    let waited = state == "standby" || (state == "receiving" && !arrived);
+    if waited && config.listen.is_some() {
         return Ok(Next::Start(config, Box::new(Launch::Receive)));
     }
     if state == "receiving" && arrived && config.listen.is_some() {
@@ -110,7 +112,7 @@ fn look(args: &RecoverArgs, state: &StateArgs) -> anyhow::Result<Next> {
 pub(super) fn recover(args: &RecoverArgs, state: &StateArgs) -> anyhow::Result<()> {
     match look(args, state)? {
         Next::Nothing(why) => {
-            println!("{why}");
+            say(&why);
             Ok(())
         }
         Next::Start(config, launch) => runner::serve(*config, *launch).map_err(Into::into),
@@ -160,6 +162,7 @@ mod tests {
             track: true,
             packages: vec![],
             wait_ms: None,
+            bring_from: None,
         };
         RunnerRecord {
             machine: "m".into(),
@@ -202,6 +205,8 @@ mod tests {
         }
         assert_eq!(what("standby", &Launch::Receive, false, false, false), "receive");
         assert_eq!(what("standby", &boot, false, false, false), "receive", "it had moved away");
+        let stale = what("standby", &Launch::Receive, false, true, false);
+        assert_eq!(stale, "receive", "the note is of a stay before a sleep");
         assert_eq!(what("receiving", &boot, false, true, false), "recover", "the lease tells");
         assert!(what("stopped", &boot, false, true, true).starts_with("nothing"));
         let mut again = record("booting", &Launch::Receive);

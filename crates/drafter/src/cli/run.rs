@@ -3,6 +3,7 @@
 use super::{
     StateArgs,
     backup::{HistoryArgs, SuspendHistory},
+    output::say,
 };
 use crate::driver::DiskKind;
 use crate::runner::{
@@ -10,7 +11,7 @@ use crate::runner::{
     api::{Client, Request},
     config::{
         AcceleratorChoice, Address, Boot, CopyWanted, Launch, NetworkConfig, ProtectConfig,
-        RestoreFrom, RunnerConfig, SecurityConfig,
+        RestoreFrom, RunnerConfig, SecurityConfig, bills_requests,
     },
     state::{MachineDir, check_name},
 };
@@ -18,7 +19,7 @@ use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use std::{
     net::{Ipv4Addr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
@@ -286,6 +287,8 @@ pub(super) fn config(
     for from in &on.accept_from {
         identity::HostName::new(from).context("--accept-from")?;
     }
+    let lease = on.lease.clone().unwrap_or_else(|| state.state.join("leases"));
+    let protect = on.protect.config(name, &lease)?;
     Ok(RunnerConfig {
         machine: name.to_owned(),
         host,
@@ -293,7 +296,7 @@ pub(super) fn config(
         listen: on.listen,
         security,
         accept_from: on.accept_from.clone(),
-        lease: on.lease.clone().unwrap_or_else(|| state.state.join("leases")),
+        lease,
         network: match on.network {
             Network::None => NetworkConfig::None,
             Network::Local => NetworkConfig::Local,
@@ -303,13 +306,14 @@ pub(super) fn config(
         keep_stay_bytes: on.keep_stay_mib << 20,
         track: !on.no_tracking,
         packages,
-        protect: on.protect.config(name)?,
+        protect,
         wait_ms: None,
+        bring_from: None,
     })
 }
 
 impl ProtectFlags {
-    fn config(&self, machine: &str) -> anyhow::Result<Option<ProtectConfig>> {
+    fn config(&self, machine: &str, lease: &Path) -> anyhow::Result<Option<ProtectConfig>> {
         let Some(store) = self.protect.clone() else { return Ok(None) };
         store.parse::<silo::store::StoreUrl>()?;
         let line = self.protect_line.clone().unwrap_or_else(|| format!("machines/{machine}"));
@@ -322,7 +326,7 @@ impl ProtectFlags {
             every_ms: self.how.every().as_millis() as u64,
             term_ms: self.how.term().as_millis() as u64,
             output_commit: self.how.output_commit,
-            host_beat: self.how.host_beat,
+            host_beat: self.how.host_beat.unwrap_or_else(|| bills_requests(lease)),
             keep: Some(self.how.keep()),
         }))
     }
@@ -477,7 +481,12 @@ pub(super) fn start(config: RunnerConfig, launch: Launch, detach: bool) -> anyho
             && status.runner_pid == child.id()
             && status.state != "booting"
         {
-            println!("machine \"{}\" is {} (runner {})", config.machine, status.state, child.id());
+            say(&format!(
+                "machine \"{}\" is {} (runner {})",
+                config.machine,
+                status.state,
+                child.id()
+            ));
             return Ok(());
         }
         if Instant::now() > deadline {

@@ -14,6 +14,7 @@
 //!   devices is looked at.
 
 use super::{
+    lists::Lists,
     messages::{ResumeAnswer, ResumeRequest, Standing},
     protocol::Frame,
 };
@@ -120,9 +121,7 @@ impl Greeter {
 /// The source's side: collects the destination's answer.
 #[derive(Debug)]
 pub struct Roll {
-    missing: Vec<BlockSet>,
-    /// Ranges that may still be listed: each block once, and each list once.
-    left: u64,
+    missing: Lists,
     answer: Option<ResumeAnswer>,
 }
 
@@ -148,9 +147,7 @@ impl Roll {
     /// For devices of so many blocks.
     #[must_use]
     pub fn new(blocks: impl IntoIterator<Item = u64>) -> Self {
-        let missing: Vec<_> = blocks.into_iter().map(BlockSet::new).collect();
-        let left = missing.iter().map(BlockSet::device_blocks).sum();
-        Self { missing, left, answer: None }
+        Self { missing: Lists::new(blocks), answer: None }
     }
 
     /// Takes the next frame.
@@ -169,32 +166,13 @@ impl Roll {
                 Ok(Answered::Goes)
             }
             (Frame::Missing { device, ranges }, Some(_)) => {
-                let set = self
-                    .missing
-                    .get_mut(usize::from(device.0))
-                    .ok_or_else(|| format!("it lists blocks of device number {}", device.0))?;
-                for range in ranges {
-                    if range.end() > set.device_blocks() {
-                        return Err(format!(
-                            "it lists blocks {}..{} of device number {}, which has {}",
-                            range.start.0,
-                            range.end(),
-                            device.0,
-                            set.device_blocks()
-                        ));
-                    }
-                    self.left = self
-                        .left
-                        .checked_sub(range.count)
-                        .ok_or("it lists more blocks than there are")?;
-                    set.insert_range(range);
-                }
+                self.missing.take(device, &ranges)?;
                 Ok(Answered::Goes)
             }
             (Frame::RoundEnd(nonce), Some(answer)) => {
                 let answer = answer.clone();
-                let missing = std::mem::take(&mut self.missing);
-                Ok(Answered::Missing { missing, nonce, answer })
+                let missing = std::mem::replace(&mut self.missing, Lists::new([]));
+                Ok(Answered::Missing { missing: missing.into_sets(), nonce, answer })
             }
             (Frame::Unknown(_), _) => Ok(Answered::Goes),
             (other, _) => Err(format!("it answered with {}", name(&other))),

@@ -94,6 +94,13 @@ pub struct PrepareRequest {
     /// lease is then bound to the destination's sign of life from the switchover on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub protected: Option<Protected>,
+    /// The source names its blocks if the destination compares ([`names`](super::names)).
+    #[serde(default)]
+    pub names: bool,
+    /// A history, `tenant/line`, of which the destination may bring the newest generation, if it was given
+    /// the store: blocks that are still the same then need not be sent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored_as: Option<String>,
     /// Everything else about the machine that must go on at the destination.
     pub machine: serde_json::Value,
 }
@@ -137,6 +144,9 @@ pub struct Verdict {
     /// It answers a source that connects again, and its pings on the fault connection.
     #[serde(default)]
     pub resumes: bool,
+    /// It has content that may be the machine's, and compares it with names.
+    #[serde(default)]
+    pub compares: bool,
 }
 
 /// A source that connects again: which move goes on. Who asks is proved by the connection (mutual

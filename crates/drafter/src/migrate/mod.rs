@@ -6,6 +6,8 @@
 //!   Prepare ───────────────────────────────────────────▶  checks, builds everything
 //!           ◀───────────────────────────────── Verdict    paused machine, faults, disks, tap
 //!           ◀────────────────────────────────── Offer …   renewed while it holds
+//!   Names, RoundEnd ───────────────────────────────────▶  if it has something to compare: [`names`]
+//!           ◀───────────────── Missing lists, RoundApplied
 //!   Blocks, Zero, RoundEnd ────────────────────────────▶  stored
 //!           ◀──────────────────────────── RoundApplied    (rounds repeat)
 //!   lease: handing-to(n)
@@ -38,7 +40,9 @@
 pub mod again;
 pub mod destination;
 pub mod link;
+pub mod lists;
 pub mod messages;
+pub mod names;
 pub mod planner;
 pub mod protocol;
 pub mod reception;

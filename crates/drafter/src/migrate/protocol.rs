@@ -27,6 +27,8 @@ use twox_hash::XxHash3_64;
 pub const VERSION: u16 = 3;
 /// Largest payload of a frame, in bytes.
 pub const MAX_PAYLOAD: u32 = 16 << 20;
+/// Bytes of a block's name.
+pub const NAME_BYTES: usize = 32;
 /// Blocks in one frame at most: 256 KiB of data.
 pub const MAX_RUN: u64 = 64;
 const MAGIC: [u8; 4] = *b"DRFT";
@@ -147,12 +149,24 @@ pub enum Frame {
         /// Which.
         range: BlockRange,
     },
-    /// S→D. A batch ends here: a round of pre-copy, or the lists before the pause.
+    /// S→D, before the first round, to a destination that compares. What blocks are called (see
+    /// [`names`](super::names)), one name after the other.
+    Names {
+        /// Of which device.
+        device: DeviceNumber,
+        /// The first block.
+        start: BlockIndex,
+        /// Their names.
+        names: Vec<u8>,
+    },
+    /// S→D. A batch ends here: names, a round of pre-copy, or the lists before the pause.
     RoundEnd(u64),
-    /// D→S. Everything before that `RoundEnd` is in place.
+    /// D→S. Everything before that `RoundEnd` is in place. After names: the `Missing` lists before it say
+    /// which blocks the destination lacks.
     RoundApplied(u64),
     /// S→D, before the token. Blocks whose latest content has not been sent. One that is sent after
-    /// it was listed, and before the token, is not missing any more.
+    /// it was listed, and before the token, is not missing any more. (D→S: what the destination lacks, as an
+    /// answer to names and to a source that connects again.)
     Missing {
         /// Of which device.
         device: DeviceNumber,
@@ -256,6 +270,7 @@ mod kind {
     pub(super) const RESUMED: u8 = 21;
     pub(super) const CHANGED: u8 = 22;
     pub(super) const HISTORY: u8 = 23;
+    pub(super) const NAMES: u8 = 24;
 }
 
 fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {
@@ -349,6 +364,9 @@ impl<W: Write> FrameWriter<W> {
             Frame::Blocks { device, start, data } => self.blocks(*device, *start, data),
             Frame::Zero { device, range } => {
                 self.put(kind::ZERO, device.0, range.start.0, range.count, &[])
+            }
+            Frame::Names { device, start, names } => {
+                self.put(kind::NAMES, device.0, start.0, 0, &[names])
             }
             Frame::RoundEnd(round) => self.put(kind::ROUND_END, 0, *round, 0, &[]),
             Frame::RoundApplied(round) => self.put(kind::ROUND_APPLIED, 0, *round, 0, &[]),
@@ -508,6 +526,14 @@ fn decode(header: &[u8; HEADER], mut payload: Vec<u8>) -> Result<Frame, WireErro
             Frame::Blocks { device, start: BlockIndex(a), data: payload }
         }
         kind::ZERO => Frame::Zero { device, range: run(a, b)? },
+        kind::NAMES => {
+            if payload.is_empty() || !payload.len().is_multiple_of(NAME_BYTES) {
+                let text = format!("{} bytes are not whole names", payload.len());
+                return Err(WireError::Invalid(text));
+            }
+            run(a, (payload.len() / NAME_BYTES) as u64)?;
+            Frame::Names { device, start: BlockIndex(a), names: payload }
+        }
         kind::ROUND_END => Frame::RoundEnd(a),
         kind::ROUND_APPLIED => Frame::RoundApplied(a),
         kind::MISSING => Frame::Missing { device, ranges: decode_list(&payload)? },

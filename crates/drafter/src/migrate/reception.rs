@@ -1,4 +1,5 @@
-//! Asking a host for a runner that takes a machine, or to wake a machine that sleeps in a store.
+//! Asking a host for a runner that takes a machine, to wake a machine that sleeps in a store, or what it has
+//! to offer.
 //!
 //! ```text
 //!   source's runner                              reception of the other host (`receive --any`)
@@ -8,6 +9,8 @@
 //!   `drafter evacuate`                           the same (`receive --any --store`)
 //!   Wake { Ask } ──────────────────────────────▶ may it? wakes it, from the store that it was given itself
 //!                          ◀──────────── Answer  where its runner listens, once it runs; or why it does not
+//!   Look { host } ─────────────────────────────▶ may it?
+//!                          ◀──────────── Answer  how much room there is, and whether it was given a store
 //! ```
 //!
 //! One line of JSON each way, over a connection as every other between hosts (mutual TLS, or plaintext
@@ -26,6 +29,10 @@ use std::{
 
 /// How long a host may take to start a runner.
 const ANSWER_LIMIT: Duration = Duration::from_secs(15);
+/// How long a host may take to say what it has.
+const LOOK_LIMIT: Duration = Duration::from_secs(5);
+/// What is wrong with an answer to another question.
+const OTHER: &str = "it answered something else";
 /// How long a host may take to wake a machine.
 const WAKE_LIMIT: Duration = Duration::from_secs(90);
 /// How long all of [`ask`] may take.
@@ -51,6 +58,21 @@ pub struct Wake {
     pub wake: Ask,
 }
 
+/// The third thing that is asked, before anything is planned: what a host has to offer. (One that does not
+/// know it yet says that a field is missing.)
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Look {
+    /// Who asks.
+    pub look: LookFor,
+}
+
+/// See [`Look`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LookFor {
+    /// The host that asks; with certificates, the one in its certificate.
+    pub host: String,
+}
+
 /// What a host was asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Asked {
@@ -58,6 +80,8 @@ pub enum Asked {
     ToTake(Ask),
     /// To wake one.
     ToWake(Ask),
+    /// What it has to offer, and by whom.
+    ToLook(String),
 }
 
 impl Asked {
@@ -67,9 +91,12 @@ impl Asked {
     /// As [`hear`].
     pub fn hear(stream: &mut Stream, limit: Duration) -> Result<Self, String> {
         let said: serde_json::Value = hear(stream, limit)?;
-        let asked = match said.get("wake") {
-            Some(_) => serde_json::from_value::<Wake>(said).map(|asked| Self::ToWake(asked.wake)),
-            None => serde_json::from_value(said).map(Self::ToTake),
+        let asked = if said.get("wake").is_some() {
+            serde_json::from_value::<Wake>(said).map(|asked| Self::ToWake(asked.wake))
+        } else if said.get("look").is_some() {
+            serde_json::from_value::<Look>(said).map(|asked| Self::ToLook(asked.look.host))
+        } else {
+            serde_json::from_value(said).map(Self::ToTake)
         };
         asked.map_err(|error| error.to_string())
     }
@@ -83,6 +110,18 @@ pub enum Answer {
     Runner(SocketAddr),
     /// There is none, and why.
     Refused(String),
+    /// What it has to offer.
+    Offers(Offers),
+}
+
+/// What a host has for machines that come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offers {
+    /// Memory that is available there, bytes (MemAvailable of /proc/meminfo).
+    pub memory_bytes: u64,
+    /// It was given a store: it wakes machines that sleep there, and brings what is there of those that
+    /// come.
+    pub store: bool,
 }
 
 /// Writes one line.
@@ -136,9 +175,29 @@ pub fn ask(
 ) -> Result<SocketAddr, String> {
     let wrong =
         |error: String| format!("asking host \"{peer}\" at {address} for a runner: {error}");
-    match answer((address, peer), security, ask, ANSWER_LIMIT).map_err(wrong)? {
+    match answer((address, peer), security, ask, ANSWER_LIMIT).map_err(&wrong)? {
         Answer::Runner(found) => Ok(found),
         Answer::Refused(why) => Err(format!("host \"{peer}\" takes no machine: {why}")),
+        Answer::Offers(_) => Err(wrong(OTHER.into())),
+    }
+}
+
+/// Asks the host `peer` at `address` what it has to offer to `host`.
+///
+/// # Errors
+/// A sentence for people: who cannot be reached, or why it does not say.
+pub fn look(
+    address: SocketAddr,
+    peer: &HostName,
+    security: &Security,
+    host: String,
+) -> Result<Offers, String> {
+    let wrong = |error: String| format!("asking host \"{peer}\" at {address} what it has: {error}");
+    let question = Look { look: LookFor { host } };
+    match answer((address, peer), security, &question, LOOK_LIMIT).map_err(&wrong)? {
+        Answer::Offers(offers) => Ok(offers),
+        Answer::Refused(why) => Err(wrong(why)),
+        Answer::Runner(_) => Err(wrong(OTHER.into())),
     }
 }
 
@@ -155,9 +214,10 @@ pub fn wake(
 ) -> Result<(), String> {
     let wrong =
         |error: String| format!("asking host \"{peer}\" at {address} to wake the machine: {error}");
-    match answer((address, peer), security, &Wake { wake: ask }, WAKE_LIMIT).map_err(wrong)? {
+    match answer((address, peer), security, &Wake { wake: ask }, WAKE_LIMIT).map_err(&wrong)? {
         Answer::Runner(_) => Ok(()),
         Answer::Refused(why) => Err(format!("host \"{peer}\" does not wake it: {why}")),
+        Answer::Offers(_) => Err(wrong(OTHER.into())),
     }
 }
 
@@ -268,6 +328,27 @@ mod tests {
             let why = answered(bad).unwrap_err();
             assert!(why.contains(what), "{}: {why}", String::from_utf8_lossy(bad));
         }
+    }
+
+    #[test]
+    fn a_host_says_what_it_has_and_one_that_does_not_know_the_question_offers_nothing() {
+        let looks = |said: &'static [u8]| {
+            let (address, host) = host(said);
+            let found = look(address, &name("b"), &Security::Plaintext, "a".into());
+            assert_eq!(host.join().unwrap().unwrap(), Asked::ToLook("a".into()));
+            found
+        };
+        let offers = looks(b"{\"offers\":{\"memory_bytes\":4096,\"store\":true}}\n").unwrap();
+        assert_eq!(offers, Offers { memory_bytes: 4096, store: true });
+        for (bad, what) in [
+            (&b"{\"refused\":\"missing field `host`\"}\n"[..], "missing field"),
+            (b"{\"runner\":\"10.0.0.2:7500\"}\n", OTHER),
+            (b"{\"offers\":{}}\n", "missing field"),
+        ] {
+            let why = looks(bad).unwrap_err();
+            assert!(why.contains(what) && why.contains("\"b\""), "{why}");
+        }
+        assert!(answered(b"{\"offers\":{\"memory_bytes\":1,\"store\":false}}\n").is_err());
     }
 
     #[test]

@@ -25,6 +25,9 @@ pub struct MoveReport {
     pub reason: Reason,
     /// Rounds of pre-copy.
     pub rounds: Vec<Round>,
+    /// Bytes of blocks that the destination had already, of an earlier attempt or stay, or of a store.
+    #[serde(default)]
+    pub known_bytes: u64,
     /// Bytes on the wire, both connections, from source to destination.
     pub bytes_sent: u64,
     /// Size of the machine's memory.
@@ -87,11 +90,15 @@ pub struct BlackoutParts {
     pub run_ms: f64,
 }
 
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
 impl fmt::Display for MoveReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "moved \"{}\" {} to {} ({}, {} rounds): {:.1} MiB sent, blackout {:.1} ms \
+            "moved \"{}\" {} to {} ({}, {} rounds): {:.1} MiB sent{}, blackout {:.1} ms \
              (pause {:.1}, scan {:.1}, save {:.1}, send {:.1}, arm {:.1}, load {:.1}, run {:.1}), \
              total {:.0} ms",
             self.machine,
@@ -99,7 +106,11 @@ impl fmt::Display for MoveReport {
             self.to,
             self.mode,
             self.rounds.len(),
-            self.bytes_sent as f64 / 1_048_576.0,
+            mib(self.bytes_sent),
+            match self.known_bytes {
+                0 => String::new(),
+                known => format!(" ({:.1} MiB were there already)", mib(known)),
+            },
             self.blackout_ms,
             self.blackout.pause_ms,
             self.blackout.scan_ms,

@@ -162,6 +162,9 @@ pub struct MigrateRequest {
     pub budgets: Budgets,
     /// Prepare only, and say what would happen.
     pub dry_run: bool,
+    /// A history, `tenant/line`, of which the destination may bring what it has from its own store.
+    #[serde(default)]
+    pub stored_as: Option<String>,
 }
 
 /// Text that is not shown: keys and credentials on their way from a command to its runner.
@@ -260,9 +263,10 @@ pub struct ProtectRequest {
     pub term_ms: u64,
     /// What the guest sends waits until the generation that it is of is durable.
     pub output_commit: bool,
-    /// Its lease refers to the one sign of life that all machines of the host share.
+    /// Its lease refers to the one sign of life that all machines of the host share; if absent, where the
+    /// lease store bills requests.
     #[serde(default)]
-    pub host_beat: bool,
+    pub host_beat: Option<bool>,
 }
 
 /// How protection does.

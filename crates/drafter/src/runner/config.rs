@@ -47,6 +47,18 @@ pub struct RunnerConfig {
     /// How long it waits for its first machine before it ends, milliseconds; for ever if absent.
     #[serde(default)]
     pub wait_ms: Option<u64>,
+    /// Of a machine that arrives, what this host may bring from there need not be sent.
+    #[serde(default)]
+    pub bring_from: Option<StoreAt>,
+}
+
+/// A store, as this host reaches it. Credentials are in its environment.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StoreAt {
+    /// Its address, as silo takes it.
+    pub store: String,
+    /// The file with the tenant's keys; without it the variable SILO_KEYS holds them.
+    pub keys: Option<PathBuf>,
 }
 
 /// How a machine is protected. Keys and credentials are this host's own: they never travel.
@@ -77,6 +89,12 @@ impl ProtectConfig {
         let (term, every) = (self.term_ms, self.every_ms);
         Pace::of(Duration::from_millis(term), Duration::from_millis(every), self.host_beat)
     }
+}
+
+/// Whether the lease store bills requests: then one sign of life serves all machines of a host, unless
+/// something else is said.
+pub(crate) fn bills_requests(leases: &Path) -> bool {
+    leases.to_str().is_some_and(lease::bills_requests)
 }
 
 impl RunnerConfig {

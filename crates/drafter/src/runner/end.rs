@@ -173,7 +173,7 @@ impl Runner {
 
     pub(super) fn drop_stay(&self) -> u64 {
         let stay = self.lock().stay.take();
-        stay.map_or(0, |stay| stay.content.memory.resident_bytes())
+        stay.map_or(0, |stay| stay.bytes())
     }
 
     pub(super) fn clean_up(&self) {

@@ -8,6 +8,7 @@ mod rejoin;
 mod standstill;
 
 pub(super) use found::Found;
+pub(crate) use objections::free_memory;
 pub(super) use objections::objections;
 
 use super::{

@@ -51,6 +51,7 @@ mod sleep;
 mod stand_in;
 pub mod state;
 mod status;
+mod stay;
 mod suspend;
 mod take_over;
 mod tenure;
@@ -71,7 +72,8 @@ use crate::{
 };
 use conduit::{DataPath, MachineNet};
 use config::{AcceleratorChoice, Launch, NetworkConfig, RunnerConfig};
-use hosted::{Content, Hosted, Site};
+pub(crate) use hosted::free_memory;
+use hosted::{Hosted, Site};
 use identity::{HostName, Security};
 use moves::Job;
 use network::Network;
@@ -145,13 +147,6 @@ impl State {
     }
 }
 
-/// Content that a machine left here when it moved away.
-struct Stay {
-    id: StayId,
-    content: Content,
-    package: String,
-}
-
 struct Inner {
     state: State,
     detail: String,
@@ -160,7 +155,7 @@ struct Inner {
     holding: Option<Holding>,
     /// The stay since which writes are tracked.
     since: Option<StayId>,
-    stay: Option<Stay>,
+    stay: Option<stay::Stay>,
     guest: Option<Arc<crate::guest::GuestChannel>>,
     monitor_pid: Option<u32>,
     /// The group that is here, for status.

@@ -1,7 +1,7 @@
 //! Jobs: moves of this runner's machine to another host.
 
 use super::{
-    Runner, State, Stay,
+    Runner, State,
     api::{MigrateRequest, Phase, Progress},
     hosted::{self, Hosted},
     protected_move::Leaving,
@@ -299,6 +299,8 @@ impl Runner {
             resumes: true,
             expected_blackout_ms: u64::try_from(expected.as_millis()).ok(),
             protected: self.told_of_protection(),
+            names: true,
+            stored_as: request.stored_as.clone(),
             machine: serde_json::Value::Null,
         };
         let authority = SourceAuthority::new(SourceParts {
@@ -329,10 +331,6 @@ impl Runner {
         take_over::forget(&self.dir);
         self.leave_stores();
         body.leave();
-        // A copy's memory was its monitor's, in part.
-        let keep = !body.content.memory.is_copy()
-            && body.content.memory.resident_bytes() <= self.config.keep_stay_bytes
-            && self.config.listen.is_some();
         {
             let mut inner = self.lock();
             inner.guest = None;
@@ -340,12 +338,8 @@ impl Runner {
             inner.devices.clear();
             inner.holding = None;
             inner.since = None;
-            inner.stay = keep.then(|| Stay {
-                id,
-                content: body.content.clone(),
-                package: body.package.id().to_string(),
-            });
         }
+        self.keep_stay(&body.content, &body.package, Some(id));
         drop(body);
         let state = if self.config.listen.is_some() { State::Standby } else { State::Stopped };
         self.set_state(state, detail);

@@ -3,8 +3,9 @@
 use super::{
     Runner, State,
     guard::Guard,
-    hosted::{self, Content, Hosted},
+    hosted::{self, Hosted},
     protected_move::{Arrived, Arriving},
+    stay::Found,
     take_over::{MoveNote, Noted},
 };
 use crate::{
@@ -38,8 +39,14 @@ const LOOK_LIMIT: Duration = Duration::from_secs(4);
 /// Moves to this runner of which a source may ask how they ended.
 const DOORS: usize = 8;
 
-/// A machine that arrives, and what holds it to its term if it is protected.
-type Built = (Box<Hosted>, Option<Arriving>);
+/// A machine that arrives.
+struct Built {
+    body: Box<Hosted>,
+    /// What holds it to its term if it is protected.
+    arriving: Option<Arriving>,
+    /// What it left here, of which nothing was overwritten yet.
+    stay: Option<StayId>,
+}
 
 /// Connections of sessions whose other connection has not come yet.
 type Halves = Mutex<HashMap<[u8; 16], mpsc::Sender<Channel>>>;
@@ -153,13 +160,13 @@ impl Runner {
                 return;
             }
         };
-        let Some((body, arriving)) = built else {
+        let Some(built) = built else {
             send_verdict(&mut main, &verdict);
             answer_pings(&mut main);
             return; // a dry run
         };
         send_verdict(&mut main, &verdict);
-        self.arrive(main, fault, session, body, arriving, &request, &from);
+        self.arrive(main, fault, session, built, &request, &from);
     }
 
     /// A source takes a move up again.
@@ -237,20 +244,15 @@ impl Runner {
             return Err("this host cannot take it".into());
         };
         package.verify(&self.cache).map_err(|e| e.to_string())?;
-        let holds = {
-            let inner = self.lock();
-            inner.stay.as_ref().is_some_and(|stay| {
-                Some(&stay.id) == request.since.as_ref() && stay.package == request.package
-            })
-        };
-        verdict.holds_stay = holds;
+        verdict.holds_stay = self.holds_stay(request);
         if request.dry_run {
             return Ok(None);
         }
         self.begin_to_receive(&request.host)?;
-        let built = self.build_for(request, package, holds).and_then(|mut body| {
+        let stay = request.since.clone().filter(|_| verdict.holds_stay);
+        let built = self.build_for(request, package, verdict).and_then(|mut body| {
             match self.expect_protected(request, &mut body) {
-                Ok(arriving) => Ok((Box::new(body), arriving)),
+                Ok(arriving) => Ok(Built { body: Box::new(body), arriving, stay }),
                 Err(why) => {
                     body.give_up(request.epoch);
                     Err(why)
@@ -283,15 +285,12 @@ impl Runner {
         &self,
         request: &PrepareRequest,
         package: crate::package::Package,
-        holds: bool,
+        verdict: &mut Verdict,
     ) -> Result<Hosted, String> {
         let paths = self.site();
-        let stay = self.lock().stay.take().filter(|_| holds);
-        let content: Content = match stay {
-            Some(stay) => stay.content,
-            None => hosted::new_content(&request.shape, &package, &paths.disks, false)
-                .map_err(|e| e.to_string())?,
-        };
+        let Found { content, compares } =
+            self.content_for(request, &package, verdict.holds_stay)?;
+        verdict.compares = compares;
         let site = paths.site(&*self.driver, &self.path);
         // Its process starts beside the monitor's.
         let guard = Guard::begin(site.run_dir)
@@ -315,17 +314,16 @@ impl Runner {
         Ok(body)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the pieces of one session")]
     fn arrive(
         self: &Arc<Self>,
         main: Channel,
         fault: Channel,
         session: SessionId,
-        body: Box<Hosted>,
-        arriving: Option<Arriving>,
+        built: Built,
         request: &PrepareRequest,
         from: &HostName,
     ) {
+        let Built { body, arriving, stay } = built;
         let since = move |epoch: u64| StayId { epoch, session: session_hex(session) };
         {
             let mut inner = self.lock();
@@ -421,6 +419,9 @@ impl Runner {
                     inner.monitor_pid = None;
                     inner.devices.clear();
                 }
+                // What has come need not come again.
+                let stay = stay.filter(|_| !touched);
+                self.keep_stay(&body.content, &body.package, stay);
                 self.set_state(State::Standby, format!("the last arrival ended: {reason}"));
             }
             (fate, Some(body)) => {

@@ -21,7 +21,7 @@
 use super::{
     Runner, State,
     api::{BackupReport, BackupRequest, BackupState, ProtectRequest, ProtectionState, Secret},
-    config::ProtectConfig,
+    config::{ProtectConfig, bills_requests},
     guard::Guard,
     protected_move::Arrived,
     protection::Protection,
@@ -144,7 +144,7 @@ impl ProtectConfig {
             },
             term_ms: self.term_ms,
             output_commit: self.output_commit,
-            host_beat: self.host_beat,
+            host_beat: Some(self.host_beat),
         })
     }
 }
@@ -211,7 +211,9 @@ impl Runner {
             None => {
                 let fence = self.fence()?;
                 let every = request.backup.every_ms.unwrap_or(request.term_ms);
-                let pace = Pace::of(term, Duration::from_millis(every), request.host_beat);
+                let shared =
+                    request.host_beat.unwrap_or_else(|| bills_requests(&self.config.lease));
+                let pace = Pace::of(term, Duration::from_millis(every), shared);
                 self.install_protection(fence, pace, request.output_commit)?
             }
         };

@@ -58,7 +58,7 @@ fn text(error: impl std::fmt::Display) -> String {
 }
 
 /// The history that generations are in.
-struct History {
+pub(super) struct History {
     store: Arc<Store>,
     keys: KeyRing,
     line: LineName,
@@ -67,9 +67,14 @@ struct History {
 impl History {
     /// As the command's flags say.
     fn of(from: &RestoreFrom) -> Result<Self, String> {
-        let url: StoreUrl = from.store.parse().map_err(text)?;
-        let line = LineName::parse(&from.line).map_err(text)?;
-        let keys = match &from.keys {
+        Self::at(&from.store, &from.line, from.keys.as_deref())
+    }
+
+    /// That of a line in a store; the keys are in a file, or else in the environment.
+    pub(super) fn at(store: &str, line: &str, keys: Option<&Path>) -> Result<Self, String> {
+        let url: StoreUrl = store.parse().map_err(text)?;
+        let line = LineName::parse(line).map_err(text)?;
+        let keys = match keys {
             Some(path) => KeyRing::from_file(path),
             None => KeyRing::from_env(KEYS),
         };
@@ -79,7 +84,7 @@ impl History {
         Ok(Self { store, keys: keys.map_err(text)?, line })
     }
 
-    fn open(&self, which: Which) -> Result<Arc<Generation>, String> {
+    pub(super) fn open(&self, which: Which) -> Result<Arc<Generation>, String> {
         Generation::open(&self.store, &self.keys, &self.line, which, CACHE).map_err(text)
     }
 
@@ -91,7 +96,7 @@ impl History {
 }
 
 /// What a generation says that the machine is, and the driver's state.
-fn described(generation: &Arc<Generation>) -> Result<(Description, Vec<u8>), String> {
+pub(super) fn described(generation: &Arc<Generation>) -> Result<(Description, Vec<u8>), String> {
     let of = |error: String| {
         format!("generation {} of {}: {error}", generation.number(), generation.line())
     };
@@ -318,36 +323,52 @@ impl Runner {
         name: &str,
         target: &dyn BlockDevice,
     ) -> Result<(), String> {
-        let found = generation.devices().into_iter().find(|device| device.name == name);
-        let bytes = found.map_or(0, |device| device.geometry.bytes());
-        if bytes != target.size() {
-            return Err(format!(
-                "its device \"{name}\" has {bytes} bytes, the machine's has {}",
-                target.size()
-            ));
-        }
-        // Of memory that is so, of a disk it is seen to.
-        let options = RestoreOptions { target_is_zero: true, ..RestoreOptions::default() };
-        let (done, stop) = (AtomicU64::new(0), AtomicBool::new(false));
-        let tell = || {
-            let done = done.load(Ordering::Relaxed);
-            let detail = format!("restoring {name}: {} of {} MiB", done >> 20, bytes >> 20);
-            self.set_state(State::Booting, detail);
-        };
-        std::thread::scope(|scope| {
-            let work = scope.spawn(|| generation.restore(name, target, options, &done, &stop));
-            let mut told = Instant::now();
-            while !work.is_finished() {
-                std::thread::park_timeout(Duration::from_millis(5));
-                if told.elapsed() >= TELL {
-                    told = Instant::now();
-                    tell();
-                }
+        let mut told = Instant::now();
+        restore_device(generation, name, target, &mut |done| {
+            if told.elapsed() >= TELL {
+                told = Instant::now();
+                let (done, size) = (done >> 20, target.size() >> 20);
+                let detail = format!("restoring {name}: {done} of {size} MiB");
+                self.set_state(State::Booting, detail);
             }
-            work.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
-        .map(drop)
-        .map_err(text)
+            true
+        })?;
+        Ok(())
+    }
+}
+
+/// Restores a device of a generation. `look` is told every few milliseconds how many bytes are done, and
+/// ends it by answering no: then some blocks are as they were.
+pub(super) fn restore_device(
+    generation: &Generation,
+    name: &str,
+    target: &dyn BlockDevice,
+    look: &mut dyn FnMut(u64) -> bool,
+) -> Result<(), String> {
+    let found = generation.devices().into_iter().find(|device| device.name == name);
+    let bytes = found.map_or(0, |device| device.geometry.bytes());
+    if bytes != target.size() {
+        return Err(format!(
+            "its device \"{name}\" has {bytes} bytes, the machine's has {}",
+            target.size()
+        ));
+    }
+    // Of memory that is so, of a disk it is seen to.
+    let options = RestoreOptions { target_is_zero: true, ..RestoreOptions::default() };
+    let (done, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    let restored = std::thread::scope(|scope| {
+        let work = scope.spawn(|| generation.restore(name, target, options, &done, &stop));
+        while !work.is_finished() {
+            std::thread::park_timeout(Duration::from_millis(5));
+            if !look(done.load(Ordering::Relaxed)) {
+                stop.store(true, Ordering::Relaxed);
+            }
+        }
+        work.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    });
+    match restored {
+        Err(_) if stop.load(Ordering::Relaxed) => Ok(()),
+        other => other.map(drop).map_err(text),
     }
 }
 

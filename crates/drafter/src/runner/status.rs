@@ -1,6 +1,6 @@
 //! Where the machine is, in one record; and in one line what is the matter, if something is.
 
-use super::{Inner, Runner, api::Status};
+use super::{Inner, Runner, api::Status, stay::Stay};
 use crate::migrate::source::Outage;
 
 impl Runner {
@@ -59,7 +59,7 @@ impl Runner {
                 .iter()
                 .map(|d| (d.name().as_str().to_owned(), d.missing_blocks()))
                 .collect(),
-            stay_bytes: inner.stay.as_ref().map_or(0, |s| s.content.memory.resident_bytes()),
+            stay_bytes: inner.stay.as_ref().map_or(0, Stay::bytes),
             listen: self.listens.get().copied(),
             job: inner.jobs.values().next_back().map(|job| job.progress()),
             moves: inner.moves.clone(),

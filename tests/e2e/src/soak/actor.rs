@@ -363,7 +363,7 @@ impl<'a> Actor<'a> {
 
     fn ask_to_move(&self, to: SocketAddr, budgets: Budgets, mode: Mode) -> Done<u64> {
         let peer = self.world.hosts[self.elsewhere()].name.clone();
-        let request = MigrateRequest { to, peer, mode, budgets, dry_run: false };
+        let request = MigrateRequest { to, peer, mode, budgets, dry_run: false, stored_as: None };
         let mut client = self.client(self.at, ANSWER)?;
         client.get(&Request::Migrate(request)).map_err(|e| e.to_string())
     }

@@ -15,7 +15,6 @@ use super::{
     destinations::{Destination, Place},
     report::Outcome,
 };
-use crate::migrate::messages::Mode;
 use evacuation::{Load, Plan, StoreUse, Terms, Way};
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -86,14 +85,6 @@ enum Came {
     Again(Todo),
 }
 
-fn mode(way: Way) -> Mode {
-    match way {
-        Way::Hybrid | Way::HybridWithStore => Mode::Hybrid,
-        // (Whoever sleeps does not move.)
-        Way::PostCopy | Way::PostCopyWithStore | Way::Suspend => Mode::PostCopy,
-    }
-}
-
 impl Course<'_> {
     /// Does a plan; what became of each of its machines, in the order in which that was known.
     pub(super) fn run(&self, plan: &Plan) -> Vec<Outcome> {
@@ -151,7 +142,7 @@ impl Course<'_> {
                 Err("there is no time left for that".to_owned())
             }
             (Some(Way::Suspend), _) => self.deeds.sleep(load).map(Done::Asleep),
-            (Some(way), Some(to)) => match self.deeds.go(&load.name, to, mode(way)) {
+            (Some(way), Some(to)) => match self.deeds.go(&load.name, to, way) {
                 Err(why) if Way::Suspend.is_open(load, self.terms) => {
                     let Todo { machine, expected, .. } = *todo;
                     let (way, not_moved) = (Some(Way::Suspend), Some(why));
@@ -178,6 +169,8 @@ impl Course<'_> {
             Ok(Done::Moved(moved)) => {
                 outcome.host = Some(moved.host);
                 outcome.blackout_ms = Some(moved.blackout_ms);
+                outcome.sent_bytes = Some(moved.sent_bytes);
+                outcome.known_bytes = moved.known_bytes;
             }
             Ok(Done::Asleep(asleep)) => outcome.asleep = Some(asleep),
         }
@@ -239,10 +232,10 @@ mod tests {
     }
 
     impl Deeds for Script {
-        fn go(&self, machine: &str, to: &Destination, _: Mode) -> Result<Moved, String> {
+        fn go(&self, machine: &str, to: &Destination, _: Way) -> Result<Moved, String> {
             self.does("move", machine, &self.stuck)?;
             let host = to.place.first().unwrap().to_owned();
-            Ok(Moved { host, blackout_ms: 1.0 })
+            Ok(Moved { host, blackout_ms: 1.0, sent_bytes: 1, known_bytes: 0 })
         }
 
         fn sleep(&self, load: &Load) -> Result<Asleep, String> {

@@ -45,6 +45,9 @@ const LONGEST_SLEEP: f64 = 86_400.0;
 pub(super) struct Moved {
     pub(super) host: String,
     pub(super) blackout_ms: f64,
+    pub(super) sent_bytes: u64,
+    /// What its host had already.
+    pub(super) known_bytes: u64,
 }
 
 /// A machine that sleeps in the store.
@@ -65,7 +68,7 @@ pub(super) struct Asleep {
 /// What can be done to a machine.
 pub(super) trait Deeds: Sync {
     /// Moves it, to the end.
-    fn go(&self, machine: &str, to: &Destination, mode: Mode) -> Result<Moved, String>;
+    fn go(&self, machine: &str, to: &Destination, way: Way) -> Result<Moved, String>;
     /// Puts it to sleep, until that is durable.
     fn sleep(&self, load: &Load) -> Result<Asleep, String>;
     /// Has the first of these hosts wake it that does; which that is.
@@ -155,6 +158,14 @@ impl ByRunners<'_> {
     }
 }
 
+fn mode(way: Way) -> Mode {
+    match way {
+        Way::Hybrid | Way::HybridWithStore => Mode::Hybrid,
+        // (Whoever sleeps does not move.)
+        Way::PostCopy | Way::PostCopyWithStore | Way::Suspend => Mode::PostCopy,
+    }
+}
+
 /// How long a machine may take to sleep over so much of a line.
 fn sleep_limit(load: &Load, share: Rate) -> Duration {
     let bytes = Way::Suspend.most(load).0 as f64;
@@ -163,7 +174,7 @@ fn sleep_limit(load: &Load, share: Rate) -> Duration {
 }
 
 impl Deeds for ByRunners<'_> {
-    fn go(&self, machine: &str, to: &Destination, mode: Mode) -> Result<Moved, String> {
+    fn go(&self, machine: &str, to: &Destination, way: Way) -> Result<Moved, String> {
         let HostAt { host, address } = match &to.place {
             Place::Runner(runner) => runner.clone(),
             Place::Hosts(hosts) => {
@@ -183,15 +194,21 @@ impl Deeds for ByRunners<'_> {
         let request = MigrateRequest {
             to: address,
             peer: host.clone(),
-            mode,
+            mode: mode(way),
             budgets: Budgets::default(),
             dry_run: false,
+            stored_as: way.brings().then(|| backup::sleeps_line(machine)),
         };
         // A job that is followed tells ten times a second how far it is.
         let mut client = self.client(machine, ANSWER).map_err(text)?;
         let job: u64 = client.get(&Request::Migrate(request)).map_err(text)?;
         let report: MoveReport = client.get(&Request::Follow { job }).map_err(text)?;
-        Ok(Moved { host, blackout_ms: report.blackout_ms })
+        Ok(Moved {
+            host,
+            blackout_ms: report.blackout_ms,
+            sent_bytes: report.bytes_sent,
+            known_bytes: report.known_bytes,
+        })
     }
 
     fn sleep(&self, load: &Load) -> Result<Asleep, String> {

@@ -1,7 +1,7 @@
 //! Where machines go: as a file says, or spread over hosts that take all.
 
 use super::super::moves::HostAt;
-use crate::runner::state;
+use crate::{migrate::reception::Offers, runner::state};
 use anyhow::Context;
 use std::{collections::BTreeMap, path::Path};
 
@@ -31,18 +31,30 @@ impl Place {
     }
 }
 
-/// Spreads machines over hosts by their bytes, the largest first, each to the host with the fewest so far;
-/// the others are asked, in the same order, should that refuse it.
-pub(super) fn spread(loads: &[(&str, u64)], hosts: &[HostAt]) -> BTreeMap<String, Destination> {
-    let mut taken: Vec<(u64, &HostAt)> = hosts.iter().map(|host| (0, host)).collect();
+/// A host that takes every machine, and what it said that it has.
+#[derive(Clone, Debug)]
+pub(super) struct Taker {
+    pub(super) at: HostAt,
+    /// None: it does not say.
+    pub(super) offers: Option<Offers>,
+}
+
+/// Spreads machines, of so many bytes of memory and in all, over hosts: the largest first, each to the host
+/// with the fewest bytes so far among those with memory for it; the others are asked, in the same order,
+/// should that refuse it.
+pub(super) fn spread(loads: &[(&str, u64, u64)], hosts: &[Taker]) -> BTreeMap<String, Destination> {
+    let room = |host: &Taker| host.offers.map_or(u64::MAX, |offers| offers.memory_bytes);
+    let mut taken: Vec<(u64, u64, &Taker)> =
+        hosts.iter().map(|host| (0, room(host), host)).collect();
     let mut largest: Vec<_> = loads.to_vec();
-    largest.sort_by_key(|&(name, bytes)| (std::cmp::Reverse(bytes), name));
+    largest.sort_by_key(|&(name, _, bytes)| (std::cmp::Reverse(bytes), name));
     let mut all = BTreeMap::new();
-    for (name, bytes) in largest {
-        taken.sort_by_key(|(taken, _)| *taken);
-        let place = Place::Hosts(taken.iter().map(|(_, host)| (*host).clone()).collect());
-        if let Some((first, _)) = taken.first_mut() {
+    for (name, memory, bytes) in largest {
+        taken.sort_by_key(|(taken, room, _)| (*room < memory, *taken));
+        let place = Place::Hosts(taken.iter().map(|(_, _, host)| host.at.clone()).collect());
+        if let Some((first, room, _)) = taken.first_mut() {
             *first += bytes;
+            *room = room.saturating_sub(memory);
         }
         all.insert(name.to_owned(), Destination { place, worth: 1 });
     }
@@ -114,19 +126,39 @@ mod tests {
         }
     }
 
-    #[test]
-    fn machines_are_spread_by_size_and_every_host_is_asked_in_turn() {
+    fn takers(offers: [Option<u64>; 2]) -> Vec<Taker> {
         let hosts = ["b=10.0.0.2:1", "c=10.0.0.3:1"].map(|host| host.parse::<HostAt>().unwrap());
-        let all = spread(&[("s", 10), ("l", 100), ("m", 60), ("t", 50)], &hosts);
-        let first = |name: &str| match &all[name].place {
+        let offers =
+            offers.map(|room| room.map(|bytes| Offers { memory_bytes: bytes, store: true }));
+        hosts.into_iter().zip(offers).map(|(at, offers)| Taker { at, offers }).collect()
+    }
+
+    fn firsts(loads: [(&str, u64); 4], hosts: &[Taker]) -> [String; 4] {
+        let sizes = loads.map(|(name, bytes)| (name, bytes, bytes));
+        let all = spread(&sizes, hosts);
+        loads.map(|(name, _)| match &all[name].place {
             Place::Hosts(order) => {
                 assert_eq!(order.len(), 2);
                 order[0].host.clone()
             }
             other => panic!("{other:?}"),
-        };
+        })
+    }
+
+    #[test]
+    fn machines_are_spread_by_size_and_every_host_is_asked_in_turn() {
+        let loads = [("l", 100), ("m", 60), ("t", 50), ("s", 10)];
         // b: 100, then c: 60, c: 110, b: 110.
-        assert_eq!(["l", "m", "t", "s"].map(first), ["b", "c", "c", "b"].map(String::from));
-        assert!(spread(&[], &hosts).is_empty());
+        assert_eq!(firsts(loads, &takers([None, None])), ["b", "c", "c", "b"]);
+        assert!(spread(&[], &takers([None, None])).is_empty());
+    }
+
+    #[test]
+    fn nobody_is_sent_first_to_a_host_without_room_as_long_as_another_has_some() {
+        let loads = [("l", 100), ("m", 60), ("t", 50), ("s", 10)];
+        // c has room for m and s; t goes to b although that has more by then.
+        assert_eq!(firsts(loads, &takers([Some(1000), Some(75)])), ["b", "c", "b", "c"]);
+        // Nowhere is room for l and then for m: they are spread as if it were, and the hosts decide.
+        assert_eq!(firsts(loads, &takers([Some(55), Some(15)])), ["b", "c", "c", "b"]);
     }
 }

@@ -10,17 +10,21 @@ mod deeds;
 mod destinations;
 mod report;
 
-use super::{Format, StateArgs, backup, backup::parse_time, moves::HostAt};
-use crate::runner::{
-    api::{Client, CompareRequest, LoadReport, Request, Status},
-    state::{self, MachineDir},
+use super::{Format, StateArgs, backup, backup::parse_time, moves::HostAt, output::say};
+use crate::{
+    migrate::reception::{self, Offers},
+    runner::{
+        api::{Client, CompareRequest, LoadReport, Request, Status},
+        state::{self, MachineDir},
+    },
 };
 use anyhow::bail;
 use clap::Args;
 use course::Course;
 use deeds::{ByRunners, SleepsIn};
-use destinations::{Destination, destinations, spread};
+use destinations::{Destination, Taker, destinations, spread};
 use evacuation::{Bytes, Load, Plan, Rate, StoreUse, Terms};
+use identity::HostName;
 use report::{Outcome, Planned, lines, planned_lines};
 use serde::Serialize;
 use std::{
@@ -52,8 +56,9 @@ pub struct EvacuateArgs {
     to_host: Vec<HostAt>,
     /// A store that machines may be put to sleep in (as by `suspend --store`): those for which no host is
     /// named, those that cannot all move in time and of which the store has much already, and those whose
-    /// move comes to nothing. Hosts of --to-host that were given the store wake them. s3://bucket/folder?…,
-    /// gs://…, az://… or file:///folder; credentials come from the provider's usual variables
+    /// move comes to nothing. Hosts of --to-host that were given the store wake them; if all of those were,
+    /// and there is no --to, they also bring what it has of machines that move. s3://bucket/folder?…, gs://…,
+    /// az://… or file:///folder; credentials come from the provider's usual variables
     #[arg(long, value_name = "URL", env = "SILO_STORE")]
     store: Option<String>,
     /// The file with the tenant's keys (`silo keys create`); without it the variable SILO_KEYS holds
@@ -195,6 +200,33 @@ fn measure(
     Ok(measured)
 }
 
+/// The hosts that take every machine, and what each says that it has. One that cannot be asked may still
+/// take machines: whoever moves there will say why not.
+fn takers(args: &EvacuateArgs, state: &StateArgs, reports: &[LoadReport]) -> Vec<Taker> {
+    let config = reports.iter().find_map(|report| {
+        let dir = MachineDir::at(&state.state, &report.machine);
+        dir.read_record().ok().flatten().and_then(|record| record.config)
+    });
+    let look = |at: &HostAt| -> Result<Offers, String> {
+        let config = config.as_ref().ok_or("no machine of this host is known")?;
+        let here = HostName::new(&config.host).map_err(|error| error.to_string())?;
+        let peer = HostName::new(&at.host).map_err(|error| error.to_string())?;
+        let security = config.security.load(&here).map_err(|error| error.to_string())?;
+        reception::look(at.address, &peer, &security, config.host.clone())
+    };
+    thread::scope(|scope| {
+        let asked: Vec<_> =
+            args.to_host.iter().map(|at| (at, scope.spawn(move || look(at)))).collect();
+        let taker =
+            |(at, thread): (&HostAt, thread::ScopedJoinHandle<'_, Result<Offers, String>>)| {
+                let offers = thread.join().unwrap_or_else(|_| Err("panicked".into()));
+                let offers = offers.inspect_err(|why| tracing::warn!("{why}")).ok();
+                Taker { at: at.clone(), offers }
+            };
+        asked.into_iter().map(taker).collect()
+    })
+}
+
 pub(super) fn evacuate(
     args: &EvacuateArgs,
     state: &StateArgs,
@@ -204,12 +236,18 @@ pub(super) fn evacuate(
     let mut to = args.to.as_deref().map_or(Ok(BTreeMap::new()), destinations)?;
     let sleeps = args.sleeps()?;
     let Measured { reports, unknown } = measure(state, args, sleeps.as_ref())?;
-    if !args.to_host.is_empty() {
+    let takers = takers(args, state, &reports);
+    if !takers.is_empty() {
         let unnamed = reports.iter().filter(|report| !to.contains_key(&report.machine));
+        let size = |one: &LoadReport| one.memory_bytes + one.disk_bytes;
         let loads: Vec<_> =
-            unnamed.map(|one| (one.machine.as_str(), one.memory_bytes + one.disk_bytes)).collect();
-        to.extend(spread(&loads, &args.to_host));
+            unnamed.map(|one| (one.machine.as_str(), one.memory_bytes, size(one))).collect();
+        to.extend(spread(&loads, &takers));
     }
+    // What a plan says of a store must hold wherever a machine goes.
+    let bring = args.to.is_none()
+        && !takers.is_empty()
+        && takers.iter().all(|host| host.offers.is_some_and(|offers| offers.store));
     let loads: Vec<Load> =
         reports.iter().map(|report| load(report, to.get(&report.machine))).collect();
     let terms = Terms {
@@ -218,19 +256,23 @@ pub(super) fn evacuate(
         line: Rate::from_megabits(args.line),
         parallel: args.parallel,
         setup: SETUP,
-        store: if sleeps.is_some() { StoreUse::Sleeps } else { StoreUse::None },
+        store: match (&sleeps, bring) {
+            (None, _) => StoreUse::None,
+            (Some(_), false) => StoreUse::Sleeps,
+            (Some(_), true) => StoreUse::SleepsAndMoves,
+        },
     };
     let plan = evacuation::plan(&loads, &terms);
     let verdict = plan.verdict(&loads, &terms).to_string();
     let planned = Planned::of(&plan, &loads, &to);
     let sleepless = sleepless(&reports);
     if format == Format::Human {
-        println!("{verdict}{}", planned_lines(&planned));
+        say(&format!("{verdict}{}", planned_lines(&planned)));
         for (name, why) in &unknown {
-            println!("  not planned with: \"{name}\": {why}");
+            say(&format!("  not planned with: \"{name}\": {why}"));
         }
         for (name, why) in &sleepless {
-            println!("  not put to sleep: \"{name}\": {why}");
+            say(&format!("  not put to sleep: \"{name}\": {why}"));
         }
     }
     let mut outcomes = Vec::new();

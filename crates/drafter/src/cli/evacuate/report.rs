@@ -69,6 +69,10 @@ pub(super) struct Outcome {
     /// Whether that was before the deadline.
     pub(super) in_time: bool,
     pub(super) blackout_ms: Option<f64>,
+    /// Bytes that a move sent, and bytes of blocks that the other host had already.
+    pub(super) sent_bytes: Option<u64>,
+    /// See there.
+    pub(super) known_bytes: u64,
     /// What it was put to sleep as.
     pub(super) asleep: Option<Asleep>,
     /// Why it did not move, of one that was put to sleep instead.
@@ -89,10 +93,15 @@ impl Outcome {
         };
         let late = if self.in_time { "" } else { ", after the deadline" };
         let Some(asleep) = &self.asleep else {
+            let known = match self.known_bytes {
+                0 => String::new(),
+                known => format!(", {} were there already", bytes(known)),
+            };
             return format!(
-                "  {machine}: safe at {} after {safe:.1} s ({}, blackout {:.1} ms){late}",
+                "  {machine}: safe at {} after {safe:.1} s ({}, {} sent{known}, blackout {:.1} ms){late}",
                 self.host.as_deref().unwrap_or("-"),
                 self.way.map_or("", Way::name),
+                bytes(self.sent_bytes.unwrap_or_default()),
                 self.blackout_ms.unwrap_or_default(),
             );
         };

@@ -21,7 +21,8 @@ pub use machine::{DestinationMachine, Freezer};
 use super::{
     link::{Channel, Incoming, Outgoing},
     messages::{ResumeAnswer, Standing, TokenMeta},
-    protocol::{Frame, WireError},
+    names::Comparison,
+    protocol::{DeviceNumber, Frame, WireError},
     switchover::{
         DestinationAuthority, DestinationEvent, DestinationParts, DestinationState, Holding,
     },
@@ -176,6 +177,7 @@ pub fn run<M: DestinationMachine + 'static>(arrival: Arrival<M>) -> Ended<M> {
     let mut session = Session {
         desk: Arc::clone(&desk),
         applier: Applier::new(devices),
+        comparison: None,
         main: outgoing,
         control,
         filler: faults::fill(fault.incoming, &demands, &door),
@@ -258,6 +260,7 @@ pub fn go_on<M: DestinationMachine + 'static>(from: Continuation) -> Fate {
     let mut session = Session {
         desk: Arc::clone(&desk),
         applier: Applier::armed(devices),
+        comparison: None,
         main: outgoing,
         control: main.control.clone(),
         filler: None,
@@ -288,6 +291,8 @@ fn first_visitor(door: &Door) -> Option<Visitor> {
 struct Session<M> {
     desk: Arc<Desk<M>>,
     applier: Applier,
+    /// Names are coming.
+    comparison: Option<Comparison>,
     main: Arc<Mutex<Outgoing>>,
     control: Control,
     demands: Arc<Demands>,
@@ -362,7 +367,20 @@ impl<M: DestinationMachine + 'static> Session<M> {
             return Ok(true);
         };
         match frame {
-            Frame::RoundEnd(round) => self.send(&Frame::RoundApplied(round)),
+            Frame::Names { device, start, names } => {
+                if self.may_wait() {
+                    return Err("it names blocks after the token".into());
+                }
+                let devices = self.applier.devices();
+                let comparison = self.comparison.get_or_insert_with(|| Comparison::new(devices));
+                comparison.take(device, start, &names)?;
+            }
+            Frame::RoundEnd(round) => {
+                if let Some(comparison) = self.comparison.take() {
+                    self.tell_lacking(comparison)?;
+                }
+                self.send(&Frame::RoundApplied(round));
+            }
             Frame::Ping(nonce) => self.send(&Frame::Pong(nonce)),
             Frame::Token { meta, state } => self.token(&meta, &state)?,
             Frame::Expect(ms) => {
@@ -387,6 +405,16 @@ impl<M: DestinationMachine + 'static> Session<M> {
     fn send(&self, frame: &Frame) {
         let mut main = lock(&self.main);
         let _ = main.write(frame).and_then(|()| main.flush());
+    }
+
+    /// All blocks were named: the source hears which are to be sent.
+    fn tell_lacking(&self, comparison: Comparison) -> Result<(), String> {
+        let lacking = comparison.lacking().map_err(|error| error.to_string())?;
+        let mut main = lock(&self.main);
+        for (at, set) in lacking.iter().enumerate() {
+            main.missing(DeviceNumber(at as u8), set).map_err(|error| error.to_string())?;
+        }
+        Ok(())
     }
 
     fn tell_owner(&mut self) {

@@ -5,11 +5,12 @@
 //! here: every step that concerns it is an event to the authority ([`super::switchover`]) and an
 //! action back.
 //!
-//! [`Session`] is the state that the phases share: `rounds` sends while the guest runs, `handover`
-//! pauses and hands over. After the token a [`keeper::Keeper`] serves what is missing, over a
+//! [`Session`] is the state that the phases share: `compare` asks what the destination has already,
+//! `rounds` sends while the guest runs, `handover` pauses and hands over. After the token a [`keeper::Keeper`] serves what is missing, over a
 //! [`line::Line`] and whichever follow it; `pages` is what they serve from.
 
 mod after;
+mod compare;
 mod error;
 mod flight;
 mod handover;
@@ -29,6 +30,7 @@ pub use send::SendError;
 
 use super::{
     link::{self, Arrival, Channel, Outgoing},
+    lists::Lists,
     messages::{Mode, PrepareRequest, Verdict},
     planner::{Budgets, Planner},
     protocol::{Frame, SessionId},
@@ -156,6 +158,10 @@ struct Session<'a> {
     batch: u64,
     /// The last of them that it has in place.
     applied: u64,
+    /// What it lists, once it was asked what it lacks.
+    lists: Option<Lists>,
+    /// Bytes of blocks that it had already.
+    known_bytes: u64,
     started: Instant,
     prepared: Duration,
     /// The mode in force: post-copy where writes cannot be tracked.
@@ -211,6 +217,8 @@ pub fn run<'a>(plan: &'a Plan, around: Surroundings<'a>) -> Result<Moved, MoveEr
         taken,
         batch: 0,
         applied: 0,
+        lists: None,
+        known_bytes: 0,
         started,
         prepared: Duration::ZERO,
         planner_mode: mode,
@@ -256,7 +264,8 @@ impl Session<'_> {
         if self.plan.request.dry_run {
             return Ok(Went::Over(self.forecast(&first)));
         }
-        let (left, reason) = match self.precopy(first) {
+        let first = self.lacking(first);
+        let (left, reason) = match first.and_then(|first| self.precopy(first)) {
             Ok(done) => done,
             Err(stop) => return Err(self.give_up("pre-copy", &stop)),
         };
@@ -390,6 +399,11 @@ impl Session<'_> {
                 self.offer(at, attempt, serial, good_for_ms);
             }
             Frame::RoundApplied(round) => self.applied = self.applied.max(round),
+            Frame::Missing { device, ranges } => {
+                if let Some(lists) = &mut self.lists {
+                    lists.take(device, &ranges).map_err(Stop::Peer)?;
+                }
+            }
             Frame::Abort(reason) => {
                 return Err(Stop::Peer(format!("the destination gave up: {reason}")));
             }
