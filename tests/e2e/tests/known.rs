@@ -2,7 +2,7 @@
 //! stay that is long over, of a store.
 #![allow(clippy::unwrap_used, reason = "a test ends by panicking")]
 
-use architect::rig::RigConfig;
+use architect::{fleet::RunnerId, rig::RigConfig};
 use drafter::{
     migrate::{messages::Mode, timings::MoveReport},
     runner::api::{Phase, Progress},
@@ -15,7 +15,7 @@ use e2e::{
     place::Place,
     reception::on,
 };
-use std::time::Duration;
+use std::{fs, time::Duration};
 
 const MIB: u64 = 1 << 20;
 /// Of what the guest holds, the most is written once.
@@ -115,8 +115,10 @@ fn a_return_over_a_third_host_sends_what_has_changed() {
 }
 
 #[test]
-fn what_the_destinations_store_has_is_not_sent() {
-    let Some(mut stage) = Stage::open() else { return };
+fn what_the_destinations_store_has_is_not_sent_and_a_damaged_store_costs_no_data() {
+    let Some(mut stage) = Stage::with(RigConfig { hosts: 3, ..RigConfig::default() }) else {
+        return;
+    };
     let place = Place::new();
     let spec = stage.plain_spec("redis");
     let a = stage.fleet.run(0, &spec).unwrap();
@@ -125,31 +127,44 @@ fn what_the_destinations_store_has_is_not_sent() {
     let words = |first: &[&str]| -> Vec<String> {
         first.iter().map(|&word| word.to_owned()).chain(place.words()).collect()
     };
-    on(&stage, 0, &words(&["backup", "redis", "--every", "2s"])).succeeds();
-
     let package = spec.package.display().to_string();
-    let b =
-        stage.fleet.start(1, &spec, words(&["receive", "redis", "--package", &package])).unwrap();
-    let (address, peer) = {
-        let runner = stage.fleet.runner(b);
-        (runner.address.to_string(), runner.host.clone())
+    let [b, c] = [1, 2].map(|host| {
+        let words = words(&["receive", "redis", "--package", &package]);
+        stage.fleet.start(host, &spec, words).unwrap()
+    });
+    let moves = |host: usize, to: RunnerId| -> MoveReport {
+        let runner = stage.fleet.runner(to);
+        let (address, peer) = (runner.address.to_string(), runner.host.clone());
+        let words = ["migrate", "redis", "--to", &address, "--peer", &peer, "--from-store"]
+            .map(String::from);
+        let report: MoveReport = serde_json::from_value(on(&stage, host, &words).json()).unwrap();
+        settled(&stage.fleet, to);
+        verify_oracle(stage.fleet.runner(to));
+        eprintln!("{report}");
+        report
     };
-    let moves = |host: usize, from_store: bool, address: &str, peer: &str| -> MoveReport {
-        let mut words = vec!["migrate", "redis", "--to", address, "--peer", peer];
-        if from_store {
-            words.push("--from-store");
-        }
-        serde_json::from_value(on(&stage, host, &words).json()).unwrap()
-    };
-    let there = moves(0, true, &address, &peer);
-    settled(&stage.fleet, b);
-    mostly_known(&there);
-    verify_oracle(stage.fleet.runner(b));
+    on(&stage, 0, &words(&["backup", "redis", "--every", "2s"])).succeeds();
+    mostly_known(&moves(0, b));
 
-    // A store that has nothing of it, or is not there, is no reason not to move.
-    let home = stage.fleet.runner(a);
-    let back = moves(1, true, &home.address.to_string(), &home.host.clone());
-    assert!(back.returned, "{back}");
-    settled(&stage.fleet, a);
-    verify_oracle(stage.fleet.runner(a));
+    // Most of what the store has is damaged: what it had written here until that was found out is not taken
+    // for the machine's.
+    on(&stage, 1, &words(&["backup", "redis", "--every", "10s"])).succeeds();
+    for pack in place.packs() {
+        let mut content = fs::read(&pack).unwrap();
+        let from = content.len() / 2;
+        for at in (from..content.len() * 3 / 4).step_by(1000) {
+            content[at] ^= 0x55;
+        }
+        fs::write(&pack, content).unwrap();
+    }
+    let there = moves(1, c);
+    let log = stage.fleet.runner(c).log();
+    assert!(
+        log.contains("not all of a generation was brought"),
+        "nothing was damaged: {there}\n{log}"
+    );
+
+    // Nor is one that has nothing of it a reason not to move: here it goes by what has changed.
+    let back = moves(2, b);
+    assert!(back.returned && back.known_bytes == 0, "{back}");
 }

@@ -221,7 +221,7 @@ pub struct TokenMeta {
 }
 
 /// The destination runs and owns.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Confirmation {
     /// The new epoch.
     pub epoch: u64,
@@ -233,7 +233,7 @@ pub struct Confirmation {
     pub running_us: u64,
     /// … to the lease taken and frames released.
     pub released_us: u64,
-    /// CLOCK_MONOTONIC at running, nanoseconds; means something on the same host only.
+    /// CLOCK_MONOTONIC at running, nanoseconds; means something on the same host only. 0: not known.
     pub running_at_ns: u64,
     /// Faults before the machine ran: must be 0.
     pub early_faults: u64,

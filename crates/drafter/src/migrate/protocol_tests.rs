@@ -21,6 +21,12 @@ fn arbitrary_frame() -> impl Strategy<Value = Frame> {
         (device.clone(), 0u64..1 << 40, 1usize..3).prop_map(|(device, start, n)| {
             Frame::Blocks { device, start: BlockIndex(start), data: vec![7; n * BLOCK_SIZE] }
         }),
+        (device.clone(), 0u64..1 << 40, 1usize..3, any::<u8>()).prop_map(
+            |(device, start, n, byte)| {
+                let names = vec![byte; n * NAME_BYTES];
+                Frame::Names { device, start: BlockIndex(start), names }
+            }
+        ),
         (device.clone(), range.clone()).prop_map(|(device, range)| Frame::Zero { device, range }),
         (device.clone(), range.clone()).prop_map(|(device, range)| Frame::Demand { device, range }),
         (device.clone(), proptest::collection::vec(range.clone(), 0..9))
@@ -85,6 +91,15 @@ fn golden_bytes_of_version_3() {
     let mut expected = vec![19, 0, 0, 0, 0, 0, 0, 0, 0x23, 1];
     expected.resize(32, 0);
     assert_eq!(expect, expected, "an older peer of this version skips it");
+
+    let names = vec![7; NAME_BYTES];
+    let names = Frame::Names { device: DeviceNumber(1), start: BlockIndex(0x45), names };
+    let bytes = bytes_of(&names, false);
+    assert_eq!((&bytes[..5], &bytes[8..10]), (&[24, 1, 0, 0, 32][..], &[0x45, 0][..]));
+    assert_eq!(&bytes[32..], [7; NAME_BYTES]);
+    let mut half = bytes.clone();
+    half[4] = 31;
+    assert!(FrameReader::new(&half[..63], false).read().is_err(), "half a name");
 
     let missing = Frame::Missing { device: DeviceNumber(1), ranges: vec![BlockRange::new(5, 2)] };
     let bytes = bytes_of(&missing, true);

@@ -27,6 +27,7 @@
 pub mod api;
 mod backup;
 mod boot;
+mod bring;
 pub mod config;
 mod confine;
 mod disks;

@@ -7,29 +7,16 @@
 
 use super::{
     Runner, State,
+    bring::{Brought, bring},
+    config::StoreAt,
     hosted::{self, Content},
-    restore::{History, described, restore_device},
 };
 use crate::{
-    checkpoint::{
-        MEMORY,
-        restore::{DiskTarget, MemoryTarget},
-    },
     migrate::messages::{PrepareRequest, StayId},
     package::Package,
 };
-use silo::{
-    block::BLOCK_SIZE, device::Device as _, disk::DiskStatus, io::BlockDevice, store::Which,
-};
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
-
-/// How long it is brought from a store what may still be the same, while the source waits for the verdict.
-const BRING_LIMIT: Duration = Duration::from_secs(40);
-/// How often it is told how far this is.
-const TELL: Duration = Duration::from_millis(500);
+use silo::{block::BLOCK_SIZE, device::Device as _, disk::DiskStatus};
+use std::time::Instant;
 
 fn text(error: impl std::fmt::Display) -> String {
     error.to_string()
@@ -101,17 +88,28 @@ impl Runner {
         }
         let disks = self.site().disks;
         let content = hosted::new_content(&request.shape, package, &disks, false).map_err(text)?;
-        let mut compares = false;
-        if let Some(line) = request.stored_as.as_deref().filter(|_| may_compare) {
-            // It only saves something: without it the machine comes as any other.
-            match self.bring(request, line, &content) {
-                Ok(()) => compares = true,
-                Err(why) => {
-                    tracing::warn!(line, "nothing was brought from this host's store: {why}");
-                }
+        let line = request.stored_as.clone().filter(|_| may_compare);
+        let (Some(line), Some(from)) = (line, self.bring_from()) else {
+            return Ok(Found { content, compares: false });
+        };
+        let began = Instant::now();
+        let tell = |done| {
+            let detail = format!("from {}; {} MiB from the store", request.host, done >> 20);
+            self.set_state(State::Receiving, detail);
+        };
+        let Brought { any, came } = bring(from, line.clone(), request, &content, &tell);
+        // It only saves something: without it the machine comes as any other.
+        match came {
+            Ok(number) => {
+                tracing::info!(line, number, took = ?began.elapsed(), "brought a generation");
             }
+            Err(why) if any => {
+                tracing::warn!(line, "not all of a generation was brought from the store: {why}");
+            }
+            Err(why) => tracing::warn!(line, "nothing was brought from the store: {why}"),
         }
-        Ok(Found { content, compares })
+        // (What is not as new must be compared, or it would stay where the source has nothing to send.)
+        Ok(Found { content, compares: any })
     }
 
     /// Whether the lease names that host. No answer says nothing, and then nothing is compared.
@@ -120,53 +118,13 @@ impl Runner {
         record.is_ok_and(|record| record.is_some_and(|record| record.owner.as_str() == host))
     }
 
-    /// Brings the newest generation of a history into new memory and disks, as far as it comes in time.
-    fn bring(&self, request: &PrepareRequest, line: &str, content: &Content) -> Result<(), String> {
-        let (store, keys) = match (&self.config.bring_from, &self.config.protect) {
-            (Some(from), _) => (&from.store, from.keys.as_deref()),
-            (None, Some(protect)) => (&protect.store, protect.keys.as_deref()),
-            (None, None) => return Err("this runner was given none (--store)".into()),
+    /// The store that content may be brought from.
+    fn bring_from(&self) -> Option<StoreAt> {
+        let (brings, protects) = (&self.config.bring_from, &self.config.protect);
+        let protects = || {
+            let protect = protects.as_ref()?;
+            Some(StoreAt { store: protect.store.clone(), keys: protect.keys.clone() })
         };
-        let (began, deadline) = (Instant::now(), Instant::now() + BRING_LIMIT);
-        let generation = History::at(store, line, keys)?.open(Which::Newest)?;
-        let (saved, _) = described(&generation)?;
-        let fits = saved.package == request.package
-            && saved.shape.name == request.shape.name
-            && saved.shape.memory_bytes == request.shape.memory_bytes;
-        if !fits {
-            return Err(format!(
-                "generation {} of {line} is of another machine, package or size",
-                generation.number()
-            ));
-        }
-        generation.pin_if_possible().map_err(text)?;
-        let mut targets: Vec<(String, Box<dyn BlockDevice>)> = Vec::new();
-        for disk in &content.disks {
-            let name = saved.disk_device(disk.name().as_str());
-            targets.push((name, Box::new(DiskTarget(Arc::clone(disk)))));
-        }
-        targets.push((MEMORY.to_owned(), Box::new(MemoryTarget(Arc::clone(&content.memory)))));
-        let mut told = Instant::now();
-        for (name, target) in &targets {
-            let size = target.size();
-            restore_device(&generation, name, &**target, &mut |done| {
-                if told.elapsed() >= TELL {
-                    told = Instant::now();
-                    let from = &request.host;
-                    let (done, size) = (done >> 20, size >> 20);
-                    let detail =
-                        format!("from {from}; {name}: {done} of {size} MiB from the store");
-                    self.set_state(State::Receiving, detail);
-                }
-                Instant::now() < deadline
-            })?;
-            if Instant::now() >= deadline {
-                break;
-            }
-        }
-        let whole = Instant::now() < deadline;
-        tracing::info!(line, number = generation.number(), whole, took = ?began.elapsed(),
-            "brought from the store what may still be the same");
-        Ok(())
+        brings.clone().or_else(protects)
     }
 }

@@ -2,15 +2,15 @@
 //! later, with times from now.
 
 use super::{
-    Holder, HolderState, OperationId, Pulse, Taker, View,
+    Holder, HolderState, OperationId, Pulse, Surrender, Taker, View,
     holder::Purpose,
     pulse,
     store::{Read, Write, Written},
-    taker,
+    surrender, taker,
 };
 use crate::{
     lease::{Beat, BootTime, Record},
-    migrate::switchover::model::Digest,
+    migrate::switchover::model::{Digest, left},
 };
 use std::time::Duration;
 
@@ -131,6 +131,35 @@ impl Taker {
         if let Some(dead) = &self.dead {
             d.life(&dead.life);
             d.put(&(age(now, dead.known, longest), dead.over.since(now)));
+        }
+    }
+}
+
+impl Surrender {
+    pub(crate) fn asked(&self) -> Option<OperationId> {
+        match &self.state {
+            surrender::State::Looking(read) | surrender::State::Reading(read) => read.asked(),
+            surrender::State::Ending(write) => write.asked(),
+            surrender::State::Binding(write) => write.asked(),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn digest(&self, d: &mut Digest, now: BootTime) {
+        d.put(&(std::mem::discriminant(&self.state), self.unbound));
+        // Until then it waits; after that it tells how long offers may hold.
+        d.put(&left(now, self.parts.not_before));
+        d.lives(&self.over);
+        match &self.state {
+            surrender::State::Looking(read) | surrender::State::Reading(read) => {
+                d.put(&read.asked().is_some());
+            }
+            surrender::State::Ending(write) => records(d, write, |d, beat: &Beat| d.beat(beat)),
+            surrender::State::Binding(write) => {
+                records(d, write, |d, record: &Record| d.record(record));
+            }
+            surrender::State::Clearing(until) => d.put(&until.since(now)),
+            surrender::State::Waiting | surrender::State::Done => {}
         }
     }
 }

@@ -66,7 +66,7 @@ pub enum SurrenderAction {
 
 #[derive(Debug)]
 #[cfg_attr(test, derive(Clone))]
-enum State {
+pub(super) enum State {
     Waiting,
     /// What is there of the machine's own beat?
     Looking(Read),
@@ -83,12 +83,12 @@ enum State {
 /// See the [module](self).
 #[cfg_attr(test, derive(Clone))]
 pub struct Surrender {
-    parts: SurrenderParts,
-    state: State,
+    pub(super) parts: SurrenderParts,
+    pub(super) state: State,
     /// The life that is over.
-    over: Option<BeatRef>,
+    pub(super) over: Option<BeatRef>,
     /// It was not bound when it was looked at first.
-    unbound: bool,
+    pub(super) unbound: bool,
     next_operation: u64,
     told: bool,
 }

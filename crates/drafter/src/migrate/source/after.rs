@@ -94,6 +94,11 @@ impl Session<'_> {
         }
         let left = keeper.remaining();
         let Keeper { confirmation, durable, why, sent, .. } = keeper;
+        // Whoever releases this host has the machine, also if its confirmation never came.
+        let confirmation = confirmation.or_else(|| {
+            let epoch = durable.as_ref()?.epoch;
+            Some((Instant::now(), Confirmation { epoch, ..Confirmation::default() }))
+        });
         progress(Progress {
             job: plan.job,
             phase: Phase::Ended,
@@ -314,7 +319,9 @@ impl Summary<'_> {
         handed: Instant,
     ) -> MoveReport {
         let request = &self.plan.request;
-        let same_clock = !request.boot_id.is_empty() && request.boot_id == self.verdict.boot_id;
+        let same_clock = !request.boot_id.is_empty()
+            && request.boot_id == self.verdict.boot_id
+            && confirmation.running_at_ns > 0;
         let blackout_ms = if same_clock {
             confirmation.running_at_ns.saturating_sub(paused_at_ns) as f64 / 1e6
         } else {

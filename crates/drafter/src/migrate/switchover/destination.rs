@@ -515,7 +515,11 @@ impl DestinationAuthority {
     fn on_peer_back(&mut self, out: &mut Vec<DestinationAction>) {
         match self.state {
             State::Owner { epoch } => out.push(DestinationAction::SendConfirmed { epoch }),
-            State::Settled { epoch } => out.push(DestinationAction::SendDurable { epoch }),
+            // The confirmation may have been lost with the line, too.
+            State::Settled { epoch } => out.extend([
+                DestinationAction::SendConfirmed { epoch },
+                DestinationAction::SendDurable { epoch },
+            ]),
             State::Refused | State::Discarded => self.send_refused("it was given up", out),
             _ => {}
         }

@@ -113,7 +113,8 @@ impl Digest {
     pub(crate) fn life(&mut self, life: &BeatRef) {
         let base = self.lives.iter().find(|known| known.name == life.name);
         let from = base.map_or(0, |known| known.incarnation);
-        self.put(&(initial(life.name.host()), life.incarnation.wrapping_sub(from)));
+        let own = life.name.machine().is_some();
+        self.put(&(initial(life.name.host()), own, life.incarnation.wrapping_sub(from)));
     }
 
     pub(crate) fn lives<'a>(&mut self, lives: impl IntoIterator<Item = &'a BeatRef>) {

@@ -59,7 +59,7 @@ mod terms;
 mod tests;
 mod world;
 
-pub(crate) use digest::Digest;
+pub(crate) use digest::{Digest, left};
 
 use super::{DestinationEvent, SourceEvent, Terms, terms::Rule};
 use calm::Rested;

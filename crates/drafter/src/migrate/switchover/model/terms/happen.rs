@@ -2,6 +2,7 @@
 
 use super::{
     super::Message,
+    neglect::Neglect,
     world::{Asked, Copy, DESTINATION, OWNER, Pending, TAKER, Who, World, host},
 };
 use crate::{
@@ -11,8 +12,8 @@ use crate::{
         SourceEvent, SourceState,
     },
     tenure::{
-        Answer, Content, Holder, HolderAction, HolderEvent, PulseAction, PulseEvent, TakerAction,
-        TakerEvent,
+        Answer, Content, Holder, HolderAction, HolderEvent, PulseAction, PulseEvent,
+        SurrenderEvent, TakerAction, TakerEvent,
     },
 };
 use std::{sync::Arc, time::Duration};
@@ -38,6 +39,12 @@ pub(super) enum Step {
     NoAnswer(Who),
     LinkLost,
     OwnerDies,
+    /// The owner's runner takes nothing in any more.
+    Hangs,
+    GuardFreezes,
+    GoesOn,
+    /// Its keeper tells it what there is.
+    Welcomed,
 }
 
 impl World {
@@ -45,7 +52,8 @@ impl World {
     fn must_freeze(&self) -> Option<Who> {
         let over = |at: Option<BootTime>, index: usize| at.is_some_and(|at| self.now[index] >= at);
         for index in [OWNER, DESTINATION] {
-            if over(self.holders[index].as_ref().and_then(|h| h.freeze_at()), index) {
+            let hung = index == OWNER && self.neglect.hung;
+            if !hung && over(self.holders[index].as_ref().and_then(|h| h.freeze_at()), index) {
                 return Some(Who::Holder(index));
             }
         }
@@ -57,11 +65,17 @@ impl World {
         if let Some(who) = self.must_freeze() {
             return out.push(Step::Timer(who));
         }
+        if self.must_guard() {
+            return out.push(Step::GuardFreezes);
+        }
+        let deaf = |who: Who| who == Who::Holder(OWNER) && self.neglect.hung;
         let doings = &self.doings;
         for (who, pending) in &self.pending {
             let done = pending.answer.is_some();
-            out.push(if done { Step::Answered(*who) } else { Step::Applied(*who) });
-            if self.faults > 0 {
+            if !(done && deaf(*who)) {
+                out.push(if done { Step::Answered(*who) } else { Step::Applied(*who) });
+            }
+            if self.faults > 0 && !deaf(*who) {
                 out.push(Step::NoAnswer(*who));
             }
         }
@@ -70,7 +84,7 @@ impl World {
         for who in Who::ALL {
             let offering = self.destination_state() == Some(DestinationState::Offering);
             let more = doings.offers > 0 || !(who == Who::Destination && offering);
-            let more = more && self.may_renew(who);
+            let more = more && self.may_renew(who) && !deaf(who);
             if more && self.wake_at(who).is_some_and(|at| self.now[who.host()] >= at) {
                 out.push(Step::Timer(who));
             }
@@ -82,6 +96,7 @@ impl World {
         };
         may(Step::Watch, self.taker.is_none() && doings.watches > 0 && !self.copies[TAKER].running);
         let protects = self.holders[OWNER].is_some() && self.source.is_none() && !doings.asked;
+        let protects = protects && !self.neglect.hung;
         may(Step::Protect(self.lease.beat.is_none()), protects);
         may(Step::Prepared, self.destination_state() == Some(DestinationState::Preparing));
         let copying = self.source_state() == Some(SourceState::Copying);
@@ -93,6 +108,9 @@ impl World {
         may(Step::AllPresent, owner && !self.copies[OWNER].gone);
         let moves = self.source.is_some() && self.faults > 0;
         may(Step::LinkLost, moves && !doings.source_over);
+        may(Step::Hangs, self.may_hang());
+        may(Step::GoesOn, self.neglect.may_go_on());
+        may(Step::Welcomed, self.neglect.deaf);
         may(Step::OwnerDies, self.faults > 0 && !self.copies[OWNER].gone);
         may(Step::Time, true);
     }
@@ -108,6 +126,7 @@ impl World {
             Who::Pulse(index) => self.pulses[index].as_ref()?.wake_at(),
             Who::Holder(index) => self.holders[index].as_ref()?.wake_at(),
             Who::Taker => self.taker.as_ref()?.wake_at(),
+            Who::Surrender => self.neglect.surrender.as_ref()?.wake_at(),
             Who::Source => self.source.as_ref()?.wake_at(),
             Who::Destination => self.destination.as_ref()?.wake_at(),
         }
@@ -222,9 +241,14 @@ impl World {
                 self.faults -= 1;
                 self.copies[OWNER].gone = true;
                 (self.pulses[OWNER], self.holders[OWNER], self.source) = (None, None, None);
+                self.neglect = Neglect::default();
                 self.doings.pausing = false;
                 self.destination_event(DestinationEvent::PeerLost);
             }
+            Step::Hangs => self.hangs(),
+            Step::GuardFreezes => self.copies[OWNER].term_frozen = true,
+            Step::GoesOn => self.goes_on(),
+            Step::Welcomed => self.welcomed(),
         }
     }
 
@@ -237,12 +261,13 @@ impl World {
             }
             Who::Holder(index) => self.holder_event(index, HolderEvent::Tick),
             Who::Taker => self.taker_event(TakerEvent::Tick),
+            Who::Surrender => self.surrender_event(SurrenderEvent::Tick),
             Who::Source => self.source_event(SourceEvent::Tick),
             Who::Destination => self.destination_event(DestinationEvent::Tick),
         }
     }
 
-    fn ask(&mut self, who: Who, asked: impl Into<Asked>) {
+    pub(super) fn ask(&mut self, who: Who, asked: impl Into<Asked>) {
         self.forget(who);
         self.pending.insert(who, Pending { asked: Arc::new(asked.into()), answer: None });
     }
@@ -273,6 +298,7 @@ impl World {
                 self.holder_event(index, HolderEvent::Answer { operation, answer });
             }
             Who::Taker => self.taker_event(TakerEvent::Answer { operation, answer }),
+            Who::Surrender => self.surrender_event(SurrenderEvent::Answer { operation, answer }),
             Who::Source => {
                 let answer = of_lease(answer);
                 self.source_event(SourceEvent::LeaseAnswer { operation, answer });
@@ -296,6 +322,9 @@ impl World {
                 PulseAction::Store(call) => self.ask(Who::Pulse(index), call),
                 PulseAction::Tell(view) => {
                     if index == OWNER {
+                        if !self.neglect.is_told(view.as_ref()) {
+                            continue;
+                        }
                         self.source_event(SourceEvent::Term(view.clone()));
                     }
                     self.holder_event(index, HolderEvent::View(view));

@@ -13,13 +13,15 @@
 //! watch, are bounded by the [`Scene`], since one history may have any number of them; after its last
 //! renewal a host is as one that does not reach the store. A move is looked at from five beginnings that
 //! real steps led to, and has one offer. The third host is always ready, and its own life holds. That
-//! everything comes to rest is the simulator's to show.
+//! everything comes to rest is the simulator's to show. Of runners that stand still while their host lives, it
+//! looks at those of machines that do not move.
 //!
 //! [`Pulse`]: crate::tenure::Pulse
 //! [`Holder`]: crate::tenure::Holder
 //! [`Taker`]: crate::tenure::Taker
 
 mod happen;
+mod neglect;
 mod tests;
 mod world;
 
@@ -65,6 +67,8 @@ struct Scene {
     renewals: [u8; 2],
     /// How often the third host begins to watch.
     watches: u8,
+    /// How often the owner's runner begins to stand still while its host lives.
+    hangs: u8,
     broken: Option<Broken>,
 }
 
@@ -189,6 +193,7 @@ impl Model for Scene {
             vec![Property::always(ONE_PLACE, |_, state: &Self::State| state.world.wrong.is_none())];
         if self.broken.is_none() {
             all.extend(tests::reached(self.start));
+            all.extend((self.hangs > 0).then(tests::given_up).into_iter().flatten());
         }
         all
     }

@@ -49,6 +49,22 @@ pub(super) fn reached(start: Start) -> Vec<Property<Scene>> {
     all
 }
 
+/// … where a runner stands still.
+pub(super) fn given_up() -> Vec<Property<Scene>> {
+    type Reached = State<World>;
+    vec![
+        Property::sometimes("it is given up", |_, s: &Reached| {
+            s.world.lease.beat.as_ref().is_some_and(|life| life.name.machine().is_some())
+        }),
+        Property::sometimes("what was given up is got back", |_, s: &Reached| {
+            s.world.neglect.given.is_some() && s.world.copies[OWNER].executes()
+        }),
+        Property::sometimes("what was given up is taken", |_, s: &Reached| {
+            s.world.neglect.given.is_some() && s.world.copies[TAKER].executes()
+        }),
+    ]
+}
+
 fn told(path: &Path<State<World>, Step>) -> String {
     let mut lines: Vec<_> = (path.clone().into_vec().iter())
         .filter_map(|(state, step)| step.map(|step| state.world.tell(step)))
@@ -58,7 +74,7 @@ fn told(path: &Path<State<World>, Step>) -> String {
 }
 
 const fn scene(start: Start, renewals: [u8; 2], faults: u8) -> Scene {
-    Scene { start, faults, renewals, watches: 1, broken: None }
+    Scene { start, faults, renewals, watches: 1, hangs: 0, broken: None }
 }
 
 fn exhaust(scene: Scene) {
@@ -93,6 +109,28 @@ fn in_every_history_of_a_protected_machine_it_is_in_one_place() {
         exhaust(scene(Start::MovingToTheDead, [0, 0], 2));
         exhaust(scene(Start::MovingToTheDead, [1, 0], 0));
         exhaust(scene(Start::Moving, [0, 0], 0));
+    }
+}
+
+#[test]
+fn a_machine_that_its_host_gives_up_while_its_runner_stands_still_is_in_one_place() {
+    exhaust(Scene { hangs: 1, ..scene(Start::Protected, [1, 0], 0) });
+    if whole() {
+        exhaust(Scene { hangs: 1, ..scene(Start::Protected, [1, 0], 1) });
+        exhaust(Scene { hangs: 1, ..scene(Start::Protected, [2, 0], 0) });
+        exhaust(Scene { hangs: 2, ..scene(Start::Protected, [1, 0], 0) });
+    }
+}
+
+#[test]
+fn every_rule_of_surrenders_that_is_broken_is_caught() {
+    for rule in [TermRule::GiveUpAfterTerm, TermRule::GivenUpIsGotBack] {
+        let broken = Some(Broken::Term(rule));
+        let scene = Scene { hangs: 1, broken, ..scene(Start::Protected, [1, 0], 0) };
+        let checker = scene.checker().finish_when(HasDiscoveries::Any).spawn_bfs().join();
+        let path = checker.discovery(ONE_PLACE);
+        let path = path.unwrap_or_else(|| panic!("{rule:?} broken, and nothing came of it"));
+        println!("{rule:?} broken:\n{}\n", told(&path));
     }
 }
 

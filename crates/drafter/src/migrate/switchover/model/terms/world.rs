@@ -3,6 +3,7 @@
 use super::{
     super::{Digest, Message},
     Scene,
+    neglect::Neglect,
 };
 use crate::{
     lease::{
@@ -35,10 +36,12 @@ pub(super) enum Who {
     Taker,
     Source,
     Destination,
+    /// The owner's keeper gives its machine up.
+    Surrender,
 }
 
 impl Who {
-    pub(super) const ALL: [Self; 7] = [
+    pub(super) const ALL: [Self; 8] = [
         Self::Pulse(OWNER),
         Self::Pulse(DESTINATION),
         Self::Holder(OWNER),
@@ -46,13 +49,14 @@ impl Who {
         Self::Taker,
         Self::Source,
         Self::Destination,
+        Self::Surrender,
     ];
 
     pub(super) const fn host(self) -> usize {
         match self {
             Self::Pulse(host) | Self::Holder(host) => host,
             Self::Taker => TAKER,
-            Self::Source => OWNER,
+            Self::Source | Self::Surrender => OWNER,
             Self::Destination => DESTINATION,
         }
     }
@@ -139,6 +143,7 @@ pub(super) struct World {
     pub(super) messages: Vec<Arc<Message>>,
     pub(super) copies: [Copy; 3],
     pub(super) doings: Doings,
+    pub(super) neglect: Neglect,
     pub(super) faults: u8,
     drawn: u8,
     pub(super) wrong: Option<Arc<str>>,
@@ -148,7 +153,7 @@ pub(super) fn host(index: usize) -> HostName {
     HostName::new(HOSTS[index]).unwrap()
 }
 
-fn machine() -> MachineName {
+pub(super) fn machine() -> MachineName {
     MachineName::new("m").unwrap()
 }
 
@@ -156,7 +161,13 @@ fn beat_of(index: usize) -> BeatName {
     BeatName::of_host(host(index))
 }
 
+/// That of the machine's runner at its owner.
+const OWN: usize = HOSTS.len();
+
 fn index_of(name: &BeatName) -> usize {
+    if name.machine().is_some() {
+        return OWN;
+    }
     HOSTS.iter().position(|host| *host == name.host().as_str()).unwrap()
 }
 
@@ -184,6 +195,7 @@ impl World {
                 watches: scene.watches,
                 ..Doings::default()
             },
+            neglect: Neglect { hangs: scene.hangs, ..Neglect::default() },
             faults: scene.faults,
             drawn: 0,
             wrong: None,
@@ -352,6 +364,7 @@ impl World {
             Who::Pulse(index) => self.pulses[index].as_ref()?.asked(),
             Who::Holder(index) => self.holders[index].as_ref()?.asked(),
             Who::Taker => self.taker.as_ref()?.asked(),
+            Who::Surrender => self.neglect.surrender.as_ref()?.asked(),
             Who::Source => match &self.source.as_ref()?.state {
                 source::State::WritingHandOver { write, .. }
                 | source::State::TakingBack { write } => write.asked(),
@@ -443,6 +456,15 @@ impl World {
             if let Some(holder) = &self.holders[index] {
                 holder.digest(&mut d, self.now[index]);
             }
+        }
+        let Neglect { hangs, hung, deaf, surrender, .. } = &self.neglect;
+        d.put(&(hangs, hung, deaf, surrender.is_some()));
+        if *hangs > 0 || *hung {
+            d.put(&self.neglect.told_until.since(self.now[OWNER]));
+        }
+        d.epochs(self.neglect.given.as_slice());
+        if let Some(surrender) = surrender {
+            surrender.digest(&mut d, self.now[OWNER]);
         }
         d.put(&(self.taker.is_some(), self.source.is_some(), self.destination.is_some()));
         if let Some(taker) = &self.taker {
