@@ -52,13 +52,21 @@ pub fn protection(stage: &Stage, at: RunnerId) -> Option<ProtectionState> {
 /// Waits until it is.
 #[track_caller]
 pub fn is_protected(stage: &Stage, at: RunnerId) {
-    eventually("it is protected", LIMIT, || {
-        let state = protection(stage, at);
-        state.is_some_and(|state| state.word == "protected") && {
-            let backup = stage.fleet.runner(at).status().unwrap().backup;
-            backup.is_some_and(|backup| backup.generations > 1)
+    let runner = stage.fleet.runner(at);
+    let begun = Instant::now();
+    loop {
+        let status = runner.status();
+        let is_so = status.as_ref().is_ok_and(|status| {
+            let word = status.protection.as_ref().is_some_and(|state| state.word == "protected");
+            word && status.backup.as_ref().is_some_and(|backup| backup.generations > 1)
+        });
+        if is_so {
+            return;
         }
-    });
+        let log = || runner.log_tail();
+        assert!(begun.elapsed() < LIMIT, "it is not protected: {status:?}\n{}", log());
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// Waits for so many more generations.

@@ -29,6 +29,8 @@ use std::{
 
 /// Pauses between two starts of a runner that fails: the first, and at most.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+/// How long a process that was killed may take to end.
+const ENDS: Duration = Duration::from_secs(2);
 /// A runner that lived so long did not fail at its start.
 const LIVED: Duration = Duration::from_secs(10);
 
@@ -101,6 +103,11 @@ fn look(args: &RecoverArgs, state: &StateArgs) -> anyhow::Result<Next> {
     let record = dir.read_record()?.with_context(|| {
         format!("no runner of \"{}\" has ever been started on this host", args.name)
     })?;
+    // One that has just been killed needs a moment to let go of its files.
+    let deadline = Instant::now() + ENDS;
+    while record.is_ending() && Instant::now() < deadline {
+        std::thread::sleep(PAUSES.0 / 10);
+    }
     if record.alive() {
         bail!("it has a runner on this host already (process {})", record.pid);
     }

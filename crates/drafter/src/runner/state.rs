@@ -174,10 +174,16 @@ pub fn process_start(pid: u32) -> Option<u64> {
     // The command in parentheses may hold spaces; field 3 follows the last one.
     let rest = &stat[stat.rfind(')')? + 2..];
     let mut fields = rest.split(' ');
-    if fields.next() == Some("Z") {
+    if fields.next() == Some("Z") && !has_threads(pid) {
         return None;
     }
     fields.nth(18)?.parse().ok()
+}
+
+/// A process that is being killed is a zombie when its first thread has ended; the others may still have its
+/// files open, and what is locked by them.
+fn has_threads(pid: u32) -> bool {
+    fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|tasks| tasks.count() > 1)
 }
 
 impl RunnerRecord {
@@ -185,6 +191,13 @@ impl RunnerRecord {
     #[must_use]
     pub fn alive(&self) -> bool {
         self.boot_id == boot_id() && process_start(self.pid) == Some(self.started)
+    }
+
+    /// Whether it has been killed, and has not let go of its files yet.
+    #[must_use]
+    pub fn is_ending(&self) -> bool {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+        self.alive() && stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" Z"))
     }
 }
 
