@@ -6,8 +6,9 @@
 //! action back.
 //!
 //! [`Session`] is the state that the phases share: `compare` asks what the destination has already,
-//! `rounds` sends while the guest runs, `handover` pauses and hands over. After the token a [`keeper::Keeper`] serves what is missing, over a
-//! [`line::Line`] and whichever follow it; `pages` is what they serve from.
+//! `rounds` sends while the guest runs, `handover` pauses and hands over. After the token a
+//! [`keeper::Keeper`] serves what is missing, over a [`line::Line`] and whichever follow it; `pages` is what
+//! they serve from.
 
 mod after;
 mod compare;
