@@ -156,7 +156,8 @@ mod tests {
         let times = alone(load("a", 500), Way::PostCopy);
         near(times.handed_over, 0.2);
         near(times.safe, 5.2);
-        let stored = Load { in_store: Bytes(400 * MIB), ..load("a", 500) };
+        let there = Bytes(400 * MIB);
+        let stored = Load { in_store: there, brought: there, ..load("a", 500) };
         // The names of 500 MiB are 3.9 MiB.
         near(alone(stored.clone(), Way::PostCopyWithStore).safe, 1.239_062_5);
         near(alone(stored.clone(), Way::HybridWithStore).safe, 1.249_453_125);

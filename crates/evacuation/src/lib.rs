@@ -72,8 +72,10 @@ pub struct Load {
     pub weight: u32,
     /// What a destination lacks of its memory and its disks, after zeros, duplicates and compression.
     pub bytes: Bytes,
-    /// Of these, what a store holds durably with the content of now.
+    /// Of these, what a sleep in a store finds there already.
     pub in_store: Bytes,
+    /// Of these, what a destination can bring from a store with the content of now.
+    pub brought: Bytes,
     /// What it writes anew, of memory and disks.
     pub dirties: Rate,
     /// The most that it writes over and over: no copy has more than this to send again.
@@ -165,7 +167,7 @@ impl Way {
     /// Whether a machine can go this way.
     #[must_use]
     pub fn is_open(self, load: &Load, terms: &Terms) -> bool {
-        let helps = terms.store == StoreUse::SleepsAndMoves && load.in_store > load.names();
+        let helps = terms.store == StoreUse::SleepsAndMoves && load.brought > load.names();
         match self {
             Self::Hybrid | Self::PostCopy => load.destination,
             Self::HybridWithStore | Self::PostCopyWithStore => load.destination && helps,
@@ -179,7 +181,7 @@ impl Way {
         match self {
             Self::Hybrid | Self::PostCopy => load.bytes,
             Self::HybridWithStore | Self::PostCopyWithStore => {
-                let lacking = load.bytes.0.saturating_sub(load.in_store.0);
+                let lacking = load.bytes.0.saturating_sub(load.brought.0);
                 Bytes(lacking.saturating_add(load.names().0))
             }
             Self::Suspend => Bytes(load.bytes.0.saturating_sub(load.in_store.0)),
@@ -248,6 +250,7 @@ pub(crate) mod samples {
             weight: 1,
             bytes: Bytes(mib * MIB),
             in_store: Bytes(0),
+            brought: Bytes(0),
             dirties: Rate(MIB),
             hot: Bytes(4 * MIB),
             destination: true,

@@ -348,8 +348,13 @@ mod tests {
     #[test]
     fn a_store_carries_what_the_line_cannot_and_takes_who_has_no_destination() {
         let age = Some(Duration::from_secs(5));
-        let stored =
-            |name| Load { in_store: Bytes(3900 * MIB), generation_age: age, ..load(name, 4000) };
+        let there = Bytes(3900 * MIB);
+        let stored = |name| Load {
+            in_store: there,
+            brought: there,
+            generation_age: age,
+            ..load(name, 4000)
+        };
         let homeless = Load { destination: false, ..stored("homeless") };
         let lost = Load { destination: false, ..load("lost", 10) };
         let loads = [stored("a"), stored("b"), homeless, lost];
@@ -370,6 +375,17 @@ mod tests {
         assert_eq!(fates[3], Fate::FromDisks);
         let text = seen.verdict(&loads, &alone).to_string();
         assert!(text.contains("no host takes it") && text.contains("15 s old"), "{text}");
+    }
+
+    #[test]
+    fn what_a_backup_has_helps_a_move_and_what_sleeps_have_a_sleep() {
+        let age = Some(Duration::from_secs(1));
+        let load = load("a", 4000);
+        let saved = Load { brought: Bytes(3900 * MIB), generation_age: age, ..load.clone() };
+        let slept = Load { in_store: Bytes(3900 * MIB), ..load };
+        let way = |load: Load| plan(&[load], &terms(10)).steps.first().map(|step| step.way);
+        assert_eq!(way(saved), Some(Way::HybridWithStore));
+        assert_eq!(way(slept), Some(Way::Suspend));
     }
 
     #[test]
@@ -440,6 +456,7 @@ mod tests {
             .map(|(mib, weight, stored, dirties, hot, [destination, may_sleep, generation])| Load {
                 weight,
                 in_store: Bytes(stored.min(mib) * MIB),
+                brought: Bytes(stored.min(mib) / 2 * MIB),
                 dirties: Rate(dirties * MIB),
                 hot: Bytes(hot.min(mib) * MIB),
                 destination,

@@ -139,7 +139,7 @@ fn a_machine_that_does_not_fit_through_the_line_sleeps_and_is_woken_where_the_ot
     let nobody = place.folder().join("nobody");
     fs::write(&nobody, "# no machine has a host of its own\n").unwrap();
     let file = vec!["--to".into(), nobody.display().to_string()];
-    let narrow = narrow(&calm);
+    let narrow = narrow(&calm, "in_store", figure("small", "bytes"));
     let report = on(&stage, 0, &[evacuate(&b, &store), narrow, file].concat()).json();
     eprintln!("{}", report["verdict"]);
     let moved = of(&report, "outcomes", "small");
@@ -174,21 +174,26 @@ fn a_machine_that_does_not_fit_through_the_line_sleeps_and_is_woken_where_the_ot
     // Back on such a line the large one moves, with what that host brings from its store.
     let a = Reception::open(&stage, 0, &store);
     let calm = self::calm(&stage, 1, &a, &store);
-    let known = self::figure(&calm, "large", "in_store");
-    let report = on(&stage, 1, &[evacuate(&a, &store), self::narrow(&calm)].concat()).json();
-    eprintln!("{}", report["verdict"]);
-    let moved = of(&report, "outcomes", "large");
-    assert_eq!(
-        (&moved["way"], &moved["host"]),
-        (&json!("hybrid-with-store"), &json!("a")),
-        "{report}"
-    );
-    assert_eq!((&moved["error"], &moved["in_time"]), (&Value::Null, &json!(true)), "{report}");
-    let brought = moved["known_bytes"].as_u64().unwrap();
-    assert!(brought > known / 2, "{} of {} MiB: {report}", brought / MIB, known / MIB);
+    let narrow = self::narrow(&calm, "brought", self::figure(&calm, "small", "bytes"));
+    let report = on(&stage, 1, &[evacuate(&a, &store), narrow].concat()).json();
+    moved_with_the_store(&report, "large", &a.host, self::figure(&calm, "large", "brought"));
     clients.into_iter().for_each(all_is_there);
     whole(&stage, 0, "large");
     verify(0);
+}
+
+/// It moved there by plan, with most of what was known to be in the store.
+#[track_caller]
+fn moved_with_the_store(report: &Value, machine: &str, host: &str, known: u64) {
+    eprintln!("{}", report["verdict"]);
+    let moved = of(report, "outcomes", machine);
+    let (way, expected) = (&moved["way"], &moved["expected"]);
+    assert_eq!((way, expected), (&json!("hybrid-with-store"), &json!(true)), "{report}");
+    assert_eq!((&moved["host"], &moved["error"]), (&json!(host), &Value::Null), "{report}");
+    assert_eq!(moved["in_time"], true, "{report}");
+    let brought = moved["known_bytes"].as_u64().unwrap();
+    eprintln!("{} of {} MiB were brought", brought / MIB, known / MIB);
+    assert!(brought > known / 2, "{report}");
 }
 
 /// A plan with a line on which all can move: nobody sleeps.
@@ -196,14 +201,9 @@ fn a_machine_that_does_not_fit_through_the_line_sleeps_and_is_woken_where_the_ot
 fn calm(stage: &Stage, host: usize, to: &Reception, store: &[String]) -> Value {
     let words = [&evacuate(to, store)[..], &line(1000), &["--dry-run".into()]].concat();
     let calm = on(stage, host, &words).json();
-    for name in ["small", "large"] {
-        let planned = of(&calm, "planned", name);
-        assert_eq!(
-            (&planned["way"], &planned["to"]),
-            (&json!("hybrid"), &json!(to.host)),
-            "{calm}"
-        );
-    }
+    let planned = calm["planned"].as_array().unwrap();
+    let moves = |one: &Value| one["way"] == "hybrid" && one["to"] == to.host.as_str();
+    assert!(!planned.is_empty() && planned.iter().all(moves), "{calm}");
     calm
 }
 
@@ -215,16 +215,62 @@ fn figure(report: &Value, name: &str, what: &str) -> u64 {
     load[what].as_u64().unwrap()
 }
 
-/// A line on which both fit if the large one sends only what the store lacks, and not else.
+/// A line on which the large one and the others fit if it sends only what the store lacks, and not else.
 #[track_caller]
-fn narrow(calm: &Value) -> Vec<String> {
-    let (large, small) = (|what| figure(calm, "large", what), figure(calm, "small", "bytes"));
+fn narrow(calm: &Value, there: &str, others: u64) -> Vec<String> {
+    let large = |what| figure(calm, "large", what);
     let bytes = large("bytes");
-    let least = small + bytes - large("in_store") + bytes / 128 + large("hot");
-    let most = small + bytes;
+    let least = others + bytes - large(there) + bytes / 128 + large("hot");
+    let most = others + bytes;
     assert!(least + 16 * MIB < most, "the guest writes too much for this test: {calm}");
     let middle = (least + most) / 2;
     line((middle as f64 / 125_000.0 / (DEADLINE_S as f64 * USABLE)) as u64)
+}
+
+#[test]
+fn what_its_backup_or_its_protection_has_of_a_machine_is_brought_by_the_host_it_moves_to() {
+    for protected in [false, true] {
+        let Some(mut stage) = Stage::open() else { return };
+        let place = Place::new();
+        let store = place.words();
+        let mut spec = stage.spec("large", 1);
+        // One that survives the loss of its host moves to one that it survives, too.
+        let (url, keys) = (place.url(), place.keys().display().to_string());
+        let guarded = ["--protect", &url, "--protect-keys", &keys].map(String::from);
+        let there = if protected { &guarded[..] } else { &store };
+        if protected {
+            spec.extra = guarded.to_vec();
+        }
+        let id = stage.fleet.run(0, &spec).unwrap();
+        stage.fleet.runner(id).wait_ready(BOOT).unwrap();
+        let work = Work { memory_mib: 64, hot_mib: 1, rate_mb_s: 1, file_mib: 4 };
+        start_oracle(stage.fleet.runner(id), work);
+        if !protected {
+            let words = [&["backup", "large", "--every", "2s"].map(String::from), &store[..]];
+            on(&stage, 0, &words.concat()).succeeds();
+        }
+        let load = client(&stage, 1);
+        let b = Reception::open(&stage, 1, there);
+
+        // It has never slept.
+        let known =
+            |calm: &Value| [figure(calm, "large", "brought"), figure(calm, "large", "in_store")];
+        let plan = || calm(&stage, 0, &b, &store);
+        let mut calm = plan();
+        eventually("the store has most of it", LIMIT, || {
+            calm = plan();
+            known(&calm)[0] > 64 * MIB
+        });
+        assert_eq!(known(&calm)[1], 0, "{calm}");
+        let narrow = narrow(&calm, "brought", 0);
+        let report = on(&stage, 0, &[evacuate(&b, &store), narrow].concat()).json();
+        moved_with_the_store(&report, "large", &b.host, known(&calm)[0]);
+        all_is_there(load);
+        whole(&stage, 1, "large");
+        let said = inside(&stage, 1, "large", "oracle verify");
+        let oracle: Value = serde_json::from_str(&said).unwrap();
+        assert_eq!((&oracle["ok"], &oracle["mismatches"]), (&json!(true), &json!(0)), "{oracle}");
+    }
 }
 
 #[test]

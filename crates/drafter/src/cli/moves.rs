@@ -2,7 +2,11 @@
 
 use super::{Format, StateArgs, backup, output::bytes};
 use crate::{
-    migrate::{messages::Mode, planner::Budgets, timings::MoveReport},
+    migrate::{
+        messages::{Mode, StoredAs},
+        planner::Budgets,
+        timings::MoveReport,
+    },
     runner::{
         api::{Client, ClientError, MigrateRequest, Phase, Progress, Reply, Request, Status},
         state::MachineDir,
@@ -109,18 +113,19 @@ pub(super) fn migrate(args: MigrateArgs, state: &StateArgs, format: Format) -> a
         true => Some(history_of(&mut client, &args.name)?),
         false => None,
     };
+    let time = Duration::from_secs(args.time_s);
     let request = MigrateRequest {
         to,
         peer,
         mode: args.mode,
         budgets: Budgets {
             blackout: Duration::from_millis(args.blackout_ms),
-            time: Duration::from_secs(args.time_s),
+            time,
             bandwidth: args.bandwidth_mb_s.map(|mb| mb * 1_000_000),
             ..Budgets::default()
         },
         dry_run: args.dry_run,
-        stored_as,
+        stored_as: stored_as.map(|line| StoredAs::within(line, time)),
     };
     let job: u64 = client.get(&Request::Migrate(request))?;
     if args.detach {

@@ -232,7 +232,9 @@ impl Reception<'_> {
     fn offers(&self, host: &str, peer: Option<&HostName>) -> Result<Offers, String> {
         self.who_asks(host, peer)?;
         let memory_bytes = free_memory().ok_or("the kernel does not say how much memory it has")?;
-        Ok(Offers { memory_bytes, store: self.sleeps.is_some() })
+        // What survives the loss of its host has its generations there, as well.
+        let store = self.sleeps.is_some() || self.config.protect.is_some();
+        Ok(Offers { memory_bytes, store })
     }
 
     /// What a runner of the machine is started with, if whoever asks may have one.

@@ -97,12 +97,30 @@ pub struct PrepareRequest {
     /// The source names its blocks if the destination compares ([`names`](super::names)).
     #[serde(default)]
     pub names: bool,
-    /// A history, `tenant/line`, of which the destination may bring the newest generation, if it was given
-    /// the store: blocks that are still the same then need not be sent.
+    /// A history of which the destination may bring the newest generation, if it was given the store:
+    /// blocks that are still the same then need not be sent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub stored_as: Option<String>,
+    pub stored_as: Option<StoredAs>,
     /// Everything else about the machine that must go on at the destination.
     pub machine: serde_json::Value,
+}
+
+/// A history that a destination may bring a machine's newest generation of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredAs {
+    /// `tenant/line`.
+    pub line: String,
+    /// How long whoever moves the machine would wait for it, milliseconds; the destination's own limit may
+    /// be shorter.
+    pub within_ms: u64,
+}
+
+impl StoredAs {
+    /// A history, for which a move waits at most this long.
+    #[must_use]
+    pub fn within(line: String, limit: std::time::Duration) -> Self {
+        Self { line, within_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX) }
+    }
 }
 
 /// How a machine is protected that moves.

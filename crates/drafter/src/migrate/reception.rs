@@ -119,8 +119,7 @@ pub enum Answer {
 pub struct Offers {
     /// Memory that is available there, bytes (MemAvailable of /proc/meminfo).
     pub memory_bytes: u64,
-    /// It was given a store: it wakes machines that sleep there, and brings what is there of those that
-    /// come.
+    /// It was given a store, and brings what is there of machines that come.
     pub store: bool,
 }
 

@@ -3,7 +3,11 @@
 //! [`Reply::Failed`]; then the connection may carry the next request.
 
 pub use super::held::{CompareRequest, HeldReport};
-use crate::migrate::{messages::Mode, planner::Budgets, timings::MoveReport};
+use crate::migrate::{
+    messages::{Mode, StoredAs},
+    planner::Budgets,
+    timings::MoveReport,
+};
 use serde::{Deserialize, Serialize};
 use silo::store::Stored;
 use std::{
@@ -90,9 +94,9 @@ pub enum Request {
     Load {
         /// How long the guest's writes are watched, milliseconds, at most 10,000.
         sample_ms: u64,
-        /// A history of sleeps, to be told what it has of the machine already.
+        /// Histories, to be told what each has of the machine already, in this order.
         #[serde(default)]
-        compare: Option<CompareRequest>,
+        compare: Vec<CompareRequest>,
     },
 }
 
@@ -144,9 +148,9 @@ pub struct LoadReport {
     /// It is protected, so that it is not suspended.
     #[serde(default)]
     pub protected: bool,
-    /// What the history has of it that was asked about.
+    /// What the histories have of it that were asked about.
     #[serde(default)]
-    pub held: Option<HeldReport>,
+    pub held: Vec<HeldReport>,
 }
 
 /// Parameters of a move.
@@ -162,9 +166,9 @@ pub struct MigrateRequest {
     pub budgets: Budgets,
     /// Prepare only, and say what would happen.
     pub dry_run: bool,
-    /// A history, `tenant/line`, of which the destination may bring what it has from its own store.
+    /// A history of which the destination may bring what it has from its own store.
     #[serde(default)]
-    pub stored_as: Option<String>,
+    pub stored_as: Option<StoredAs>,
 }
 
 /// Text that is not shown: keys and credentials on their way from a command to its runner.

@@ -15,7 +15,7 @@ use crate::{
         MEMORY,
         restore::{DiskTarget, MemoryTarget},
     },
-    migrate::messages::PrepareRequest,
+    migrate::messages::{PrepareRequest, StoredAs},
 };
 use silo::{device::Device as _, io::BlockDevice, store::Which};
 use std::{
@@ -28,7 +28,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long the source waits for it at most: it gives the verdict a minute.
+/// The most that a source can wait for it: it gives the verdict a minute.
 pub(super) const LIMIT: Duration = Duration::from_secs(40);
 /// How often it is told how far this is.
 const TELL: Duration = Duration::from_millis(500);
@@ -110,13 +110,14 @@ pub(super) struct Brought {
 /// Brings the newest generation of a history of the machine into new memory and disks.
 pub(super) fn bring(
     from: StoreAt,
-    line: String,
+    stored: &StoredAs,
     request: &PrepareRequest,
     content: &Content,
     tell: &dyn Fn(u64),
 ) -> Brought {
-    let (request, content) = (request.clone(), content.clone());
-    within(LIMIT, tell, move |gate| fetch(&from, &line, &request, &content, gate))
+    let limit = LIMIT.min(Duration::from_millis(stored.within_ms));
+    let (line, request, content) = (stored.line.clone(), request.clone(), content.clone());
+    within(limit, tell, move |gate| fetch(&from, &line, &request, &content, gate))
 }
 
 /// Waits for `work` as long as the limit is.

@@ -5,14 +5,13 @@
 //! store come that generation's map and the lists of names of its packs, never content, and nothing is
 //! written. The machine notices nothing but the processor's time.
 //!
-//! What is told is a lower bound of what a sleep in that history finds stored, so that the cost of one is
-//! told high:
+//! What is told is a lower bound of what a destination can bring from there, or of what a sleep in that
+//! history finds stored, so that the cost of either is told high:
+//! - what was not reached within the limit does not count, nor what has not arrived here yet;
+//! - it is of now, and the guest writes on: whoever plans reckons with what it writes;
 //! - content that the generation has at another place does not count, although a sleep finds it;
-//! - nor what was not reached within the limit, what has not arrived here yet, or what is more than a
-//!   writer keeps the names of;
-//! - as much is taken off as a sleep stores a second time, because it will be touched first and is to lie
-//!   together;
-//! - it is of now, and the guest writes on: whoever plans reckons with what it writes.
+//! - of a sleep, nor does what is more than a writer keeps the names of, or what it stores a second time,
+//!   because it will be touched first and is to lie together.
 //!
 //! (A change of the tenant's data key in between makes a sleep store everything anew; that is not seen.)
 
@@ -48,11 +47,15 @@ pub struct CompareRequest {
     pub history: BackupRequest,
     /// How long the comparison may take, milliseconds; what was not reached then counts as new.
     pub limit_ms: u64,
+    /// The machine may sleep in it: what a sleep stores a second time does not count.
+    pub sleeps: bool,
 }
 
 /// What a history has of a machine as it is now.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HeldReport {
+    /// The history, `tenant/line`.
+    pub line: String,
     /// The generation that the machine was compared with, if there is one.
     pub generation: Option<u64>,
     /// Blocks with the content that they have there, bytes, without zeros: at least so much need not be
@@ -66,11 +69,18 @@ pub struct HeldReport {
     pub error: Option<String>,
 }
 
+impl HeldReport {
+    /// Of a comparison whose thread ended.
+    pub(super) fn panicked() -> Self {
+        Self { error: Some("the comparison panicked".into()), ..Self::default() }
+    }
+}
+
 fn text(error: impl std::fmt::Display) -> String {
     error.to_string()
 }
 
-/// Compares the devices of a machine with what a history has; `twice` blocks are stored again although
+/// Compares the devices of a machine with what a history has; a sleep stores `twice` blocks again although
 /// they are there.
 pub(super) fn held(
     request: &CompareRequest,
@@ -79,7 +89,8 @@ pub(super) fn held(
 ) -> HeldReport {
     let limit = Duration::from_millis(request.limit_ms);
     let deadline = Instant::now() + limit;
-    let mut report = HeldReport { whole: true, ..HeldReport::default() };
+    let line = request.history.line.clone();
+    let mut report = HeldReport { line, whole: true, ..HeldReport::default() };
     let limits = Limits {
         request: Limits::default().request.min(limit.max(LEAST_REQUEST)),
         attempts: ATTEMPTS,
@@ -93,11 +104,13 @@ pub(super) fn held(
         });
     report.error = compared.err();
     report.whole &= report.error.is_none();
-    let names = (WriterOptions::default().names / NAME) as u64;
-    report.known_bytes = report
-        .known_bytes
-        .min(names.saturating_mul(BLOCK_SIZE as u64))
-        .saturating_sub(twice.saturating_mul(BLOCK_SIZE as u64));
+    if request.sleeps {
+        let names = (WriterOptions::default().names / NAME) as u64;
+        report.known_bytes = report
+            .known_bytes
+            .min(names.saturating_mul(BLOCK_SIZE as u64))
+            .saturating_sub(twice.saturating_mul(BLOCK_SIZE as u64));
+    }
     report
 }
 
@@ -207,7 +220,7 @@ mod tests {
             label: String::new(),
             keep: None,
         };
-        CompareRequest { history, limit_ms }
+        CompareRequest { history, limit_ms, sleeps: true }
     }
 
     fn put(memory: &Memory, block: u64, content: u8) {
@@ -228,7 +241,8 @@ mod tests {
         let look = |keys: &str, limit_ms| look_at(keys, limit_ms, 0);
 
         // A history that there is not yet has nothing, which is no error.
-        let none = HeldReport { whole: true, ..HeldReport::default() };
+        let line = "machines/redis.suspended".to_owned();
+        let none = HeldReport { line, whole: true, ..HeldReport::default() };
         assert_eq!(look(&keys, 10_000), none);
 
         let request = request(folder.path(), &keys, 10_000);
@@ -245,6 +259,10 @@ mod tests {
         // What is stored a second time is taken off, and never more than there is.
         assert_eq!(look_at(&keys, 10_000, 5).known_bytes, 27 * BLOCK);
         assert_eq!(look_at(&keys, 10_000, u64::MAX).known_bytes, 0);
+        // (Whoever brings it has all of it.)
+        let brings =
+            CompareRequest { sleeps: false, ..self::request(folder.path(), &keys, 10_000) };
+        assert_eq!(held(&brings, &devices, u64::MAX).known_bytes, 32 * BLOCK);
 
         // Four are written, one of them to what another is there; two are new, one of them zeros.
         (0..3).for_each(|block| put(&memory, block, 200));

@@ -6,7 +6,7 @@
 
 use super::{
     Runner, State,
-    api::{CompareRequest, LoadReport},
+    api::{CompareRequest, HeldReport, LoadReport},
     held,
 };
 use silo::{
@@ -21,11 +21,11 @@ const LONGEST: Duration = Duration::from_secs(10);
 const MEMORY: &str = crate::checkpoint::MEMORY;
 
 impl Runner {
-    /// Measures for as long as `sample`, and then what a history has of the machine, if that is asked for.
+    /// Measures for as long as `sample`, and then what each of these histories has of the machine.
     pub(super) fn load(
         &self,
         sample: Duration,
-        compare: Option<&CompareRequest>,
+        compare: &[CompareRequest],
     ) -> Result<LoadReport, String> {
         let sample = sample.min(LONGEST);
         let (subject, devices) = {
@@ -71,7 +71,20 @@ impl Runner {
             sample_ms: sample.as_millis() as u64,
             generation_age_s: backup.and_then(|backup| backup.age_s),
             protected: self.protection().is_some(),
-            held: compare.map(|compare| held::held(compare, &devices, self.stored_twice(&devices))),
+            held: self.held(compare, &devices),
+        })
+    }
+
+    /// Side by side: each may take its limit.
+    fn held(&self, compare: &[CompareRequest], devices: &[Arc<dyn Device>]) -> Vec<HeldReport> {
+        let twice = self.stored_twice(devices);
+        std::thread::scope(|scope| {
+            let begin = |one| scope.spawn(move || held::held(one, devices, twice));
+            let begun: Vec<_> = compare.iter().map(begin).collect();
+            begun
+                .into_iter()
+                .map(|one| one.join().unwrap_or_else(|_| HeldReport::panicked()))
+                .collect()
         })
     }
 

@@ -152,7 +152,7 @@ fn answer(
         Request::Fork => Err("an image is made by the connection that asks for it".into()),
         Request::DropStay => json(runner.drop_stay()),
         Request::Load { sample_ms, compare } => {
-            json(runner.load(Duration::from_millis(sample_ms), compare.as_ref())?)
+            json(runner.load(Duration::from_millis(sample_ms), &compare)?)
         }
     }
 }

@@ -88,8 +88,8 @@ impl Runner {
         }
         let disks = self.site().disks;
         let content = hosted::new_content(&request.shape, package, &disks, false).map_err(text)?;
-        let line = request.stored_as.clone().filter(|_| may_compare);
-        let (Some(line), Some(from)) = (line, self.bring_from()) else {
+        let stored = request.stored_as.clone().filter(|_| may_compare);
+        let (Some(stored), Some(from)) = (stored, self.bring_from()) else {
             return Ok(Found { content, compares: false });
         };
         let began = Instant::now();
@@ -97,7 +97,8 @@ impl Runner {
             let detail = format!("from {}; {} MiB from the store", request.host, done >> 20);
             self.set_state(State::Receiving, detail);
         };
-        let Brought { any, came } = bring(from, line.clone(), request, &content, &tell);
+        let Brought { any, came } = bring(from, &stored, request, &content, &tell);
+        let line = stored.line;
         // It only saves something: without it the machine comes as any other.
         match came {
             Ok(number) => {

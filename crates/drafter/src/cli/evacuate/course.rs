@@ -142,7 +142,7 @@ impl Course<'_> {
                 Err("there is no time left for that".to_owned())
             }
             (Some(Way::Suspend), _) => self.deeds.sleep(load).map(Done::Asleep),
-            (Some(way), Some(to)) => match self.deeds.go(&load.name, to, way) {
+            (Some(way), Some(to)) => match self.deeds.go(load, to, way, self.left()) {
                 Err(why) if Way::Suspend.is_open(load, self.terms) => {
                     let Todo { machine, expected, .. } = *todo;
                     let (way, not_moved) = (Some(Way::Suspend), Some(why));
@@ -179,9 +179,14 @@ impl Course<'_> {
         Came::To(Box::new(outcome))
     }
 
+    /// Until the host is gone.
+    fn left(&self) -> Duration {
+        self.deadline.saturating_sub(self.began.elapsed())
+    }
+
     /// Whether a machine that sleeps now, with the whole line, does so before the host is gone.
     fn is_time_to_sleep(&self, load: &Load) -> bool {
-        let left = self.deadline.saturating_sub(self.began.elapsed());
+        let left = self.left();
         let alone = std::slice::from_ref(load);
         let times = evacuation::foresee(alone, &[(0, Way::Suspend)], self.terms);
         times.into_iter().flatten().any(|times| times.safe <= left)
@@ -232,8 +237,8 @@ mod tests {
     }
 
     impl Deeds for Script {
-        fn go(&self, machine: &str, to: &Destination, _: Way) -> Result<Moved, String> {
-            self.does("move", machine, &self.stuck)?;
+        fn go(&self, load: &Load, to: &Destination, _: Way, _: Duration) -> Result<Moved, String> {
+            self.does("move", &load.name, &self.stuck)?;
             let host = to.place.first().unwrap().to_owned();
             Ok(Moved { host, blackout_ms: 1.0, sent_bytes: 1, known_bytes: 0 })
         }
@@ -261,6 +266,7 @@ mod tests {
             weight: 1,
             bytes: Bytes(mib << 20),
             in_store: Bytes(0),
+            brought: Bytes(0),
             dirties: Rate(0),
             hot: Bytes(0),
             destination: true,

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     migrate::{
-        messages::Mode,
+        messages::{Mode, StoredAs},
         planner::Budgets,
         reception::{self, ASK_LIMIT, Ask},
         timings::MoveReport,
@@ -27,6 +27,7 @@ use evacuation::{Load, Rate, Way};
 use identity::HostName;
 use serde::Serialize;
 use std::{
+    collections::BTreeMap,
     io::ErrorKind,
     path::{Path, PathBuf},
     time::Duration,
@@ -67,8 +68,8 @@ pub(super) struct Asleep {
 
 /// What can be done to a machine.
 pub(super) trait Deeds: Sync {
-    /// Moves it, to the end.
-    fn go(&self, machine: &str, to: &Destination, way: Way) -> Result<Moved, String>;
+    /// Moves it, to the end. `left`: until the host is gone.
+    fn go(&self, load: &Load, to: &Destination, way: Way, left: Duration) -> Result<Moved, String>;
     /// Puts it to sleep, until that is durable.
     fn sleep(&self, load: &Load) -> Result<Asleep, String>;
     /// Has the first of these hosts wake it that does; which that is.
@@ -83,9 +84,13 @@ pub(super) struct SleepsIn {
 }
 
 impl SleepsIn {
-    /// The history of a machine, with this user's keys and credentials.
+    /// The history of a machine's sleeps, with this user's keys and credentials.
     pub(super) fn request(&self, machine: &str) -> anyhow::Result<BackupRequest> {
-        let line = backup::sleeps_line(machine);
+        self.history(machine, backup::sleeps_line(machine))
+    }
+
+    /// A history of a machine, with this user's keys and credentials.
+    pub(super) fn history(&self, machine: &str, line: String) -> anyhow::Result<BackupRequest> {
         let history = HistoryArgs::at(&self.store, self.keys.as_deref(), line);
         let mut request = backup::request(&history, machine)?;
         LABEL.clone_into(&mut request.label);
@@ -131,6 +136,8 @@ fn quoted(word: &str) -> String {
 pub(super) struct ByRunners<'a> {
     pub(super) state: &'a StateArgs,
     pub(super) sleeps: Option<&'a SleepsIn>,
+    /// The history of each machine that a destination can bring most of.
+    pub(super) brings: &'a BTreeMap<String, String>,
     /// What one machine has of the line when as many as are planned are under way.
     pub(super) share: Rate,
 }
@@ -166,6 +173,14 @@ fn mode(way: Way) -> Mode {
     }
 }
 
+/// How long a machine waits for what its destination brings from the store: no longer than it takes to send
+/// the same, as more than that saves nothing, and for no more than half of the time that is left, so that
+/// what did not come can still be sent.
+fn bring_limit(load: &Load, share: Rate, left: Duration) -> Duration {
+    let seconds = load.brought.0 as f64 / share.0.max(1) as f64;
+    (left / 2).min(Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX))
+}
+
 /// How long a machine may take to sleep over so much of a line.
 fn sleep_limit(load: &Load, share: Rate) -> Duration {
     let bytes = Way::Suspend.most(load).0 as f64;
@@ -174,7 +189,8 @@ fn sleep_limit(load: &Load, share: Rate) -> Duration {
 }
 
 impl Deeds for ByRunners<'_> {
-    fn go(&self, machine: &str, to: &Destination, way: Way) -> Result<Moved, String> {
+    fn go(&self, load: &Load, to: &Destination, way: Way, left: Duration) -> Result<Moved, String> {
+        let machine = &load.name;
         let HostAt { host, address } = match &to.place {
             Place::Runner(runner) => runner.clone(),
             Place::Hosts(hosts) => {
@@ -191,14 +207,17 @@ impl Deeds for ByRunners<'_> {
                 asked.ok_or_else(|| refused.join("; "))?
             }
         };
-        let request = MigrateRequest {
-            to: address,
-            peer: host.clone(),
-            mode: mode(way),
-            budgets: Budgets::default(),
-            dry_run: false,
-            stored_as: way.brings().then(|| backup::sleeps_line(machine)),
-        };
+        let request =
+            MigrateRequest {
+                to: address,
+                peer: host.clone(),
+                mode: mode(way),
+                budgets: Budgets::default(),
+                dry_run: false,
+                stored_as: self.brings.get(machine).filter(|_| way.brings()).map(|line| {
+                    StoredAs::within(line.clone(), bring_limit(load, self.share, left))
+                }),
+            };
         // A job that is followed tells ten times a second how far it is.
         let mut client = self.client(machine, ANSWER).map_err(text)?;
         let job: u64 = client.get(&Request::Migrate(request)).map_err(text)?;
@@ -277,19 +296,34 @@ mod tests {
         );
     }
 
-    #[test]
-    fn a_sleep_is_waited_for_as_long_as_a_slow_line_takes_and_never_for_ever() {
-        let load = Load {
+    fn load() -> Load {
+        Load {
             name: "a".into(),
             weight: 1,
             bytes: Bytes(100),
             in_store: Bytes(40),
+            brought: Bytes(0),
             dirties: Rate(0),
             hot: Bytes(15),
             destination: false,
             may_sleep: true,
             generation_age: None,
-        };
+        }
+    }
+
+    #[test]
+    fn a_store_is_waited_for_as_long_as_it_can_save_something_and_time_is_left_to_do_without() {
+        let load = Load { brought: Bytes(40_000_000), ..load() };
+        let (share, minute) = (Rate(10_000_000), Duration::from_secs(60));
+        assert_eq!(bring_limit(&load, share, minute), Duration::from_secs(4));
+        assert_eq!(bring_limit(&load, share, Duration::from_secs(6)), Duration::from_secs(3));
+        assert_eq!(bring_limit(&load, Rate(0), minute), Duration::from_secs(30));
+        assert_eq!(bring_limit(&load, share, Duration::ZERO), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_sleep_is_waited_for_as_long_as_a_slow_line_takes_and_never_for_ever() {
+        let load = load();
         assert_eq!(sleep_limit(&load, Rate(10)), SLEEP + Duration::from_secs(30));
         let huge = Load { bytes: Bytes(u64::MAX), ..load };
         assert_eq!(sleep_limit(&huge, Rate(0)), SLEEP + Duration::from_secs(86_400));

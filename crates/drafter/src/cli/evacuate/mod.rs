@@ -14,7 +14,7 @@ use super::{Format, StateArgs, backup, backup::parse_time, moves::HostAt, output
 use crate::{
     migrate::reception::{self, Offers},
     runner::{
-        api::{Client, CompareRequest, LoadReport, Request, Status},
+        api::{Client, CompareRequest, HeldReport, LoadReport, Request, Status},
         state::{self, MachineDir},
     },
 };
@@ -132,20 +132,55 @@ fn load(report: &LoadReport, to: Option<&Destination>) -> Load {
         None => (report.memory_bytes, report.memory_bytes),
     };
     let per_second = written.saturating_mul(1000) / report.sample_ms.max(1);
-    let held = report.held.as_ref();
     // Zeros cost neither a move nor a sleep anything.
-    let bytes = bytes.saturating_sub(held.map_or(0, |held| held.zero_bytes));
+    let zeros = report.held.iter().map(|held| held.zero_bytes).max();
+    let bytes = bytes.saturating_sub(zeros.unwrap_or(0));
+    let held = sleeps_of(report);
+    let known =
+        |held: Option<&HeldReport>| Bytes(held.map_or(0, |held| held.known_bytes.min(bytes)));
     Load {
         name: report.machine.clone(),
         weight: to.map_or(1, |to| to.worth),
         bytes: Bytes(bytes),
-        in_store: Bytes(held.map_or(0, |held| held.known_bytes.min(bytes))),
+        in_store: known(held),
+        brought: known(most_of(report)),
         dirties: Rate(per_second),
         hot: Bytes(hot),
         destination: to.is_some(),
         may_sleep: !report.protected && held.is_some_and(|held| held.error.is_none()),
         generation_age: report.generation_age_s.and_then(|s| Duration::try_from_secs_f64(s).ok()),
     }
+}
+
+/// What the store has of it as a machine that sleeps.
+fn sleeps_of(report: &LoadReport) -> Option<&HeldReport> {
+    let line = backup::sleeps_line(&report.machine);
+    report.held.iter().find(|held| held.line == line)
+}
+
+/// The history that a destination can bring most of it from.
+fn most_of(report: &LoadReport) -> Option<&HeldReport> {
+    let useful = report.held.iter().filter(|held| held.error.is_none() && held.known_bytes > 0);
+    useful.max_by_key(|held| held.known_bytes)
+}
+
+/// The histories that it is compared with: that of its sleeps, and that of its backup or protection, if that
+/// is in the same store.
+fn histories(
+    sleeps: &SleepsIn,
+    status: &Status,
+    limit: Duration,
+) -> anyhow::Result<Vec<CompareRequest>> {
+    let limit_ms = limit.as_millis() as u64;
+    let machine = &status.machine;
+    let compare = |history, sleeps| CompareRequest { history, limit_ms, sleeps };
+    let mut all = vec![compare(sleeps.request(machine)?, true)];
+    let whole = |url: &str| url.trim_end_matches('/').to_owned();
+    let own = status.backup.as_ref().filter(|own| whole(&own.store) == whole(&sleeps.store));
+    if let Some(own) = own.filter(|own| own.line != all[0].history.line) {
+        all.push(compare(sleeps.history(machine, own.line.clone())?, false));
+    }
+    Ok(all)
 }
 
 /// What there is on this host.
@@ -156,7 +191,7 @@ struct Measured {
     unknown: Vec<(String, String)>,
 }
 
-/// Measures all running machines of this host, side by side; also what a store has of each.
+/// Measures all running machines of this host, side by side; also what the store has of each.
 fn measure(
     state: &StateArgs,
     args: &EvacuateArgs,
@@ -174,11 +209,9 @@ fn measure(
             return None;
         }
         let sample_ms = sample.as_millis() as u64;
-        let compare = sleeps.map(|sleeps| {
-            let limit_ms = comparison.as_millis() as u64;
-            sleeps.request(name).map(|history| CompareRequest { history, limit_ms })
-        });
-        Some(compare.transpose().map_err(|error| format!("{error:#}")).and_then(|compare| {
+        let compare =
+            sleeps.map_or(Ok(Vec::new()), |sleeps| histories(sleeps, &status, comparison));
+        Some(compare.map_err(|error| format!("{error:#}")).and_then(|compare| {
             client.get(&Request::Load { sample_ms, compare }).map_err(|e| e.to_string())
         }))
     };
@@ -278,7 +311,11 @@ pub(super) fn evacuate(
     let mut outcomes = Vec::new();
     if !args.dry_run {
         let share = Rate(terms.line.0 / u64::from(terms.parallel.max(1)));
-        let deeds = ByRunners { state, sleeps: sleeps.as_ref(), share };
+        let brings = reports
+            .iter()
+            .filter_map(|one| Some((one.machine.clone(), most_of(one)?.line.clone())))
+            .collect();
+        let deeds = ByRunners { state, sleeps: sleeps.as_ref(), brings: &brings, share };
         let course = Course {
             loads: &loads,
             to: &to,
@@ -313,7 +350,7 @@ pub(super) fn evacuate(
 /// Machines that are not put to sleep although there is a store, and why.
 fn sleepless(reports: &[LoadReport]) -> BTreeMap<&str, String> {
     let why = |report: &LoadReport| {
-        let held = report.held.as_ref()?;
+        let held = sleeps_of(report)?;
         let protected = report.protected.then_some("it is protected");
         protected.map(str::to_owned).or_else(|| held.error.clone())
     };
@@ -323,7 +360,7 @@ fn sleepless(reports: &[LoadReport]) -> BTreeMap<&str, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{cli::Command, runner::api::HeldReport};
+    use crate::cli::Command;
     use clap::Parser;
 
     #[test]
@@ -337,7 +374,7 @@ mod tests {
             sample_ms: 500,
             generation_age_s: Some(2.5),
             protected: false,
-            held: None,
+            held: Vec::new(),
         };
         let one = load(&seen, None);
         assert_eq!((one.bytes, one.dirties), (Bytes(1024 << 20), Rate(2 << 20)));
@@ -350,6 +387,7 @@ mod tests {
     #[test]
     fn what_a_store_has_is_planned_with_and_a_machine_that_must_not_sleep_does_not() {
         let held = HeldReport {
+            line: "machines/a.suspended".into(),
             generation: Some(3),
             known_bytes: 700 << 20,
             zero_bytes: 100 << 20,
@@ -365,20 +403,28 @@ mod tests {
             sample_ms: 500,
             generation_age_s: None,
             protected: false,
-            held: Some(held.clone()),
+            held: vec![held.clone()],
         };
         let one = load(&seen, None);
         assert_eq!((one.bytes, one.in_store), (Bytes(900 << 20), Bytes(700 << 20)));
+        assert_eq!(one.brought, one.in_store);
+        // Its backup helps only a move, and only if it has more.
+        let line = "machines/a".to_owned();
+        let backup = HeldReport { line, known_bytes: 800 << 20, ..held.clone() };
+        let both = LoadReport { held: vec![held.clone(), backup], ..seen.clone() };
+        let two = load(&both, None);
+        assert_eq!((two.in_store, two.brought), (one.in_store, Bytes(800 << 20)));
+        assert_eq!(most_of(&both).unwrap().line, "machines/a");
         assert!(one.may_sleep && sleepless(std::slice::from_ref(&seen)).is_empty());
         // More than there is would be a cost below nothing.
         let more = HeldReport { known_bytes: u64::MAX, ..held.clone() };
-        let one = load(&LoadReport { held: Some(more), ..seen.clone() }, None);
+        let one = load(&LoadReport { held: vec![more], ..seen.clone() }, None);
         assert_eq!(one.in_store, one.bytes);
 
         let protected = LoadReport { protected: true, ..seen.clone() };
         let broken = HeldReport { error: Some("it is not there".into()), ..held };
-        let broken = LoadReport { held: Some(broken), ..seen.clone() };
-        for report in [&protected, &broken, &LoadReport { held: None, ..seen }] {
+        let broken = LoadReport { held: vec![broken], ..seen.clone() };
+        for report in [&protected, &broken, &LoadReport { held: Vec::new(), ..seen }] {
             assert!(!load(report, None).may_sleep);
         }
         let why = |report| sleepless(&[report]).remove("a").unwrap();
