@@ -114,8 +114,6 @@ fn a_machine_that_does_not_fit_through_the_line_sleeps_and_is_woken_where_the_ot
         let mut words: Vec<String> = ["suspend", "large"].map(String::from).into();
         words.extend(store.iter().cloned());
         on(&stage, 0, &words).succeeds();
-        let record = || stage.fleet.runner(id).dir().read_record().unwrap().unwrap();
-        eventually("its runner ends", LIMIT, || !record().alive());
         let package = stage.package().display().to_string();
         let mut words: Vec<String> = ["resume", name, "--package", &package].map(Into::into).into();
         words.extend(store.iter().cloned());

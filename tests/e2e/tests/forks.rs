@@ -206,7 +206,7 @@ fn three_copies(kind: &str) {
     let folder = tempfile::tempdir().unwrap();
     let saved = folder.path().join("saved").display().to_string();
     on_a(&stage, &["suspend", "copy-2", "--to", &saved]).succeeds();
-    eventually("it has ended", LIMIT, || state_is(&stage, "copy-2", "stopped"));
+    assert!(state_is(&stage, "copy-2", "stopped"));
     let mut resumed = stage.plain_spec("copy-2");
     resumed.on_agent = true;
     let package = stage.package().display().to_string();
@@ -313,10 +313,6 @@ fn copies_on_another_host_begin_as_a_generation_of_the_machine_which_runs_on() {
     let other = ["--address", "10.77.0.111"];
     refused(&stage, "copy-2", &other, "it has a runner on this host already");
     say(stage.drafter(1).args(["stop", "copy-2", "--grace-s", "0"]), LIMIT).succeeds();
-    eventually("its runner has ended", LIMIT, || {
-        let record = stage.fleet.runner(copies[1]).dir().read_record().unwrap();
-        !record.is_some_and(|record| record.alive())
-    });
     refused(&stage, "copy-2", &other, "this host has a machine \"copy-2\" already");
     let mut there = stage.plain_spec("copy-1");
     there.on_agent = true;

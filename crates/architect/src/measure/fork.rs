@@ -100,9 +100,7 @@ impl Site {
     fn end(&self, report: &Report) -> anyhow::Result<()> {
         for copy in &report.copies {
             self.command(&["stop", &copy.name, "--grace-s", "0"])?;
-            // Its runner has a moment to go.
-            let removed = || self.command(&["remove", &copy.name]).is_ok();
-            ensure!(crate::rig::wait_for(LIMIT, removed), "{} cannot be removed", copy.name);
+            self.command(&["remove", &copy.name])?;
         }
         Ok(())
     }

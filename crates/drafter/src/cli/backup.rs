@@ -199,26 +199,28 @@ pub(super) fn request(history: &HistoryArgs, machine: &str) -> anyhow::Result<Ba
 /// `drafter suspend --store`.
 pub(super) fn suspend(
     history: &SuspendHistory,
-    mut client: Client,
+    client: &mut Client,
     machine: &str,
-    format: Format,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<SuspendReport> {
     let request = request(&history.of(machine), machine)?;
-    let report: SuspendReport = client.get(&Request::SuspendToStore(request))?;
-    format.print(&report, || {
-        format!(
-            "\"{machine}\" is suspended as generation {} of {} in {}: {} stored for {} of new content, \
-             durable after {:.0} ms, {:.0} of them while it stood still\n\
-             `drafter resume {machine} --store … --package …` runs it on any host with its package",
-            report.number,
-            report.line,
-            report.store,
-            bytes(report.stored_bytes),
-            bytes(report.new_bytes),
-            report.total_ms,
-            report.paused_ms,
-        )
-    })
+    Ok(client.get(&Request::SuspendToStore(request))?)
+}
+
+/// What a suspend says to people.
+pub(super) fn suspended(report: &SuspendReport) -> String {
+    let machine = &report.machine;
+    format!(
+        "\"{machine}\" is suspended as generation {} of {} in {}: {} stored for {} of new content, \
+         durable after {:.0} ms, {:.0} of them while it stood still\n\
+         `drafter resume {machine} --store … --package …` runs it on any host with its package",
+        report.number,
+        report.line,
+        report.store,
+        bytes(report.stored_bytes),
+        bytes(report.new_bytes),
+        report.total_ms,
+        report.paused_ms,
+    )
 }
 
 pub(super) fn sentence(report: &BackupReport) -> String {

@@ -20,6 +20,9 @@ use std::{
     time::Duration,
 };
 
+/// How long a runner that has said that it ends is waited for.
+const LEAVES: Duration = Duration::from_secs(10);
+
 /// A machine by name.
 #[derive(Args, Debug)]
 pub struct NameArgs {
@@ -240,17 +243,25 @@ pub(super) fn exec(args: ExecArgs, state: &StateArgs, format: Format) -> anyhow:
     }
 }
 
+/// Whoever gives the next command finds the port and the files of a runner free that has said that it ends.
+fn leaves(runner: Option<&RunnerRecord>) {
+    if let Some(runner) = runner.filter(|runner| !runner.ends_within(LEAVES)) {
+        tracing::warn!("its runner (process {}) has not ended after {LEAVES:?}", runner.pid);
+    }
+}
+
 pub(super) fn suspend(args: &SuspendArgs, state: &StateArgs, format: Format) -> anyhow::Result<()> {
+    let dir = dir(state, &args.name)?;
+    let runner = dir.read_record()?;
+    let mut client = Client::connect(&dir.socket())?;
     let Some(to) = &args.to else {
-        return super::backup::suspend(
-            &args.history,
-            connect(state, &args.name)?,
-            &args.name,
-            format,
-        );
+        let report = super::backup::suspend(&args.history, &mut client, &args.name)?;
+        leaves(runner.as_ref());
+        return format.print(&report, || super::backup::suspended(&report));
     };
     let directory = std::path::absolute(to)?;
-    let value = connect(state, &args.name)?.call(&Request::Suspend { directory }, |_| {})?;
+    let value = client.call(&Request::Suspend { directory }, |_| {})?;
+    leaves(runner.as_ref());
     format.print(&value, || format!("\"{}\" is suspended in {}", args.name, to.display()))
 }
 
@@ -258,8 +269,11 @@ pub(super) fn stop(args: &StopArgs, state: &StateArgs, format: Format) -> anyhow
     let dir = dir(state, &args.name)?;
     let value = match Client::connect(&dir.socket()) {
         Ok(mut client) => {
+            let runner = dir.read_record()?;
             client.set_deadline(Some(Duration::from_secs(args.grace_s + 60)))?;
-            client.call(&Request::Stop { grace_s: args.grace_s }, |_| {})?
+            let value = client.call(&Request::Stop { grace_s: args.grace_s }, |_| {})?;
+            leaves(runner.as_ref());
+            value
         }
         Err(no_runner) => {
             // A monitor that lost its runner can be ended all the same.

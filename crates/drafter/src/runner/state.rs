@@ -15,7 +15,11 @@ use serde::{Deserialize, Serialize};
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
+
+/// How often it is looked whether a runner has ended.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// The default root of a host's state.
 pub const DEFAULT_STATE: &str = "/var/lib/drafter";
@@ -191,6 +195,19 @@ impl RunnerRecord {
     #[must_use]
     pub fn alive(&self) -> bool {
         self.boot_id == boot_id() && process_start(self.pid) == Some(self.started)
+    }
+
+    /// Waits until it has ended, and with that has let go of its port and its files; whether it has.
+    #[must_use]
+    pub fn ends_within(&self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        while self.alive() {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(LOOK);
+        }
+        true
     }
 
     /// Whether it has been killed, and has not let go of its files yet.
