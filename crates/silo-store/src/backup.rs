@@ -149,6 +149,8 @@ pub struct BackupStatus {
     pub changed: Changes,
     /// When the oldest of these changes was seen.
     pub oldest: Option<Instant>,
+    /// A generation is frozen and being stored.
+    pub storing: bool,
     /// How long writers were held.
     pub holds: Histogram,
     /// It has ended: another writer took the line, or it was told to.
@@ -331,6 +333,7 @@ impl Runner {
         let fenced = matches!(result, Err(StoreError::Fenced { .. }));
         let result = result.map_err(Arc::new);
         let mut state = self.shared.lock();
+        state.status.storing = false;
         match &result {
             Ok(stored) => {
                 tracing::info!(
@@ -365,6 +368,7 @@ impl Runner {
         let infos = self.capture.devices();
         let frozen = tracing::info_span!("freeze", line = %self.writer.line())
             .in_scope(|| self.capture.freeze(want))?;
+        self.shared.lock().status.storing = true;
         match self.writer.store(&infos, frozen.as_ref(), everything, label, &self.shared.stop) {
             Ok(stored) => {
                 frozen.release();

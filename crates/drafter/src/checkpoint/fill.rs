@@ -330,7 +330,7 @@ impl StoreFill {
 }
 
 /// A device that runs and is filled: only what is missing is taken.
-struct FillTarget(Arc<dyn Device>);
+pub(crate) struct FillTarget(pub(crate) Arc<dyn Device>);
 
 impl BlockDevice for FillTarget {
     fn size(&self) -> u64 {

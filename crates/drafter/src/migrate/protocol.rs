@@ -213,8 +213,9 @@ pub enum Frame {
     /// S→D, before the pause. The machine will stand still for about this many milliseconds: what the
     /// request said of it was less exact.
     Expect(u64),
-    /// S→D, after the release, of a protected machine. In which blocks it differed from the last generation
-    /// that its source stored; then [`Frame::History`].
+    /// S→D, once the destination owns a machine that has a continuous backup, or is protected. In which blocks
+    /// it differed from the last generation that its source stored; then [`Frame::History`]. Again over each
+    /// new connection.
     Changed {
         /// Of which device.
         device: DeviceNumber,
@@ -222,7 +223,7 @@ pub enum Frame {
         ranges: Vec<BlockRange>,
     },
     /// S→D, after all of the `Changed` lists: which generation that is (JSON of `BackupMark`). A destination
-    /// that is not told compares everything.
+    /// that is not told compares everything with the history, and has no other source of missing blocks.
     History(Vec<u8>),
     /// D→S on the fault connection.
     Demand {

@@ -16,7 +16,7 @@ use crate::lease::{
 };
 use identity::{Control, Security, Stream};
 use silo::{
-    block::{BLOCK_SIZE, BlockIndex, BlockSet},
+    block::{BLOCK_SIZE, BlockIndex, BlockRange, BlockSet},
     device::{Device, DeviceName},
     disk::{Disk, DiskOptions},
     memory::FaultSummary,
@@ -85,6 +85,14 @@ fn content(block: u64) -> Vec<u8> {
     // Every seventh block is zero.
     let byte = if block.is_multiple_of(7) { 0 } else { (block % 251) as u8 + 1 };
     vec![byte; BLOCK_SIZE]
+}
+
+/// In which blocks the machine had changed since its last generation.
+fn changed() -> BlockSet {
+    let mut changed = BlockSet::new(BLOCKS);
+    changed.insert_range(BlockRange::new(3000, 64));
+    changed.insert_range(BlockRange::new(1, 1));
+    changed
 }
 
 /// The destination's listener, as the runner has it, and a way to break what it accepted.
@@ -177,6 +185,11 @@ impl Ends {
         devices: Vec<Arc<dyn Device>>,
         cancel: &Arc<AtomicBool>,
     ) -> Kept {
+        let history = || {
+            let (said, told) = std::sync::mpsc::channel();
+            said.send(Some((b"mark".to_vec(), vec![changed()]))).unwrap();
+            Some(told)
+        };
         let (authority, _) = SourceAuthority::recover(
             BootClock.now(),
             &host("a"),
@@ -192,6 +205,7 @@ impl Ends {
             flush: &mut || Ok(()),
             cancel: Arc::clone(cancel),
             outage: &|_| {},
+            history: Some(&history),
         })
     }
 }
@@ -214,6 +228,7 @@ fn blocks_arrive_whole_over_lines_that_break_again_and_again_and_the_source_is_r
     let peers = Peers::listen(Arc::clone(&door));
     let noted = Arc::new(AtomicBool::new(false));
     let released = Arc::new(AtomicBool::new(false));
+    let (hears, heard) = std::sync::mpsc::channel();
     let continuation = Continuation {
         devices,
         demands,
@@ -231,6 +246,10 @@ fn blocks_arrive_whole_over_lines_that_break_again_and_again_and_the_source_is_r
         store: Arc::clone(&ends.store),
         freezer: Arc::new(Nobody),
         faults: Box::new(FaultSummary::default),
+        on_history: {
+            let here = Arc::clone(&here);
+            Box::new(move |told| hears.send((told, here.missing_blocks())).unwrap())
+        },
         on_release: {
             let released = Arc::clone(&released);
             Box::new(move || released.store(true, std::sync::atomic::Ordering::SeqCst))
@@ -277,6 +296,11 @@ fn blocks_arrive_whole_over_lines_that_break_again_and_again_and_the_source_is_r
     }
     assert!(noted.load(std::sync::atomic::Ordering::SeqCst));
     assert!(released.load(std::sync::atomic::Ordering::SeqCst));
+    // It was told once, and while blocks were missing, which of them only the source had.
+    let (told, missing) = heard.try_recv().unwrap();
+    let told = told.unwrap();
+    assert_eq!((&told.mark[..], &told.changed[..]), (&b"mark"[..], &[changed()][..]));
+    assert!(missing > 0 && heard.try_recv().is_err(), "{missing}");
 
     // A source whose release got lost, or that was restarted, hears it when it asks.
     let devices: Vec<Arc<dyn Device>> = vec![source];
@@ -309,6 +333,7 @@ fn a_source_that_nobody_knows_keeps_everything_until_a_person_gives_the_destinat
                 flush: &mut || Ok(()),
                 cancel: Arc::clone(&cancel),
                 outage: &|outage| drop(told.send(outage)),
+                history: None,
             })
         });
         let reason = loop {
@@ -362,6 +387,7 @@ fn a_source_that_comes_back_to_a_machine_that_never_left_takes_it_back_when_the_
         flush: &mut || Ok(()),
         cancel: Arc::default(),
         outage: &|_| {},
+        history: None,
     });
     let Kept::GoOn { holding, .. } = kept else { panic!("{kept:?}") };
     assert!(began.elapsed() >= offer, "it did not wait for the end of the offer");

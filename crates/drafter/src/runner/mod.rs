@@ -32,6 +32,7 @@ pub mod config;
 mod confine;
 mod disks;
 mod end;
+mod fallback;
 mod fork;
 pub mod guard;
 mod held;
@@ -168,6 +169,8 @@ struct Inner {
     backups: Option<Arc<backup::Backups>>,
     /// Where the rest of a machine is that was restored lazily, until all is here.
     filling: Option<Arc<StoreFill>>,
+    /// What stands in for the source of a machine that lacks blocks.
+    fallback: Option<Arc<fallback::Fallback>>,
     /// What the machine's last start from a store touched first.
     first_touches: FirstTouches,
     protection: Option<Arc<protection::Protection>>,
@@ -300,6 +303,7 @@ impl Runner {
                 (Launch::Recover, Some(before)) => before.launch,
                 _ => serde_json::to_value(launch).unwrap_or_default(),
             },
+            fallback: None,
             doors: Vec::new(),
             outage: None,
             guard: Weak::new(),

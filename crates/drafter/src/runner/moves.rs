@@ -31,10 +31,6 @@ use std::{
     time::Duration,
 };
 
-/// How long ending the machine's generations may take at the end of a move, while the destination runs it;
-/// after that it compares all of the machine with its history.
-const HISTORY_LIMIT: Duration = Duration::from_secs(2);
-
 /// A move that runs or ran.
 pub(super) struct Job {
     pub(super) number: u64,
@@ -160,11 +156,8 @@ impl Runner {
             job.changed.notify_all();
         };
         let mut leaving = Leaving::new(self, body, &holding);
-        let asked = ProtectedSource {
-            view: &|| self.term_view(),
-            is_frozen: &|| self.is_frozen(),
-            history: &|| self.history_within(HISTORY_LIMIT),
-        };
+        let asked = ProtectedSource { view: &|| self.term_view(), is_frozen: &|| self.is_frozen() };
+        let history = || self.ask_history();
         let around = Surroundings {
             machine: &mut leaving,
             authority,
@@ -185,6 +178,7 @@ impl Runner {
             },
             holding: Arc::clone(&holding),
             protection: plan.request.protected.is_some().then_some(asked),
+            history: Some(&history),
         };
         let moved = source::run(&plan, around);
         if let Some(holding) = holding.lock().unwrap_or_else(PoisonError::into_inner).take() {

@@ -22,12 +22,11 @@ use super::{
     tenure::Tenure,
 };
 use crate::{
-    checkpoint::description,
     lease::{Beat, BeatName, BeatRef, HostName, LeaseStore, Record},
     migrate::{
         messages::{BackupMark, PrepareRequest, Protected},
         protocol::DeviceNumber,
-        source::{MachineError, SourceMachine},
+        source::{MachineError, SourceMachine, Told},
         switchover::{FlipEpoch, Holding},
     },
     tenure::{Times, View},
@@ -206,27 +205,25 @@ impl Runner {
         self.protection().is_some_and(|protection| protection.is_frozen())
     }
 
-    /// The destination has all of the machine: ends its generations here, and says which was the last and
+    /// The destination owns the machine: ends its generations here, and says which was the last and
     /// what has changed since. `None` if that is not known.
-    fn hand_on_history(&self) -> Option<(Vec<u8>, Vec<BlockSet>)> {
+    fn hand_on_history(&self) -> Option<Told> {
         let backups = self.lock().backups.clone()?;
         let (mark, changed) = backup::hand_on(&backups)?;
         let mark = BackupMark { first_touch: self.first_touch_text(), ..mark };
         Some((serde_json::to_vec(&mark).ok()?, changed))
     }
 
-    /// As [`Runner::hand_on_history`]; `None` if the store keeps it from being done in time.
-    pub(super) fn history_within(
-        self: &Arc<Self>,
-        limit: Duration,
-    ) -> Option<(Vec<u8>, Vec<BlockSet>)> {
+    /// As [`Runner::hand_on_history`], which a store may keep from being done.
+    pub(super) fn ask_history(self: &Arc<Self>) -> Option<mpsc::Receiver<Option<Told>>> {
+        self.lock().backups.as_ref()?;
         let (done, told) = mpsc::channel();
         let runner = Arc::clone(self);
         let asked = std::thread::Builder::new().name("history".into()).spawn(move || {
             let _ = done.send(runner.hand_on_history());
         });
         asked.ok()?;
-        told.recv_timeout(limit).ok().flatten()
+        Some(told)
     }
 
     /// The machine comes back to this host: waits until it may run here, and says under which epoch.
@@ -374,24 +371,8 @@ impl Runner {
         Ok(Some(Arriving { tenure, protection, life, signs }))
     }
 
-    /// What the source of a machine that arrived told of its history, or that it told nothing.
-    pub(super) fn history_told(&self, told: Option<(Vec<u8>, Vec<BlockSet>)>) {
-        let known = told.and_then(|(mark, changed)| {
-            let mark: BackupMark = serde_json::from_slice(&mark).ok()?;
-            Some((mark, changed))
-        });
-        let mut inner = self.lock();
-        if inner.arrived.is_none() {
-            return;
-        }
-        if let Some((mark, _)) = &known {
-            inner.first_touches = description::first_touches_of(&mark.first_touch);
-        }
-        inner.arrived = known.map(|(mark, changed)| Arrived::Known(mark, changed));
-    }
-
     /// Looks after a machine that lacks blocks of its source: when that has shown no sign of life for as
-    /// long as a lease holds, and no block has come, they are gone with it. Then the machine is given up
+    /// long as a lease holds, no block has come, and the store has none either, they are gone with it. Then the machine is given up
     /// here, so that a stand-in may go on with its last generation at once.
     fn watch_source(self: &Arc<Self>, signs: SourceSigns) {
         let (runner, subject) = (Arc::clone(self), self.lock().subject.clone());
@@ -402,7 +383,10 @@ impl Runner {
                 if missing == 0 {
                     return;
                 }
+                let fallback = runner.lock().fallback.clone();
+                let brings = fallback.is_some_and(|fallback| fallback.works());
                 match (signs.read(&*runner.store), &seen) {
+                    _ if brings => seen = None,
                     (Some(beat), Some((last, left, since)))
                         if beat == *last && missing == *left =>
                     {

@@ -19,8 +19,10 @@ impl Runner {
         }
         let missing: u64 = inner.devices.iter().map(|device| device.missing_blocks()).sum();
         let (since, why) = inner.doors.last().filter(|_| missing > 0)?.outage()?;
+        let store = inner.fallback.as_ref().and_then(|fallback| fallback.words());
+        let store = store.map(|words| format!(" ({words})")).unwrap_or_default();
         Some(format!(
-            "{missing} blocks are missing and their source is not reached since {:.0} s ({why}): the \
+            "{missing} blocks are missing{store} and their source is not reached since {:.0} s ({why}): the \
              guest runs until it needs one of them. Mend the line, or start the runner there again \
              (`drafter recover {machine}`); it connects by itself. Only if that host will never come \
              back: `drafter stop {machine}` here and `drafter restore`",

@@ -120,7 +120,7 @@ impl Runner {
     }
 
     /// The store that content may be brought from.
-    fn bring_from(&self) -> Option<StoreAt> {
+    pub(super) fn bring_from(&self) -> Option<StoreAt> {
         let (brings, protects) = (&self.config.bring_from, &self.config.protect);
         let protects = || {
             let protect = protects.as_ref()?;

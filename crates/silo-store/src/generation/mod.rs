@@ -205,6 +205,12 @@ impl Generation {
         self.entry.head.number
     }
 
+    /// Who wrote it: different for each writer that a line ever had.
+    #[must_use]
+    pub fn writer(&self) -> [u8; 16] {
+        self.entry.head.writer
+    }
+
     /// When it was written, by the writer's clock.
     #[must_use]
     pub fn made(&self) -> SystemTime {

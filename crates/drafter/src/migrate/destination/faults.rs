@@ -68,6 +68,15 @@ impl Demands {
         place.send(&frames);
     }
 
+    /// Blocks of a device that somebody waits for.
+    #[must_use]
+    pub fn waited_for(&self, device: usize) -> BlockSet {
+        let place = lock(&self.place);
+        let mut waited = place.asked[device].clone();
+        waited.intersect_with(&self.devices[device].missing());
+        waited
+    }
+
     pub(super) fn hang_up(&self) {
         lock(&self.place).to = None;
     }

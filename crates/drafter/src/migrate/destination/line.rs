@@ -1,6 +1,9 @@
 //! A session's connections: one that breaks and is replaced by the source's next, and the last one.
 
-use super::{DestinationMachine, Fate, LOOK, SILENCE_LIMIT, Session, door::Visitor, faults, lock};
+use super::{
+    DestinationMachine, Fate, HistoryTold, LOOK, SILENCE_LIMIT, Session, door::Visitor, faults,
+    lock,
+};
 use crate::migrate::{
     link::{Channel, Incoming},
     messages::{ResumeAnswer, Standing},
@@ -8,8 +11,11 @@ use crate::migrate::{
     switchover::{DestinationEvent, DestinationState},
 };
 use identity::Control;
-use silo::block::BlockSet;
-use std::time::{Duration, Instant};
+use silo::block::{BlockRange, BlockSet};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 /// How long the source may take to close the connection after its release.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(5);
@@ -25,6 +31,8 @@ impl<M: DestinationMachine + 'static> Session<M> {
             tracing::warn!(%error, "the last blocks could not be put in place");
         }
         self.applier.renew();
+        // Half of it would be taken for all of it.
+        self.changed.clear();
         self.hang_up();
         self.door.lost(reason);
         self.desk.event(DestinationEvent::PeerLost);
@@ -131,39 +139,67 @@ impl<M: DestinationMachine + 'static> Session<M> {
         self.desk.close();
         self.tell_owner();
         self.control.set_read_timeout(Some(GOODBYE_LIMIT));
-        let mut history = None;
         if let (Fate::Settled(_), Some(incoming)) = (fate, incoming) {
-            history = self.last_words(incoming);
+            self.last_words(incoming);
         }
-        if let Some(tell) = self.on_history.take() {
-            tell(history);
-        }
+        self.hears_history(None);
         self.hang_up();
     }
 
     /// What the source says of the machine's history before it closes the connection.
-    fn last_words(&self, mut incoming: Incoming) -> Option<(Vec<u8>, Vec<BlockSet>)> {
-        let devices = self.applier.devices();
-        let none = devices.iter().map(|device| BlockSet::new(device.blocks()));
-        let (mut changed, mut mark) = (none.collect::<Vec<_>>(), None);
+    fn last_words(&mut self, mut incoming: Incoming) {
         let deadline = Instant::now() + 2 * GOODBYE_LIMIT;
         while Instant::now() < deadline
             && let Ok(frame) = incoming.read()
         {
             match frame {
                 Frame::Changed { device, ranges } => {
-                    let set = changed.get_mut(usize::from(device.0))?;
-                    for range in ranges {
-                        if range.end() > set.device_blocks() {
-                            return None;
-                        }
-                        set.insert_range(range);
+                    if let Err(why) = self.lacks(device, &ranges) {
+                        return tracing::warn!(
+                            why,
+                            "what the source says of the history is not taken"
+                        );
                     }
                 }
-                Frame::History(json) => mark = Some(json),
+                Frame::History(mark) => self.hears_history(Some(mark)),
                 _ => {}
             }
         }
-        Some((mark?, changed))
+    }
+
+    /// Blocks in which the machine differed from its last generation when it left.
+    pub(super) fn lacks(
+        &mut self,
+        device: DeviceNumber,
+        ranges: &[BlockRange],
+    ) -> Result<(), String> {
+        if self.changed.is_empty() {
+            let devices = self.applier.devices().iter();
+            self.changed = devices.map(|device| BlockSet::new(device.blocks())).collect();
+        }
+        let set = self.changed.get_mut(usize::from(device.0));
+        let set = set.ok_or("blocks of a device that there is not have changed")?;
+        for range in ranges {
+            if range.end() > set.device_blocks() {
+                return Err("blocks have changed behind the end of a device".into());
+            }
+            set.insert_range(*range);
+        }
+        Ok(())
+    }
+
+    /// That was all; or the session ends, and it may not have been told.
+    pub(super) fn hears_history(&mut self, mark: Option<Vec<u8>>) {
+        let mut changed = std::mem::take(&mut self.changed);
+        if changed.is_empty() {
+            let devices = self.applier.devices().iter();
+            changed = devices.map(|device| BlockSet::new(device.blocks())).collect();
+        }
+        let demands = Arc::clone(&self.demands);
+        let told = mark.map(|mark| HistoryTold { mark, changed, demands });
+        // Said once more over another line, it is the same.
+        if let Some(tell) = self.on_history.take() {
+            tell(told);
+        }
     }
 }

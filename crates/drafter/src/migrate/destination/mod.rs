@@ -61,9 +61,18 @@ pub type OnComplete = Box<dyn FnOnce() + Send>;
 /// Holds the machine to this host's term, under the lease that is handed over; an error refuses it.
 pub type OnToken = Box<dyn FnOnce(&Record) -> Result<(), String> + Send>;
 
-/// Gets what the source told of the machine's history (JSON of `BackupMark`), and in which blocks of each
-/// device it differed from it; `None` if it did not say.
-pub type OnHistory = Box<dyn FnOnce(Option<(Vec<u8>, Vec<BlockSet>)>) + Send>;
+/// Gets what the source told of the machine's history; `None` if it did not say.
+pub type OnHistory = Box<dyn FnOnce(Option<HistoryTold>) + Send>;
+
+/// Which generation of a machine its source stored last.
+pub struct HistoryTold {
+    /// JSON of [`BackupMark`](super::messages::BackupMark).
+    pub mark: Vec<u8>,
+    /// In which blocks of each device of the group the machine differed from it when it left.
+    pub changed: Vec<BlockSet>,
+    /// What the guest waits for.
+    pub demands: Arc<Demands>,
+}
 
 /// An arrival, ready for the source's blocks.
 pub struct Arrival<M> {
@@ -83,7 +92,8 @@ pub struct Arrival<M> {
     pub on_report: Box<dyn Fn(&str) + Send + Sync>,
     /// Called with the token, before the machine runs.
     pub on_token: OnToken,
-    /// Called when the session ends, however.
+    /// Called as soon as the source has told, which may be before all blocks are here; else when the session
+    /// ends, however.
     pub on_history: OnHistory,
     /// Gets the machine when this host owns it and its frames may leave, which may be long before
     /// all blocks are here.
@@ -178,6 +188,7 @@ pub fn run<M: DestinationMachine + 'static>(arrival: Arrival<M>) -> Ended<M> {
         desk: Arc::clone(&desk),
         applier: Applier::new(devices),
         comparison: None,
+        changed: Vec::new(),
         main: outgoing,
         control,
         filler: faults::fill(fault.incoming, &demands, &door),
@@ -215,6 +226,8 @@ pub struct Continuation {
     pub freezer: Arc<dyn Freezer>,
     /// Tells the memory faults.
     pub faults: Box<dyn Fn() -> silo::memory::FaultSummary + Send + Sync>,
+    /// As [`Arrival::on_history`].
+    pub on_history: OnHistory,
     /// What the guest has sent and sends may leave, if it may not already.
     pub on_release: Box<dyn Fn() + Send + Sync>,
     /// As [`Arrival::on_complete`].
@@ -233,6 +246,7 @@ pub fn go_on<M: DestinationMachine + 'static>(from: Continuation) -> Fate {
         store,
         freezer,
         faults,
+        on_history,
         on_release,
         on_complete,
     } = from;
@@ -261,6 +275,7 @@ pub fn go_on<M: DestinationMachine + 'static>(from: Continuation) -> Fate {
         desk: Arc::clone(&desk),
         applier: Applier::armed(devices),
         comparison: None,
+        changed: Vec::new(),
         main: outgoing,
         control: main.control.clone(),
         filler: None,
@@ -268,7 +283,7 @@ pub fn go_on<M: DestinationMachine + 'static>(from: Continuation) -> Fate {
         door,
         touched: true,
         on_token: None,
-        on_history: None,
+        on_history: Some(on_history),
         on_owner: None,
         on_complete: Some(on_complete),
     };
@@ -293,6 +308,8 @@ struct Session<M> {
     applier: Applier,
     /// Names are coming.
     comparison: Option<Comparison>,
+    /// What the machine's history lacks is being told.
+    changed: Vec<BlockSet>,
     main: Arc<Mutex<Outgoing>>,
     control: Control,
     demands: Arc<Demands>,
@@ -391,6 +408,8 @@ impl<M: DestinationMachine + 'static> Session<M> {
             Frame::SourceDurable { .. } => {
                 self.desk.event(DestinationEvent::SourceDurable);
             }
+            Frame::Changed { device, ranges } if self.may_wait() => self.lacks(device, &ranges)?,
+            Frame::History(mark) if self.may_wait() => self.hears_history(Some(mark)),
             Frame::BulkEnd => return self.bulk_end(),
             Frame::Abort(reason) => {
                 self.desk.event(DestinationEvent::Cancel);

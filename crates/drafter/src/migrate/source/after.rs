@@ -2,7 +2,7 @@
 //! the same for a runner that finds its machine in that state.
 
 use super::{
-    MachineError, MoveError, Moved, Outage, Session,
+    History, MachineError, MoveError, Moved, Outage, Session,
     flight::{Flight, ms},
     give_back,
     handover::Ready,
@@ -29,6 +29,10 @@ use std::{
     sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant},
 };
+
+/// How long it may take to say what the machine's last generation was, when all is at the destination; after
+/// that it compares all of the machine with its history.
+const HISTORY_LIMIT: Duration = Duration::from_secs(2);
 
 /// How long a FLUSH that was answered early may take to become durable.
 const FLUSH_LIMIT: Duration = Duration::from_secs(60);
@@ -66,7 +70,7 @@ impl Session<'_> {
             progress,
             outage,
             holding,
-            protection,
+            history,
             ..
         } = around;
         let tell = |left_bytes, sent_bytes| {
@@ -85,12 +89,13 @@ impl Session<'_> {
             cancel,
             progress: &tell,
             outage,
+            history,
             line,
             no_line: sent.err().map_or_else(String::new, |error| error.to_string()),
         });
         let end = keeper.run();
-        if let (End::Released, Some(protected)) = (&end, &protection) {
-            keeper.tell_history(|| (protected.history)());
+        if let End::Released = &end {
+            keeper.tell_history(HISTORY_LIMIT);
         }
         let left = keeper.remaining();
         let Keeper { confirmation, durable, why, sent, .. } = keeper;
@@ -223,6 +228,8 @@ pub struct Recovered<'a> {
     pub cancel: Arc<AtomicBool>,
     /// As [`super::Surroundings::outage`].
     pub outage: &'a dyn Fn(Option<Outage>),
+    /// As [`super::Surroundings::history`].
+    pub history: Option<&'a History<'a>>,
 }
 
 /// What became of it.
@@ -246,7 +253,7 @@ pub enum Kept {
 
 /// Serves a machine's frozen content until somebody owns all of it, or it may go on here.
 pub fn keep(found: Recovered<'_>) -> Kept {
-    let Recovered { place, mut authority, store, devices, flush, cancel, outage } = found;
+    let Recovered { place, mut authority, store, devices, flush, cancel, outage, history } = found;
     let none = devices.iter().map(|device| BlockSet::new(device.blocks())).collect();
     let mut keeper = Keeper::new(Parts {
         place,
@@ -259,6 +266,7 @@ pub fn keep(found: Recovered<'_>) -> Kept {
         cancel,
         progress: &|_, _| {},
         outage,
+        history,
         line: None,
         no_line: "the runner has just come back".into(),
     });

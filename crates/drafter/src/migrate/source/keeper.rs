@@ -14,7 +14,7 @@
 //! Called by a move after its token, and by a runner that finds its machine in this state.
 
 use super::{
-    MachineError,
+    History, MachineError, Told,
     line::{Dialed, Line, Place, Reopened, dial},
     pages::PageServer,
     send::{Pacer, send_run},
@@ -96,6 +96,8 @@ pub(super) struct Parts<'a> {
     /// Told how many bytes are left, and how many were sent.
     pub(super) progress: &'a dyn Fn(u64, u64),
     pub(super) outage: &'a dyn Fn(Option<Outage>),
+    /// What the machine's history lacks of it.
+    pub(super) history: Option<&'a History<'a>>,
     pub(super) line: Option<Line>,
     /// Why there is no line.
     pub(super) no_line: String,
@@ -126,6 +128,17 @@ pub(super) struct Keeper<'a> {
     pub(super) sent: u64,
     /// When everything was sent, where that is waited for.
     all_sent: Option<Instant>,
+    history: Asked,
+}
+
+/// What the destination is told of the machine's history: with a store that has it, it can do without this
+/// host but for what the history lacks.
+enum Asked {
+    /// The destination may give the machine back yet, or there is none.
+    Nobody,
+    Wait(mpsc::Receiver<Option<Told>>),
+    /// And whether it has heard it on this line.
+    Known(Told, bool),
 }
 
 fn now() -> BootTime {
@@ -153,6 +166,7 @@ impl<'a> Keeper<'a> {
             why: String::new(),
             sent: parts.line.as_ref().map_or(0, |line| line.main.sent()),
             all_sent: None,
+            history: Asked::Nobody,
             parts,
         }
     }
@@ -178,21 +192,38 @@ impl<'a> Keeper<'a> {
         }
     }
 
-    /// Tells the destination, which has everything, of the machine's history, if it is still there.
-    pub(super) fn tell_history(
-        &mut self,
-        history: impl FnOnce() -> Option<(Vec<u8>, Vec<BlockSet>)>,
-    ) {
+    /// The destination, which owns the machine, hears what the history lacks of it as soon as that is known,
+    /// and gets that first; it is waited for as long as `limit`.
+    pub(super) fn tell_history(&mut self, limit: Duration) {
+        if let (Asked::Nobody, Some(ask)) = (&self.history, self.parts.history) {
+            let Some(asked) = ask() else { return };
+            self.history = Asked::Wait(asked);
+        }
+        if let Asked::Wait(asked) = &self.history {
+            match asked.recv_timeout(limit) {
+                Ok(Some(told)) => {
+                    self.parts.pages.first(told.1.clone());
+                    self.history = Asked::Known(told, false);
+                }
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+                Ok(None) | Err(mpsc::RecvTimeoutError::Disconnected) => {
+                    self.history = Asked::Nobody;
+                    self.parts.history = None;
+                }
+            }
+        }
         let Some(line) = &mut self.parts.line else { return };
-        let Some((mark, changed)) = history() else { return };
+        let Asked::Known((mark, changed), heard @ false) = &mut self.history else { return };
+        *heard = true;
         let told = changed
             .iter()
             .enumerate()
             .try_for_each(|(at, set)| line.main.changed(DeviceNumber(at as u8), set))
-            .and_then(|()| line.main.write(&Frame::History(mark)))
+            .and_then(|()| line.main.write(&Frame::History(mark.clone())))
             .and_then(|()| line.main.flush());
+        // A line that is broken shows where blocks are sent.
         if let Err(error) = told {
-            tracing::info!(%error, "the destination compares the machine with its history");
+            tracing::info!(%error, "the destination does not hear of the machine's history");
         }
     }
 
@@ -267,10 +298,13 @@ impl<'a> Keeper<'a> {
             self.tell_durable();
         }
         self.arrived();
-        let Some(line) = &mut self.parts.line else { return };
         if self.end.is_some() {
             return;
         }
+        if matches!(self.state(), SourceState::ServingPages(_)) {
+            self.tell_history(Duration::ZERO);
+        }
+        let Some(line) = &mut self.parts.line else { return };
         if self.bulk_ended {
             let wait = self.until_wake().min(LOOK);
             let Some(line) = &self.parts.line else { return };
@@ -489,6 +523,10 @@ impl<'a> Keeper<'a> {
             Some(Line::open(main.outgoing, main.control, arrivals, fault, pages, place));
         (self.bulk_ended, self.flush_told) = (false, false);
         (self.cursor, self.all_sent) = ((0, 0), None);
+        if let Asked::Known((_, changed), heard) = &mut self.history {
+            *heard = false;
+            self.parts.pages.first(changed.clone());
+        }
         (self.parts.outage)(None);
     }
 

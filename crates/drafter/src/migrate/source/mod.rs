@@ -108,7 +108,16 @@ pub struct Surroundings<'a> {
     pub holding: Arc<std::sync::Mutex<Option<Holding>>>,
     /// Of a protected machine.
     pub protection: Option<ProtectedSource<'a>>,
+    /// Asked once, when the destination owns the machine: ends its generations here.
+    pub history: Option<&'a History<'a>>,
 }
+
+/// Which generation of the machine was the last (JSON of `BackupMark`), and in which blocks of each device
+/// of the group the machine differs from it.
+pub type Told = (Vec<u8>, Vec<BlockSet>);
+
+/// Begins to find that out; `None`, there or here, if it is not known.
+pub type History<'a> = dyn Fn() -> Option<mpsc::Receiver<Option<Told>>> + 'a;
 
 /// What the move of a protected machine asks its runner.
 pub struct ProtectedSource<'a> {
@@ -116,9 +125,6 @@ pub struct ProtectedSource<'a> {
     pub view: &'a dyn Fn() -> Option<View>,
     /// Whether the machine stands still, because that is over: a reason to give the move up.
     pub is_frozen: &'a dyn Fn() -> bool,
-    /// The destination has everything: ends the machine's generations here, and says which was the last
-    /// (JSON of `BackupMark`) and what has changed since.
-    pub history: &'a dyn Fn() -> Option<(Vec<u8>, Vec<BlockSet>)>,
 }
 
 /// How a move ended well.

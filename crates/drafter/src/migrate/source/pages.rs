@@ -25,6 +25,8 @@ const CLUSTER: u64 = 8;
 pub(super) struct PageServer {
     devices: Vec<Arc<dyn Device>>,
     remaining: Mutex<Vec<BlockSet>>,
+    /// Of these, those that nobody else has.
+    first: Mutex<Vec<BlockSet>>,
     /// Device number in the upper 8 bits, block after the last fault below; `u64::MAX` for none.
     last_fault: AtomicU64,
     fault_bytes: AtomicU64,
@@ -37,6 +39,7 @@ impl PageServer {
         Self {
             devices,
             remaining: Mutex::new(remaining),
+            first: Mutex::default(),
             last_fault: AtomicU64::new(u64::MAX),
             fault_bytes: AtomicU64::new(0),
         }
@@ -59,6 +62,28 @@ impl PageServer {
     /// The destination has said what it lacks: that is to be sent, whatever was sent before.
     pub(super) fn reset(&self, remaining: Vec<BlockSet>) {
         *self.lock() = remaining;
+    }
+
+    /// What nobody has but this host is pushed before all else.
+    pub(super) fn first(&self, sets: Vec<BlockSet>) {
+        *self.first.lock().unwrap_or_else(PoisonError::into_inner) = sets;
+    }
+
+    /// The next of what goes first, of what is left.
+    fn next_first(&self, remaining: &[BlockSet]) -> Option<(usize, BlockRange)> {
+        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        for (device, set) in first.iter_mut().enumerate() {
+            while let Some(range) = set.next_range(BlockIndex(0), MAX_RUN) {
+                set.remove_range(range);
+                // Faults have taken some of it.
+                let mut parts = remaining[device].ranges_in(range);
+                if let Some(part) = parts.next() {
+                    parts.for_each(|rest| set.insert_range(rest));
+                    return Some((device, part));
+                }
+            }
+        }
+        None
     }
 
     /// Answers demands until the connection ends. A demand for a block that was sent already is
@@ -117,13 +142,16 @@ impl PageServer {
         range
     }
 
-    /// The next run to push: behind the last fault if there was a new one, else behind the last
-    /// run, else from the start of the next device that has something left.
+    /// The next run to push: behind the last fault if there was a new one, else of what goes first, else
+    /// behind the last run, else from the start of the next device that has something left.
     pub(super) fn next(&self, cursor: &mut (usize, u64)) -> Option<(DeviceNumber, BlockRange)> {
         let mut sets = self.lock();
         let fault = self.last_fault.swap(u64::MAX, Ordering::Relaxed);
         if fault != u64::MAX {
             *cursor = ((fault >> 56) as usize, fault & ((1 << 56) - 1));
+        } else if let Some((device, range)) = self.next_first(&sets) {
+            sets[device].remove_range(range);
+            return Some((DeviceNumber(device as u8), range));
         }
         let count = sets.len();
         for step in 0..=count {
@@ -136,5 +164,57 @@ impl PageServer {
             }
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use silo::{device::DeviceName, memory::Memory};
+
+    const BLOCKS: u64 = 4096;
+
+    fn set(ranges: &[(u64, u64)]) -> BlockSet {
+        let mut set = BlockSet::new(BLOCKS);
+        ranges.iter().for_each(|(start, count)| set.insert_range(BlockRange::new(*start, *count)));
+        set
+    }
+
+    #[test]
+    fn what_only_this_host_has_is_pushed_first_without_what_faults_have_taken_and_all_of_it_once() {
+        let device = |name: &str| -> Arc<dyn Device> {
+            let name = DeviceName::new(name).unwrap();
+            Arc::new(Memory::new(name, BLOCKS * 4096).unwrap())
+        };
+        let all = set(&[(0, BLOCKS)]);
+        let sets = vec![all.clone(), all.clone()];
+        let pages = PageServer::new(vec![device("memory"), device("disk")], sets.clone());
+        let mut cursor = (0, 0);
+        let begun = pages.next(&mut cursor).unwrap();
+        assert_eq!(begun, (DeviceNumber(0), BlockRange::new(0, MAX_RUN)));
+        // A fault in the midst of what goes first, and what follows it.
+        pages.first(vec![set(&[(3000, 20)]), set(&[(0, 1), (4000, MAX_RUN + 1)])]);
+        let claimed = pages.claim(DeviceNumber(0), BlockRange::new(3004, 1));
+        assert_eq!(claimed, BlockRange::new(3004, CLUSTER));
+        let mut order = Vec::new();
+        let (mut left, mut sent) = (sets, vec![begun, (DeviceNumber(0), claimed)]);
+        while let Some(next) = pages.next(&mut cursor) {
+            order.push(next);
+            sent.push(next);
+        }
+        // Behind the fault, which is what the guest needs next; then what goes first.
+        let behind = BlockRange::new(3004 + CLUSTER, MAX_RUN.min(BLOCKS - 3004 - CLUSTER));
+        assert_eq!(order[0], (DeviceNumber(0), behind));
+        let first = [(0, 3000, 4), (1, 0, 1), (1, 4000, MAX_RUN), (1, 4000 + MAX_RUN, 1)];
+        let first = first
+            .map(|(device, start, count)| (DeviceNumber(device), BlockRange::new(start, count)));
+        assert_eq!(order[1..5], first, "{order:?}");
+        for (device, range) in sent {
+            let left = &mut left[usize::from(device.0)];
+            assert!(left.contains_range(range), "{range:?} was sent twice");
+            left.remove_range(range);
+        }
+        assert!(left.iter().all(BlockSet::is_empty));
+        assert_eq!(pages.remaining(), 0);
     }
 }

@@ -5,12 +5,20 @@
 //! the store's newest generation differs from the machine as it left its source, and has seen every write
 //! since.
 
-use super::{Backups, Runner, lock};
+use super::{Backups, LOOK, Runner, lock};
 use crate::{
     checkpoint::description, migrate::messages::BackupMark, runner::protected_move::Arrived,
 };
 use silo::{block::BlockSet, store::LineWriter};
-use std::{collections::BTreeMap, fmt::Write as _, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// How long a generation that is being stored when the machine has left may take.
+const STORED: Duration = Duration::from_secs(1);
 
 impl Runner {
     /// The generation of which the source of a machine that arrived has said how it differs; said once.
@@ -46,7 +54,8 @@ impl Runner {
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
+/// As a writer is named in a [`BackupMark`].
+pub(in crate::runner) fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::new(), |mut text, byte| {
         // It never fails for a string.
         let _ = write!(text, "{byte:02x}");
@@ -59,9 +68,14 @@ fn hex(bytes: &[u8]) -> String {
 /// there are none.
 pub(in crate::runner) fn hand_on(backups: &Backups) -> Option<(BackupMark, Vec<BlockSet>)> {
     let _turn = backups.turn.try_lock().ok()?;
+    // One that is being stored is worth waiting for: whoever goes on with it has lost less.
+    let deadline = Instant::now() + STORED;
+    while backups.continuous()?.engine.status().storing && Instant::now() < deadline {
+        std::thread::park_timeout(LOOK);
+    }
     let continuous = lock(&backups.continuous).take()?;
     let line = continuous.target.line.to_string();
-    // What was being stored is put back.
+    // What is still being stored is put back.
     let last = Arc::try_unwrap(continuous).ok()?.engine.stop().last?;
     let mark = BackupMark {
         line,

@@ -19,7 +19,7 @@
 mod handed;
 mod standing;
 
-pub(super) use handed::hand_on;
+pub(super) use handed::{hand_on, hex};
 pub(super) use standing::Watched;
 
 use super::{

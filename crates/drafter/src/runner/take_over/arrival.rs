@@ -90,6 +90,10 @@ impl Runner {
             store: Arc::clone(&self.store),
             freezer: Arc::new(Fenced(Arc::clone(&fence))),
             faults: Box::new(move || memory.fault_summary()),
+            on_history: {
+                let runner = Arc::clone(self);
+                Box::new(move |told| runner.history_told(told))
+            },
             on_complete: {
                 let (runner, settled) = (Arc::clone(self), noted.settled(Some(by.clone())));
                 Box::new(move || runner.complete(&settled))

@@ -128,6 +128,8 @@ impl Runner {
             flush: &mut flush,
             cancel: job.cancel_flag(),
             outage: &|outage| self.note_outage(outage),
+            // Its generations ended with the runner before this one.
+            history: None,
         });
         match kept {
             Kept::Released { epoch } => {
