@@ -18,4 +18,4 @@ if [ ! -x "$venv/bin/moto_server" ]; then
     mv "$venv.new" "$venv"
     sed -i "1s|$venv.new|$venv|" "$venv"/bin/* 2> /dev/null || true
 fi
-echo "$venv/bin/python -m moto.server"
+echo "$venv/bin/python $PWD/scripts/one_at_a_time.py"

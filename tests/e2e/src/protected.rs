@@ -63,7 +63,14 @@ pub fn is_protected(stage: &Stage, at: RunnerId) {
         if is_so {
             return;
         }
-        let log = || runner.log_tail();
+        let log = || {
+            let host = &runner.host;
+            let hosts = stage.fleet.rig().hosts();
+            let at = hosts.iter().position(|place| place.name == *host).unwrap();
+            let keeper = stage.fleet.state_of(at).join("keeper.log");
+            let keeper = std::fs::read_to_string(keeper).unwrap_or_default();
+            format!("{}\nkeeper:\n{keeper}", runner.log_tail())
+        };
         assert!(begun.elapsed() < LIMIT, "it is not protected: {status:?}\n{}", log());
         std::thread::sleep(Duration::from_millis(5));
     }

@@ -10,11 +10,15 @@ use drafter::{
     runner::state::{self, MachineDir, RunnerRecord},
 };
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::{
+        signal::{Signal, kill},
+        socket::{getsockopt, sockopt::PeerCredentials},
+    },
     unistd::Pid,
 };
 use std::{
     fs, io,
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -34,6 +38,7 @@ pub(super) fn sweep(folder: &Path) -> Result<(), FleetError> {
             qemu::stop_without_runner(&dir.run())
                 .map_err(|error| FleetError::Leftover(error.to_string()))?;
         }
+        end_keeper(&host)?;
         fs::remove_dir_all(&host).map_err(failed(&host))?;
     }
     let leases = folder.join(LEASES);
@@ -56,6 +61,23 @@ fn hosts(folder: &Path) -> io::Result<Vec<PathBuf>> {
         }
     }
     Ok(hosts)
+}
+
+/// What keeps the host's sign of life stays for a while when nobody needs it any more, and writes to the
+/// leases until then.
+fn end_keeper(host: &Path) -> Result<(), FleetError> {
+    let path = host.join("keeper.sock");
+    let Ok(mut line) = UnixStream::connect(&path) else { return Ok(()) };
+    let ended = getsockopt(&line, PeerCredentials)
+        .and_then(|peer| kill(Pid::from_raw(peer.pid()), Signal::SIGKILL))
+        .map_err(io::Error::from)
+        .and_then(|()| line.set_read_timeout(Some(KILL_LIMIT)))
+        // Its end closes the line.
+        .and_then(|()| io::copy(&mut line, &mut io::sink()));
+    match ended {
+        Err(error) if error.kind() != io::ErrorKind::ConnectionReset => Err(failed(&path)(error)),
+        _ => Ok(()),
+    }
 }
 
 /// Before the monitor: a runner that lives would look after it.

@@ -21,7 +21,7 @@ use std::{
 };
 
 /// How long a runner that has said that it ends is waited for.
-const LEAVES: Duration = Duration::from_secs(10);
+pub(super) const LEAVES: Duration = Duration::from_secs(10);
 
 /// A machine by name.
 #[derive(Args, Debug)]

@@ -31,6 +31,8 @@ const SILENCE: Duration = Duration::from_secs(5);
 const PAUSES: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 /// Between two starts of one.
 const START_AGAIN: Duration = Duration::from_secs(1);
+/// How long it may take until one is there, before that is told.
+const APPEARS: Duration = Duration::from_secs(3);
 /// How long one that a runner starts stays when nobody needs it any more.
 const LINGER: Duration = Duration::from_secs(5);
 
@@ -124,7 +126,7 @@ impl Client {
         let shared = Arc::<Shared>::default();
         let other = Arc::clone(&shared);
         std::thread::Builder::new().name("keeper".into()).spawn(move || {
-            Connecting { place, shared: other, started: None }.go_on(&said);
+            Connecting { place, shared: other, started: None, missing: None }.go_on(&said);
         })?;
         Ok(Self(shared))
     }
@@ -154,6 +156,8 @@ struct Connecting {
     place: Place,
     shared: Arc<Shared>,
     started: Option<Instant>,
+    /// Since when there is none.
+    missing: Option<Instant>,
 }
 
 impl Connecting {
@@ -188,10 +192,17 @@ impl Connecting {
                 ) =>
             {
                 self.start()?;
+                let since = *self.missing.get_or_insert_with(Instant::now);
+                if since.elapsed() > APPEARS {
+                    let log = log_file(&self.place.state);
+                    let why = format!("it does not come up ({error}): see {}", log.display());
+                    return Err(io::Error::other(why));
+                }
                 return Ok(true);
             }
             Err(error) => return Err(error),
         };
+        self.missing = None;
         let Place { host, leases, machine, term, .. } = &self.place;
         say(
             &stream,

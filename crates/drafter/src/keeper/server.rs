@@ -19,12 +19,12 @@ use nix::fcntl::{Flock, FlockArg};
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io::BufReader,
+    io::{self, BufReader},
     os::unix::{
-        fs::PermissionsExt as _,
+        fs::{MetadataExt as _, PermissionsExt as _},
         net::{UnixListener, UnixStream},
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         mpsc::{self, Receiver, RecvTimeoutError, Sender},
@@ -43,7 +43,7 @@ const HELLO_LIMIT: Duration = Duration::from_secs(5);
 /// Runners at once, and some that are being replaced.
 const MOST: usize = 4096;
 
-enum Input {
+pub(super) enum Input {
     Pulse(OperationId, Answer),
     /// The answer to a question of the surrender with this number.
     Surrender(MachineName, u64, OperationId, Answer),
@@ -66,12 +66,45 @@ struct Served {
     said: Instant,
 }
 
-/// Removes the socket.
-struct Named(PathBuf);
+/// The name under which runners find this process. Removes the socket, if it is this one's still.
+pub(super) struct Named {
+    path: PathBuf,
+    /// Device and inode.
+    own: (u64, u64),
+}
+
+fn found_at(path: &Path) -> io::Result<(u64, u64)> {
+    fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
+}
+
+impl Named {
+    /// Listens at `path`, in place of whatever is there; a thread tells who connects.
+    pub(super) fn at(path: PathBuf, inputs: &Sender<Input>) -> io::Result<Self> {
+        let _ = fs::remove_file(&path);
+        let listener = UnixListener::bind(&path)?;
+        let named = Self { own: found_at(&path)?, path };
+        fs::set_permissions(&named.path, fs::Permissions::from_mode(0o600))?;
+        let connected = inputs.clone();
+        std::thread::Builder::new().name("accept".into()).spawn(move || {
+            for stream in listener.incoming().flatten() {
+                if connected.send(Input::Connected(stream)).is_err() {
+                    return;
+                }
+            }
+        })?;
+        Ok(named)
+    }
+
+    pub(super) fn is_there(&self) -> bool {
+        found_at(&self.path).is_ok_and(|found| found == self.own)
+    }
+}
 
 impl Drop for Named {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
+        if self.is_there() {
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -101,21 +134,10 @@ pub(crate) fn serve(settings: &Settings, insist: bool) -> anyhow::Result<()> {
     };
     let store = lease::open(&settings.leases, LEASE_LIMIT)?;
     let path = socket(&settings.state);
-    let _ = fs::remove_file(&path);
-    let listener = UnixListener::bind(&path).with_context(|| path.display().to_string())?;
-    let _named = Named(path.clone());
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
-
     let (inputs, receiver) = mpsc::channel();
     let calls = Callers::begin(&store, &inputs)?;
-    let connected = inputs.clone();
-    std::thread::Builder::new().name("accept".into()).spawn(move || {
-        for stream in listener.incoming().flatten() {
-            if connected.send(Input::Connected(stream)).is_err() {
-                return;
-            }
-        }
-    })?;
+    let words = path.display().to_string();
+    let named = Named::at(path, &inputs).with_context(|| words)?;
     tracing::info!(%host, ?term, ?renewal, "keeps the sign of life of this host");
     let times = Times::of(term, renewal);
     let parts = PulseParts {
@@ -130,6 +152,8 @@ pub(crate) fn serve(settings: &Settings, insist: bool) -> anyhow::Result<()> {
         host,
         times,
         inputs,
+        named,
+        looked: Instant::now(),
         calls,
         pulse,
         // What an earlier keeper told may hold until then.
@@ -157,7 +181,7 @@ struct Callers {
 }
 
 impl Callers {
-    fn begin(store: &Arc<dyn LeaseStore>, inputs: &Sender<Input>) -> std::io::Result<Self> {
+    fn begin(store: &Arc<dyn LeaseStore>, inputs: &Sender<Input>) -> io::Result<Self> {
         let (pulse, asked) = mpsc::channel::<Call>();
         let (answers, other) = (inputs.clone(), Arc::clone(store));
         std::thread::Builder::new().name("beat".into()).spawn(move || {
@@ -188,6 +212,9 @@ struct Keeper {
     host: HostName,
     times: Times,
     inputs: Sender<Input>,
+    named: Named,
+    /// When it was seen that runners find this.
+    looked: Instant,
     calls: Callers,
     pulse: Pulse,
     /// Nothing is given up before.
@@ -222,6 +249,10 @@ impl Keeper {
                 self.take(input);
             }
             self.do_what_is_due(BootClock.now());
+            if self.looked.elapsed() >= SAY {
+                self.looked = Instant::now();
+                self.be_found();
+            }
             if !self.served.is_empty() {
                 self.alone_since = Instant::now();
             }
@@ -231,6 +262,21 @@ impl Keeper {
                 tracing::info!("nobody needs the sign of life of this host any more");
                 return;
             }
+        }
+    }
+
+    /// Somebody may have removed the socket: runners that come must find this process, since no other may
+    /// be started while it runs.
+    fn be_found(&mut self) {
+        if self.named.is_there() {
+            return;
+        }
+        match Named::at(self.named.path.clone(), &self.inputs) {
+            Ok(named) => {
+                tracing::warn!("its socket was gone, and is there again");
+                self.named = named;
+            }
+            Err(error) => tracing::error!(%error, "its socket is gone: no further runner finds it"),
         }
     }
 
@@ -344,9 +390,9 @@ impl Keeper {
 
     // ---- runners
 
-    fn connected(&mut self, stream: UnixStream) -> std::io::Result<()> {
+    fn connected(&mut self, stream: UnixStream) -> io::Result<()> {
         if self.served.len() >= MOST {
-            return Err(std::io::Error::other("there are too many"));
+            return Err(io::Error::other("there are too many"));
         }
         let which = self.next;
         self.next += 1;

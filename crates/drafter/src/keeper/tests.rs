@@ -317,3 +317,27 @@ fn there_is_one_keeper_for_a_state_directory_and_it_ends_when_nobody_needs_it() 
         assert!(serve(&bad, true).is_err(), "{bad:?}");
     }
 }
+
+#[test]
+fn one_whose_socket_is_removed_is_found_again_and_its_end_takes_no_other_ones_away() {
+    let host = Host::new();
+    host.keep();
+    let (one, hears) = host.client("one");
+    let (life, ..) = next_view(&one, &hears);
+    // The first has its connection; those that come later start none while that one runs.
+    std::fs::remove_file(socket(&host.state())).unwrap();
+    let (two, hears) = host.client("two");
+    let (same, ..) = next_view(&two, &hears);
+    assert_eq!(life, same);
+
+    let path = host.folder.path().join("socket");
+    let (inputs, _received) = mpsc::channel();
+    let named = super::server::Named::at(path.clone(), &inputs).unwrap();
+    assert!(named.is_there());
+    let other = super::server::Named::at(path.clone(), &inputs).unwrap();
+    assert!(!named.is_there() && other.is_there());
+    drop(named);
+    assert!(other.is_there(), "it took the other one's");
+    drop(other);
+    assert!(!path.exists());
+}

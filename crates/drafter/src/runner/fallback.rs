@@ -13,7 +13,7 @@
 
 use super::{Runner, backup::hex, config::StoreAt, protected_move::Arrived, restore};
 use crate::{
-    checkpoint::{MEMORY, fill::FillTarget},
+    checkpoint::{MEMORY, disk_device, fill::FillTarget},
     migrate::{
         destination::{Demands, HistoryTold},
         messages::BackupMark,
@@ -118,10 +118,9 @@ impl Fallback {
             return Err(format!("generation {number} is not the source's"));
         }
         generation.pin_if_possible().map_err(text)?;
-        let (saved, _) = restore::described(&generation)?;
         let name = |device: &Arc<dyn Device>| match device.name().as_str() {
             MEMORY => MEMORY.to_owned(),
-            disk => saved.disk_device(disk),
+            disk => disk_device(disk),
         };
         let names: Vec<String> = self.devices.iter().map(name).collect();
         let mut data = Vec::new();
@@ -220,7 +219,9 @@ impl Runner {
             if let Standing::Brings(since) = fallback.standing() {
                 tracing::info!(took = ?since.elapsed(), "the store has given the rest of it");
             }
-            runner.lock().fallback = None;
+            // Another move may have brought the machine here again meanwhile.
+            let own = |kept: &mut Arc<Fallback>| Arc::ptr_eq(kept, &fallback);
+            drop(runner.lock().fallback.take_if(own));
         });
         if let Err(error) = begun {
             tracing::error!(%error, "no thread to bring blocks from the store");
@@ -281,5 +282,135 @@ impl Runner {
     fn source_away(&self) -> Option<Duration> {
         let (since, _) = self.lock().doors.last()?.outage()?;
         Some(since)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use silo::{
+        block::{BLOCK_SIZE, BlockIndex},
+        device::DeviceName,
+        disk::{Disk, DiskOptions},
+        io::BlockDevice,
+        source::MemoryDevice,
+        store::{
+            Access, CopyGroup, Environment, KeyRing, Limits, LineName, LineWriter, ScratchOptions,
+            Store, WriterOptions,
+            capture::{Capture, Want},
+        },
+    };
+    use std::{fs, os::unix::fs::PermissionsExt, path::Path};
+
+    const BLOCKS: u64 = 2000;
+    const BYTES: u64 = BLOCKS * BLOCK_SIZE as u64;
+
+    /// What block `at` held in the generation; every seventh is zeros.
+    fn content(at: u64) -> Vec<u8> {
+        vec![if at.is_multiple_of(7) { 0 } else { (at % 251) as u8 + 1 }; BLOCK_SIZE]
+    }
+
+    fn set(ranges: &[(u64, u64)]) -> BlockSet {
+        let mut set = BlockSet::new(BLOCKS);
+        ranges.iter().for_each(|(start, count)| set.insert_range(BlockRange::new(*start, *count)));
+        set
+    }
+
+    /// Stores a generation with a disk "root"; where, and which that is.
+    fn generation(folder: &Path) -> (StoreAt, BackupMark) {
+        let device = Arc::new(MemoryDevice::new("root", BYTES).unwrap());
+        for at in 0..BLOCKS {
+            device.write_at(at * BLOCK_SIZE as u64, &content(at)).unwrap();
+        }
+        let parts = vec![("disk-root".to_owned(), 4096, device as Arc<dyn BlockDevice>)];
+        let group = CopyGroup::new(parts, ScratchOptions::in_folder(folder)).unwrap();
+        let keys = folder.join("keys");
+        fs::write(&keys, KeyRing::generate_line("test").unwrap()).unwrap();
+        fs::set_permissions(&keys, fs::Permissions::from_mode(0o600)).unwrap();
+        let from = StoreAt {
+            store: format!("file://{}/store", folder.display()),
+            keys: Some(keys.clone()),
+        };
+        let url = from.store.parse().unwrap();
+        let environment = Environment::of_process();
+        let store = Store::open(&url, Access::Write, &environment, Limits::default()).unwrap();
+        let line = LineName::new("machines", "m").unwrap();
+        let keys = KeyRing::from_file(&keys).unwrap();
+        let mut writer = LineWriter::open(store, &keys, &line, WriterOptions::default()).unwrap();
+        let frozen = group.freeze(Want::Everything).unwrap();
+        let never = AtomicBool::new(false);
+        let stored = writer.store(&group.devices(), frozen.as_ref(), true, "", &never).unwrap();
+        frozen.release();
+        let mark = BackupMark {
+            line: line.to_string(),
+            number: stored.number,
+            writer: hex(&stored.writer),
+            first_touch: std::collections::BTreeMap::new(),
+        };
+        (from, mark)
+    }
+
+    #[test]
+    fn what_has_not_changed_is_taken_from_that_very_generation_and_nothing_else_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let (from, mark) = generation(folder.path());
+        let options = DiskOptions::new(DeviceName::new("root").unwrap());
+        let disk = Disk::create(&folder.path().join("disk"), None, BYTES, &options).unwrap();
+        let disk = Arc::new(disk);
+        let devices: Vec<Arc<dyn Device>> = vec![disk.clone()];
+        let demands = Demands::new(&devices, None);
+        disk.begin().unwrap();
+        // The first ten have come, with what was written since.
+        let newest = [0xee; BLOCK_SIZE];
+        (0..10).for_each(|at| disk.store(BlockIndex(at), &newest).unwrap());
+        let missing = set(&[(10, BLOCKS - 10)]);
+        let asked = Arc::clone(&demands);
+        let demand = demands.of(crate::migrate::protocol::DeviceNumber(0));
+        disk.arm(&missing, demand).unwrap();
+        let changed = set(&[(0, 10), (100, 50), (BLOCKS - 1, 1)]);
+        let fallback = |mark: &BackupMark| Fallback {
+            from: from.clone(),
+            mark: mark.clone(),
+            changed: vec![changed.clone()],
+            devices: devices.clone(),
+            demands: Arc::clone(&demands),
+            standing: Mutex::new(Standing::Idle),
+        };
+
+        // Another writer's generation of that number, or another number, gives nothing.
+        let other = BackupMark { writer: "00".repeat(16), ..mark.clone() };
+        let why = fallback(&other).open().err().unwrap();
+        assert!(why.contains("is not the source's"), "{why}");
+        let later = BackupMark { number: mark.number + 1, ..mark.clone() };
+        assert!(fallback(&later).open().is_err());
+        assert_eq!(disk.missing(), missing);
+
+        let fallback = fallback(&mark);
+        let opened = fallback.open().unwrap();
+        // What is waited for comes first and alone; nobody waits for long for what only the source has.
+        asked.ask(crate::migrate::protocol::DeviceNumber(0), BlockRange::new(1500, 4));
+        asked.ask(crate::migrate::protocol::DeviceNumber(0), BlockRange::new(120, 1));
+        assert!(fallback.next_piece(&opened).unwrap());
+        let mut left = missing.clone();
+        left.remove_range(BlockRange::new(1500, 4));
+        assert_eq!(disk.missing(), left);
+        while fallback.next_piece(&opened).unwrap() {}
+        let mut left = changed.clone();
+        left.remove_range(BlockRange::new(0, 10));
+        assert_eq!(disk.missing(), left, "only what has changed is missing");
+
+        // It comes from the source after all.
+        for range in left.ranges() {
+            for at in range.start.0..range.end() {
+                disk.fill(BlockIndex(at), &newest).unwrap();
+            }
+        }
+        for at in 0..BLOCKS {
+            let mut found = vec![0; BLOCK_SIZE];
+            disk.read(BlockIndex(at), &mut found).unwrap();
+            let expected =
+                if changed.contains(BlockIndex(at)) { newest.to_vec() } else { content(at) };
+            assert!(found == expected, "block {at}");
+        }
     }
 }

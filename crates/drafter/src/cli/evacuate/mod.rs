@@ -10,7 +10,9 @@ mod deeds;
 mod destinations;
 mod report;
 
-use super::{Format, StateArgs, backup, backup::parse_time, moves::HostAt, output::say};
+use super::{
+    Format, StateArgs, backup, backup::parse_time, machine::LEAVES, moves::HostAt, output::say,
+};
 use crate::{
     migrate::reception::{self, Offers},
     runner::{
@@ -326,6 +328,7 @@ pub(super) fn evacuate(
             deeds: &deeds,
         };
         outcomes = course.run(&plan);
+        ended(state, &outcomes);
     }
     let stays = unknown.into_iter().map(|(machine, why)| Outcome {
         machine,
@@ -344,6 +347,21 @@ pub(super) fn evacuate(
         }
         (true, ..) | (_, 0, 0) => Ok(()),
         _ => bail!("{failed} machines are still here, {late} left after the deadline"),
+    }
+}
+
+/// Waits until runners of machines that sleep have ended, so that nothing of them is in anybody's way here.
+fn ended(state: &StateArgs, outcomes: &[Outcome]) {
+    for outcome in outcomes.iter().filter(|outcome| outcome.asleep.is_some()) {
+        let record = MachineDir::at(&state.state, &outcome.machine).read_record();
+        let late = record.ok().flatten().filter(|record| !record.ends_within(LEAVES));
+        if let Some(record) = late {
+            tracing::warn!(
+                machine = outcome.machine,
+                "its runner (process {}) is still here",
+                record.pid
+            );
+        }
     }
 }
 

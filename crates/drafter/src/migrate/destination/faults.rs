@@ -46,7 +46,7 @@ impl Demands {
         Box::new(move |range| demands.ask(device, range))
     }
 
-    pub(super) fn ask(&self, device: DeviceNumber, range: BlockRange) {
+    pub(crate) fn ask(&self, device: DeviceNumber, range: BlockRange) {
         let mut place = lock(&self.place);
         if let Some(asked) = place.asked.get_mut(usize::from(device.0)) {
             asked.insert_range(range);
