@@ -15,7 +15,7 @@ use silo::{
 };
 use std::sync::{
     Arc, Mutex, PoisonError,
-    atomic::{AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 /// Blocks that answer one demand at most: the one that somebody waits for and what follows it.
@@ -27,6 +27,8 @@ pub(super) struct PageServer {
     remaining: Mutex<Vec<BlockSet>>,
     /// Of these, those that nobody else has.
     first: Mutex<Vec<BlockSet>>,
+    /// What was pushed last was behind a fault.
+    behind_fault: AtomicBool,
     /// Device number in the upper 8 bits, block after the last fault below; `u64::MAX` for none.
     last_fault: AtomicU64,
     fault_bytes: AtomicU64,
@@ -40,6 +42,7 @@ impl PageServer {
             devices,
             remaining: Mutex::new(remaining),
             first: Mutex::default(),
+            behind_fault: AtomicBool::new(false),
             last_fault: AtomicU64::new(u64::MAX),
             fault_bytes: AtomicU64::new(0),
         }
@@ -142,14 +145,21 @@ impl PageServer {
         range
     }
 
-    /// The next run to push: behind the last fault if there was a new one, else of what goes first, else
-    /// behind the last run, else from the start of the next device that has something left.
+    /// The next run to push: behind the last fault if there was a new one (a guest that waits all the time
+    /// has half of the runs), else of what goes first, else behind the last run, else from the start of the
+    /// next device that has something left.
     pub(super) fn next(&self, cursor: &mut (usize, u64)) -> Option<(DeviceNumber, BlockRange)> {
         let mut sets = self.lock();
         let fault = self.last_fault.swap(u64::MAX, Ordering::Relaxed);
-        if fault != u64::MAX {
+        let new = fault != u64::MAX;
+        if new {
             *cursor = ((fault >> 56) as usize, fault & ((1 << 56) - 1));
-        } else if let Some((device, range)) = self.next_first(&sets) {
+        }
+        let again = self.behind_fault.swap(new, Ordering::Relaxed);
+        if (!new || again)
+            && let Some((device, range)) = self.next_first(&sets)
+        {
+            self.behind_fault.store(false, Ordering::Relaxed);
             sets[device].remove_range(range);
             return Some((DeviceNumber(device as u8), range));
         }
@@ -197,10 +207,16 @@ mod tests {
         let claimed = pages.claim(DeviceNumber(0), BlockRange::new(3004, 1));
         assert_eq!(claimed, BlockRange::new(3004, CLUSTER));
         let mut order = Vec::new();
+        let mut faults = vec![3300, 3200];
         let (mut left, mut sent) = (sets, vec![begun, (DeviceNumber(0), claimed)]);
         while let Some(next) = pages.next(&mut cursor) {
             order.push(next);
             sent.push(next);
+            // Two more faults, right behind one another.
+            if let Some(at) = faults.pop() {
+                let claimed = pages.claim(DeviceNumber(0), BlockRange::new(at, 1));
+                sent.push((DeviceNumber(0), claimed));
+            }
         }
         // Behind the fault, which is what the guest needs next; then what goes first.
         let behind = BlockRange::new(3004 + CLUSTER, MAX_RUN.min(BLOCKS - 3004 - CLUSTER));
@@ -208,7 +224,10 @@ mod tests {
         let first = [(0, 3000, 4), (1, 0, 1), (1, 4000, MAX_RUN), (1, 4000 + MAX_RUN, 1)];
         let first = first
             .map(|(device, start, count)| (DeviceNumber(device), BlockRange::new(start, count)));
-        assert_eq!(order[1..5], first, "{order:?}");
+        // Who faults all the time has every second one.
+        let between = (DeviceNumber(0), BlockRange::new(3300 + CLUSTER, MAX_RUN));
+        assert_eq!((order[1], order[2]), (first[0], between), "{order:?}");
+        assert_eq!(order[3..6], first[1..], "{order:?}");
         for (device, range) in sent {
             let left = &mut left[usize::from(device.0)];
             assert!(left.contains_range(range), "{range:?} was sent twice");
