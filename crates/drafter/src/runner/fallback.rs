@@ -8,8 +8,9 @@
 //! ```
 //!
 //! What must hold: a block is taken from the store only if the source has said, after the machine's last
-//! write there, that it is as in that very generation, which has that number and that writer; only what is
-//! missing is taken, whoever brings it first; and a store that gives nothing costs nothing.
+//! write there, that it is as in that very generation, which has that number and that writer, and which is of
+//! this machine (the source names a history, this host has the keys to it); only what is missing is taken,
+//! whoever brings it first; and a store that gives nothing costs nothing.
 
 use super::{Runner, backup::hex, config::StoreAt, protected_move::Arrived, restore};
 use crate::{
@@ -245,7 +246,7 @@ impl Runner {
             if !matches!(fallback.standing(), Standing::Brings(_) | Standing::Done) {
                 fallback.set(Standing::Brings(Instant::now()));
             }
-            match Self::step(fallback, &mut opened) {
+            match self.step(fallback, &mut opened) {
                 Ok(true) => {}
                 Ok(false) => {
                     if let Standing::Brings(since) = fallback.standing() {
@@ -263,10 +264,18 @@ impl Runner {
         }
     }
 
-    fn step(fallback: &Fallback, opened: &mut Option<Opened>) -> Result<bool, String> {
+    fn step(&self, fallback: &Fallback, opened: &mut Option<Opened>) -> Result<bool, String> {
         let opened = match opened {
             Some(opened) => opened,
-            None => opened.insert(fallback.open()?),
+            None => {
+                let found = fallback.open()?;
+                // The source has named it, and the keys are this host's.
+                let (saved, _) = restore::described(&found.generation)?;
+                if saved.shape.name != self.config.machine {
+                    return Err(format!("it is of another machine, \"{}\"", saved.shape.name));
+                }
+                opened.insert(found)
+            }
         };
         fallback.next_piece(opened)
     }
