@@ -137,6 +137,9 @@ pub(crate) fn add_entropy(bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
+/// Numbers of interfaces among which [`Interface::with_address`] looks.
+const INDICES: libc::c_int = 16;
+
 /// A network interface of this machine, set up by the ioctls of `netdevice(7)`.
 pub(crate) struct Interface {
     socket: OwnedFd,
@@ -155,6 +158,39 @@ impl Interface {
         }
         let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
         Ok(Self { socket, name: padded })
+    }
+
+    /// The interface that has `address`, among the first that this machine made.
+    pub(crate) fn with_address(address: Ipv4Addr) -> io::Result<Option<Self>> {
+        let mut found = Self::open("lo")?;
+        let address_of = |interface: &Self| {
+            let ifru = libc::__c_anonymous_ifr_ifru { ifru_addr: sockaddr(Ipv4Addr::UNSPECIFIED) };
+            let mut request = interface.request(ifru);
+            interface.ioctl(libc::SIOCGIFADDR, &mut request).ok()?;
+            // SAFETY: SIOCGIFADDR has just filled this member of the union.
+            Some(unsafe { request.ifr_ifru.ifru_addr }.sa_data)
+        };
+        for index in 1..=INDICES {
+            let ifru = libc::__c_anonymous_ifr_ifru { ifru_ifindex: index };
+            let mut request = found.request(ifru);
+            // Numbers of interfaces have gaps.
+            if found.ioctl(libc::SIOCGIFNAME, &mut request).is_err() {
+                continue;
+            }
+            found.name = request.ifr_name;
+            // The first two bytes are the port.
+            if address_of(&found).is_some_and(|data| data[2..6] == sockaddr(address).sa_data[2..6])
+            {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
+    }
+
+    /// What it is called.
+    pub(crate) fn name(&self) -> String {
+        let bytes = self.name.iter().map(|&byte| byte as u8).take_while(|&byte| byte != 0);
+        String::from_utf8_lossy(&bytes.collect::<Vec<_>>()).into_owned()
     }
 
     fn request(&self, ifr_ifru: libc::__c_anonymous_ifr_ifru) -> libc::ifreq {

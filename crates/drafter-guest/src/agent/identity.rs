@@ -62,11 +62,15 @@ pub(super) fn take(instance: &mut InstanceConfig, identity: &NewIdentity) -> Vec
 fn raise(path: &Path, identity: &NewIdentity) -> io::Result<()> {
     let generation = read(path).map_or(0, |stored| stored.generation) + 1;
     let new = path.with_extension("new");
-    if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder)?;
+    let stored = serde_json::to_vec(&Stored { generation, identity: identity.clone() })?;
+    match fs::write(&new, &stored) {
+        // The init makes the folder.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            fs::create_dir_all(path.parent().ok_or(error)?)?;
+            fs::write(&new, &stored)?;
+        }
+        other => other?,
     }
-    let stored = Stored { generation, identity: identity.clone() };
-    fs::write(&new, serde_json::to_vec(&stored)?)?;
     fs::rename(new, path)
 }
 

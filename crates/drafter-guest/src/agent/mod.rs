@@ -218,11 +218,14 @@ impl Agent {
             HostMessage::AfterResume { id, wall_clock_ns, entropy, host_name } => {
                 // The quick parts here and now, so that no other request sees the old clock.
                 let refreshed = self.refresh(wall_clock_ns, &entropy, host_name.as_deref());
-                self.spawn(to, id, move |agent, to| agent.after_resume(to, id, refreshed));
+                let hook = self.config.hooks.after_resume.is_some();
+                self.after(hook, to, id, move |agent, to| agent.after_resume(to, id, refreshed));
             }
             HostMessage::Become { id, wall_clock_ns, entropy, identity } => {
                 let became = self.become_another(wall_clock_ns, &entropy, &identity);
-                self.spawn(to, id, move |agent, to| agent.after_fork(to, id, became));
+                let hooks = &self.config.hooks;
+                let hook = hooks.after_fork.is_some() || hooks.after_resume.is_some();
+                self.after(hook, to, id, move |agent, to| agent.after_fork(to, id, became));
             }
             HostMessage::Probe { id, kind } => {
                 self.spawn(to, id, move |agent, to| agent.probe(to, id, kind));
@@ -256,6 +259,22 @@ impl Agent {
                     fail(to, id, FailureCode::System, format!("cannot tell the init: {error}"));
                 }
             },
+        }
+    }
+
+    /// Where the package has a `hook` for it, on its own thread. Without one, here and now: a new thread is
+    /// an eighth of the code that a copy runs until it has its identity, and a translator begins with none.
+    fn after(
+        self: &Arc<Self>,
+        hook: bool,
+        to: &Conversation,
+        id: u64,
+        work: impl FnOnce(&Self, &Conversation) + Send + 'static,
+    ) {
+        if hook {
+            self.spawn(to, id, work);
+        } else {
+            work(self, to);
         }
     }
 

@@ -10,8 +10,10 @@ use crate::{
 };
 use std::{
     fmt::Write as _,
+    fs::File,
     io,
     net::Ipv4Addr,
+    os::unix::fs::FileExt as _,
     path::Path,
     time::{Duration, Instant},
 };
@@ -26,7 +28,7 @@ const ETHERNET: &str = "1";
 pub(super) fn set_up(instance: &InstanceConfig) {
     if let Some(host) = &instance.host {
         said("the host name", nix::unistd::sethostname(host).map_err(io::Error::from));
-        said("/etc/hostname", std::fs::write("/etc/hostname", format!("{host}\n")));
+        said("/etc/hostname", put(Path::new("/etc/hostname"), &format!("{host}\n")));
     }
     said("the loopback interface", Interface::open("lo").and_then(|lo| lo.up()));
     said("/etc/hosts", write_hosts(Path::new("/etc/hosts"), instance));
@@ -34,7 +36,9 @@ pub(super) fn set_up(instance: &InstanceConfig) {
         said("/etc/resolv.conf", write_resolver(Path::new("/etc/resolv.conf"), instance));
     }
     if let Some(address) = instance.address {
-        said("the network", connect(instance, address));
+        let interface = wait_for_interface(Path::new("/sys/class/net"), INTERFACE_LIMIT)
+            .and_then(|name| Interface::open(&name));
+        said("the network", interface.and_then(|interface| connect(&interface, instance, address)));
     }
 }
 
@@ -44,9 +48,8 @@ fn said(what: &str, result: io::Result<()>) {
     }
 }
 
-fn connect(instance: &InstanceConfig, address: Ipv4Addr) -> io::Result<()> {
-    let name = wait_for_interface(Path::new("/sys/class/net"), INTERFACE_LIMIT)?;
-    let interface = Interface::open(&name)?;
+fn connect(interface: &Interface, instance: &InstanceConfig, address: Ipv4Addr) -> io::Result<()> {
+    let name = interface.name();
     let step = |what: &str, result: io::Result<()>| {
         result.map_err(|error| io::Error::new(error.kind(), format!("{name}: {what}: {error}")))
     };
@@ -66,21 +69,26 @@ fn connect(instance: &InstanceConfig, address: Ipv4Addr) -> io::Result<()> {
 /// Another name, for a copy of a machine: in the files that name `old`.
 pub(crate) fn rename(old: &InstanceConfig, new: &InstanceConfig) -> io::Result<()> {
     if let Some(host) = &new.host {
-        std::fs::write("/etc/hostname", format!("{host}\n"))?;
+        put(Path::new("/etc/hostname"), &format!("{host}\n"))?;
     }
     rewrite_hosts(Path::new("/etc/hosts"), old, new)
 }
 
 /// Other addresses, for a copy of a machine. Connections from the old ones can send nothing any more.
 pub(crate) fn readdress(old: &InstanceConfig, new: &InstanceConfig) -> io::Result<()> {
-    let (Some(_), Some(address)) = (old.address, new.address) else { return Ok(()) };
-    if let Some(address) = old.address_v6
-        && let Some(name) = first_interface(Path::new("/sys/class/net"))
-    {
-        Interface::open(&name)?.remove_address_v6(address)?;
+    let (Some(was), Some(address)) = (old.address, new.address) else { return Ok(()) };
+    let interface = match Interface::with_address(was)? {
+        Some(interface) => interface,
+        // Somebody has changed it.
+        None => {
+            Interface::open(&wait_for_interface(Path::new("/sys/class/net"), INTERFACE_LIMIT)?)?
+        }
+    };
+    if let Some(address) = old.address_v6 {
+        interface.remove_address_v6(address)?;
     }
     // Taking the last address of an interface takes its routes too: all of it is set up anew.
-    connect(new, address)
+    connect(&interface, new, address)
 }
 
 /// In the hosts file, the lines that the init wrote for `old` are for `new`.
@@ -96,8 +104,18 @@ fn rewrite_hosts(path: &Path, old: &InstanceConfig, new: &InstanceConfig) -> io:
         kept.push_str(line);
         kept.push('\n');
     }
-    std::fs::write(path, kept)?;
-    write_hosts(path, new)
+    let whole = with_names(kept, new);
+    if whole == text { Ok(()) } else { put(path, &whole) }
+}
+
+/// Writes a small file over what is there. Not by emptying it first: such a file ext4 writes to its
+/// disk as soon as it is closed (`auto_da_alloc`), which was a fifth of what a copy did until it had its
+/// identity.
+fn put(path: &Path, text: &str) -> io::Result<()> {
+    let file = File::options().write(true).create(true).truncate(false).open(path)?;
+    file.write_all_at(text.as_bytes(), 0)?;
+    let length = text.len() as u64;
+    if file.metadata()?.len() > length { file.set_len(length) } else { Ok(()) }
 }
 
 /// What the kernel would do by itself with IPv6: ask whether somebody else has the address (nobody has:
@@ -161,24 +179,33 @@ fn write_resolver(path: &Path, instance: &InstanceConfig) -> io::Result<()> {
 
 /// Makes sure that `localhost` and the machine's own name resolve; keeps what the package has.
 fn write_hosts(path: &Path, instance: &InstanceConfig) -> io::Result<()> {
-    let mut text = std::fs::read_to_string(path).unwrap_or_default();
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let whole = with_names(text.clone(), instance);
+    if whole == text { Ok(()) } else { put(path, &whole) }
+}
+
+/// A hosts file with the names that are missing in it.
+fn with_names(mut text: String, instance: &InstanceConfig) -> String {
     let knows = |text: &str, name: &str| {
         text.lines()
             .map(|line| line.split('#').next().unwrap_or_default())
             .any(|line| line.split_whitespace().skip(1).any(|word| word == name))
     };
-    let before = text.len();
-    if !text.is_empty() && !text.ends_with('\n') {
-        text.push('\n');
+    let mut add = |name: &str, address: Ipv4Addr| {
+        if knows(&text, name) {
+            return;
+        }
+        if !text.is_empty() && !text.ends_with('\n') {
+            text.push('\n');
+        }
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{address} {name}");
+    };
+    add("localhost", Ipv4Addr::LOCALHOST);
+    if let Some(host) = &instance.host {
+        add(host, instance.address.unwrap_or(Ipv4Addr::new(127, 0, 1, 1)));
     }
-    if !knows(&text, "localhost") {
-        text.push_str("127.0.0.1 localhost\n");
-    }
-    if let Some(host) = instance.host.as_deref().filter(|host| !knows(&text, host)) {
-        let address = instance.address.unwrap_or(Ipv4Addr::new(127, 0, 1, 1));
-        let _ = writeln!(text, "{address} {host}");
-    }
-    if text.len() == before { Ok(()) } else { std::fs::write(path, text) }
+    text
 }
 
 #[cfg(test)]
@@ -215,6 +242,25 @@ mod tests {
         let error = wait_for_interface(&class, Duration::from_millis(30)).unwrap_err();
         assert!(error.to_string().contains("virtio_net"), "{error}");
         std::fs::remove_dir_all(class).unwrap();
+    }
+
+    #[test]
+    fn a_file_that_is_written_over_has_nothing_of_the_old_one() {
+        let folder = folder("put");
+        let path = folder.join("hostname");
+        for text in ["a-long-name\n", "short\n", "a-longer-name\n", ""] {
+            put(&path, text).unwrap();
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
+        }
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn an_interface_is_found_by_its_address() {
+        let lo = Interface::with_address(Ipv4Addr::LOCALHOST).unwrap().unwrap();
+        assert_eq!(lo.name(), "lo");
+        // Of TEST-NET-1 (RFC 5737): nobody's.
+        assert!(Interface::with_address(Ipv4Addr::new(192, 0, 2, 1)).unwrap().is_none());
     }
 
     #[test]
