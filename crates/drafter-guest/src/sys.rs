@@ -9,7 +9,7 @@ use nix::{
 };
 use std::{
     ffi::CStr,
-    fs::{File, OpenOptions},
+    fs::File,
     io,
     net::{Ipv4Addr, Ipv6Addr},
     os::{
@@ -107,9 +107,9 @@ pub(crate) fn prepare_child(command: &mut Command, ids: Option<Ids>) {
 const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
 const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
 
-/// Mixes `bytes` into the kernel's random numbers, credits them, and makes the generator use them
-/// now. Needs root.
-pub(crate) fn add_entropy(bytes: &[u8]) -> io::Result<()> {
+/// Mixes `bytes` into the kernel's random numbers (`random` is one of their devices), credits them, and
+/// makes the generator use them now. Needs root.
+pub(crate) fn add_entropy(random: &File, bytes: &[u8]) -> io::Result<()> {
     const MOST: usize = 1024;
     /// `struct rand_pool_info` with room for the bytes.
     #[repr(C)]
@@ -127,7 +127,6 @@ pub(crate) fn add_entropy(bytes: &[u8]) -> io::Result<()> {
         buf: [0; MOST],
     };
     pool.buf[..bytes.len()].copy_from_slice(bytes);
-    let random = OpenOptions::new().write(true).open("/dev/urandom")?;
     // SAFETY: the struct has the kernel's layout, buf_size bytes of it are initialised, and both
     // live through the calls.
     unsafe {

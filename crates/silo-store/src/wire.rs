@@ -2,6 +2,9 @@
 //! LEB128 of at most 10 bytes. Every read is checked against the end; nothing is allocated by a
 //! length that was read before the bytes are known to be there.
 
+use std::cell::RefCell;
+use zstd::bulk::Decompressor;
+
 /// Why bytes are not what they should be: a clause for an error message.
 pub(crate) type Malformed = &'static str;
 
@@ -109,6 +112,11 @@ pub(crate) fn unzigzag(value: u64) -> i64 {
     (value >> 1) as i64 ^ -((value & 1) as i64)
 }
 
+thread_local! {
+    /// Making one for each chunk of 64 KiB is a third of what decompressing it costs.
+    static DECOMPRESSOR: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
+}
+
 /// Decompresses what must come out as at most `max` bytes.
 pub(crate) fn unzstd(bytes: &[u8], max: usize) -> Result<Vec<u8>, Malformed> {
     let claimed = zstd::zstd_safe::get_frame_content_size(bytes)
@@ -118,8 +126,16 @@ pub(crate) fn unzstd(bytes: &[u8], max: usize) -> Result<Vec<u8>, Malformed> {
     if claimed > max as u64 {
         return Err("its compressed part is larger than it can be");
     }
-    let out = zstd::bulk::decompress(bytes, claimed as usize)
-        .map_err(|_| "its compressed part does not decompress")?;
+    let decompress = |decompressor: &RefCell<Option<Decompressor<'static>>>| {
+        let mut place = decompressor.borrow_mut();
+        let decompressor = match &mut *place {
+            Some(known) => known,
+            None => place.insert(Decompressor::new()?),
+        };
+        decompressor.decompress(bytes, claimed as usize)
+    };
+    let out =
+        DECOMPRESSOR.with(decompress).map_err(|_| "its compressed part does not decompress")?;
     if out.len() as u64 != claimed {
         return Err("its compressed part has another size than it says");
     }

@@ -1,7 +1,10 @@
 //! What a runner is started with.
 
 use super::{api::KeepPolicy, tenure::Pace};
-use crate::driver::{DiskKind, HostFacts};
+use crate::driver::{
+    DiskKind, HostFacts,
+    qemu::{self, QemuConfig},
+};
 use identity::{HostName, Identity, Security};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -98,6 +101,16 @@ pub(crate) fn bills_requests(leases: &Path) -> bool {
 }
 
 impl RunnerConfig {
+    /// The driver's settings.
+    pub(super) fn qemu(&self) -> QemuConfig {
+        let accelerator = match self.accelerator {
+            AcceleratorChoice::Auto => qemu::AcceleratorChoice::Auto,
+            AcceleratorChoice::Tcg => qemu::AcceleratorChoice::Tcg,
+            AcceleratorChoice::Kvm => qemu::AcceleratorChoice::Kvm,
+        };
+        QemuConfig { accelerator, ..QemuConfig::new(self.state.join("qemu")) }
+    }
+
     /// Whether a machine is taken from `host`.
     ///
     /// # Errors

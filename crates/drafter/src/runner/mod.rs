@@ -61,10 +61,7 @@ mod trouble;
 
 use crate::{
     checkpoint::fill::{FirstTouches, StoreFill},
-    driver::{
-        Driver,
-        qemu::{self, QemuConfig, QemuDriver},
-    },
+    driver::{Driver, qemu::QemuDriver},
     lease::{LeaseStore, MachineName},
     migrate::{
         destination::Door, messages::StayId, source::Outage, switchover::Holding,
@@ -73,7 +70,7 @@ use crate::{
     package::Cache,
 };
 use conduit::{DataPath, MachineNet};
-use config::{AcceleratorChoice, Launch, NetworkConfig, RunnerConfig};
+use config::{Launch, NetworkConfig, RunnerConfig};
 pub(crate) use hosted::free_memory;
 use hosted::{Hosted, Site};
 use identity::{HostName, Security};
@@ -257,12 +254,7 @@ impl Runner {
                 Arc::new(path)
             }
         };
-        let mut qemu = QemuConfig::new(config.state.join("qemu"));
-        qemu.accelerator = match config.accelerator {
-            AcceleratorChoice::Auto => qemu::AcceleratorChoice::Auto,
-            AcceleratorChoice::Tcg => qemu::AcceleratorChoice::Tcg,
-            AcceleratorChoice::Kvm => qemu::AcceleratorChoice::Kvm,
-        };
+        let qemu = config.qemu();
         let state = match launch {
             Launch::Receive => State::Standby,
             Launch::StandIn => State::StandIn,

@@ -46,6 +46,7 @@ mod sys;
 mod tests;
 mod tsc;
 mod users;
+mod version;
 mod vm;
 
 pub use monitor::Monitor;
@@ -160,7 +161,7 @@ impl QemuDriver {
             let binary = probe::program(&self.config.binary)?;
             return Ok(place.insert(Found { binary, facts, verdict }).clone());
         }
-        let (binary, version) = probe::qemu_version(&self.config.binary)?;
+        let (binary, version) = version::installed(&self.config.binary, &self.config.state_dir)?;
         let forced = |accelerator| Verdict {
             accelerator,
             reason: "the configuration says so".into(),
@@ -235,8 +236,9 @@ impl Driver for QemuDriver {
 ///
 /// # Errors
 /// If there is none.
-pub fn installed(binary: &Path) -> Result<String, DriverError> {
-    probe::qemu_version(binary).map(|(_, version)| format!("qemu {version}"))
+pub fn installed(config: &QemuConfig) -> Result<String, DriverError> {
+    let (_, version) = version::installed(&config.binary, &config.state_dir)?;
+    Ok(format!("qemu {version}"))
 }
 
 /// The process of a monitor that lives in `run_dir`, whoever looks after it.

@@ -25,7 +25,7 @@ mod copy;
 use super::{Runner, State, api::ForkReport, backup::Watched, hosted::fail, state::FORKS};
 use crate::{
     checkpoint::capture::{self, MachineCapture},
-    driver::qemu::{self, QemuConfig},
+    driver::{HostFacts, qemu},
     migrate::source::MachineError,
 };
 use silo::{
@@ -74,11 +74,6 @@ fn random_name() -> Result<String, String> {
     getrandom::u64().map(|number| format!("{number:016x}")).map_err(text)
 }
 
-/// The driver that a copy would run under.
-fn installed() -> Result<String, String> {
-    qemu::installed(&QemuConfig::new("").binary).map_err(text)
-}
-
 /// What of a running machine an image is made of.
 struct Parts {
     capture: MachineCapture,
@@ -91,12 +86,22 @@ impl Runner {
     pub(super) fn fork(self: &Arc<Self>) -> Result<(ForkReport, Image), String> {
         let began = Instant::now();
         let deadline = began + PATIENCE;
-        // Beside the copying of memory: a process is started for it.
-        let driver = std::thread::Builder::new().name("version".into()).spawn(installed);
-        let driver = driver.map_err(text)?;
         let runs_on = |error: String| format!("no image was taken: {error}; the machine runs on");
+        // The driver that a copy would run under.
+        let driver = qemu::installed(&self.config.qemu());
+        let driver = driver.map_err(|error| runs_on(text(error)))?;
+        let facts = self.driver.facts().map_err(|error| runs_on(text(error)))?;
+        if driver != facts.driver {
+            // Saved state belongs to one version.
+            return Err(runs_on(format!(
+                "the machine runs under {}, and {driver} is installed now; move it to a host with its \
+                 version, or start it anew from its disks",
+                facts.driver
+            )));
+        }
         let (frozen, parts) = loop {
-            let Parts { capture, disks, report } = self.fork_parts().map_err(runs_on)?;
+            let parts = self.fork_parts(&facts).map_err(runs_on)?;
+            let Parts { capture, disks, report } = parts;
             match capture.into_image() {
                 Ok(frozen) => break (frozen, (disks, report)),
                 // A backup is being stored.
@@ -107,16 +112,6 @@ impl Runner {
             }
         };
         let (disks, mut report) = parts;
-        let driver = driver.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        let driver = driver.map_err(runs_on)?;
-        if driver != report.facts.driver {
-            // Saved state belongs to one version.
-            return Err(runs_on(format!(
-                "the machine runs under {}, and {driver} is installed now; move it to a host with its \
-                 version, or start it anew from its disks",
-                report.facts.driver
-            )));
-        }
         let kept = self.keep_image(&frozen, &disks, &mut report);
         let image = kept.map_err(|error| runs_on(text(error)))?;
         report.pause_ms = frozen.paused.as_secs_f64() * 1e3;
@@ -130,8 +125,7 @@ impl Runner {
         Ok((report, image))
     }
 
-    fn fork_parts(self: &Arc<Self>) -> Result<Parts, String> {
-        let facts = self.driver.facts().map_err(text)?;
+    fn fork_parts(self: &Arc<Self>, facts: &HostFacts) -> Result<Parts, String> {
         let inner = self.settled();
         let body = inner.body.as_ref().filter(|_| inner.state == State::Running);
         let body = body.ok_or_else(|| {
@@ -147,7 +141,7 @@ impl Runner {
             memory: PathBuf::new(),
             package: body.package.dir().to_owned(),
             network: body.net.clone(),
-            facts,
+            facts: facts.clone(),
             config: self.config.clone(),
             pause_ms: 0.0,
             total_ms: 0.0,
