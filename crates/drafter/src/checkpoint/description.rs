@@ -230,13 +230,13 @@ pub fn decode(device: &dyn BlockDevice) -> Result<(Description, Vec<u8>), Descri
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::driver::{Accelerator, DiskKind};
     use proptest::prelude::*;
     use silo::source::MemoryDevice;
 
-    fn description() -> Description {
+    pub(crate) fn description() -> Description {
         Description {
             shape: MachineShape {
                 name: "m".into(),

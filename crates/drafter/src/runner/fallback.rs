@@ -111,12 +111,18 @@ impl Fallback {
         lacking.collect()
     }
 
-    fn open(&self) -> Result<Opened, String> {
+    /// Opens the generation, which must be of `machine`: the source has named it, and the keys are this
+    /// host's.
+    fn open(&self, machine: &str) -> Result<Opened, String> {
         let BackupMark { line, number, writer, .. } = &self.mark;
         let history = restore::History::at(&self.from.store, line, self.from.keys.as_deref())?;
         let generation = history.open(Which::Number(*number))?;
         if hex(&generation.writer()) != *writer {
             return Err(format!("generation {number} is not the source's"));
+        }
+        let (saved, _) = restore::described(&generation)?;
+        if saved.shape.name != machine {
+            return Err(format!("it is of another machine, \"{}\"", saved.shape.name));
         }
         generation.pin_if_possible().map_err(text)?;
         let name = |device: &Arc<dyn Device>| match device.name().as_str() {
@@ -267,15 +273,7 @@ impl Runner {
     fn step(&self, fallback: &Fallback, opened: &mut Option<Opened>) -> Result<bool, String> {
         let opened = match opened {
             Some(opened) => opened,
-            None => {
-                let found = fallback.open()?;
-                // The source has named it, and the keys are this host's.
-                let (saved, _) = restore::described(&found.generation)?;
-                if saved.shape.name != self.config.machine {
-                    return Err(format!("it is of another machine, \"{}\"", saved.shape.name));
-                }
-                opened.insert(found)
-            }
+            None => opened.insert(fallback.open(&self.config.machine)?),
         };
         fallback.next_piece(opened)
     }
@@ -297,6 +295,7 @@ impl Runner {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::description;
     use silo::{
         block::{BLOCK_SIZE, BlockIndex},
         device::DeviceName,
@@ -331,7 +330,13 @@ mod tests {
         for at in 0..BLOCKS {
             device.write_at(at * BLOCK_SIZE as u64, &content(at)).unwrap();
         }
-        let parts = vec![("disk-root".to_owned(), 4096, device as Arc<dyn BlockDevice>)];
+        let saved = description::encode(&description::tests::description(), b"state").unwrap();
+        let machine = Arc::new(MemoryDevice::new("machine", saved.len() as u64).unwrap());
+        machine.write_at(0, &saved).unwrap();
+        let parts = vec![
+            ("disk-root".to_owned(), 4096, device as Arc<dyn BlockDevice>),
+            ("machine".to_owned(), 4096, machine),
+        ];
         let group = CopyGroup::new(parts, ScratchOptions::in_folder(folder)).unwrap();
         let keys = folder.join("keys");
         fs::write(&keys, KeyRing::generate_line("test").unwrap()).unwrap();
@@ -388,14 +393,18 @@ mod tests {
 
         // Another writer's generation of that number, or another number, gives nothing.
         let other = BackupMark { writer: "00".repeat(16), ..mark.clone() };
-        let why = fallback(&other).open().err().unwrap();
+        let name = description::tests::description().shape.name;
+        let why = fallback(&other).open(&name).err().unwrap();
         assert!(why.contains("is not the source's"), "{why}");
         let later = BackupMark { number: mark.number + 1, ..mark.clone() };
-        assert!(fallback(&later).open().is_err());
+        assert!(fallback(&later).open(&name).is_err());
+        // Nor does the history of another machine, to which this host has the keys, too.
+        let why = fallback(&mark).open("another").err().unwrap();
+        assert!(why.contains(&format!("of another machine, \"{name}\"")), "{why}");
         assert_eq!(disk.missing(), missing);
 
         let fallback = fallback(&mark);
-        let opened = fallback.open().unwrap();
+        let opened = fallback.open(&name).unwrap();
         // What is waited for comes first and alone; nobody waits for long for what only the source has.
         asked.ask(crate::migrate::protocol::DeviceNumber(0), BlockRange::new(1500, 4));
         asked.ask(crate::migrate::protocol::DeviceNumber(0), BlockRange::new(120, 1));

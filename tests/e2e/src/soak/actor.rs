@@ -45,6 +45,9 @@ const ANSWER: Duration = Duration::from_secs(10);
 /// How long a move may take to come to a step; one that has no such step goes on.
 const STEP: Duration = Duration::from_secs(20);
 
+/// Bytes a second of a move during which the source is lost.
+const SLOW: u64 = 20_000_000;
+
 /// What went wrong, for people.
 type Done<T = ()> = Result<T, String>;
 
@@ -281,6 +284,7 @@ impl<'a> Actor<'a> {
             Deed::GoBack(generation) => self.sleep(true, Some(generation))?,
             Deed::Fork => self.fork()?,
             Deed::LoseHost => self.lose_host()?,
+            Deed::LoseSource => self.lose_source()?,
             Deed::FreezeHost => self.freeze_host()?,
         }
         self.served("after it")?;
@@ -515,6 +519,44 @@ impl<'a> Actor<'a> {
         }
         self.world.fleet(|fleet| fleet.runner_mut(at).kill());
         self.taken_over(next)
+    }
+
+    /// What of it has not come is in its last generation, but for what changed since, which comes first.
+    fn lose_source(&mut self) -> Done {
+        self.is_protected()?;
+        let (from, to) = (self.at, self.ensure(Role::Standby)?);
+        let status = self.status(from).ok_or("its runner does not answer")?;
+        let monitor = status.monitor_pid.ok_or("no monitor")?;
+        let owner = self.world.hosts[self.host(to)].name.clone();
+        let address = self.world.fleet(|fleet| fleet.runner(to).address);
+        let budgets = Budgets { bandwidth: Some(SLOW), ..Budgets::default() };
+        if let Err(why) = self.ask_to_move(address, budgets, Mode::PostCopy) {
+            self.say(&format!("it is not moved: {why}"));
+            return self.settle();
+        }
+        let (deadline, mut most) = (Instant::now() + STEP, 0);
+        let missing = loop {
+            let status = self.status(to).filter(|s| s.lease_owner.as_deref() == Some(&owner));
+            let missing: u64 = status.map_or(0, |s| s.missing.values().sum());
+            most = most.max(missing);
+            if missing < most / 2 || Instant::now() > deadline {
+                break missing;
+            }
+            thread::sleep(Duration::from_millis(5));
+        };
+        if missing == 0 {
+            self.say("it did not move, or all of it came at once");
+            return self.settle();
+        }
+        for pid in [status.runner_pid, monitor] {
+            let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL);
+        }
+        self.remove(from);
+        (self.at, self.other) = (to, None);
+        self.until(&format!("{missing} of {most} blocks come from the store"), || {
+            let whole = |s: Status| s.state == "running" && s.missing.values().all(|n| *n == 0);
+            self.status(to).is_some_and(whole)
+        })
     }
 
     fn freeze_host(&mut self) -> Done {

@@ -49,7 +49,7 @@ pub enum Kind {
     Plain,
     /// The same, and it is copied, for which its disks are NBD.
     Forked,
-    /// Protected with output commit: its hosts are lost.
+    /// Protected with output commit: its hosts are lost, also those that it has just left.
     Protected,
     /// The same, and its runners are killed and stopped while it moves. In the clear, as the gates at a
     /// move's steps need it.
@@ -103,6 +103,8 @@ pub enum Deed {
     Fork,
     /// Its host is lost: runner, monitor and guard are killed at once.
     LoseHost,
+    /// It moves, and the host that it left is lost while half of its blocks are still there.
+    LoseSource,
     /// Its host stands still until another has the machine, and comes back.
     FreezeHost,
 }
@@ -173,7 +175,8 @@ impl Deeds {
             (Kind::Plain, 65..75) | (Kind::Forked, 70..80) => Deed::Suspend { elsewhere },
             (Kind::Plain | Kind::Forked, 0..88) => Deed::Sleep { elsewhere },
             (Kind::Plain | Kind::Forked, _) => Deed::GoBack(generation),
-            (Kind::Protected | Kind::ProtectedHarmed, 35..85) => Deed::LoseHost,
+            (Kind::Protected | Kind::ProtectedHarmed, 35..75) => Deed::LoseHost,
+            (Kind::Protected | Kind::ProtectedHarmed, 75..85) => Deed::LoseSource,
             (Kind::Protected | Kind::ProtectedHarmed, _) => Deed::FreezeHost,
         }
     }
@@ -245,10 +248,13 @@ mod tests {
             for mode in [Mode::PreCopy, Mode::PostCopy, Mode::Hybrid] {
                 assert!(all(kind).any(|deed| deed == Deed::Move(mode, None)), "{kind:?}, {mode}");
             }
-            let lost = |deed| matches!(deed, Deed::LoseHost | Deed::FreezeHost);
-            assert_eq!(all(kind).any(lost), kind.is_protected(), "else its writes would be lost");
-            for deed in [Deed::LoseHost, Deed::FreezeHost] {
-                assert_eq!(all(kind).any(|other| other == deed), kind.is_protected(), "{kind:?}");
+            for deed in [Deed::LoseHost, Deed::LoseSource, Deed::FreezeHost] {
+                let may = kind.is_protected();
+                assert_eq!(
+                    all(kind).any(|other| other == deed),
+                    may,
+                    "else its writes would be lost"
+                );
             }
             for deed in [Deed::Suspend { elsewhere: true }, Deed::Sleep { elsewhere: true }] {
                 assert_eq!(all(kind).any(|other| other == deed), !kind.is_protected(), "{kind:?}");
