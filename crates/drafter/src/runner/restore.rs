@@ -121,7 +121,7 @@ impl Runner {
         }
         let began = Instant::now();
         let take_from = from.take_from.as_deref().map(HostName::new).transpose().map_err(text)?;
-        // Asks QEMU for its version, meanwhile.
+        // Looks at this host, meanwhile.
         let driver = Arc::clone(&self.driver);
         let asking = std::thread::Builder::new().name("facts".into());
         let _ = asking.spawn(move || driver.facts().map(drop));
