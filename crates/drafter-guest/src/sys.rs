@@ -162,13 +162,6 @@ impl Interface {
     /// The interface that has `address`, among the first that this machine made.
     pub(crate) fn with_address(address: Ipv4Addr) -> io::Result<Option<Self>> {
         let mut found = Self::open("lo")?;
-        let address_of = |interface: &Self| {
-            let ifru = libc::__c_anonymous_ifr_ifru { ifru_addr: sockaddr(Ipv4Addr::UNSPECIFIED) };
-            let mut request = interface.request(ifru);
-            interface.ioctl(libc::SIOCGIFADDR, &mut request).ok()?;
-            // SAFETY: SIOCGIFADDR has just filled this member of the union.
-            Some(unsafe { request.ifr_ifru.ifru_addr }.sa_data)
-        };
         for index in 1..=INDICES {
             let ifru = libc::__c_anonymous_ifr_ifru { ifru_ifindex: index };
             let mut request = found.request(ifru);
@@ -177,9 +170,16 @@ impl Interface {
                 continue;
             }
             found.name = request.ifr_name;
+            // With an address in it, it is told whether the interface has that one; else its first.
+            let ifru = libc::__c_anonymous_ifr_ifru { ifru_addr: sockaddr(address) };
+            let mut request = found.request(ifru);
+            if found.ioctl(libc::SIOCGIFADDR, &mut request).is_err() {
+                continue;
+            }
+            // SAFETY: SIOCGIFADDR has just filled this member of the union.
+            let has = unsafe { request.ifr_ifru.ifru_addr }.sa_data;
             // The first two bytes are the port.
-            if address_of(&found).is_some_and(|data| data[2..6] == sockaddr(address).sa_data[2..6])
-            {
+            if has[2..6] == sockaddr(address).sa_data[2..6] {
                 return Ok(Some(found));
             }
         }

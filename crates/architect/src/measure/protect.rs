@@ -2,7 +2,8 @@
 //! what that is worth when the host is lost.
 //!
 //! One guest of 256 MiB that writes 20 MB/s and serves Redis, protected at an interval of 1 s: its pauses,
-//! how long until a generation is durable, what is left of its speed next to the same guest unprotected.
+//! how long until a generation is durable, what it takes of the guest's speed, measured in turns with and
+//! without.
 //! Then its host dies (runner, monitor and guard at once), back and forth between two hosts: when a client
 //! is answered again, how much of what was answered is forgotten, and how much the stand-in says it may be;
 //! the same under output commit at 200 ms. Last, `handover.protect.move.`: it moves under output commit, how
@@ -24,7 +25,7 @@ use anyhow::{Context, ensure};
 use bench::{Row, Samples, Target};
 use drafter::{
     migrate::{messages::Mode, planner::Budgets},
-    runner::api::{ProtectionState, Request, TakenOver},
+    runner::api::{BackupRequest, ProtectRequest, ProtectionState, Request, Secret, TakenOver},
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -43,6 +44,15 @@ const EVERY: Duration = Duration::from_secs(1);
 const WATCHED: Duration = Duration::from_secs(16);
 /// How long a stand-in watches before a host is lost.
 const WATCH: Duration = Duration::from_secs(3);
+/// The interval under output commit.
+const OFTEN: Duration = Duration::from_millis(200);
+/// As it is by default.
+const TERM_MS: u64 = 3000;
+/// Least time for which the guest's speed is measured at once.
+const TURN: Duration = Duration::from_secs(4);
+/// How often it is measured with protection, and without before and after that.
+const TURNS: usize = 7;
+const TURNS_OF_OTHERS: usize = 3;
 /// Losses of a host for each row.
 const LOSSES: usize = 5;
 /// A secret of nobody: the store goes with this run.
@@ -53,7 +63,7 @@ struct Site {
     spec: MachineSpec,
     owner: RunnerId,
     host: usize,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 /// One loss.
@@ -92,7 +102,7 @@ impl Site {
         }
         let owner = fleet.run(0, &spec)?;
         fleet.runner(owner).wait_ready(BOOT)?;
-        let site = Self { fleet, spec, owner, host: 0, _folder: folder };
+        let site = Self { fleet, spec, owner, host: 0, folder };
         let words = ours::oracle_words(Cell::new(256, 20));
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         site.exec(&words)?;
@@ -122,12 +132,56 @@ impl Site {
         Ok(())
     }
 
-    /// How much of the processor a loop in the guest gets.
-    fn share(&self) -> anyhow::Result<f64> {
-        let out =
-            self.exec(&["/usr/bin/oracle", "slowdown", "--seconds", "8", "--slice-ms", "20"])?;
-        let json: serde_json::Value = serde_json::from_str(&out)?;
-        json["mean_share"].as_f64().context("the oracle's answer lacks mean_share")
+    /// How fast a loop in the guest runs for so long, in anything.
+    fn speed(&self, time: Duration) -> anyhow::Result<f64> {
+        let seconds = time.as_secs().to_string();
+        let words = ["/usr/bin/oracle", "slowdown", "--seconds", &seconds, "--slice-ms", "20"];
+        let json: serde_json::Value = serde_json::from_str(&self.exec(&words)?)?;
+        json["batches_per_second"].as_f64().context("the oracle's answer lacks batches_per_second")
+    }
+
+    /// Protects an unprotected machine, and waits until what its first generations cost is over.
+    fn protect(&self, every: Duration, output_commit: bool) -> anyhow::Result<()> {
+        let backup = BackupRequest {
+            store: format!("file://{}", self.folder.path().join("store").display()),
+            line: "machines/protected".into(),
+            keys: Secret(format!("bench {KEY}")),
+            keys_from: "the benchmark".into(),
+            environment: Vec::new(),
+            every_ms: Some(every.as_millis() as u64),
+            label: String::new(),
+            keep: None,
+        };
+        let request = ProtectRequest { backup, term_ms: TERM_MS, output_commit, host_beat: None };
+        let mut client = self.fleet.runner(self.owner).client()?;
+        client.set_deadline(Some(LIMIT))?;
+        client.call(&Request::Protect(request), |_| {})?;
+        self.wait_protected()
+    }
+
+    fn end_protection(&self) -> anyhow::Result<()> {
+        let mut client = self.fleet.runner(self.owner).client()?;
+        client.set_deadline(Some(LIMIT))?;
+        client.call(&Request::EndProtect, |_| {})?;
+        Ok(())
+    }
+
+    /// What protection takes of an unprotected guest's speed, percent: in turns, each next to the ones
+    /// without before and after it, so that a host whose speed changes changes both.
+    fn cost(&self, every: Duration, output_commit: bool, turns: usize) -> anyhow::Result<f64> {
+        let time = (every * 2).max(TURN);
+        let mut without = self.speed(time)?;
+        let mut costs = Vec::new();
+        for _ in 0..turns {
+            self.protect(every, output_commit)?;
+            let with = self.speed(time)?;
+            self.end_protection()?;
+            let next = self.speed(time)?;
+            costs.push((1.0 - with / without.midpoint(next)) * 100.0);
+            without = next;
+        }
+        println!("   cost to the guest at {every:?}, in turns: {costs:.1?} %");
+        Samples::new(costs).and_then(|costs| costs.median()).context("no turn was measured")
     }
 
     fn increments(&self) -> anyhow::Result<Increments> {
@@ -239,19 +293,21 @@ pub(super) fn protect(setting: &mut Setting) -> anyhow::Result<Vec<Row>> {
     let most = |bar: &str, value: f64, unit: &str, target: Option<f64>| {
         Row::judged(bar, value, unit, None, target.map(Target::AtMost))
     };
-    let still = {
-        let site = Site::new(setting, &[])?;
-        let still = site.share()?;
-        site.retire();
-        still
-    };
+    let site = Site::new(setting, &[])?;
+    let bar = "handover.protect.cost-to-the-guest";
+    let cost = site.cost(EVERY, false, setting.times(TURNS))?;
+    rows.push(most(bar, cost, "%", Some(5.0)));
+    let others = [("every-5s", Duration::from_secs(5), false), ("every-200ms", OFTEN, true)];
+    for (name, every, output_commit) in others {
+        setting.abandon.check()?;
+        let cost = site.cost(every, output_commit, setting.times(TURNS_OF_OTHERS))?;
+        rows.push(most(&format!("{bar}.{name}"), cost, "%", None));
+    }
+    site.retire();
+
     setting.abandon.check()?;
     let mut site = Site::new(setting, &["--every", "1s"])?;
     site.wait_protected()?;
-    let protected = site.share()?;
-    let bar = "handover.protect.cost-to-the-guest";
-    rows.push(most(bar, (1.0 - protected / still) * 100.0, "%", Some(5.0)));
-
     let (start, mut durable, mut newest) = (Instant::now(), Vec::new(), 0);
     while start.elapsed() < WATCHED {
         let backup = site.fleet.runner(site.owner).status()?.backup.context("no backup")?;
@@ -309,17 +365,9 @@ pub(super) fn protect(setting: &mut Setting) -> anyhow::Result<Vec<Row>> {
     site.retire();
 
     setting.abandon.check()?;
-    let site = Site::new(setting, &["--every", "5s"])?;
-    site.wait_protected()?;
-    let bar = "handover.protect.cost-to-the-guest.every-5s";
-    rows.push(most(bar, (1.0 - site.share()? / still) * 100.0, "%", None));
-    site.retire();
-
     let more = ["--every", "200ms", "--output-commit"];
     let mut site = Site::new(setting, &more)?;
     site.wait_protected()?;
-    let bar = "handover.protect.cost-to-the-guest.every-200ms";
-    rows.push(most(bar, (1.0 - site.share()? / still) * 100.0, "%", None));
     let load = site.increments()?;
     let mut forgotten = 0;
     for _ in 0..count {
