@@ -535,19 +535,24 @@ impl<'a> Actor<'a> {
             return self.settle();
         }
         let (deadline, mut most) = (Instant::now() + STEP, 0);
-        let missing = loop {
+        let half = loop {
             let status = self.status(to).filter(|s| s.lease_owner.as_deref() == Some(&owner));
+            // Out of the source's reach the store gives the rest while what changed has yet to come.
+            let cut = status.as_ref().is_some_and(|s| s.detail.contains("not reached"));
             let missing: u64 = status.map_or(0, |s| s.missing.values().sum());
             most = most.max(missing);
-            if missing < most / 2 || Instant::now() > deadline {
-                break missing;
+            if cut || Instant::now() > deadline {
+                break None;
+            }
+            if missing < most / 2 {
+                break Some(missing).filter(|missing| *missing > 0);
             }
             thread::sleep(Duration::from_millis(5));
         };
-        if missing == 0 {
-            self.say("it did not move, or all of it came at once");
+        let Some(missing) = half else {
+            self.say("it did not move, its line was cut, or all of it came at once");
             return self.settle();
-        }
+        };
         for pid in [status.runner_pid, monitor] {
             let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL);
         }
