@@ -33,6 +33,7 @@ mod disks;
 mod files;
 mod halt;
 mod held;
+mod kept;
 mod launch;
 mod memory_map;
 mod monitor;

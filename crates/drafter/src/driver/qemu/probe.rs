@@ -5,11 +5,10 @@
 //! does, with a deadline. The verdict holds for one boot of one kernel with one QEMU, and is kept
 //! in a file.
 
-use super::{process, sys};
+use super::{kept, process, sys};
 use crate::driver::{Accelerator, DriverError};
 use std::{
     fs,
-    io::{self, Write},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -71,22 +70,14 @@ pub(super) fn verdict(
         own_users,
     };
     let path = state_dir.join("kvm-verdict.json");
-    let cached = fs::read(&path).ok().and_then(|text| serde_json::from_slice::<Cached>(&text).ok());
-    if let Some(cached) = cached.filter(|cached| cached.key == key) {
+    if let Some(cached) = kept::read::<Cached>(&path).filter(|cached| cached.key == key) {
         return Ok(cached.verdict);
     }
-    let verdict = try_kvm(qemu, own_users)?;
-    let keep = || -> io::Result<()> {
-        fs::create_dir_all(state_dir)?;
-        let mut file = tempfile::NamedTempFile::new_in(state_dir)?;
-        file.write_all(&serde_json::to_vec_pretty(&Cached { key, verdict: verdict.clone() })?)?;
-        file.persist(&path).map_err(|error| error.error)?;
-        Ok(())
-    };
-    if let Err(error) = keep() {
+    let cached = Cached { key, verdict: try_kvm(qemu, own_users)? };
+    if let Err(error) = kept::write(&path, &cached) {
         tracing::warn!(file = %path.display(), %error, "the verdict on KVM is not kept");
     }
-    Ok(verdict)
+    Ok(cached.verdict)
 }
 
 fn try_kvm(qemu: &Path, own_users: bool) -> Result<Verdict, DriverError> {

@@ -1,11 +1,11 @@
 //! Which QEMU is installed here. It is asked once: to start it for that takes 20 ms, which a machine that
 //! wakes or arrives would wait. The answer is kept for as long as the program's file is the same one.
 
-use super::probe;
+use super::{kept, probe};
 use crate::driver::DriverError;
 use std::{
-    fs::{self, File},
-    io::{self, Read as _, Write as _},
+    fs::File,
+    io::{self, Read as _},
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -57,30 +57,17 @@ pub(super) fn installed(binary: &Path, state_dir: &Path) -> Result<(PathBuf, Str
     let identity = Identity::of(&path).ok().flatten();
     let place = state_dir.join(FILE);
     if let Some(identity) = &identity
-        && let Some(kept) = read(&place).filter(|kept| kept.identity == *identity)
+        && let Some(known) = kept::read::<Kept>(&place).filter(|known| known.identity == *identity)
     {
-        return Ok((path, kept.version));
+        return Ok((path, known.version));
     }
     let version = asked(&path)?;
     if let Some(identity) = identity
-        && let Err(error) = keep(&place, &Kept { identity, version: version.clone() })
+        && let Err(error) = kept::write(&place, &Kept { identity, version: version.clone() })
     {
         tracing::debug!(file = %place.display(), %error, "the version of QEMU is not kept");
     }
     Ok((path, version))
-}
-
-fn read(place: &Path) -> Option<Kept> {
-    serde_json::from_slice(&fs::read(place).ok()?).ok()
-}
-
-fn keep(place: &Path, kept: &Kept) -> io::Result<()> {
-    let folder = place.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(folder)?;
-    let mut file = tempfile::NamedTempFile::new_in(folder)?;
-    file.write_all(&serde_json::to_vec(kept)?)?;
-    file.persist(place).map_err(|error| error.error)?;
-    Ok(())
 }
 
 /// What the program itself says.
@@ -108,6 +95,7 @@ fn asked(path: &Path) -> Result<String, DriverError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn a_version_is_kept_for_the_same_file_only() {
@@ -116,14 +104,14 @@ mod tests {
         let version = |binary: &Path| installed(binary, state.path()).map(|(_, version)| version);
         let asked = version(&qemu).unwrap();
         let place = state.path().join(FILE);
-        let mut kept = read(&place).unwrap();
-        assert_eq!(kept.version, asked);
-        kept.version = "kept".into();
-        keep(&place, &kept).unwrap();
+        let mut known: Kept = kept::read(&place).unwrap();
+        assert_eq!(known.version, asked);
+        known.version = "kept".into();
+        kept::write(&place, &known).unwrap();
         assert_eq!(version(&qemu).unwrap(), "kept");
 
-        kept.identity.changed.1 += 1;
-        keep(&place, &kept).unwrap();
+        known.identity.changed.1 += 1;
+        kept::write(&place, &known).unwrap();
         assert_eq!(version(&qemu).unwrap(), asked, "another file may be another version");
         fs::write(&place, "{").unwrap();
         assert_eq!(version(&qemu).unwrap(), asked, "a broken file is made anew");
