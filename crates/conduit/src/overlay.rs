@@ -47,8 +47,6 @@ pub(crate) struct LinkFacts {
     pub(crate) address: String,
     pub(crate) mtu: u32,
     #[serde(default)]
-    pub(crate) txqlen: u32,
-    #[serde(default)]
     pub(crate) flags: Vec<String>,
     #[serde(default)]
     linkinfo: LinkInfo,

@@ -240,8 +240,7 @@ impl HostNet {
         self.check(net)?;
         let mut netlink = self.setup.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let name = tap::name(net.key());
-        let mac = overlay::mac_text(GATEWAY_MAC);
-        if overlay::link_facts(&name)?.is_none() {
+        if netlink.link(&name)?.is_none() {
             tap::create_persistent(&name)
                 .map_err(|e| KernelError::new(format!("make tap {name}"), e))?;
         }
@@ -250,31 +249,28 @@ impl HostNet {
         let without_v6 = if net.address_v6.is_some() { "0" } else { "1" };
         exec::sysctl(&format!("net/ipv6/conf/{name}/disable_ipv6"), without_v6)
             .or_else(overlay::no_ipv6)?;
-        let facts = overlay::link_facts(&name)?
+        let link = netlink
+            .link(&name)?
             .ok_or_else(|| KernelError::new(format!("find tap {name}"), "it vanished"))?;
-        let mut script = String::new();
+        let index = link.index;
         if net.address_v6.is_some() {
             exec::sysctl(&format!("net/ipv6/conf/{name}/accept_ra"), "0")?;
-            script += &format!("link set dev {name} addrgenmode none\n");
+            netlink.make_no_address(index)?;
         }
         // A MAC set anew would flush the neighbours of a tap in use, even to the same value.
-        if facts.address != mac {
-            script += &format!("link set dev {name} address {mac}\n");
+        if link.mac != GATEWAY_MAC {
+            netlink.set_mac(index, GATEWAY_MAC)?;
         }
-        let up = facts.flags.iter().any(|f| f == "UP");
-        if !up || facts.mtu != u32::from(net.mtu) || facts.txqlen != tap::QUEUE {
-            let (mtu, queue) = (net.mtu, tap::QUEUE);
-            script += &format!("link set dev {name} mtu {mtu} txqueuelen {queue} up\n");
+        if !link.up || link.mtu != u32::from(net.mtu) || link.queue != tap::QUEUE {
+            netlink.set_up(index, net.mtu.into(), tap::QUEUE)?;
         }
-        script += &format!("address replace {GATEWAY}/32 dev {name} scope link\n");
+        netlink.set_address(index, GATEWAY.into(), 32)?;
         if net.address_v6.is_some() {
-            script += &format!("address replace {GATEWAY_V6}/64 dev {name} scope link nodad\n");
+            netlink.set_address(index, GATEWAY_V6.into(), 64)?;
         }
-        exec::run("ip", &["-batch", "-"], &script)?;
         let guard: String =
             guard::guarded(&name, net).map(|g| format!("add element {g}\n")).collect();
         exec::run("nft", &["-f", "-"], &guard)?;
-        let index = interface_index(&name)?;
         for address in addresses(net) {
             netlink.set_neighbour(index, address, net.mac)?;
         }
@@ -299,7 +295,7 @@ impl HostNet {
             if let Some(plane) = &self.plane {
                 plane.remove_tap(index)?;
             }
-            exec::run("ip", &["link", "del", &name], "")?;
+            netlink.remove_link(index)?;
         }
         // The set has no "remove if there": add first, so that the removal always finds it.
         let guard: String = guard::guarded(&name, net)

@@ -4,6 +4,8 @@
 //! Called by [`crate::host`] and [`crate::edge`]. The socket belongs to the network namespace of
 //! the thread that opened it, for life. Every answer has a deadline.
 
+mod link;
+
 use crate::exec::KernelError;
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader,
