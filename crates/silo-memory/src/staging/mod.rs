@@ -30,9 +30,18 @@ use std::{
     fs::File,
     io,
     os::unix::fs::FileExt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
     time::{Duration, Instant},
 };
+
+/// Blocks that are copied at once.
+const PART: u64 = 256;
+/// Less than this is copied sooner by one thread, bytes.
+const WORTH_THREADS: u64 = 16 << 20;
 
 /// How memory is copied for a backup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,11 +54,13 @@ pub struct StagingOptions {
     pub rounds: u32,
     /// Pauses that may turn out to be too early before a freeze is given up.
     pub pauses: u32,
+    /// Threads that copy a large round while the writer runs: somebody may wait for it.
+    pub threads: usize,
 }
 
 impl Default for StagingOptions {
     fn default() -> Self {
-        Self { last_set: 8 << 20, enough: 1 << 20, rounds: 8, pauses: 3 }
+        Self { last_set: 8 << 20, enough: 1 << 20, rounds: 8, pauses: 3, threads: 1 }
     }
 }
 
@@ -169,6 +180,18 @@ impl Shared {
         self.memory.take_written().map_err(StagingError::system("look for written pages"))
     }
 
+    /// Copies the present content of a few blocks into the staging area; where that is `fresh`, it holds
+    /// zeros.
+    fn copy(&self, range: BlockRange, fresh: bool, buffer: &mut [u8]) -> Result<(), StagingError> {
+        let read = self.memory.read_present(range, buffer);
+        read.map_err(StagingError::system("read memory"))?;
+        if fresh && is_zero(buffer) {
+            return Ok(());
+        }
+        let written = self.area.write_all_at(buffer, range.start.offset());
+        written.map_err(StagingError::system("write the staging area"))
+    }
+
     /// The round is over: its room is given back.
     fn end(&self, staged: &BlockSet, put_back: Option<&BlockSet>) {
         use nix::fcntl::{FallocateFlags, fallocate};
@@ -193,23 +216,39 @@ impl Shared {
 }
 
 impl Round {
-    /// Copies the present content of blocks into the staging area.
-    fn copy(&mut self, blocks: &BlockSet) -> Result<(), StagingError> {
-        let mut buffer = vec![0; 256 * BLOCK_SIZE];
-        for range in blocks.ranges().flat_map(|range| range.chunks(256)) {
-            let buffer = &mut buffer[..range.bytes() as usize];
-            let read = self.shared.memory.read_present(range, buffer);
-            read.map_err(StagingError::system("read memory"))?;
+    /// Copies the present content of blocks into the staging area, by this many threads if that is worth
+    /// their start.
+    fn copy(&mut self, blocks: &BlockSet, threads: usize) -> Result<(), StagingError> {
+        let mut parts = Vec::new();
+        for range in blocks.ranges().flat_map(|range| range.chunks(PART)) {
             // A hole reads as zeros, too, unless an earlier round of this freeze filled it.
             let fresh = !self.staged.intersects(range);
             self.staged.insert_range(range);
-            if fresh && is_zero(buffer) {
-                continue;
-            }
-            let written = self.shared.area.write_all_at(buffer, range.start.offset());
-            written.map_err(StagingError::system("write the staging area"))?;
+            parts.push((range, fresh));
         }
-        Ok(())
+        let shared = &*self.shared;
+        let threads = if blocks.bytes() >= WORTH_THREADS { threads.max(1) } else { 1 };
+        let next = AtomicUsize::new(0);
+        let work = || -> Result<(), StagingError> {
+            let mut buffer = vec![0; PART as usize * BLOCK_SIZE];
+            while let Some(&(range, fresh)) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
+                shared.copy(range, fresh, &mut buffer[..range.bytes() as usize])?;
+            }
+            Ok(())
+        };
+        thread::scope(|scope| {
+            let others: Vec<_> = (1..threads)
+                .filter_map(|_| {
+                    thread::Builder::new().name("copy".into()).spawn_scoped(scope, work).ok()
+                })
+                .collect();
+            let mut all = work();
+            for other in others {
+                all =
+                    all.and(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            }
+            all
+        })
     }
 }
 
@@ -306,7 +345,7 @@ impl Prepared {
             }
             before = bytes;
             let copied = std::mem::replace(&mut self.left, BlockSet::new(written.device_blocks()));
-            if let Err(error) = round.copy(&copied) {
+            if let Err(error) = round.copy(&copied, self.options.threads) {
                 self.left.union_with(&copied);
                 return Err(error);
             }
@@ -324,7 +363,7 @@ impl Prepared {
                 self.left.union_with(&written);
                 match self.left.bytes() {
                     left if left > limit => Err(StagingError::Outpaced { left, limit }),
-                    _ => round.copy(&self.left),
+                    _ => round.copy(&self.left, 1),
                 }
             }),
         };

@@ -159,10 +159,19 @@ fn assert_one_instant(image: &[u64], writer: &Writer) -> u64 {
 
 #[test]
 fn a_frozen_image_is_of_one_instant_and_the_next_round_is_the_difference() {
+    one_instant(StagingOptions::default());
+}
+
+#[test]
+fn an_image_that_several_threads_copy_is_of_one_instant_too() {
+    one_instant(StagingOptions { threads: 3, ..StagingOptions::default() });
+}
+
+fn one_instant(options: StagingOptions) {
     const PAGES: u64 = 1500;
     let writer = Writer::start(16_384, PAGES);
     writer.wait_for(2 * PAGES);
-    let staging = Staging::new(Arc::clone(&writer.memory) as _, StagingOptions::default()).unwrap();
+    let staging = Staging::new(Arc::clone(&writer.memory) as _, options).unwrap();
     let mut image = vec![0; PAGES as usize];
     let mut before = 0;
     for round in 0..5 {
@@ -214,7 +223,8 @@ fn a_writer_that_outpaces_the_copying_is_a_named_error_and_loses_nothing() {
     const PAGES: u64 = 6000;
     let writer = Writer::start(8192, PAGES);
     writer.wait_for(3 * PAGES);
-    let tight = StagingOptions { last_set: 64 << 10, enough: 4096, rounds: 2, pauses: 2 };
+    let tight =
+        StagingOptions { last_set: 64 << 10, enough: 4096, rounds: 2, pauses: 2, threads: 1 };
     let staging = Staging::new(Arc::clone(&writer.memory) as _, tight).unwrap();
     let error = freeze(&[&staging], &Busy(&writer)).err().expect("65536 bytes cannot be enough");
     assert!(matches!(error, StagingError::Outpaced { limit: 65_536, .. }), "{error}");

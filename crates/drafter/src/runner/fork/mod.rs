@@ -48,6 +48,8 @@ use std::{
 const MACHINE: &str = "machine";
 /// How long another reader of the disks (a backup that stores its generation) is waited for.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// Most threads that copy a machine's memory: more are not faster than the memory is.
+const COPY_THREADS: usize = 4;
 /// How long until it is tried again.
 const AGAIN: Duration = Duration::from_millis(20);
 
@@ -152,7 +154,10 @@ impl Runner {
         let disks = body.content.disks.clone();
         drop(inner);
         let machine = Arc::new(Watched { runner: Arc::downgrade(self), for_store: false });
-        let capture = MachineCapture::new(machine, &memory, copies, StagingOptions::default());
+        // The command waits for it, and the guest stands still for the last of it only.
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(COPY_THREADS));
+        let options = StagingOptions { threads, ..StagingOptions::default() };
+        let capture = MachineCapture::new(machine, &memory, copies, options);
         Ok(Parts { capture: capture.map_err(text)?, disks, report })
     }
 
