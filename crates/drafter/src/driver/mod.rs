@@ -9,7 +9,7 @@ pub mod qemu;
 mod urgent;
 
 pub use compatible::compatible;
-pub use urgent::{HelpersFirst, Urgent, UrgentHelpers};
+pub use urgent::{HelpersFirst, Urgent, UrgentHelpers, give_way};
 
 use std::{
     net::Ipv4Addr,

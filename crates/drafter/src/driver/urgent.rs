@@ -1,4 +1,4 @@
-//! Going first on a busy host.
+//! Going first on a busy host, and letting others go first.
 //!
 //! A blackout is a chain of short steps in several threads of two processes. On a host whose
 //! processors are all taken, each step waits for its turn, and where threads are scheduled by group
@@ -31,6 +31,19 @@ impl Drop for Urgent {
         if let Some(thread) = self.thread {
             let _ = sys::set_class(thread, Class::Usual);
         }
+    }
+}
+
+/// The `nice` of a thread that gives way: where a processor is fought for, it gets a tenth of what one
+/// with 0 does (`sched_prio_to_weight` in the kernel: 110 of 1024).
+const PATIENT: i32 = 10;
+
+/// The calling thread, and those that it starts, let others go first from here on, for good: for long
+/// work that nobody waits for.
+pub fn give_way() {
+    let thread = nix::unistd::gettid().as_raw().cast_unsigned();
+    if let Err(error) = sys::set_nice(thread, PATIENT) {
+        tracing::debug!(%error, "this thread is like all others");
     }
 }
 
@@ -111,6 +124,12 @@ mod sys {
         };
         if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
+
+    pub(super) fn set_nice(thread: u32, nice: i32) -> io::Result<()> {
+        // SAFETY: the call takes numbers; Linux applies it to one thread (setpriority(2), "BUGS").
+        let done = unsafe { libc::setpriority(libc::PRIO_PROCESS, thread, nice) };
+        if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
 }
 
 #[cfg(test)]
@@ -129,6 +148,21 @@ mod tests {
         assert_eq!(policy(), libc::SCHED_RR.to_string());
         drop(urgent);
         assert_eq!(policy(), "0");
+    }
+
+    #[test]
+    fn a_thread_that_gives_way_has_those_that_it_starts_do_so_too() {
+        let nice = || {
+            let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
+            stat.rsplit_once(')').unwrap().1.split_whitespace().nth(16).unwrap().to_owned()
+        };
+        let before = nice();
+        let patient = std::thread::spawn(move || {
+            give_way();
+            (nice(), std::thread::spawn(nice).join().unwrap())
+        });
+        assert_eq!(patient.join().unwrap(), ("10".to_owned(), "10".to_owned()));
+        assert_eq!(nice(), before, "and nobody else");
     }
 
     #[test]

@@ -89,12 +89,48 @@ impl GenerationDevice {
         Ok(this)
     }
 
+    /// Size of its blocks, bytes.
+    #[must_use]
+    pub fn block(&self) -> u64 {
+        self.shared.geometry.block()
+    }
+
     /// Asks for ranges before they are read, in this order, as a recorded first-touch order says.
     pub fn prefetch(&self, ranges: impl IntoIterator<Item = BlockRange>) {
         let mut ahead = self.shared.ahead.lock().unwrap_or_else(PoisonError::into_inner);
         ahead.ranges.extend(ranges);
         drop(ahead);
         self.shared.work.notify_all();
+    }
+
+    /// The blocks around `block`, itself included, that lie in the same chunk of a pack: to read them
+    /// with it costs nothing more.
+    ///
+    /// # Errors
+    /// If the store cannot be read.
+    pub fn beside(&self, block: BlockIndex) -> Result<BlockRange> {
+        let (generation, device) = (&self.shared.generation, self.shared.device);
+        let alone = BlockRange::new(block.0, 1);
+        let Place::At { pack, slot } = generation.place(device, block)? else { return Ok(alone) };
+        let opened = generation.index(pack)?;
+        let Some(chunk) = opened.index.chunk_of(slot) else { return Ok(alone) };
+        let slots = chunk.first..chunk.first + chunk.blocks;
+        let same = |at: u64| -> Result<bool> {
+            Ok(match generation.place(device, BlockIndex(at))? {
+                Place::At { pack: other, slot } => other == pack && slots.contains(&slot),
+                Place::Zero => false,
+            })
+        };
+        let (mut first, mut end) = (block.0, block.0 + 1);
+        // A block of the pack may be many of the device.
+        let most = u64::from(chunk.blocks);
+        while first > 0 && end - first < most && same(first - 1)? {
+            first -= 1;
+        }
+        while end < self.shared.geometry.blocks() && end - first < most && same(end)? {
+            end += 1;
+        }
+        Ok(BlockRange::new(first, end - first))
     }
 
     fn check(&self, offset: u64, length: u64) -> io::Result<()> {
