@@ -137,7 +137,7 @@ impl QemuDriver {
         Self { config, known: None, found: Mutex::new(None) }
     }
 
-    /// A driver that finds out nothing that another of this host has just found out, which takes half a
+    /// A driver that finds out nothing that another of this host has just found out, which may take half a
     /// second: for a copy of a machine. `known` must hold now: see [`installed`].
     #[must_use]
     pub fn knowing(config: QemuConfig, known: HostFacts) -> Self {
