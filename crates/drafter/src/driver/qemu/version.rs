@@ -5,14 +5,21 @@ use super::{kept, probe};
 use crate::driver::DriverError;
 use std::{
     fs::File,
-    io::{self, Read as _},
+    io::{self, Read as _, Seek as _},
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    time::{Duration, Instant},
 };
 
 /// The file that keeps the answer, in the driver's state directory.
 const FILE: &str = "qemu-version.json";
+/// How long the program may take to say it.
+const LIMIT: Duration = Duration::from_secs(20);
+/// How often it is looked whether it has.
+const LOOK: Duration = Duration::from_millis(2);
+/// Most bytes of its answer that are read.
+const MOST: u64 = 4096;
 
 /// Which file a program is. A package that is upgraded brings another one; one that is written in place
 /// has another time of its last change, which nobody can set.
@@ -61,7 +68,7 @@ pub(super) fn installed(binary: &Path, state_dir: &Path) -> Result<(PathBuf, Str
     {
         return Ok((path, known.version));
     }
-    let version = asked(&path)?;
+    let version = asked(&path, LIMIT)?;
     if let Some(identity) = identity
         && let Err(error) = kept::write(&place, &Kept { identity, version: version.clone() })
     {
@@ -71,23 +78,39 @@ pub(super) fn installed(binary: &Path, state_dir: &Path) -> Result<(PathBuf, Str
 }
 
 /// What the program itself says.
-fn asked(path: &Path) -> Result<String, DriverError> {
+fn asked(path: &Path, limit: Duration) -> Result<String, DriverError> {
     let unusable = |why: String| DriverError::Unusable {
         what: format!("{} cannot be used: {why}", path.display()),
         hint: "install QEMU (apt-get install qemu-system-x86)".into(),
     };
-    let output = Command::new(path)
+    let failed = |error: io::Error| unusable(error.to_string());
+    // A file, which is never full and has no other end that somebody could keep open.
+    let mut said = tempfile::tempfile().map_err(failed)?;
+    let mut child = Command::new(path)
         .arg("--version")
         .stdin(Stdio::null())
-        .output()
-        .map_err(|error| unusable(error.to_string()))?;
-    let text = String::from_utf8_lossy(&output.stdout);
+        .stdout(said.try_clone().map_err(failed)?)
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(failed)?;
+    let end = Instant::now() + limit;
+    let status = loop {
+        match child.try_wait().map_err(failed)? {
+            Some(status) => break status,
+            None if Instant::now() >= end => {
+                child.kill().and_then(|()| child.wait()).map_err(failed)?;
+                return Err(unusable(format!("--version says nothing within {limit:?}")));
+            }
+            None => std::thread::sleep(LOOK),
+        }
+    };
+    let mut text = Vec::new();
+    said.rewind().and_then(|()| said.take(MOST).read_to_end(&mut text)).map_err(failed)?;
+    let text = String::from_utf8_lossy(&text);
     // "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)"
     let version = text.split_ascii_whitespace().skip_while(|word| *word != "version").nth(1);
     match version {
-        Some(version) if output.status.success() && text.starts_with("QEMU") => {
-            Ok(version.to_owned())
-        }
+        Some(version) if status.success() && text.starts_with("QEMU") => Ok(version.to_owned()),
         _ => Err(unusable(format!("--version says {:?}", text.lines().next().unwrap_or_default()))),
     }
 }
@@ -129,6 +152,16 @@ mod tests {
             assert_eq!(installed(&script, state.path()).unwrap().1, version);
         }
         assert!(!state.path().join(FILE).exists());
+    }
+
+    #[test]
+    fn a_program_that_hangs_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let script = folder.path().join("qemu");
+        fs::write(&script, "#!/bin/sh\nexec sleep 60\n").unwrap();
+        fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let error = asked(&script, Duration::from_millis(100)).unwrap_err().to_string();
+        assert!(error.contains("within 100ms") && error.contains("apt-get"), "{error}");
     }
 
     #[test]
