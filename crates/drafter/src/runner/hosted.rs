@@ -261,11 +261,7 @@ impl Hosted {
                 device.begin().map_err(fail)?;
             }
         }
-        let prepare = |net| match expected {
-            Some(expected) => site.path.prepare_for(net, expected),
-            None => site.path.prepare(net),
-        };
-        let tap = net.as_ref().map(prepare).transpose().map_err(fail)?;
+        let tap = net.as_ref().map(|net| site.path.tap(net, expected)).transpose().map_err(fail)?;
         if start == Start::Incoming
             && let Some(tap) = &tap
             && let Err(error) = conduit::tap::give_decoy(tap)

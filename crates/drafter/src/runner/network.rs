@@ -16,7 +16,7 @@
 use conduit::{DataPath, HostEndpoint, MachineNet, NetError, Tap};
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
-    thread,
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
@@ -27,6 +27,14 @@ const AGAIN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_s
 pub(super) struct Network {
     path: Arc<dyn DataPath>,
     owed: Mutex<Owing>,
+    making: Mutex<Option<Making>>,
+}
+
+/// A tap that is being made.
+struct Making {
+    net: MachineNet,
+    blackout: Option<Duration>,
+    tap: JoinHandle<Result<Tap, NetError>>,
 }
 
 #[derive(Default)]
@@ -49,7 +57,46 @@ struct Owed {
 
 impl Network {
     pub(super) fn over(path: Arc<dyn DataPath>) -> Arc<Self> {
-        Arc::new(Self { path, owed: Mutex::default() })
+        Arc::new(Self { path, owed: Mutex::default(), making: Mutex::default() })
+    }
+
+    /// Begins to make the machine's tap, beside everything else that a start needs; [`Network::tap`] with
+    /// the same arguments returns it. It stands still for about `blackout`, if that is known.
+    pub(super) fn make_tap(&self, net: &MachineNet, blackout: Option<Duration>) {
+        let (path, wanted) = (Arc::clone(&self.path), net.clone());
+        let making = thread::Builder::new()
+            .name("tap".into())
+            .spawn(move || make_tap(&*path, &wanted, blackout));
+        // Without a thread it is made when it is asked for.
+        let making = making.ok().map(|tap| Making { net: net.clone(), blackout, tap });
+        *self.making.lock().unwrap_or_else(PoisonError::into_inner) = making;
+    }
+
+    /// The machine's tap.
+    pub(super) fn tap(
+        &self,
+        net: &MachineNet,
+        blackout: Option<Duration>,
+    ) -> Result<Tap, NetError> {
+        let making = self.making.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let same = making.filter(|making| making.net == *net && making.blackout == blackout);
+        match same.map(|making| making.tap.join()) {
+            Some(Ok(made)) => made,
+            Some(Err(panic)) => std::panic::resume_unwind(panic),
+            None => make_tap(&*self.path, net, blackout),
+        }
+    }
+
+    /// What [`Network::make_tap`] began nobody has asked for, and nobody will: the machine is not expected
+    /// here under `flip`.
+    pub(super) fn unmake_tap(&self, flip: u64) {
+        let making = self.making.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(Making { net, tap, .. }) = making else { return };
+        // Closed before it is removed.
+        drop(tap.join());
+        if let Err(error) = self.path.forget(&net, flip) {
+            tracing::warn!(%error, "the network still expects the machine here");
+        }
     }
 
     /// A machine that runs here whatever its network says: frames for it come here under `flip`, as soon
@@ -165,6 +212,17 @@ impl Network {
             }
         }
         true
+    }
+}
+
+fn make_tap(
+    path: &dyn DataPath,
+    net: &MachineNet,
+    blackout: Option<Duration>,
+) -> Result<Tap, NetError> {
+    match blackout {
+        Some(blackout) => path.prepare_for(net, blackout),
+        None => path.prepare(net),
     }
 }
 

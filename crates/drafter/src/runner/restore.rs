@@ -22,7 +22,8 @@ use crate::{
         restore::{DiskTarget, MemoryTarget},
     },
     driver::qemu,
-    lease::Record,
+    lease::{Epoch, Record},
+    migrate::switchover::FlipEpoch,
 };
 use conduit::{AgentDataPath, MachineNet};
 use identity::HostName;
@@ -176,6 +177,7 @@ impl Runner {
 
         let aside = Aside::put(&self.dir.disks(), &self.dir.root().join("disks.replaced"))
             .map_err(|error| format!("putting this host's disks of it aside: {error}"))?;
+        self.make_its_tap(saved.network.as_ref(), what);
         let paths = self.site();
         let restored = hosted::new_content(&saved.shape, &package, &paths.disks, false)
             .map_err(text)
@@ -202,6 +204,9 @@ impl Runner {
             }
             Err(why) => {
                 aside.put_back();
+                // A copy is expected under no epoch yet.
+                let epoch = if copy.is_some() { Epoch(0) } else { lease.epoch };
+                self.path.unmake_tap(FlipEpoch::of(epoch, u16::MAX).0);
                 Err(why)
             }
         }

@@ -17,6 +17,7 @@ use crate::{
     },
     package::Package,
 };
+use conduit::MachineNet;
 use silo::block::BlockSet;
 use std::{
     collections::BTreeMap,
@@ -32,6 +33,17 @@ pub(super) enum As<'a> {
     Itself(Claim<'a>),
     /// Another one, which begins as what was saved.
     Copy(&'a CopyOf),
+}
+
+impl As<'_> {
+    /// For how long the network is told that it stands still.
+    const fn stands_still(&self) -> Option<Duration> {
+        match self {
+            // Since it was saved: long, however long.
+            Self::Itself(_) => Some(Duration::MAX),
+            Self::Copy(_) => None,
+        }
+    }
 }
 
 /// With what right a saved machine is started.
@@ -270,6 +282,17 @@ impl Runner {
         }
     }
 
+    /// Begins to make the tap of a machine that is started as `what`, with what it was saved with.
+    pub(super) fn make_its_tap(&self, saved: Option<&MachineNet>, what: As<'_>) {
+        let net = saved.cloned().and_then(|net| match what {
+            As::Itself(_) => Some(net),
+            As::Copy(identity) => self.own_net(net, identity),
+        });
+        if let Some(net) = net {
+            self.path.make_tap(&net, what.stands_still());
+        }
+    }
+
     /// Starts a saved machine whose memory and disks are in `content`, but for what is `elsewhere`.
     pub(super) fn start_saved(
         self: &Arc<Self>,
@@ -284,16 +307,14 @@ impl Runner {
         self.lock().first_touches = saved.first_touches();
         let paths = self.site();
         let site = paths.site(&*self.driver, &self.path);
-        let (right, shape, net, expected) = match what {
-            // It has stood still since it was saved: long, however long.
-            As::Itself(claim) => {
-                (Right::Claim(claim), saved.shape, saved.network, Some(Duration::MAX))
-            }
+        let expected = what.stands_still();
+        let (right, shape, net) = match what {
+            As::Itself(claim) => (Right::Claim(claim), saved.shape, saved.network),
             As::Copy(identity) => {
                 let (shape, net) = self.own(saved, identity);
                 // Whoever removes what is left of a copy that came to nothing finds it.
                 self.lock().net.clone_from(&net);
-                (Right::Own(identity, self.acquire()?), shape, net, None)
+                (Right::Own(identity, self.acquire()?), shape, net)
             }
         };
         let start = Start::Incoming;
@@ -392,9 +413,11 @@ impl Runner {
     /// Runs a loaded machine whose lease this host has; what it sends is still held.
     pub(super) fn run_saved(body: &mut Hosted, holding: &Holding) -> Result<(), String> {
         let flip = FlipEpoch::of(holding.record.epoch, 0).0;
-        // The lease is ours: it runs, whatever its network says.
+        // The lease is ours: it runs, whatever its network says, which learns of it beside its first
+        // instructions.
+        body.run().map_err(text)?;
         body.lead_here(flip);
-        body.run().map_err(text)
+        Ok(())
     }
 }
 

@@ -73,6 +73,9 @@ impl Runner {
         shape.disk_kind = DiskKind::Nbd;
         // Whoever removes what is left of a copy that came to nothing finds it.
         self.lock().net.clone_from(&net);
+        if let Some(net) = &net {
+            self.path.make_tap(net, None);
+        }
         let content = self.copied_content(memory, &package, from)?;
         let holding = self.acquire()?;
         let epoch = holding.record.epoch;
@@ -101,21 +104,31 @@ impl Runner {
         let mut shape = saved.shape;
         shape.name.clone_from(&name);
         shape.command_line = renamed(&shape.command_line, &name, identity);
-        // The guest's interface keeps its MAC; each machine is alone on its tap.
-        let net = saved.network.zip(identity.address).map(|(net, address)| MachineNet {
-            machine: name,
+        let net = saved.network.and_then(|net| self.own_net(net, identity));
+        if let (Some(network), Some(net)) = (&mut shape.network, &net) {
+            network.address = net.address;
+            network.address_v6 = net.address_v6;
+        }
+        (shape, net)
+    }
+
+    /// The network of a copy of a machine that has the network `net`. The guest's interface keeps its MAC;
+    /// each machine is alone on its tap.
+    pub(in crate::runner) fn own_net(
+        &self,
+        net: MachineNet,
+        identity: &CopyOf,
+    ) -> Option<MachineNet> {
+        let address = identity.address?;
+        Some(MachineNet {
+            machine: self.config.machine.clone(),
             address,
             address_v6: identity.address_v6,
             // Two machines cannot have the same port, or the same public address.
             ports: Vec::new(),
             policy: Policy { public: Vec::new(), ..net.policy },
             ..net
-        });
-        if let (Some(network), Some(net)) = (&mut shape.network, &net) {
-            network.address = net.address;
-            network.address_v6 = net.address_v6;
-        }
-        (shape, net)
+        })
     }
 
     fn copied_content(
