@@ -5,10 +5,11 @@ use super::{
     cell::Cell,
     groups::{none_of, spread},
     ours::SETTLE,
+    store::LocalStore,
 };
 use anyhow::{Context, ensure};
 use bench::{Row, Samples, Target};
-use drafter::runner::api::{BackupReport, BackupRequest, Secret};
+use drafter::runner::api::BackupReport;
 
 /// Generations after the first.
 const COUNT: usize = 30;
@@ -22,18 +23,8 @@ pub(super) fn backups(setting: &mut Setting) -> anyhow::Result<Vec<Row>> {
     let cell = Cell::new(256, 100);
     let (mut bed, _) = setting.bed(cell)?;
     let machine = bed.boot(cell, false, false)?;
-    let store = tempfile::tempdir().context("making a folder for the store")?;
-    let request = BackupRequest {
-        store: format!("file://{}", store.path().display()),
-        line: "bench/machine".into(),
-        // A secret of nobody: the store goes with this run.
-        keys: Secret(format!("bench {}", "5a".repeat(32))),
-        keys_from: "the benchmark".into(),
-        environment: Vec::new(),
-        every_ms: None,
-        label: String::new(),
-        keep: None,
-    };
+    let store = LocalStore::new().context("making a folder for the store")?;
+    let request = store.backup("bench/machine");
     std::thread::sleep(SETTLE);
     let first = machine.back_up(&bed, &request)?;
     let count = setting.times(COUNT);

@@ -22,6 +22,7 @@ mod ours;
 mod protect;
 mod sleep;
 mod stock;
+mod store;
 mod versus;
 
 use anyhow::{Context, bail, ensure};

@@ -15,6 +15,7 @@ use super::{
     cell::Cell,
     groups::{none_of, spread},
     ours,
+    store::LocalStore,
 };
 use crate::{
     fleet::{Fleet, MachineSpec, RunnerId},
@@ -25,7 +26,7 @@ use anyhow::{Context, ensure};
 use bench::{Row, Samples, Target};
 use drafter::{
     migrate::{messages::Mode, planner::Budgets},
-    runner::api::{BackupRequest, ProtectRequest, ProtectionState, Request, Secret, TakenOver},
+    runner::api::{BackupRequest, ProtectRequest, ProtectionState, Request, TakenOver},
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -55,15 +56,13 @@ const TURNS: usize = 7;
 const TURNS_OF_OTHERS: usize = 3;
 /// Losses of a host for each row.
 const LOSSES: usize = 5;
-/// A secret of nobody: the store goes with this run.
-const KEY: &str = "5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a";
 
 struct Site {
     fleet: Fleet,
     spec: MachineSpec,
     owner: RunnerId,
     host: usize,
-    folder: tempfile::TempDir,
+    store: LocalStore,
 }
 
 /// One loss.
@@ -85,24 +84,20 @@ impl Site {
         let rig = Rig::new(config).context("building the rig")?;
         ours::clear(&rig);
         let mut fleet = Fleet::new(rig)?;
-        let folder = tempfile::tempdir().context("making a folder for the store")?;
-        let keys = folder.path().join("keys");
-        std::fs::write(&keys, format!("bench {KEY}\n"))?;
-        std::fs::set_permissions(&keys, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+        let store = LocalStore::new().context("making a folder for the store")?;
         let mut spec = MachineSpec::new("protected", &setting.package);
         spec.memory_mib = Some(256);
         spec.address = Some(MACHINE);
         spec.ports = vec![(REDIS, REDIS)];
         spec.extra = vec!["--accelerator".into(), setting.accelerator.clone()];
         if !how.is_empty() {
-            let url = format!("file://{}", folder.path().join("store").display());
-            let keys = keys.display().to_string();
+            let (url, keys) = (store.url(), store.keys().display().to_string());
             spec.extra.extend(["--protect", &url, "--protect-keys", &keys].map(String::from));
             spec.extra.extend(how.iter().map(|word| (*word).to_owned()));
         }
         let owner = fleet.run(0, &spec)?;
         fleet.runner(owner).wait_ready(BOOT)?;
-        let site = Self { fleet, spec, owner, host: 0, folder };
+        let site = Self { fleet, spec, owner, host: 0, store };
         let words = ours::oracle_words(Cell::new(256, 20));
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         site.exec(&words)?;
@@ -142,16 +137,8 @@ impl Site {
 
     /// Protects an unprotected machine, and waits until what its first generations cost is over.
     fn protect(&self, every: Duration, output_commit: bool) -> anyhow::Result<()> {
-        let backup = BackupRequest {
-            store: format!("file://{}", self.folder.path().join("store").display()),
-            line: "machines/protected".into(),
-            keys: Secret(format!("bench {KEY}")),
-            keys_from: "the benchmark".into(),
-            environment: Vec::new(),
-            every_ms: Some(every.as_millis() as u64),
-            label: String::new(),
-            keep: None,
-        };
+        let every_ms = Some(every.as_millis() as u64);
+        let backup = BackupRequest { every_ms, ..self.store.backup("machines/protected") };
         let request = ProtectRequest { backup, term_ms: TERM_MS, output_commit, host_beat: None };
         let mut client = self.fleet.runner(self.owner).client()?;
         client.set_deadline(Some(LIMIT))?;

@@ -10,6 +10,7 @@ use super::{
     Setting,
     groups::{none_of, spread},
     ours,
+    store::LocalStore,
 };
 use crate::{
     fleet::{Fleet, MachineSpec, RunnerId},
@@ -17,7 +18,7 @@ use crate::{
 };
 use anyhow::{Context, ensure};
 use bench::{Row, Samples, Target};
-use drafter::runner::api::{BackupRequest, Request, Secret, SuspendReport};
+use drafter::runner::api::{Request, SuspendReport};
 use std::{
     fmt::Write as _,
     io::{self, BufRead, BufReader, Read, Write},
@@ -50,12 +51,10 @@ const ASK: Duration = Duration::from_millis(20);
 const SUSPEND: f64 = 0.5;
 const RESUME: f64 = 0.3;
 const MIB: f64 = 1_048_576.0;
-/// A secret of nobody: the store goes with this run.
-const KEY: &str = "5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a";
 
 struct Site {
     fleet: Fleet,
-    folder: tempfile::TempDir,
+    store: LocalStore,
 }
 
 /// One sleep.
@@ -117,11 +116,8 @@ impl Site {
         let rig = Rig::new(config).context("building the rig")?;
         ours::clear(&rig);
         let fleet = Fleet::new(rig)?;
-        let folder = tempfile::tempdir().context("making a folder for the store")?;
-        let keys = folder.path().join("keys");
-        std::fs::write(&keys, format!("bench {KEY}\n"))?;
-        std::fs::set_permissions(&keys, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
-        Ok(Self { fleet, folder })
+        let store = LocalStore::new().context("making a folder for the store")?;
+        Ok(Self { fleet, store })
     }
 
     fn spec(setting: &Setting, number: usize) -> MachineSpec {
@@ -132,10 +128,6 @@ impl Site {
         spec.ports = vec![(PORT + number as u16, REDIS)];
         spec.extra = vec!["--accelerator".into(), setting.accelerator.clone()];
         spec
-    }
-
-    fn store(&self) -> String {
-        format!("file://{}", self.folder.path().join("store").display())
     }
 
     /// A connection to the machine's Redis.
@@ -176,16 +168,7 @@ impl Site {
     }
 
     fn suspend(&self, at: RunnerId, name: &str) -> anyhow::Result<SuspendReport> {
-        let request = BackupRequest {
-            store: self.store(),
-            line: format!("machines/{name}.suspended"),
-            keys: Secret(format!("bench {KEY}")),
-            keys_from: "the benchmark".into(),
-            environment: Vec::new(),
-            every_ms: None,
-            label: String::new(),
-            keep: None,
-        };
+        let request = self.store.backup(&format!("machines/{name}.suspended"));
         let mut client = self.fleet.runner(at).client()?;
         client.set_deadline(Some(LIMIT))?;
         Ok(client.get(&Request::SuspendToStore(request))?)
@@ -201,9 +184,10 @@ impl Site {
         seed: u64,
     ) -> anyhow::Result<(RunnerId, Sleep)> {
         let suspended = self.suspend(at, &spec.name)?;
-        let keys = self.folder.path().join("keys").display().to_string();
+        let keys = self.store.keys().display().to_string();
         let package = spec.package.display().to_string();
-        let words = ["resume", &spec.name, "--store", &self.store(), "--keys", &keys, "--package"];
+        let words =
+            ["resume", &spec.name, "--store", &self.store.url(), "--keys", &keys, "--package"];
         let mut words: Vec<String> = words.map(str::to_owned).into();
         words.push(package);
         let (answer, answers) = mpsc::channel();
