@@ -70,6 +70,16 @@ fn end_strays(folder: &Path) {
     }
 }
 
+/// Removes a folder of a test before, whose guards and keepers may be about to end: each does when the
+/// runner that began it is gone, and tidies up in there.
+fn remove(folder: &Path) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while let Err(error) = fs::remove_dir_all(folder) {
+        assert!(Instant::now() < deadline, "{} cannot be removed: {error}", folder.display());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 fn is_state(path: &Path) -> bool {
     path.file_name().and_then(OsStr::to_str).is_some_and(|n| n.starts_with("state-"))
 }
@@ -116,7 +126,7 @@ impl Stage {
         Rig::sweep(PREFIX, Some(&folder)).unwrap();
         for entry in fs::read_dir(&folder).unwrap().flatten() {
             if is_state(&entry.path()) || entry.file_name() == "leases" {
-                fs::remove_dir_all(entry.path()).unwrap();
+                remove(&entry.path());
             }
         }
         let package = package();
