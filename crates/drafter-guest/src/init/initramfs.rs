@@ -27,6 +27,11 @@ const ROOT_LIMIT: Duration = Duration::from_secs(30);
 
 const NEW_ROOT: &str = "/newroot";
 
+/// Unless it is told not to, ext4 reads the bitmaps of the whole disk in the background, some seconds after
+/// it was mounted (Linux 5.13 and later; older ones do not know the word). A machine that is copied or put
+/// to sleep soon after its boot would do so wherever it goes on, with blocks that nobody asked for.
+const ROOT_OPTIONS: &str = "no_prefetch_block_bitmaps";
+
 /// Loads modules, mounts the root device and becomes the machine's own init. A failure is told on
 /// the console and ends the machine with a reset: nobody could repair it from here.
 pub fn main() -> ! {
@@ -73,7 +78,11 @@ fn switch_root() -> Result<Infallible, String> {
         format!("{ROOT_DEVICE}: {error}; does {MODULES_ORDER} load the disk's driver?")
     })?;
     std::fs::create_dir_all(NEW_ROOT).map_err(|error| format!("{NEW_ROOT}: {error}"))?;
-    mount(Some(ROOT_DEVICE), NEW_ROOT, Some("ext4"), MsFlags::MS_NOATIME, None::<&str>)
+    let mount_root = |options: Option<&str>| {
+        mount(Some(ROOT_DEVICE), NEW_ROOT, Some("ext4"), MsFlags::MS_NOATIME, options)
+    };
+    mount_root(Some(ROOT_OPTIONS))
+        .or_else(|_| mount_root(None))
         .map_err(|error| format!("cannot mount {ROOT_DEVICE} as ext4: {error}"))?;
     for point in mounts::basic_points() {
         let target = format!("{NEW_ROOT}{point}");
