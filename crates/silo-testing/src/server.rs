@@ -25,7 +25,7 @@ use s3s::{
 };
 use std::{
     io,
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::{Arc, PoisonError},
@@ -86,6 +86,14 @@ impl S3Server {
     /// # Errors
     /// If there is no folder or port.
     pub fn start(parent: &Path) -> Result<Self, ServerError> {
+        Self::start_at(parent, Ipv4Addr::LOCALHOST.into())
+    }
+
+    /// As [`S3Server::start`], at an address of this thread's network namespace: for clients in others.
+    ///
+    /// # Errors
+    /// If there is no folder or port, or nobody here has the address.
+    pub fn start_at(parent: &Path, address: IpAddr) -> Result<Self, ServerError> {
         let folder = tempfile::Builder::new()
             .prefix("s3-")
             .tempdir_in(parent)
@@ -110,9 +118,13 @@ impl S3Server {
             .enable_all()
             .build()
             .map_err(failed("start threads"))?;
-        let listener = runtime
-            .block_on(TcpListener::bind(("127.0.0.1", 0)))
-            .map_err(failed("listen on the loopback"))?;
+        // Here and now, where the address is.
+        let listener = std::net::TcpListener::bind((address, 0))
+            .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
+            .map_err(failed("listen"))?;
+        let inside = runtime.enter();
+        let listener = TcpListener::from_std(listener).map_err(failed("listen"))?;
+        drop(inside);
         let address = listener.local_addr().map_err(failed("ask for the port"))?;
         let serving = std::sync::Mutex::new(Some(runtime.spawn(serve(listener, shared.clone()))));
         Ok(Self { address, folder, shared, runtime: Some(runtime), serving })

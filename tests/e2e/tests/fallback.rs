@@ -14,26 +14,54 @@ use e2e::{
     reception::on,
 };
 use nix::{sys::signal::Signal, unistd::Pid};
+use silo_testing::S3Server;
 use std::time::Instant;
 
 /// Of what the guest holds, the most is written once.
 const WORK: Work = Work { memory_mib: 64, hot_mib: 1, rate_mb_s: 1, file_mib: 4 };
 
+/// What has the machine's content beside the source.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kept {
+    /// A continuous backup in a folder.
+    Backup,
+    /// Protection, in a folder.
+    Folder,
+    /// Protection, in an S3 server that both hosts reach.
+    S3,
+}
+
 #[test]
 fn a_machine_whose_source_is_lost_gets_the_rest_from_its_backup() {
-    loses_its_source(false);
+    loses_its_source(Kept::Backup);
 }
 
 #[test]
 fn a_protected_machine_whose_source_is_lost_gets_the_rest_from_its_generation() {
-    loses_its_source(true);
+    loses_its_source(Kept::Folder);
 }
 
-fn loses_its_source(protected: bool) {
+#[test]
+fn so_does_one_whose_generations_are_in_s3() {
+    loses_its_source(Kept::S3);
+}
+
+fn loses_its_source(kept: Kept) {
     let Some(mut stage) = Stage::open() else { return };
     let place = Place::new();
-    let (url, keys) = (place.url(), place.keys().display().to_string());
+    let protected = kept != Kept::Backup;
+    let bucket = (kept == Kept::S3).then(|| {
+        let host = &stage.fleet.rig().hosts()[0];
+        let start = || S3Server::start_at(&place.folder(), host.underlay.into()).unwrap();
+        host.namespace.run(start).unwrap()
+    });
+    let url = bucket.as_ref().map_or_else(|| place.url(), |bucket| bucket.url("machines"));
+    let keys = place.keys().display().to_string();
     let mut spec = stage.spec("redis", 1);
+    if let Some(bucket) = &bucket {
+        spec.environment =
+            bucket.credentials().map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+    }
     let package = spec.package.display().to_string();
     let mut receive = ["receive", "redis", "--package", &package].map(String::from).to_vec();
     if protected {
