@@ -93,7 +93,7 @@ impl Writer {
     /// Waits until the writer has come so far.
     fn wait_for(&self, count: u64) {
         while self.word((count - 1) % self.pages) < count {
-            std::thread::yield_now();
+            thread::yield_now();
         }
     }
 
@@ -256,7 +256,7 @@ impl Pauser for Busy<'_> {
         // Once around from page 0 is every page.
         let before = now();
         while now() < before + 1 {
-            std::thread::yield_now();
+            thread::yield_now();
         }
         self.0.pause()
     }
@@ -287,7 +287,7 @@ fn content_that_is_elsewhere_comes_through_the_pager_before_it_is_copied() {
             self.0.len() as u64
         }
         fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-            std::thread::sleep(Duration::from_millis(1));
+            thread::sleep(Duration::from_millis(1));
             buf.copy_from_slice(&self.0[offset as usize..][..buf.len()]);
             Ok(())
         }
@@ -353,7 +353,7 @@ fn a_machines_missing_memory_is_brought_by_its_pager() {
     };
     memory.arm(&BlockSet::full(64), Box::new(demand)).unwrap();
     let filler = Arc::clone(&memory);
-    let peer = std::thread::spawn(move || {
+    let peer = thread::spawn(move || {
         let mut brought = 0;
         while brought < 3 {
             let range = answers.recv().unwrap();
