@@ -49,6 +49,13 @@ const IDENTITY_LIMIT: Duration = Duration::from_secs(60);
 impl Runner {
     /// Begins as a copy of the machine whose image `from` names.
     pub(in crate::runner) fn begin_as_copy(self: &Arc<Self>, from: &Forked) -> Result<(), String> {
+        // A tap that is still being made would be there after whoever started this has tidied up. It is
+        // expected under no epoch yet.
+        let unmade = || self.path.unmake_tap(FlipEpoch::of(Epoch(0), u16::MAX).0);
+        self.try_as_copy(from).inspect_err(|_| unmade())
+    }
+
+    fn try_as_copy(self: &Arc<Self>, from: &Forked) -> Result<(), String> {
         let gone = |error: std::io::Error| {
             format!(
                 "the image of \"{}\" is gone ({}: {error}): it is kept only while the command that forks \
