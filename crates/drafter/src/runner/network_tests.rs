@@ -9,6 +9,9 @@ const LIMIT: Duration = Duration::from_secs(60);
 struct Scripted {
     answer: Mutex<Result<(), NetError>>,
     asked: Mutex<mpsc::Sender<u64>>,
+    /// Taps that were asked for, and flips under which a machine was forgotten.
+    prepared: Mutex<Vec<Option<Duration>>>,
+    forgotten: Mutex<Vec<u64>>,
 }
 
 impl DataPath for Scripted {
@@ -16,6 +19,11 @@ impl DataPath for Scripted {
         HostEndpoint(Ipv4Addr::LOCALHOST)
     }
     fn prepare(&self, net: &MachineNet) -> Result<Tap, NetError> {
+        self.prepared.lock().unwrap().push(None);
+        Err(dead(&net.machine))
+    }
+    fn prepare_for(&self, net: &MachineNet, blackout: Duration) -> Result<Tap, NetError> {
+        self.prepared.lock().unwrap().push(Some(blackout));
         Err(dead(&net.machine))
     }
     fn pause(&self, _: &MachineNet, _: &Tap, _: &HostEndpoint, _: u64) -> Result<u64, NetError> {
@@ -25,7 +33,8 @@ impl DataPath for Scripted {
         let _ = self.asked.lock().unwrap().send(flip);
         self.answer.lock().unwrap().clone()
     }
-    fn forget(&self, _: &MachineNet, _: u64) -> Result<(), NetError> {
+    fn forget(&self, _: &MachineNet, flip: u64) -> Result<(), NetError> {
+        self.forgotten.lock().unwrap().push(flip);
         Ok(())
     }
 }
@@ -52,6 +61,8 @@ impl Stage {
         let path = Arc::new(Scripted {
             answer: Mutex::new(Err(dead("redis"))),
             asked: Mutex::new(sender),
+            prepared: Mutex::default(),
+            forgotten: Mutex::default(),
         });
         let net =
             MachineNet::new("redis", Ipv4Addr::new(10, 77, 0, 1), [0x52, 0, 0, 0, 0, 1], 1400);
@@ -190,4 +201,23 @@ fn whoever_waits_for_the_network_is_told_that_it_does_not_answer_and_nothing_is_
     let stage = Stage::dead();
     stage.network.resume(&stage.net, 7).unwrap_err();
     assert!(stage.network.lock().flip.is_none());
+}
+
+#[test]
+fn a_tap_that_was_begun_is_made_once_and_given_back_when_nobody_asks_for_it() {
+    let Stage { network, path, net, .. } = Stage::dead();
+    let prepared = || path.prepared.lock().unwrap().clone();
+    let long = Some(Duration::MAX);
+    network.make_tap(&net, long);
+    assert!(network.tap(&net, long).is_err(), "what came of it is told to who asks");
+    assert_eq!(prepared(), [long], "by the one that was begun");
+    assert!(network.tap(&net, None).is_err());
+    assert_eq!(prepared(), [long, None], "another is made when it is asked for");
+    network.unmake_tap(7);
+    assert!(path.forgotten.lock().unwrap().is_empty(), "nothing is left to be given back");
+
+    network.make_tap(&net, None);
+    network.unmake_tap(8);
+    assert_eq!(prepared(), [long, None, None], "it is waited for");
+    assert_eq!(*path.forgotten.lock().unwrap(), [8]);
 }
