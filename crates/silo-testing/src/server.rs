@@ -2,7 +2,8 @@
 //!
 //! s3s-fs 0.14 checks conditions without a lock: two creates of one object could both win, and a reader
 //! could see a new object with the old one's ETag. Here conditional puts go one after the other, and
-//! nobody reads meanwhile. It also reads files 4 KiB at a time, each by way of another
+//! nobody reads meanwhile. A request whose client goes away would be left where it is, its object
+//! written and the ETag not; here it is done all the same, as by any real server. s3s-fs also reads files 4 KiB at a time, each by way of another
 //! thread; here the bodies of its answers to GET come from the same file in larger pieces.
 
 use crate::faults::{Fault, Faults, Request, file_of};
@@ -134,13 +135,15 @@ impl S3Server {
         self.serving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Closes all connections and the port: nobody is there any more. What is stored stays.
+    /// Closes all connections and the port: nobody is there any more. What is stored stays, with all
+    /// conditional puts that came before.
     pub fn go_away(&self) {
         let (serving, runtime) = (self.serving().take(), &self.runtime);
         if let (Some(serving), Some(runtime)) = (serving, runtime) {
             serving.abort();
             // An error is what ends it: it was aborted.
             let _ = runtime.block_on(serving);
+            drop(runtime.block_on(self.shared.conditional.write()));
         }
     }
 
@@ -210,7 +213,10 @@ async fn serve(listener: TcpListener, shared: Arc<Shared>) {
 }
 
 impl Shared {
-    async fn answer(&self, request: hyper::Request<Incoming>) -> Result<Response<Body>, HttpError> {
+    async fn answer(
+        self: Arc<Self>,
+        request: hyper::Request<Incoming>,
+    ) -> Result<Response<Body>, HttpError> {
         let method = request.method().as_str().to_owned();
         let path = request.uri().to_string();
         let creates = request.headers().contains_key(header::IF_NONE_MATCH);
@@ -245,20 +251,22 @@ impl Shared {
             Some(Fault::LostAnswer(_) | Fault::NoAnswer | Fault::Truncated | Fault::WrongBytes)
             | None => {}
         }
-        let request = request.map(Body::from);
-        let (mut alone, mut together) = (None, None);
-        match method.as_str() {
-            "PUT" if conditional => alone = Some(self.conditional.write().await),
-            "GET" => together = Some(self.conditional.read().await),
-            _ => {}
-        }
-        let response = self.service.call(request).await?;
-        let response = if method == "GET" && is_object && response.status().is_success() {
-            in_larger_pieces(response, &file)
-        } else {
-            response
+        // A task of its own: this one ends where its client goes away.
+        let shared = Arc::clone(&self);
+        let work = async move {
+            let (mut alone, mut together) = (None, None);
+            match method.as_str() {
+                "PUT" if conditional => alone = Some(shared.conditional.write().await),
+                "GET" => together = Some(shared.conditional.read().await),
+                _ => {}
+            }
+            let response = shared.service.call(request.map(Body::from)).await?;
+            let is_read = method == "GET" && is_object && response.status().is_success();
+            let response = if is_read { in_larger_pieces(response, &file) } else { response };
+            drop((alone, together));
+            Ok::<_, HttpError>(response)
         };
-        drop((alone, together));
+        let response = tokio::spawn(work).await.map_err(|e| HttpError::new(e.into()))??;
         Ok(match fault {
             Some(Fault::LostAnswer(status)) => {
                 self.faults.note();
@@ -366,4 +374,54 @@ fn file_as_answer(file: &Path, range: Option<&str>) -> Response<Body> {
         response.headers_mut().insert(name, header::HeaderValue::from_static(value));
     }
     response
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test")]
+
+    use super::*;
+    use object_store::{ObjectStoreExt, PutMode, PutOptions, UpdateVersion};
+    use std::{collections::HashMap, time::Duration};
+
+    /// Clients that give up at any moment of their put: what is read with one `ETag` is one content.
+    #[test]
+    fn a_put_whose_client_went_away_is_done_or_not_and_never_half() {
+        const ROUNDS: u32 = 300;
+        let parent = tempfile::tempdir().unwrap();
+        let server = S3Server::start(parent.path()).unwrap();
+        let credentials = bucket::Environment::given(server.credentials());
+        let url: bucket::StoreUrl = server.url("lease").parse().unwrap();
+        let store = url.open(&credentials, Duration::from_secs(20)).unwrap().store;
+        let path = object_store::path::Path::from("lease/one");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            store.put(&path, "0".into()).await.unwrap();
+            let (mut known, mut longest) = (HashMap::new(), Duration::from_millis(1));
+            let (mut given_up, mut done) = (0, 0);
+            for round in 1..=ROUNDS {
+                let there = store.get(&path).await.unwrap();
+                let version = there.meta.e_tag.clone().unwrap();
+                let content = there.bytes().await.unwrap();
+                let first = known.entry(version.clone()).or_insert_with(|| content.clone());
+                assert_eq!(*first, content, "round {round}: two contents have {version}");
+                let condition = UpdateVersion { e_tag: Some(version), version: None };
+                let options = PutOptions::from(PutMode::Update(condition));
+                let put = store.put_opts(&path, format!("{round}").into(), options);
+                let begun = std::time::Instant::now();
+                match tokio::time::timeout(longest * (round % 16) / 16, put).await {
+                    Ok(answer) => {
+                        answer.unwrap();
+                        done += 1;
+                        longest = begun.elapsed();
+                    }
+                    Err(_) => {
+                        given_up += 1;
+                        longest += Duration::from_micros(50);
+                    }
+                }
+            }
+            assert!(given_up > ROUNDS / 4, "{given_up} given up, {done} done");
+        });
+    }
 }
