@@ -19,6 +19,7 @@ mod fork;
 mod groups;
 mod journal;
 mod ours;
+mod processor;
 mod protect;
 mod sleep;
 mod stock;

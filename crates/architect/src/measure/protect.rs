@@ -2,8 +2,10 @@
 //! what that is worth when the host is lost.
 //!
 //! One guest of 256 MiB that writes 20 MB/s and serves Redis, protected at an interval of 1 s: its pauses,
-//! how long until a generation is durable, what it takes of the guest's speed, measured in turns with and
-//! without.
+//! how long until a generation is durable, and what it takes of the guest, measured in turns with and
+//! without: of the processor (what its thread runs in user mode, out of the kernel's faults and not
+//! waiting for others), and, beside it, of the speed of a loop. The speed counts caches too, and whatever
+//! the host's own speed does meanwhile; where that changes, only the processor's time can be believed.
 //! Then its host dies (runner, monitor and guard at once), back and forth between two hosts: when a client
 //! is answered again, how much of what was answered is forgotten, and how much the stand-in says it may be;
 //! the same under output commit at 200 ms. Last, `handover.protect.move.`: it moves under output commit, how
@@ -15,6 +17,7 @@ use super::{
     cell::Cell,
     groups::{none_of, spread},
     ours,
+    processor::Processors,
     store::LocalStore,
 };
 use crate::{
@@ -49,8 +52,10 @@ const WATCH: Duration = Duration::from_secs(3);
 const OFTEN: Duration = Duration::from_millis(200);
 /// As it is by default.
 const TERM_MS: u64 = 3000;
-/// Least time for which the guest's speed is measured at once.
+/// Least time for which a guest that computes is looked at.
 const TURN: Duration = Duration::from_secs(4);
+/// Until it computes, and after it was looked at.
+const MARGIN: Duration = Duration::from_secs(1);
 /// How often it is measured with protection, and without before and after that.
 const TURNS: usize = 7;
 const TURNS_OF_OTHERS: usize = 3;
@@ -63,6 +68,19 @@ struct Site {
     owner: RunnerId,
     host: usize,
     store: LocalStore,
+}
+
+/// What a guest that computes got.
+struct Computed {
+    /// Of a processor.
+    share: f64,
+    speed: f64,
+}
+
+/// What protection takes of a guest, percent, in the median.
+struct Cost {
+    processor: f64,
+    speed: f64,
 }
 
 /// One loss.
@@ -127,12 +145,25 @@ impl Site {
         Ok(())
     }
 
-    /// How fast a loop in the guest runs for so long, in anything.
-    fn speed(&self, time: Duration) -> anyhow::Result<f64> {
-        let seconds = time.as_secs().to_string();
+    /// How much a guest that computes as fast as it can has of a processor for so long, and how fast it
+    /// is, in anything.
+    fn computes(&self, time: Duration) -> anyhow::Result<Computed> {
+        let status = self.fleet.runner(self.owner).status()?;
+        let processors = Processors::of(status.monitor_pid.context("it has no monitor")?)?;
+        let seconds = (time + 2 * MARGIN).as_secs().to_string();
         let words = ["/usr/bin/oracle", "slowdown", "--seconds", &seconds, "--slice-ms", "20"];
-        let json: serde_json::Value = serde_json::from_str(&self.exec(&words)?)?;
-        json["batches_per_second"].as_f64().context("the oracle's answer lacks batches_per_second")
+        std::thread::scope(|scope| {
+            let loops = scope.spawn(|| self.exec(&words));
+            std::thread::sleep(MARGIN);
+            let first = processors.read()?;
+            std::thread::sleep(time);
+            let share = processors.read()?.share_since(&first);
+            let said = loops.join().map_err(|_| anyhow::anyhow!("the thread panicked"))??;
+            let json: serde_json::Value = serde_json::from_str(&said)?;
+            let speed = json["batches_per_second"].as_f64();
+            let speed = speed.context("the oracle's answer lacks batches_per_second")?;
+            Ok(Computed { share, speed })
+        })
     }
 
     /// Protects an unprotected machine, and waits until what its first generations cost is over.
@@ -153,22 +184,28 @@ impl Site {
         Ok(())
     }
 
-    /// What protection takes of an unprotected guest's speed, percent: in turns, each next to the ones
-    /// without before and after it, so that a host whose speed changes changes both.
-    fn cost(&self, every: Duration, output_commit: bool, turns: usize) -> anyhow::Result<f64> {
+    /// What protection takes of an unprotected guest: in turns, each next to the ones without before and
+    /// after it, so that a host that changes changes both.
+    fn cost(&self, every: Duration, output_commit: bool, turns: usize) -> anyhow::Result<Cost> {
         let time = (every * 2).max(TURN);
-        let mut without = self.speed(time)?;
-        let mut costs = Vec::new();
+        let mut without = self.computes(time)?;
+        let (mut shares, mut speeds) = (Vec::new(), Vec::new());
+        let lost = |before: f64, with: f64, after: f64| (1.0 - with / before.midpoint(after)) * 1e2;
         for _ in 0..turns {
             self.protect(every, output_commit)?;
-            let with = self.speed(time)?;
+            let with = self.computes(time)?;
             self.end_protection()?;
-            let next = self.speed(time)?;
-            costs.push((1.0 - with / without.midpoint(next)) * 100.0);
+            let next = self.computes(time)?;
+            shares.push(lost(without.share, with.share, next.share));
+            speeds.push(lost(without.speed, with.speed, next.speed));
             without = next;
         }
-        println!("   cost to the guest at {every:?}, in turns: {costs:.1?} %");
-        Samples::new(costs).and_then(|costs| costs.median()).context("no turn was measured")
+        println!("   cost to the guest at {every:?}, in turns: of the processor {shares:.1?} %");
+        println!("   of the speed of a loop {speeds:.1?} %");
+        let median = |values: Vec<f64>| Samples::new(values).and_then(|v| v.median());
+        let (processor, speed) = (median(shares), median(speeds));
+        let (processor, speed) = processor.zip(speed).context("no turn was measured")?;
+        Ok(Cost { processor, speed })
     }
 
     fn increments(&self) -> anyhow::Result<Increments> {
@@ -283,12 +320,14 @@ pub(super) fn protect(setting: &mut Setting) -> anyhow::Result<Vec<Row>> {
     let site = Site::new(setting, &[])?;
     let bar = "handover.protect.cost-to-the-guest";
     let cost = site.cost(EVERY, false, setting.times(TURNS))?;
-    rows.push(most(bar, cost, "%", Some(5.0)));
+    rows.push(most(bar, cost.processor, "%", Some(5.0)));
+    rows.push(most(&format!("{bar}.speed"), cost.speed, "%", None));
     let others = [("every-5s", Duration::from_secs(5), false), ("every-200ms", OFTEN, true)];
     for (name, every, output_commit) in others {
         setting.abandon.check()?;
         let cost = site.cost(every, output_commit, setting.times(TURNS_OF_OTHERS))?;
-        rows.push(most(&format!("{bar}.{name}"), cost, "%", None));
+        rows.push(most(&format!("{bar}.{name}"), cost.processor, "%", None));
+        rows.push(most(&format!("{bar}.{name}.speed"), cost.speed, "%", None));
     }
     site.retire();
 
