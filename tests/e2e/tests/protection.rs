@@ -54,6 +54,7 @@ fn a_protected_machine_survives_every_loss_of_its_host_in_one_place_and_loses_no
 
     // It stands still while its lease store is away, and goes on: nobody else has it.
     is_protected(&stage, b);
+    goes_on_from_changes(&stage, b);
     let leases = stage.leases();
     let away = leases.with_extension("away");
     fs::rename(&leases, &away).unwrap();
@@ -106,6 +107,13 @@ fn a_protected_machine_survives_every_loss_of_its_host_in_one_place_and_loses_no
     load.forget();
     goes_on(&load);
     assert_eq!(load.went_back(), None);
+}
+
+/// Its first generation here looked at what it had written here, not at all that it is.
+#[track_caller]
+fn goes_on_from_changes(stage: &Stage, at: RunnerId) {
+    let backup = stage.fleet.runner(at).status().unwrap().backup.unwrap();
+    assert!(backup.from_changes, "its first generation looked at everything: {backup:?}");
 }
 
 /// A move to `to`, held at a step; the job goes on at the source.
@@ -187,8 +195,7 @@ fn a_protected_machine_that_moves_is_brought_back_whichever_of_its_hosts_is_lost
     let report = go(&stage.fleet, c, b, Mode::Hybrid, budgets());
     assert_eq!(report.late_writes, 0, "{report}");
     is_protected(&stage, b);
-    let backup = stage.fleet.runner(b).status().unwrap().backup.unwrap();
-    assert!(backup.from_changes, "its first generation looked at everything: {backup:?}");
+    goes_on_from_changes(&stage, b);
     goes_on(&load);
     assert_eq!(load.went_back(), None);
     let died = die(&mut stage, b);
@@ -318,6 +325,7 @@ fn under_output_commit_no_acknowledged_write_is_lost_with_a_host_and_no_connecti
         taken_over(&stage, next);
         owner = next;
         is_protected(&stage, owner);
+        goes_on_from_changes(&stage, owner);
         assert!(protection(&stage, owner).unwrap().output_commit);
     }
     assert!(load.wait_for(500, LIMIT), "the client is not served");

@@ -93,18 +93,22 @@ mod tests {
             let processors = Processors::of(std::process::id()).unwrap();
             assert_eq!(processors.0.len(), 1);
             let first = processors.read().unwrap();
-            // On a busy computer it has to wait for its turn.
+            // On a busy computer it has to wait for its turn; and the kernel counts a few milliseconds
+            // at a time.
             let until = Instant::now() + Duration::from_secs(30);
             let share = loop {
+                std::thread::park_timeout(Duration::from_millis(300));
                 let share = processors.read().unwrap().share_since(&first);
                 if share > 0.02 || Instant::now() > until {
                     break share;
                 }
             };
             over.store(true, Ordering::Relaxed);
-            assert!(share > 0.02 && share < 1.05, "{share}");
+            assert!(share > 0.02 && share < 1.1, "{share}");
         });
-        let gone = Processors::of(std::process::id()).map(|p| p.0.len());
-        assert!(gone.is_err(), "{gone:?}");
+        let until = Instant::now() + Duration::from_secs(30);
+        while Processors::of(std::process::id()).is_ok() {
+            assert!(Instant::now() < until, "the thread has ended, and is found");
+        }
     }
 }

@@ -10,13 +10,12 @@
 //! Called by the runner after a lazy restore has armed the devices with what is missing. What must
 //! hold: only blocks that are missing are taken, so what the guest has written stays; a store that does
 //! not answer makes the guest wait and is asked again, until it answers or the machine ends; demands
-//! are not held up by more than one pack of bulk.
+//! are not held up by more than one pack of bulk, or [`BULK`] of several.
 //!
 //! What is touched is recorded, after the order that was followed: the next generations have both, for
 //! the next start. An order is a hint; whatever it says, content is right.
 
 use super::restore::whole;
-use crate::driver::give_way;
 use silo::{
     block::{BLOCK_SIZE, BlockRange, BlockSet},
     device::{Demand, Device},
@@ -43,6 +42,11 @@ const CLUSTER: u64 = 16;
 const AHEAD: usize = 16;
 /// Most blocks that one of them brings at a time.
 const STEP: u64 = 64;
+/// What is brought so of a machine: this part of all that is missing, or so many blocks if that is more. One
+/// whose starts have touched nearly everything is brought sooner pack by pack, which the rest of it is anyway.
+const EXPECTED: (u64, u64) = (8, 8192);
+/// Requests of bulk under way, and bytes of them: what is waited for is not held up by more.
+const BULK: (usize, u64) = (8, 4 << 20);
 /// How long one of them lets what is waited for go first before it looks again.
 const YIELD: Duration = Duration::from_millis(5);
 /// Pauses between two attempts at a store: the first, and at most.
@@ -71,6 +75,10 @@ pub struct StoreFill {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn expected_at_most(missing: u64) -> u64 {
+    (missing / EXPECTED.0).max(EXPECTED.1)
 }
 
 impl StoreFill {
@@ -253,8 +261,9 @@ impl StoreFill {
         }
     }
 
-    /// What an earlier start touched and is missing, all devices side by side as far as they are.
-    fn expected(&self) -> Vec<(usize, BlockRange)> {
+    /// What an earlier start touched and is missing, all devices side by side as far as they are; the first
+    /// `most` blocks of it.
+    fn expected(&self, most: u64) -> Vec<(usize, BlockRange)> {
         let mut expected = Vec::new();
         for (device, order) in self.order.iter().enumerate() {
             if order.is_empty() {
@@ -268,12 +277,18 @@ impl StoreFill {
             }
         }
         expected.sort_by(|a, b| a.0.total_cmp(&b.0));
-        expected.into_iter().map(|(_, device, range)| (device, range)).collect()
+        let mut blocks = 0;
+        let within = expected.into_iter().take_while(|(_, _, range)| {
+            blocks += range.count;
+            blocks <= most
+        });
+        within.map(|(_, device, range)| (device, range)).collect()
     }
 
     /// Brings what an earlier start touched; what this one waits for goes first. False if it was ended.
     fn run_ahead(&self) -> bool {
-        let (expected, next) = (self.expected(), AtomicUsize::new(0));
+        let missing: u64 = self.devices.iter().map(|device| device.missing_blocks()).sum();
+        let (expected, next) = (self.expected(expected_at_most(missing)), AtomicUsize::new(0));
         let bring = || {
             while let Some((device, range)) = expected.get(next.fetch_add(1, Ordering::Relaxed)) {
                 let wanted = lock(&self.wanted);
@@ -303,10 +318,10 @@ impl StoreFill {
     }
 
     /// Brings everything. Returns when nothing is missing, or when it was ended: then false. What the
-    /// generation refers to is kept in the store until then, also if the generation is pruned.
+    /// generation refers to is kept in the store until then, also if the generation is pruned. What the
+    /// machine waits for is brought by others: where nobody waits for this, its thread should
+    /// [give way](crate::driver::give_way).
     pub fn run(&self) -> bool {
-        // The machine runs, and what it waits for is brought by others.
-        give_way();
         if let Err(error) = self.generation.pin_if_possible() {
             // What is missing of it is told when it is missing.
             tracing::error!(%error, "the generation that the machine is brought from is gone");
@@ -326,8 +341,12 @@ impl StoreFill {
                 if device.missing_blocks() == 0 {
                     return Ok(());
                 }
-                // One pack at a time: what is waited for comes first.
-                let options = RestoreOptions { threads: 1, in_flight: 1, target_is_zero: true };
+                let options = RestoreOptions {
+                    threads: 1,
+                    in_flight: BULK.0,
+                    in_flight_bytes: BULK.1,
+                    target_is_zero: true,
+                };
                 let done = AtomicU64::new(0);
                 let restored = self.generation.restore(name, &target, options, &done, &self.stop);
                 restored.map_err(io::Error::other)?;

@@ -150,6 +150,25 @@ fn what_an_earlier_start_touched_comes_before_the_rest_and_is_recorded_with_what
 }
 
 #[test]
+fn of_an_order_that_is_nearly_everything_the_beginning_is_followed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_disk, fill) = armed(folder.path(), &order(&[(1700, 90), (20, 1), (0, BLOCKS)]));
+    let ahead = |most| {
+        let ranges = fill.expected(most).into_iter();
+        ranges.map(|(_, range)| range).collect::<Vec<_>>()
+    };
+    let all: u64 = ahead(u64::MAX).iter().map(|range| range.count).sum();
+    assert!(all >= BLOCKS - BLOCKS.div_ceil(7), "{all}");
+    let first = ahead(90);
+    let count: u64 = first.iter().map(|range| range.count).sum();
+    // Every seventh block is zeros, which nobody has to bring.
+    assert_eq!(count, 90 - 13 + 1 + 12, "{first:?}");
+    assert!(first.starts_with(&ahead(70)) && first[0].start.0 >= 1700, "{first:?}");
+    assert_eq!((expected_at_most(0), expected_at_most(1 << 24)), (8192, 1 << 21));
+    fill.end();
+}
+
+#[test]
 fn an_order_of_another_device_is_not_followed() {
     let folder = tempfile::tempdir().unwrap();
     let mut touches = order(&[(1, 5)]);

@@ -119,13 +119,15 @@ impl Arriving {
     }
 }
 
-/// What a destination was told of the history of a machine that arrived.
+/// What is known of the history of a machine that came here: a destination was told of it.
 pub(super) enum Arrived {
     /// Its source has not said yet.
     Expected,
     /// What the source stored last, and in which blocks, of each device of the group, the machine has
     /// differed from it when it left.
     Known(BackupMark, Vec<BlockSet>),
+    /// It began as this generation, in all of its blocks.
+    Began(BackupMark),
 }
 
 // ---- the source

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     checkpoint::{description::Description, fill::StoreFill},
-    driver::Start,
+    driver::{Start, give_way},
     lease::{AttemptId, BootClock, Clock as _, Epoch, HostName, Nonce, Outcome, Record},
     migrate::{
         destination::DestinationMachine,
@@ -363,7 +363,12 @@ impl Runner {
     pub(super) fn fill(self: &Arc<Self>, fill: Arc<StoreFill>, noted: Noted) -> Result<(), String> {
         self.lock().filling = Some(Arc::clone(&fill));
         let runner = Arc::clone(self);
+        // What it says leaves once there is a generation of it, and that once everything is here.
+        let is_awaited = self.protection().is_some_and(|protection| protection.wants_commit());
         let filling = std::thread::Builder::new().name("fill".into()).spawn(move || {
+            if !is_awaited {
+                give_way();
+            }
             if !fill.run() {
                 return;
             }

@@ -17,8 +17,10 @@
 
 use super::{
     Runner, State,
+    backup::hex,
     config::ProtectConfig,
     hosted::{self, Content, Hosted},
+    protected_move::Arrived,
     protection::Protection,
     restore::{Aside, CACHE},
     saved::{Elsewhere, fresh},
@@ -35,8 +37,7 @@ use crate::{
     },
     driver::{Start, qemu},
     lease::{BootClock, Clock as _, Record},
-    migrate::destination::DestinationMachine as _,
-    migrate::switchover::Holding,
+    migrate::{destination::DestinationMachine as _, messages::BackupMark, switchover::Holding},
     package::Package,
     tenure::{
         Answer, Call, OperationId, Taker, TakerAction, TakerEvent, TakerParts, random_nonces,
@@ -52,7 +53,7 @@ use silo::{
     },
 };
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     sync::{
         Arc,
         mpsc::{self, Receiver, Sender},
@@ -110,6 +111,16 @@ impl History {
         let writer = LineWriter::open(store, &self.keys, &self.line, WriterOptions::default())
             .map_err(text)?;
         Ok(writer.newest())
+    }
+}
+
+/// A generation, as whoever goes on with its history knows it again.
+fn began_as(generation: &Generation) -> BackupMark {
+    BackupMark {
+        line: generation.line().to_string(),
+        number: generation.number(),
+        writer: hex(&generation.writer()),
+        first_touch: BTreeMap::new(),
     }
 }
 
@@ -431,6 +442,8 @@ impl Runner {
         tracing::warn!(machine = %self.name.as_str(), "{sentence}");
         {
             let mut inner = self.lock();
+            // Its next generation looks at what it writes from here on, and at nothing else.
+            inner.arrived = Some(Arrived::Began(began_as(&generation)));
             inner.first_touches = saved.first_touches();
             inner.taken_over = Some(taken);
             inner.filling = Some(Arc::clone(&fill));

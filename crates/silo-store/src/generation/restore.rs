@@ -41,13 +41,15 @@ pub struct RestoreOptions {
     pub threads: usize,
     /// Requests under way for each of them; memory is bounded by as many packs, and one more.
     pub in_flight: usize,
+    /// Bytes of them all, unless there is but one: little ones wait for each other less than large ones.
+    pub in_flight_bytes: u64,
     /// The target is all zeros: zeros are not written.
     pub target_is_zero: bool,
 }
 
 impl Default for RestoreOptions {
     fn default() -> Self {
-        Self { threads: 2, in_flight: 3, target_is_zero: false }
+        Self { threads: 2, in_flight: 3, in_flight_bytes: u64::MAX, target_is_zero: false }
     }
 }
 
@@ -77,6 +79,12 @@ struct Job {
     pieces: Range<usize>,
     /// Bytes of the object to fetch; the pack's end is at their end.
     range: Range<u64>,
+}
+
+impl Job {
+    fn bytes(&self) -> u64 {
+        self.range.end - self.range.start
+    }
 }
 
 struct Work<'a> {
@@ -236,7 +244,7 @@ impl Generation {
         };
         std::thread::scope(|scope| {
             for _ in 0..options.threads.max(1) {
-                scope.spawn(|| work.run(options.in_flight.max(1)));
+                scope.spawn(|| work.run(options));
             }
         });
         match work.failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
@@ -266,19 +274,26 @@ impl Generation {
 }
 
 impl Work<'_> {
-    fn next(&self) -> Option<Job> {
+    /// The next one, if it has no more bytes than `most`.
+    fn next(&self, most: u64) -> Option<Job> {
         let stopped = self.failed.lock().unwrap_or_else(PoisonError::into_inner).is_some();
         if stopped {
             return None;
         }
-        self.jobs.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        jobs.pop_front_if(|job| job.bytes() <= most)
     }
 
-    fn run(&self, in_flight: usize) {
+    fn run(&self, options: RestoreOptions) {
         let mut pending: VecDeque<(Job, PackRef, Pending<Bytes>)> = VecDeque::new();
         loop {
-            while pending.len() < in_flight {
-                let Some(job) = self.next() else { break };
+            while pending.len() < options.in_flight.max(1) {
+                let under_way: u64 = pending.iter().map(|(job, ..)| job.bytes()).sum();
+                let left = match pending.is_empty() {
+                    true => u64::MAX,
+                    false => options.in_flight_bytes.saturating_sub(under_way),
+                };
+                let Some(job) = self.next(left) else { break };
                 let pack = self.generation.pack(job.pack);
                 let get =
                     self.generation.store.remote.start_get(&pack.id.pack(), job.range.clone());

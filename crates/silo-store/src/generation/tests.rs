@@ -93,10 +93,14 @@ impl Rig {
     }
 
     fn restored(&self, number: u64) -> Result<Vec<u8>> {
+        self.restored_as(number, RestoreOptions::default())
+    }
+
+    fn restored_as(&self, number: u64, options: RestoreOptions) -> Result<Vec<u8>> {
         let target = Disk(Mutex::new(vec![0xee; BLOCKS * BLOCK]));
         let (done, stop) = (AtomicU64::new(0), AtomicBool::new(false));
         let generation = self.open(number);
-        generation.restore("disk", &target, RestoreOptions::default(), &done, &stop)?;
+        generation.restore("disk", &target, options, &done, &stop)?;
         Ok(target.0.into_inner().unwrap())
     }
 
@@ -121,6 +125,25 @@ fn every_generation_has_the_root_of_its_content_and_equal_content_the_same() {
     assert!(root(first).is_some() && root(first) == root(third) && root(first) != root(second));
     let verified = rig.verified(Depth::Full);
     assert!(verified.is_well() && verified.roots == 3, "{verified:?}");
+}
+
+#[test]
+fn however_many_packs_are_under_way_everything_comes() {
+    let mut rig = Rig::new();
+    rig.back_up();
+    let mut last = 0;
+    for block in 0..12u64 {
+        rig.group.device(0).write_at(5 * block * BLOCK as u64, &[block as u8; BLOCK]).unwrap();
+        last = rig.back_up();
+    }
+    for (threads, in_flight, in_flight_bytes) in
+        [(1, 1, u64::MAX), (1, 8, 0), (1, 8, 3 * BLOCK as u64), (2, 8, u64::MAX), (0, 0, 0)]
+    {
+        let options =
+            RestoreOptions { threads, in_flight, in_flight_bytes, ..RestoreOptions::default() };
+        let restored = rig.restored_as(last, options).unwrap();
+        assert!(restored == *rig.disk.0.lock().unwrap(), "{options:?}");
+    }
 }
 
 #[test]

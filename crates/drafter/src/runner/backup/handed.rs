@@ -3,7 +3,8 @@
 //!
 //! What must hold: a destination that looks at less than everything has been told of every block in which
 //! the store's newest generation differs from the machine as it left its source, and has seen every write
-//! since.
+//! since. One that began as a generation differs from that in nothing but what was written since, and from
+//! no other.
 
 use super::{Backups, LOOK, Runner, lock};
 use crate::{
@@ -21,18 +22,32 @@ use std::{
 const STORED: Duration = Duration::from_secs(1);
 
 impl Runner {
-    /// The generation of which the source of a machine that arrived has said how it differs; said once.
+    /// The generation of which it is known how a machine that came here differs from it: its source has
+    /// said so, or it began as that. Said once.
     pub(super) fn arrived_with(&self, backups: &Backups, writer: &LineWriter) -> Option<u64> {
-        let Some(Arrived::Known(mark, changed)) = self.lock().arrived.take() else { return None };
-        // Also one that the source stored and never heard of: what it has told is then more than the
-        // truth.
+        let (mark, changed, is_newest) = {
+            let mut inner = self.lock();
+            match inner.arrived.take()? {
+                Arrived::Expected => return None,
+                // Also one that the source stored and never heard of: what it has told is then more than
+                // the truth.
+                Arrived::Known(mark, changed) => {
+                    let within = mark.number <= writer.newest();
+                    (mark, changed, within)
+                }
+                // Of a later one nobody here knows how it differs.
+                Arrived::Began(mark) => {
+                    let none = inner.devices.iter().map(|device| BlockSet::new(device.blocks()));
+                    let same = mark.number == writer.newest();
+                    (mark, none.collect(), same)
+                }
+            }
+        };
         let same = mark.line == writer.line().to_string()
             && mark.writer == hex(&writer.newest_by())
-            && mark.number <= writer.newest();
+            && is_newest;
         if !same || writer.needs_everything() {
-            tracing::info!(
-                "the history is not where the machine's source left it: all is compared"
-            );
+            tracing::info!("the history is not where the machine left it: all is compared");
             return None;
         }
         match backups.capture.know(&changed) {
