@@ -233,7 +233,7 @@ struct Keeper {
     /// When the store was known to have the newest renewal.
     renewed: BootTime,
     trouble: Option<String>,
-    /// Nobody is connected since then.
+    /// Nobody is served since then.
     alone_since: Instant,
 }
 
@@ -253,7 +253,9 @@ impl Keeper {
                 self.looked = Instant::now();
                 self.be_found();
             }
-            if !self.served.is_empty() {
+            // Who was not taken does not count, however often it comes: it may be one that waits for
+            // this to end.
+            if self.served.values().any(|served| served.machine.is_some()) {
                 self.alone_since = Instant::now();
             }
             let linger = self.settings.linger_ms.map(Duration::from_millis);

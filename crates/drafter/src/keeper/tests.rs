@@ -319,6 +319,29 @@ fn there_is_one_keeper_for_a_state_directory_and_it_ends_when_nobody_needs_it() 
 }
 
 #[test]
+fn runners_that_it_refuses_do_not_keep_it_from_ending() {
+    let host = Host::new();
+    let settings = Settings { linger_ms: Some(300), ..host.settings() };
+    let (done, ended) = mpsc::channel();
+    std::thread::spawn(move || done.send(serve(&settings, true).map_err(|e| e.to_string())));
+    until("it listens", || UnixStream::connect(socket(&host.state())).is_ok());
+    // Of a host whose lease store was changed meanwhile: no keeper for the new one while this runs.
+    until("it ends", || {
+        if let Ok(stream) = UnixStream::connect(socket(&host.state())) {
+            let hello = ToKeeper::Hello {
+                host: "a".into(),
+                leases: "/elsewhere".into(),
+                machine: "m2".into(),
+                term_ms: 1000,
+            };
+            let _ = say(&stream, &hello);
+            let _ = hear::<FromKeeper>(&mut BufReader::new(stream));
+        }
+        ended.try_recv().is_ok()
+    });
+}
+
+#[test]
 fn one_whose_socket_is_removed_is_found_again_and_its_end_takes_no_other_ones_away() {
     let host = Host::new();
     host.keep();
