@@ -16,6 +16,7 @@
 //! the next start. An order is a hint; whatever it says, content is right.
 
 use super::restore::whole;
+use crate::driver::give_way;
 use silo::{
     block::{BLOCK_SIZE, BlockRange, BlockSet},
     device::{Demand, Device},
@@ -45,7 +46,8 @@ const STEP: u64 = 64;
 /// What is brought so of a machine: this part of all that is missing, or so many blocks if that is more. One
 /// whose starts have touched nearly everything is brought sooner pack by pack, which the rest of it is anyway.
 const EXPECTED: (u64, u64) = (8, 8192);
-/// Requests of bulk under way, and bytes of them: what is waited for is not held up by more.
+/// Requests of bulk under way, and bytes of them, where somebody waits for all of it: what the machine waits
+/// for is not held up by more. Else there is one, which leaves the processors to the machine.
 const BULK: (usize, u64) = (8, 4 << 20);
 /// How long one of them lets what is waited for go first before it looks again.
 const YIELD: Duration = Duration::from_millis(5);
@@ -319,19 +321,22 @@ impl StoreFill {
 
     /// Brings everything. Returns when nothing is missing, or when it was ended: then false. What the
     /// generation refers to is kept in the store until then, also if the generation is pruned. What the
-    /// machine waits for is brought by others: where nobody waits for this, its thread should
-    /// [give way](crate::driver::give_way).
-    pub fn run(&self) -> bool {
+    /// machine waits for is brought by others: unless all of it `is_awaited` by somebody, this thread and
+    /// those that it starts give way to the machine.
+    pub fn run(&self, is_awaited: bool) -> bool {
+        if !is_awaited {
+            give_way();
+        }
         if let Err(error) = self.generation.pin_if_possible() {
             // What is missing of it is told when it is missing.
             tracing::error!(%error, "the generation that the machine is brought from is gone");
         }
-        let all = self.bring_all();
+        let all = self.bring_all(if is_awaited { BULK } else { (1, u64::MAX) });
         self.generation.unpin();
         all
     }
 
-    fn bring_all(&self) -> bool {
+    fn bring_all(&self, (in_flight, in_flight_bytes): (usize, u64)) -> bool {
         if !self.run_ahead() {
             return false;
         }
@@ -341,12 +346,8 @@ impl StoreFill {
                 if device.missing_blocks() == 0 {
                     return Ok(());
                 }
-                let options = RestoreOptions {
-                    threads: 1,
-                    in_flight: BULK.0,
-                    in_flight_bytes: BULK.1,
-                    target_is_zero: true,
-                };
+                let options =
+                    RestoreOptions { threads: 1, in_flight, in_flight_bytes, target_is_zero: true };
                 let done = AtomicU64::new(0);
                 let restored = self.generation.restore(name, &target, options, &done, &self.stop);
                 restored.map_err(io::Error::other)?;

@@ -102,7 +102,7 @@ fn what_is_touched_comes_at_once_what_is_written_stays_and_all_else_follows() {
     assert!(disk.missing_blocks() > 1000, "only what is near was brought");
     disk.write_at(40 * BLOCK_SIZE as u64, &[9; BLOCK_SIZE]).unwrap();
     disk.write_at(50 * BLOCK_SIZE as u64 + 100, &[9; 8]).unwrap();
-    assert!(fill.run());
+    assert!(fill.run(true));
     assert!(disk.is_complete());
     for at in 0..BLOCKS {
         let mut wanted = content(at);
@@ -144,7 +144,7 @@ fn what_an_earlier_start_touched_comes_before_the_rest_and_is_recorded_with_what
     fill.stop_recording();
     assert!(block(&disk, 1200) == content(1200));
     assert_eq!(fill.first_touches(), recorded);
-    assert!(fill.run());
+    assert!(fill.run(false));
     assert!((0..BLOCKS).all(|at| block(&disk, at) == content(at)));
     fill.end();
 }
@@ -189,7 +189,7 @@ fn a_store_that_is_away_makes_a_reader_wait_says_so_and_is_asked_again() {
     thread::scope(|scope| {
         let _end = End(&fill);
         let reader = scope.spawn(|| block(&disk, 1000));
-        let filler = scope.spawn(|| fill.run());
+        let filler = scope.spawn(|| fill.run(false));
         wait_for_trouble(&fill);
         assert!(!reader.is_finished() && !filler.is_finished());
         fs::rename(&aside, &packs).unwrap();
@@ -224,7 +224,7 @@ fn the_generation_is_pinned_while_it_is_brought_and_not_afterwards() {
     fs::rename(&packs, &aside).unwrap();
     thread::scope(|scope| {
         let _end = End(&fill);
-        let filler = scope.spawn(|| fill.run());
+        let filler = scope.spawn(|| fill.run(false));
         wait_for_trouble(&fill);
         assert_eq!(pins(), 1);
         fs::rename(&aside, &packs).unwrap();
@@ -240,7 +240,7 @@ fn it_ends_when_it_is_told_to_although_the_store_is_away() {
     fs::remove_dir_all(folder.path().join("store/packs")).unwrap();
     thread::scope(|scope| {
         let _end = End(&fill);
-        let filler = scope.spawn(|| fill.run());
+        let filler = scope.spawn(|| fill.run(false));
         wait_for_trouble(&fill);
         fill.end();
         assert!(!filler.join().unwrap());

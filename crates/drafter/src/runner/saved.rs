@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     checkpoint::{description::Description, fill::StoreFill},
-    driver::{Start, give_way},
+    driver::Start,
     lease::{AttemptId, BootClock, Clock as _, Epoch, HostName, Nonce, Outcome, Record},
     migrate::{
         destination::DestinationMachine,
@@ -366,10 +366,7 @@ impl Runner {
         // What it says leaves once there is a generation of it, and that once everything is here.
         let is_awaited = self.protection().is_some_and(|protection| protection.wants_commit());
         let filling = std::thread::Builder::new().name("fill".into()).spawn(move || {
-            if !is_awaited {
-                give_way();
-            }
-            if !fill.run() {
+            if !fill.run(is_awaited) {
                 return;
             }
             fill.end();
