@@ -410,6 +410,8 @@ mod tests {
                 let put = store.put_opts(&path, format!("{round}").into(), options);
                 let begun = std::time::Instant::now();
                 match tokio::time::timeout(longest * (round % 16) / 16, put).await {
+                    // One that was given up was done after the look.
+                    Ok(Err(object_store::Error::Precondition { .. })) => {}
                     Ok(answer) => {
                         answer.unwrap();
                         done += 1;

@@ -119,7 +119,7 @@ impl Arriving {
     }
 }
 
-/// What is known of the history of a machine that came here: a destination was told of it.
+/// What is known of the history of a machine that came here, from its source or from a store.
 pub(super) enum Arrived {
     /// Its source has not said yet.
     Expected,
