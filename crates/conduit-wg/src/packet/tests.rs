@@ -337,6 +337,38 @@ fn datagrams_are_put_together_only_where_the_kernel_takes_them() {
     assert_eq!(again, packets);
 }
 
+/// In one's complement zero is 0 and 0xffff; a cut writes one of them.
+#[test]
+fn a_checksum_of_zero_stays_as_it_was_written() {
+    // What each holds besides is chosen so that a checksum comes out as zero.
+    let with = |change: &dyn Fn(&mut Shape, u16), place: usize| {
+        let of = |n: u16| {
+            let mut shape = Shape::tcp(1, &[4; 300]);
+            shape.options = false;
+            change(&mut shape, n);
+            (word(&shape.packet(), place), shape)
+        };
+        let (_, shape) =
+            (0..=u16::MAX).map(of).find(|(check, _)| matches!(check, 0 | 0xffff)).unwrap();
+        shape
+    };
+    let tcp = with(&|shape, n| shape.sequence = u32::from(n), 20 + 16);
+    let ip = with(&|shape, n| shape.id = n, 10);
+    for (shape, place) in [(tcp, 20 + 16), (ip, 10)] {
+        let mut second = shape.clone();
+        second.sequence += 300;
+        second.id += 1;
+        for written in [0, 0xffff] {
+            let mut packets = [shape.packet(), second.packet()];
+            put(&mut packets[0], place, written);
+            let mut frames = merge_all(true, &packets);
+            assert_eq!(frames.len(), if written == 0 { 1 } else { 2 }, "at {place}");
+            let again: Vec<_> = frames.iter_mut().flat_map(|f| cut_all(f)).collect();
+            assert_eq!(again, packets, "at {place}, written {written:#x}");
+        }
+    }
+}
+
 #[test]
 fn what_contradicts_itself_is_refused_by_name() {
     let mut room: Box<[u8; LARGEST]> = vec![0; LARGEST].into_boxed_slice().try_into().unwrap();
