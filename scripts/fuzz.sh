@@ -5,35 +5,38 @@
 #   scripts/fuzz.sh 600             as long as that each
 #   scripts/fuzz.sh 60 NAME...      only these
 #   scripts/fuzz.sh --build         only builds
-#   FUZZ_TARGET=NAME target/fuzz/x86_64-unknown-linux-gnu/release/fuzz FILE    replays a finding
+#   FUZZ_DEEP=1 scripts/fuzz.sh 600 with coverage of other people's code too, which takes as long again to
+#                                   build as everything else (names of the DNS are parsed by such code)
+#   FUZZ_TARGET=NAME target/debug/examples/fuzz FILE    replays a finding
 #
 # Corpora stay in target/fuzz/corpus/NAME and grow; findings lie in target/fuzz/findings.
 set -eu -o pipefail
 cd "$(dirname "$0")/.."
 PATH="$PATH:$HOME/.cargo/bin"
-target=${CARGO_TARGET_DIR:-$PWD/target}/fuzz
-triple=x86_64-unknown-linux-gnu
+target=${CARGO_TARGET_DIR:-$PWD/target}
+program=$target/debug/examples/fuzz
+target=$target/fuzz
 
 only_build=no
 [ "${1:-}" != --build ] || { only_build=yes; shift; }
 seconds=${1:-60}
 [ $# -eq 0 ] || shift
 
-# What `cargo fuzz` sets, less what needs a nightly compiler.
-flags="-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4"
-flags="$flags -Cllvm-args=-sanitizer-coverage-inline-8bit-counters"
-flags="$flags -Cllvm-args=-sanitizer-coverage-pc-table"
-flags="$flags -Cllvm-args=-sanitizer-coverage-trace-compares"
-flags="$flags --cfg fuzzing"
-CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS=$flags \
-    cargo build --quiet --release --locked --target $triple --target-dir "$target" \
-    --manifest-path fuzz/Cargo.toml
-program=$target/$triple/release/fuzz
+build() { cargo build --quiet --locked --workspace --example fuzz --features fuzz/fuzzer "$@"; }
+if [ -z "${FUZZ_DEEP:-}" ]; then
+    # Only this workspace's crates are built for this; all others are those of scripts/build.sh.
+    RUSTC_WORKSPACE_WRAPPER=$PWD/fuzz/rustc.sh build
+else
+    triple=x86_64-unknown-linux-gnu
+    CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS=$(tr '\n' ' ' < fuzz/coverage) \
+        build --target $triple --target-dir "$target/deep"
+    program=$target/deep/$triple/debug/examples/fuzz
+fi
 [ $only_build = no ] || exit 0
 
 if [ $# -eq 0 ]; then
     # shellcheck disable=SC2046  # names without spaces
-    set -- $(cd "$target" && FUZZ_LIST=1 "$program" -runs=1 2> /dev/null)
+    set -- $(mkdir -p "$target" && cd "$target" && FUZZ_LIST=1 "$program" -runs=1 2> /dev/null)
 fi
 
 mkdir -p "$target/findings" "$target/log"

@@ -26,8 +26,6 @@ if ! cargo deny --version > /dev/null 2>&1; then
     cargo install --locked --quiet --debug cargo-deny
 fi
 cargo fetch --quiet --locked --target x86_64-unknown-linux-gnu
-# The fuzz targets have a lock file of their own, which a new dependency of theirs leaves behind.
-cargo fetch --quiet --locked --target x86_64-unknown-linux-gnu --manifest-path fuzz/Cargo.toml
 cargo deny --offline --log-level error check bans licenses sources
 
 database=$(sed -n 's/^db-urls = \["\(.*\)"\]/\1/p' deny.toml)

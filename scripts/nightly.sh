@@ -11,5 +11,5 @@ cd "$(dirname "$0")/.."
 status=0
 SIM_SEEDS=${SIM_SEEDS:-5000000} cargo test -p silo-block --test simulator -- --nocapture || status=1
 SILO_SEEDS=${SILO_SEEDS:-500000} cargo test -p silo power -- --nocapture || status=1
-scripts/fuzz.sh "${FUZZ_SECONDS:-1200}" || status=1
+FUZZ_DEEP=1 scripts/fuzz.sh "${FUZZ_SECONDS:-1200}" || status=1
 exit $status

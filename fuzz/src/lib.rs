@@ -1,15 +1,11 @@
-//! One binary for all targets: the environment variable `FUZZ_TARGET` says which decoder gets the
-//! bytes, `FUZZ_LIST=1` lists them. `scripts/fuzz.sh` builds it with coverage and runs each target.
+//! Every decoder of bytes from outside, for `examples/fuzz.rs` to try and `scripts/fuzz.sh` to build
+//! with coverage.
 
-#![no_main]
-
-use libfuzzer_sys::fuzz_target;
-use std::sync::LazyLock;
-
-type Target = fn(&[u8]);
+/// Takes any bytes; panics where a decoder is wrong.
+pub type Target = fn(&[u8]);
 
 /// Every decoder, by the name that `FUZZ_TARGET` takes.
-const TARGETS: &[(&str, Target)] = &[
+pub const TARGETS: &[(&str, Target)] = &[
     ("base-cache", silo::fuzz::fuzz_base_cache),
     ("binlog", silo::fuzz::fuzz_binlog),
     ("dhcp", conduit::fuzz::fuzz_dhcp),
@@ -42,19 +38,3 @@ const TARGETS: &[(&str, Target)] = &[
     ("vhost-chains", silo_expose::vhost::fuzz_chains),
     ("vhost-inflight", silo_expose::vhost::fuzz_inflight),
 ];
-
-static CHOSEN: LazyLock<Target> = LazyLock::new(|| {
-    let wanted = std::env::var("FUZZ_TARGET").unwrap_or_default();
-    if std::env::var_os("FUZZ_LIST").is_some() {
-        TARGETS.iter().for_each(|(name, _)| println!("{name}"));
-        std::process::exit(0);
-    }
-    let found = TARGETS.iter().find(|(name, _)| *name == wanted);
-    let Some((_, target)) = found else {
-        eprintln!("FUZZ_TARGET is \"{wanted}\"; FUZZ_LIST=1 lists the targets");
-        std::process::exit(2);
-    };
-    *target
-});
-
-fuzz_target!(|bytes: &[u8]| CHOSEN(bytes));
