@@ -257,7 +257,8 @@ fn stream(packet: &[u8]) -> Option<Stream> {
     Some(Stream { protocol, addresses, ports })
 }
 
-/// What may be put together: whole, with data, nothing special said, and both checksums right.
+/// What may be put together: whole, with data, nothing special said, and both checksums right, written
+/// as a cut writes them.
 fn piece(packet: &[u8]) -> Option<Piece> {
     let (v4, protocol, start) = transport(packet)?;
     let length_fits = if v4 {
